@@ -1,0 +1,87 @@
+"""disttrain: distributed PyTorch training whose runs do not depend on how many GPUs they have.
+
+The names below are the public ones; each is imported when it is first used, so that ``import disttrain``
+costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from disttrain.callbacks import Checkpointing, EarlyStopping, SampleLedger
+    from disttrain.data.decode import Field
+    from disttrain.data.index import ShardIndex
+    from disttrain.data.loader import LoaderConfig
+    from disttrain.data.module import ShardedDataModule, ShuffleConfig
+    from disttrain.data.order import Order, OrderConfig
+    from disttrain.errors import DisttrainError
+    from disttrain.optim import OptimizerConfig, ScheduleConfig
+    from disttrain.parallel.config import BatchPlan, ParallelConfig
+    from disttrain.parallel.strategies import DDP, FSDP
+    from disttrain.tasks import ClassificationTask, RegressionTask, Task
+    from disttrain.trainer import Trainer
+    from disttrain.version import __version__
+
+_HOMES = {
+    "BatchPlan": "disttrain.parallel.config",
+    "Checkpointing": "disttrain.callbacks",
+    "ClassificationTask": "disttrain.tasks",
+    "DDP": "disttrain.parallel.strategies",
+    "DisttrainError": "disttrain.errors",
+    "EarlyStopping": "disttrain.callbacks",
+    "FSDP": "disttrain.parallel.strategies",
+    "Field": "disttrain.data.decode",
+    "LoaderConfig": "disttrain.data.loader",
+    "OptimizerConfig": "disttrain.optim",
+    "Order": "disttrain.data.order",
+    "OrderConfig": "disttrain.data.order",
+    "ParallelConfig": "disttrain.parallel.config",
+    "RegressionTask": "disttrain.tasks",
+    "SampleLedger": "disttrain.callbacks",
+    "ScheduleConfig": "disttrain.optim",
+    "ShardIndex": "disttrain.data.index",
+    "ShardedDataModule": "disttrain.data.module",
+    "ShuffleConfig": "disttrain.data.module",
+    "Task": "disttrain.tasks",
+    "Trainer": "disttrain.trainer",
+    "__version__": "disttrain.version",
+}
+
+__all__ = [
+    "DDP",
+    "FSDP",
+    "BatchPlan",
+    "Checkpointing",
+    "ClassificationTask",
+    "DisttrainError",
+    "EarlyStopping",
+    "Field",
+    "LoaderConfig",
+    "OptimizerConfig",
+    "Order",
+    "OrderConfig",
+    "ParallelConfig",
+    "RegressionTask",
+    "SampleLedger",
+    "ScheduleConfig",
+    "ShardIndex",
+    "ShardedDataModule",
+    "ShuffleConfig",
+    "Task",
+    "Trainer",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'disttrain' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOMES)

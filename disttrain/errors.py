@@ -1,0 +1,71 @@
+"""The exceptions that disttrain raises for a user's mistake or a fault in his data.
+
+Each one says what is wrong, where (file, field, sample key, byte offset, rank) and how to mend it; the
+command line prints it without a traceback and ends with exit code 2. Anything else that escapes is a bug in
+disttrain or in the user's own code and keeps its traceback. No cost: nothing here runs until it fails.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DisttrainError(Exception):
+    """Base of all errors that a user can mend.
+
+    Args:
+        what: one sentence that says what is wrong and where.
+        mend: how to mend it, if that is known.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, mend: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.mend = mend
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  mend: {self.mend}" if self.mend else self.what
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # A raised error travels between ranks and from worker processes, keyword argument included.
+        return (_rebuild, (type(self), self.what, self.mend))
+
+
+class ConfigError(DisttrainError, ValueError):
+    """A setting that cannot work: wrong value, unknown name, sizes that do not divide."""
+
+
+class DataError(DisttrainError):
+    """Data that cannot be used as asked: missing files, absent fields, too few samples."""
+
+
+class ShardError(DataError):
+    """A shard that cannot be read: not a tar, truncated, duplicate keys, or changed under its index."""
+
+
+class DecodeError(DataError):
+    """A sample whose bytes are not what the declared decoder expects."""
+
+
+class CheckpointError(DisttrainError):
+    """A checkpoint that cannot be saved, read, or used for this run."""
+
+
+class RankError(DisttrainError):
+    """A failure on some ranks that every rank is told of, so that all stop together."""
+
+
+def _rebuild(kind: type[DisttrainError], what: str, mend: str) -> DisttrainError:
+    return kind(what, mend=mend)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Words for an error message: the nearest known name, or all of them when none is near."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(names)}" if names else "none are known"
