@@ -1,0 +1,397 @@
+"""Where every sample of a set of WebDataset tars lies: shard, byte offset and size of each field.
+
+The index is read from tar headers once and kept beside each shard as a sidecar in NVIDIA DALI's ``wds2idx``
+text form, version 1.2 (``train-000000.idx``), so existing sidecars serve here and ours serve DALI. A
+data set can also be named by a JSON manifest in WebDataset's ``wids-shard-index-v1`` form. A sample is a run
+of members with the same key (the path up to the first dot of its base name), as WebDataset groups them; dot
+files, directories and members without an extension are skipped. In memory: a few numbers a shard, plus the
+tables of the shards in use. A sidecar that is older than its shard or points outside it is not trusted.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any, Final
+
+import braceexpand
+import numpy as np
+from numpy.typing import NDArray
+
+from disttrain.data.tar import Member, scan_members
+from disttrain.errors import DataError, ShardError, nearest
+
+SIDECAR_VERSION: Final = "v1.2"
+MANIFEST_KIND: Final = "wids-shard-index-v1"
+_TABLES_IN_MEMORY: Final = 512
+_META: Final = re.compile(r"__[^/]*__(/|$)")  # WebDataset's names for what is no sample
+
+
+@dataclass(frozen=True, eq=False)
+class ShardTable:
+    """Where the samples of one shard lie.
+
+    Attributes:
+        keys: the samples' keys.
+        fields: the extensions that occur, lower case.
+        offsets: byte offset of each field's content, -1 where a sample lacks it. shape (samples, fields)
+        sizes: its size in bytes, -1 where absent. shape (samples, fields)
+    """
+
+    keys: list[str]
+    fields: tuple[str, ...]
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def spans(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """Offset and size of each field that a sample has, by key and field."""
+        out = {}
+        for key, offsets, sizes in zip(self.keys, self.offsets.tolist(), self.sizes.tolist(), strict=True):
+            found = zip(self.fields, offsets, sizes, strict=True)
+            out[key] = {field: (offset, size) for field, offset, size in found if offset >= 0}
+        return out
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar of a data set.
+
+    Attributes:
+        path: where it is.
+        num_samples: samples in it.
+        size_bytes: size of the tar.
+        md5: hexadecimal MD5 of the tar, or empty where none was recorded.
+    """
+
+    path: str
+    num_samples: int
+    size_bytes: int
+    md5: str = ""
+
+
+class ShardIndex:
+    """The samples of a data set, numbered 0..N-1 through its shards in the order given.
+
+    Build one with :meth:`open`. Safe to use from several threads.
+
+    Args:
+        shards: the shards, in order.
+        name: what error messages call this data set.
+    """
+
+    def __init__(self, shards: Sequence[Shard], *, name: str = "data") -> None:
+        self.shards = tuple(shards)
+        self.name = name
+        self.sizes = np.array([shard.num_samples for shard in self.shards], dtype=np.int64)
+        self.starts = np.concatenate(([0], np.cumsum(self.sizes)))
+        self._tables: OrderedDict[int, ShardTable] = OrderedDict()
+        self._lock = Lock()
+
+    @classmethod
+    def open(cls, spec: str | Sequence[str], *, name: str = "data", write_sidecars: bool = True) -> ShardIndex:
+        """The index of the shards that a specification names.
+
+        Args:
+            spec: a brace pattern (``train-{000000..000007}.tar``), a glob (``train-*.tar``), a manifest
+                (``train.json``), or a list of these.
+            name: what error messages call this data set.
+            write_sidecars: keep a sidecar beside each shard that has none (skipped where the folder is
+                read-only).
+
+        Raises:
+            DataError: the specification names nothing, or names a file that is missing.
+            ShardError: a shard cannot be read.
+        """
+        shards: list[Shard] = []
+        for part in [spec] if isinstance(spec, str) else spec:
+            if part.endswith(".json"):
+                shards.extend(read_manifest(Path(part), name=name))
+            else:
+                shards.extend(describe_shard(path, write_sidecar=write_sidecars) for path in expand(part, name=name))
+        if not shards:
+            raise DataError(f"{name} names no shards", mend=f"set {name} to a pattern such as 'train-{{000..007}}.tar'")
+        return cls(shards, name=name)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def table(self, shard: int) -> ShardTable:
+        """The table of one shard, from its sidecar or its headers; the last few hundred stay in memory."""
+        with self._lock:
+            found = self._tables.get(shard)
+            if found is not None:
+                self._tables.move_to_end(shard)
+                return found
+        entry = self.shards[shard]
+        table = load_table(entry.path)
+        if len(table) != entry.num_samples:
+            raise ShardError(
+                f"shard {entry.path} holds {len(table)} samples, but the index of {self.name} says {entry.num_samples}",
+                mend="run `disttrain shards index` on the data again",
+            )
+        with self._lock:
+            self._tables[shard] = table
+            while len(self._tables) > _TABLES_IN_MEMORY:
+                self._tables.popitem(last=False)
+        return table
+
+    def key(self, sample_id: int) -> str:
+        """The key of one sample."""
+        shard = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
+        return self.table(shard).keys[sample_id - int(self.starts[shard])]
+
+    def fields(self) -> tuple[str, ...]:
+        """The extensions in the first shard that holds samples."""
+        first = int(np.flatnonzero(self.sizes)[0]) if len(self) else 0
+        return self.table(first).fields
+
+
+def expand(pattern: str, *, name: str = "data") -> list[str]:
+    """The files that a brace or glob pattern names, in order.
+
+    Raises:
+        DataError: it names nothing, or a named file does not exist.
+    """
+    try:
+        parts = list(braceexpand.braceexpand(pattern))
+    except ValueError:
+        raise DataError(f"{name}: {pattern!r} has a brace without its partner", mend="close or remove it") from None
+    paths: list[str] = []
+    for part in parts:
+        if any(sign in part for sign in "*?[") and not Path(part).is_file():
+            found = sorted(glob.glob(part, recursive=True))
+            if not found:
+                raise DataError(f"{name}: no file matches {part!r}", mend="check the pattern and the folder")
+            paths.extend(found)
+        else:
+            paths.append(part)
+    missing = [path for path in paths if not Path(path).is_file()]
+    if missing:
+        folder = Path(missing[0]).parent
+        there = [path.name for path in folder.glob("*.tar")] if folder.is_dir() else []
+        where = nearest(Path(missing[0]).name, there) if there else f"folder {folder} holds no .tar files"
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise DataError(f"{name}: shard {missing[0]} does not exist{more}", mend=f"correct the pattern; {where}")
+    return paths
+
+
+def sidecar_path(shard: str) -> Path:
+    """Where a shard's sidecar lies: ``train-000000.tar`` -> ``train-000000.idx``, as DALI names it."""
+    return Path(shard).with_suffix(".idx")
+
+
+def describe_shard(path: str, *, write_sidecar: bool = True) -> Shard:
+    """Count a shard's samples, from the first line of a fresh sidecar or from its headers."""
+    size = os.stat(path).st_size
+    count = _sidecar_count(path)
+    if count is None:
+        table = build_table(path)
+        count = len(table)
+        if write_sidecar:
+            write_sidecar_file(path, table)
+    return Shard(path=path, num_samples=count, size_bytes=size)
+
+
+def load_table(path: str) -> ShardTable:
+    """A shard's table from its sidecar where that is fresh and fits, else from its headers."""
+    table = read_sidecar(path) if sidecar_is_fresh(path) else None
+    return table if table is not None else build_table(path)
+
+
+def build_table(path: str) -> ShardTable:
+    """A shard's table from its headers.
+
+    Raises:
+        ShardError: the tar is damaged, holds no samples, or holds a sample or a field twice.
+    """
+    samples = _group(scan_members(path), path)
+    if not samples:
+        raise ShardError(f"shard {path} holds no samples", mend="remove it from the pattern, or pack it again")
+    return _table(samples)
+
+
+def _group(members: Iterable[Member], path: str) -> dict[str, dict[str, tuple[int, int]]]:
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    last = None
+    for member in members:
+        parts = split_name(member.name)
+        if parts is None:
+            continue
+        key, extension = parts
+        if key != last and key in samples:
+            raise ShardError(
+                f"shard {path} at byte {member.offset}: sample key {key!r} occurs twice, apart",
+                mend="a sample's files must follow each other and keys be unique in a shard: pack it again",
+            )
+        fields = samples.setdefault(key, {})
+        if extension in fields:
+            raise ShardError(
+                f"shard {path} at byte {member.offset}: sample {key!r} has field {extension!r} twice",
+                mend="pack the shard again with one file a field",
+            )
+        fields[extension] = (member.offset, member.size)
+        last = key
+    return samples
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Key and extension of a member by WebDataset's rule, or None for one that belongs to no sample."""
+    name = name.removeprefix("./")
+    folder, _, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    if not stem or not dot or not extension or _META.match(name):
+        return None
+    return (f"{folder}/{stem}" if folder else stem), extension.lower()
+
+
+def _table(samples: dict[str, dict[str, tuple[int, int]]]) -> ShardTable:
+    fields = tuple(dict.fromkeys(field for sample in samples.values() for field in sample))
+    absent = (-1, -1)
+    rows = [[sample.get(field, absent) for field in fields] for sample in samples.values()]
+    spans = np.array(rows, dtype=np.int64).reshape(len(samples), len(fields), 2)
+    return ShardTable(list(samples), fields, np.ascontiguousarray(spans[:, :, 0]), np.ascontiguousarray(spans[:, :, 1]))
+
+
+def sidecar_is_fresh(path: str) -> bool:
+    """Whether a shard has a sidecar that is no older than itself."""
+    try:
+        return os.stat(sidecar_path(path)).st_mtime_ns >= os.stat(path).st_mtime_ns
+    except OSError:
+        return False
+
+
+def _sidecar_count(path: str) -> int | None:
+    """Samples that a fresh sidecar claims, or None."""
+    if not sidecar_is_fresh(path):
+        return None
+    with open(sidecar_path(path), encoding="utf-8", errors="surrogateescape") as file:
+        version, _, count = file.readline().strip().partition(" ")
+    return int(count) if version == SIDECAR_VERSION and count.isdigit() and int(count) > 0 else None
+
+
+def read_sidecar(path: str) -> ShardTable | None:
+    """The table in a shard's sidecar, fresh or not; None where it does not parse or points outside the shard."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    end = 0
+    with open(sidecar_path(path), encoding="utf-8", errors="surrogateescape") as file:
+        try:
+            version, count_text = file.readline().split()
+            count = int(count_text) if version == SIDECAR_VERSION else -1
+            for line in file:
+                words = line.split()
+                parts = split_name(words[3])
+                if len(words) % 4 or parts is None:
+                    return None
+                spans = [(int(offset), int(size)) for offset, size in zip(words[1::4], words[2::4], strict=True)]
+                samples[parts[0]] = dict(zip((word.lower() for word in words[0::4]), spans, strict=True))
+                end = max(end, *(offset + size for offset, size in spans))
+                if min(min(span) for span in spans) < 0:
+                    return None
+        except (ValueError, IndexError):
+            return None
+    if len(samples) != count or end > os.stat(path).st_size:
+        return None
+    return _table(samples)
+
+
+def write_sidecar_file(path: str, table: ShardTable) -> bool:
+    """Write a shard's sidecar, atomically.
+
+    Returns:
+        Whether it was written: not where the folder is read-only, nor where a name holds white space, which
+        the text form cannot carry (the headers are then read at each start).
+    """
+    lines = [f"{SIDECAR_VERSION} {len(table)}"]
+    for key, spans in table.spans().items():
+        words = [f"{field} {offset} {size} {key}.{field}" for field, (offset, size) in spans.items()]
+        lines.append(" ".join(words))
+        if len(lines[-1].split()) != 4 * len(words):
+            return False
+    try:
+        write_atomically(sidecar_path(path), "\n".join(lines) + "\n")
+    except OSError:
+        return False
+    return True
+
+
+def parse_manifest(path: Path, *, name: str = "data") -> list[Shard]:
+    """The shards that a ``wids-shard-index-v1`` manifest lists; their paths are relative to its folder.
+
+    Raises:
+        DataError: the manifest is missing, or is none.
+    """
+    try:
+        content: Any = json.loads(path.read_text())
+        entries = content["shardlist"]
+        return [
+            Shard(
+                path=str(path.parent / entry["url"]),
+                num_samples=int(entry["nsamples"]),
+                size_bytes=int(entry.get("filesize", -1)),
+                md5=str(entry.get("md5sum", "")),
+            )
+            for entry in entries
+        ]
+    except FileNotFoundError:
+        raise DataError(f"{name}: manifest {path} does not exist", mend="run `disttrain shards index`") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{name}: {path} is not a shard manifest ({type(error).__name__}: {error})",
+            mend="write one with `disttrain shards index`",
+        ) from None
+
+
+def read_manifest(path: Path, *, name: str = "data") -> list[Shard]:
+    """The shards of a manifest as :func:`parse_manifest`, or a DataError where one is missing or of another size."""
+    shards = parse_manifest(path, name=name)
+    for shard in shards:
+        if not Path(shard.path).is_file():
+            raise DataError(f"{name}: shard {shard.path}, listed in {path}, does not exist", mend="restore it")
+        size = os.stat(shard.path).st_size
+        if shard.size_bytes not in (-1, size):
+            raise DataError(
+                f"{name}: shard {shard.path} has {size} bytes, but {path} says {shard.size_bytes}",
+                mend="restore the shard, or run `disttrain shards index` again",
+            )
+    return shards
+
+
+def write_manifest(
+    path: Path, shards: Sequence[Shard], *, name: str, extra: Mapping[str, object] | None = None
+) -> None:
+    """Write a ``wids-shard-index-v1`` manifest, atomically, with paths relative to its folder and extra entries."""
+    entries = [
+        {
+            "url": os.path.relpath(shard.path, path.parent),
+            "nsamples": shard.num_samples,
+            "filesize": shard.size_bytes,
+            **({"md5sum": shard.md5} if shard.md5 else {}),
+        }
+        for shard in shards
+    ]
+    content = {"__kind__": MANIFEST_KIND, "wids_version": 1, "name": name, **(extra or {}), "shardlist": entries}
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old or the new one, never a part."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

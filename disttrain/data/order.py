@@ -1,0 +1,253 @@
+"""Which sample goes to which global batch.
+
+The order is a pure function of (shard sizes, seed, epoch, step, global batch size): world size, workers and
+strategy never enter, so a run resumed on other hardware sees the same samples. An epoch permutes the shards,
+lays them end to end and rotates that sequence by an offset that differs from epoch to epoch. The first
+``T * G`` of its ``N`` samples (``T = N // G`` steps of ``G`` samples) are used, each exactly once; the fewer
+than ``G`` left over are other ones in the next epoch. They are cut into ``L`` lanes of ``T * g`` consecutive
+samples (``g = G / L``), shuffled within windows inside each lane; position ``p`` of step ``t`` is element
+``t * g + p mod g`` of lane ``p // g``. A rank reads a contiguous range of positions, hence a few lanes,
+hence a few shards.
+
+Cost: O(shards) memory, O(window) time to any position, no Python loop over samples. Randomness is NumPy's
+Philox counter generator used by its raw 64-bit stream, which is stable across NumPy versions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from disttrain.errors import ConfigError, DataError
+
+ORDER_VERSION: Final = 1
+"""Raised whenever the same configuration would give another order; stored in checkpoints."""
+
+DEFAULT_LANES: Final = 64
+DEFAULT_WINDOW: Final = 16_384
+
+# Purposes of random streams: two streams never share a counter range.
+_SHARDS, _OFFSET, _WINDOWS = 1, 2, 3
+_GOLDEN: Final = 0.6180339887498949
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class OrderConfig:
+    """What the order depends on, besides the sizes of the shards.
+
+    Attributes:
+        global_batch_size: samples per optimizer step, ``G``.
+        seed: any integer ``0 <= seed < 2**63``.
+        lanes: how many places of the data set a global batch draws from, ``L``; must divide ``G``.
+            0 takes the largest divisor of ``G`` up to 64.
+        window: samples of a lane that are shuffled among each other.
+
+    Raises:
+        ConfigError: a value is out of range, or ``lanes`` does not divide ``global_batch_size``.
+    """
+
+    global_batch_size: int
+    seed: int = 0
+    lanes: int = 0
+    window: int = DEFAULT_WINDOW
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size < 1:
+            raise ConfigError(f"global_batch_size is {self.global_batch_size}", mend="set it to at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}", mend="use a seed from 0 to 2**63 - 1")
+        if self.window < 1:
+            raise ConfigError(f"window is {self.window}", mend="set it to at least 1 (1 turns the shuffle off)")
+        if self.lanes < 0 or (self.lanes and self.global_batch_size % self.lanes):
+            raise ConfigError(
+                f"lanes is {self.lanes}, which does not divide global_batch_size {self.global_batch_size}",
+                mend="use a divisor of the global batch size, or 0 to have one chosen",
+            )
+
+    @property
+    def num_lanes(self) -> int:
+        """The lanes in force: ``lanes``, or the largest divisor of the global batch size up to 64."""
+        if self.lanes:
+            return self.lanes
+        bound = min(DEFAULT_LANES, self.global_batch_size)
+        return next(d for d in range(bound, 0, -1) if self.global_batch_size % d == 0)
+
+
+class Order:
+    """The training order over shards of given sizes.
+
+    Args:
+        shard_sizes: number of samples in each shard, in the order of the index. shape (shards,)
+        config: what else the order depends on.
+
+    Raises:
+        DataError: there are fewer samples than one global batch.
+    """
+
+    def __init__(self, shard_sizes: NDArray[np.integer] | list[int], config: OrderConfig) -> None:
+        self.config = config
+        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self.num_samples = int(self._sizes.sum())
+        self.steps_per_epoch = self.num_samples // config.global_batch_size
+        if self.steps_per_epoch == 0:
+            raise DataError(
+                f"the training data holds {self.num_samples} samples, fewer than one global batch of"
+                f" {config.global_batch_size}",
+                mend=f"set global_batch_size to at most {self.num_samples}, or add data",
+            )
+        self._starts = np.concatenate(([0], np.cumsum(self._sizes)))
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+
+    def sample_ids(
+        self, epoch: int, first_step: int, num_steps: int = 1, positions: tuple[int, int] | None = None
+    ) -> Ids:
+        """Ids of the samples of some steps, restricted to a range of positions in the global batch.
+
+        An id is the place of a sample in the plain order of the index, ``0 <= id < num_samples``.
+
+        Args:
+            epoch: ``>= 0``.
+            first_step: step within the epoch.
+            num_steps: how many steps.
+            positions: half-open range of positions in the global batch; all of them by default.
+
+        Returns:
+            ids, shape (num_steps, positions).
+        """
+        low, high = positions or (0, self.config.global_batch_size)
+        if not (first_step >= 0 and first_step + num_steps <= self.steps_per_epoch):
+            raise IndexError(f"steps {first_step}..{first_step + num_steps} of {self.steps_per_epoch} in an epoch")
+        if not 0 <= low < high <= self.config.global_batch_size:
+            raise IndexError(f"positions {low}..{high} of a global batch of {self.config.global_batch_size}")
+        return self._epoch(epoch).sample_ids(first_step, num_steps, low, high)
+
+    def fingerprint(self) -> dict[str, int | str]:
+        """What a checkpoint stores to recognize this order: two equal fingerprints give equal orders."""
+        return {
+            "version": ORDER_VERSION,
+            "seed": self.config.seed,
+            "global_batch_size": self.config.global_batch_size,
+            "lanes": self.config.num_lanes,
+            "window": self.config.window,
+            "num_samples": self.num_samples,
+            "shards": hashlib.sha256(self._sizes.astype("<i8").tobytes()).hexdigest()[:16],
+        }
+
+    def _epoch(self, epoch: int) -> _Epoch:
+        found = self._epochs.get(epoch)
+        if found is None:
+            found = self._epochs[epoch] = _Epoch(self._sizes, self._starts, self.config, epoch)
+            while len(self._epochs) > 2:  # the one that ends and the one that prefetching has begun
+                self._epochs.popitem(last=False)
+        return found
+
+
+class _Epoch:
+    """One epoch's shard permutation, rotation and windows."""
+
+    def __init__(self, sizes: Ids, starts: Ids, config: OrderConfig, epoch: int) -> None:
+        self.config, self.epoch = config, epoch
+        self.num_samples = int(starts[-1])
+        steps = self.num_samples // config.global_batch_size
+        self.per_step = config.global_batch_size // config.num_lanes  # g
+        self.lane_length = steps * self.per_step
+        shards = _permutation(len(sizes), self._stream(_SHARDS))
+        self._sequence_starts = np.concatenate(([0], np.cumsum(sizes[shards])))  # ids: (shards + 1,)
+        self._id_shift = starts[:-1][shards] - self._sequence_starts[:-1]
+        self._offset = self._rotation()
+        self._windows: OrderedDict[tuple[int, int, int], Ids] = OrderedDict()
+
+    def _stream(self, purpose: int, index: int = 0, lane: int = 0) -> np.random.Philox:
+        # The lowest counter word runs inside a stream; the others name it.
+        return np.random.Philox(
+            key=np.array([self.config.seed, purpose], dtype=np.uint64),
+            counter=np.array([0, index, lane, self.epoch], dtype=np.uint64),
+        )
+
+    def _rotation(self) -> int:
+        """An offset that moves by a stride coprime to N from epoch to epoch.
+
+        Two epochs in a row never share it, and over one shard every sample is left out equally often: a
+        draw for each epoch would promise neither.
+        """
+        n = self.num_samples
+        first = np.random.Philox(key=np.array([self.config.seed, _OFFSET], dtype=np.uint64)).random_raw()
+        stride = max(1, round(n * _GOLDEN))
+        while np.gcd(stride, n) != 1:
+            stride += 1
+        return int((int(first) + self.epoch * stride) % n)
+
+    def sample_ids(self, first_step: int, num_steps: int, low: int, high: int) -> Ids:
+        g, window = self.per_step, self.config.window
+        first_lane, last_lane = low // g, (high - 1) // g + 1
+        lanes = np.arange(low, high, dtype=np.int64) // g - first_lane  # ids: (position,)
+        elements = np.arange(first_step, first_step + num_steps, dtype=np.int64)[:, None] * g
+        elements = elements + np.arange(low, high, dtype=np.int64) % g  # ids: (step, position)
+        out = np.empty_like(elements)
+        for index in range(int(elements.min()) // window, int(elements.max()) // window + 1):
+            table = self._window(index, first_lane, last_lane)
+            inside = (elements >= index * window) & (elements < (index + 1) * window)
+            steps, places = np.nonzero(inside)
+            chosen = lanes[places]
+            within = table[chosen, elements[steps, places] - index * window]
+            out[steps, places] = (first_lane + chosen) * self.lane_length + index * window + within
+        sequence = (out + self._offset) % self.num_samples
+        shard = np.searchsorted(self._sequence_starts, sequence, side="right") - 1
+        return np.asarray(sequence + self._id_shift[shard], dtype=np.int64)
+
+    def _window(self, index: int, first_lane: int, last_lane: int) -> Ids:
+        """The shuffles of one window in some lanes, shape (lanes, window)."""
+        key = (index, first_lane, last_lane)
+        found = self._windows.get(key)
+        if found is None:
+            length = min(self.config.window, self.lane_length - index * self.config.window)
+            streams = (self._stream(_WINDOWS, index, lane) for lane in range(first_lane, last_lane))
+            found = np.stack([_permutation(length, stream) for stream in streams])
+            self._windows[key] = found
+            while len(self._windows) > 2:  # a chunk of steps may straddle two windows
+                self._windows.popitem(last=False)
+        return found
+
+
+def _permutation(n: int, stream: np.random.Philox) -> Ids:
+    """A uniform permutation of ``range(n)``: random keys, sorted.
+
+    The index sits in the low bits of its key, so that a plain sort gives the permutation, ties cannot
+    happen, and the result depends on the raw stream alone (NumPy's own shuffles may change with versions).
+    """
+    bits = np.uint64(max(1, (n - 1).bit_length()))
+    keys = (stream.random_raw(n) >> bits << bits) | np.arange(n, dtype=np.uint64)
+    keys.sort()
+    return (keys & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
+
+
+def evaluation_ids(num_samples: int, micro_batch_size: int, num_ranks: int, rank: int) -> tuple[Ids, NDArray[np.int64]]:
+    """The plain order 0..N-1 in micro batches that are the same at every world size.
+
+    Rank ``r`` takes a contiguous run of ``ceil(M / R)`` of the ``M = ceil(N / b)`` micro batches; the last
+    micro batch, and ranks that run out, are padded with sample 0, which counts for nothing. Every rank runs
+    the same number of forward passes, and no micro batch mixes other samples when ranks are added, so that
+    what is computed from it does not change in the last bit either.
+
+    Returns:
+        ids, shape (micro batches of this rank, micro_batch_size), and how many of each row, from the left,
+        are real samples, shape (micro batches of this rank,).
+
+    Raises:
+        DataError: there are no samples.
+    """
+    if num_samples < 1:
+        raise DataError("the evaluation data holds no samples", mend="point val/test at shards that hold samples")
+    total = -(-num_samples // micro_batch_size)
+    each = -(-total // num_ranks)
+    ids = np.arange(rank * each, (rank + 1) * each, dtype=np.int64)[:, None] * micro_batch_size
+    ids = ids + np.arange(micro_batch_size, dtype=np.int64)  # ids: (micro batch, sample)
+    counts = np.clip(num_samples - ids[:, 0], 0, micro_batch_size)
+    return np.where(ids < num_samples, ids, 0), counts
