@@ -1,0 +1,1 @@
+"""The subcommands of ``disttrain``, one module each with a ``main(argv)``."""

@@ -1,0 +1,94 @@
+"""Writing one WebDataset tar, through webdataset's own ``TarWriter``.
+
+Times, owners and modes are fixed, so the same samples give the same bytes anywhere. The tar has its name only
+once it is whole and on the disk; its sidecar follows. Cost: one pass over the samples, which also hashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from disttrain.data.index import Shard, build_table, split_name, write_sidecar_file
+from disttrain.data.samples import Ids, Sample, Samples
+from disttrain.errors import DataError
+
+Tick = Callable[[int], None]
+"""Is told of samples that are done."""
+
+
+class _Hashing:
+    """A file that hashes what is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.md5 = hashlib.md5(usedforsecurity=False)
+        self.size_bytes = 0
+
+    def write(self, data: bytes) -> int:
+        self.md5.update(data)
+        self.size_bytes += len(data)
+        return self._file.write(data)
+
+
+def write_shard(samples: Samples, ids: Ids, path: Path, tick: Tick) -> Shard:
+    """Write some samples as one shard, and its sidecar.
+
+    Raises:
+        DataError: a sample could not be read back from the tar as it was given.
+        OSError: the file cannot be written.
+    """
+    # Imported here: it may import torch, which takes seconds that a complete packing need not wait for.
+    webdataset: Any = importlib.import_module("webdataset")
+    temporary = path.with_name(f".{path.name}.part")
+    keys: set[str] = set()
+    try:
+        with open(temporary, "wb") as file:
+            stream = _Hashing(file)
+            with webdataset.TarWriter(
+                stream, user="disttrain", group="disttrain", mode=0o644, mtime=0, encoder=False, compress=False
+            ) as writer:
+                for number in ids.tolist():
+                    sample = samples.read(number)
+                    _check(sample, keys)
+                    writer.write({"__key__": sample.key, **sample.fields})
+                    tick(1)
+            file.flush()
+            os.fsync(file.fileno())
+        table = build_table(str(temporary))
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    write_sidecar_file(str(path), table)
+    return Shard(str(path), len(ids), stream.size_bytes, stream.md5.hexdigest())
+
+
+def _check(sample: Sample, keys: set[str]) -> None:
+    """What is written must be read back as the same sample."""
+    if sample.key in keys:
+        raise DataError(f"two samples have the key {sample.key!r}", mend="give every sample of a source its own key")
+    keys.add(sample.key)
+    if not sample.fields:
+        raise DataError(f"sample {sample.key!r} has no fields", mend="give it at least one, or leave it out")
+    for extension in sample.fields:
+        if extension.startswith("_") or split_name(f"{sample.key}.{extension}") != (sample.key, extension):
+            raise DataError(
+                f"sample {sample.key!r} with field {extension!r} cannot be a member of a shard",
+                mend="no dot after the last slash of a key; fields in lower case, not starting with '_'",
+            )
+
+
+def md5_of(path: str, size_bytes: int | None = None) -> str:
+    """Hexadecimal MD5 of a file; empty where it is missing or not of the size given."""
+    try:
+        with open(path, "rb") as file:
+            if size_bytes is not None and os.fstat(file.fileno()).st_size != size_bytes:
+                return ""
+            return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    except FileNotFoundError:
+        return ""
