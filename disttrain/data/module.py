@@ -1,0 +1,239 @@
+"""The data of a run: shards for training, validation, test and prediction, as a LightningDataModule.
+
+It joins index, order, reader and loaders, derives the accumulation from the batch sizes and the ranks, and
+keeps what a checkpoint needs to recognize the order. Where training stands is not kept here: it is read from
+the trainer's counters when the first batch of an epoch is asked for, so there is one owner of the position.
+Rank 0 of each node reads the shards' headers once and leaves sidecars; the other ranks read those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+
+from disttrain.data.decode import Field
+from disttrain.data.index import ShardIndex
+from disttrain.data.loader import EvaluationLoader, LoaderConfig, TrainLoader
+from disttrain.data.order import DEFAULT_WINDOW, Order, OrderConfig
+from disttrain.data.reader import Reader
+from disttrain.errors import CheckpointError, ConfigError, DataError
+from disttrain.parallel.config import BatchPlan
+from disttrain.world import detect_world
+
+Shards = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class ShuffleConfig:
+    """How training samples are shuffled.
+
+    Attributes:
+        lanes: places of the data set that a global batch draws from; 0 takes the largest divisor of the
+            global batch size up to 64.
+        window: samples of a lane that are shuffled among each other.
+    """
+
+    lanes: int = 0
+    window: int = DEFAULT_WINDOW
+
+
+class ShardedDataModule(pl.LightningDataModule):
+    """Streams plain WebDataset tars in an order that does not depend on who reads.
+
+    Args:
+        train: training shards: a brace pattern, a glob, a manifest, or a list of these.
+        val: validation shards, likewise.
+        test: test shards, likewise.
+        predict: shards to predict on; the test shards by default.
+        fields: what a batch holds, by name: an extension (``cls``, ``image.npy``) or a :class:`Field`. By
+            default every extension of the first shard, under its own name.
+        global_batch_size: samples per optimizer step over all ranks.
+        micro_batch_size: samples per rank per forward pass, in training and evaluation.
+        seed: seed of the training order.
+        shuffle: how training samples are shuffled.
+        loader: how batches are read ahead.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: Shards | None = None,
+        val: Shards | None = None,
+        test: Shards | None = None,
+        predict: Shards | None = None,
+        fields: dict[str, str | Field] | None = None,
+        global_batch_size: int = 64,
+        micro_batch_size: int = 32,
+        seed: int = 0,
+        shuffle: ShuffleConfig | None = None,
+        loader: LoaderConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.specs: dict[str, Shards | None] = {"train": train, "val": val, "test": test, "predict": predict or test}
+        self.fields = fields
+        self.micro_batch_size = micro_batch_size
+        shuffle = shuffle or ShuffleConfig()
+        self.order_config = OrderConfig(global_batch_size, seed=seed, lanes=shuffle.lanes, window=shuffle.window)
+        self.loader_config = loader or LoaderConfig()
+        self.plan: BatchPlan | None = None
+        self.order: Order | None = None
+        self._readers: dict[str, Reader] = {}
+        self._restored: Mapping[str, Any] | None = None
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples per optimizer step over all ranks."""
+        return self.order_config.global_batch_size
+
+    @property
+    def seed(self) -> int:
+        """Seed of the training order."""
+        return self.order_config.seed
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch; known once :meth:`setup` has run for ``fit``."""
+        return self._train_order().steps_per_epoch
+
+    def prepare_data(self) -> None:
+        """Index the shards that have no fresh sidecar, and check all settings, once a node."""
+        stage = self.trainer.state.fn.value if self.trainer is not None and self.trainer.state.fn else "fit"
+        self._open(stage, write_sidecars=True)
+
+    def setup(self, stage: str) -> None:
+        """Open the data of a stage (``fit``, ``validate``, ``test`` or ``predict``).
+
+        Raises:
+            ConfigError: the batch sizes cannot be cut over the ranks.
+            DataError: shards are missing, empty, or lack a declared field.
+        """
+        self._open(stage, write_sidecars=False)
+        if stage == "fit" and self.trainer is not None and self.plan is not None:
+            self._set_accumulation(self.trainer, self.plan.accumulation)
+            if "val" not in self._readers:
+                self.trainer.limit_val_batches = 0
+
+    def train_dataloader(self) -> TrainLoader:
+        """The training micro batches of this rank, from where the trainer stands."""
+        order, plan = self._train_order(), self.plan
+        assert plan is not None
+        return TrainLoader(
+            self._readers["train"],
+            order,
+            plan,
+            rank=self._rank(),
+            config=self.loader_config,
+            position=self._position,
+        )
+
+    def val_dataloader(self) -> EvaluationLoader | list[Any]:
+        """The validation micro batches of this rank; none where no validation shards are given."""
+        return self._evaluation("val") if "val" in self._readers else []
+
+    def test_dataloader(self) -> EvaluationLoader:
+        """The test micro batches of this rank."""
+        return self._evaluation("test")
+
+    def predict_dataloader(self) -> EvaluationLoader:
+        """The micro batches of this rank to predict on."""
+        return self._evaluation("predict")
+
+    def reader(self, split: str) -> Reader:
+        """The reader of ``train``, ``val``, ``test`` or ``predict``.
+
+        Raises:
+            DataError: that split is not set up or has no shards.
+        """
+        if split not in self._readers:
+            raise DataError(f"data.{split} names no shards", mend=f"set data.{split} to a pattern of shards")
+        return self._readers[split]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint stores: the fingerprint of the order."""
+        return {"order": self.order.fingerprint()} if self.order is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that the order is the one that the checkpoint was made under.
+
+        Raises:
+            CheckpointError: it is not; the message says what differs.
+        """
+        if self.order is None or "order" not in state_dict:
+            return
+        saved, now = state_dict["order"], self.order.fingerprint()
+        different = [
+            f"{name} was {saved.get(name)!r}, is {now[name]!r}" for name in now if saved.get(name) != now[name]
+        ]
+        if different:
+            raise CheckpointError(
+                f"the checkpoint was made under another order of samples: {'; '.join(different)}",
+                mend="restore those settings and shards, or start over with --resume never",
+            )
+
+    def _open(self, stage: str, *, write_sidecars: bool) -> None:
+        splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}[stage]
+        for split in splits:
+            spec = self.specs[split]
+            if split in self._readers:
+                continue
+            if spec is None or spec in ("", []):
+                if split == "val" and stage == "fit":
+                    continue
+                raise DataError(f"data.{split} names no shards", mend=f"set data.{split} to a pattern of shards")
+            index = ShardIndex.open(spec, name=f"data.{split}", write_sidecars=write_sidecars)
+            self._readers[split] = Reader(index, self._declared(index))
+        if stage == "fit" and self.order is None:
+            self.plan = BatchPlan(self.global_batch_size, self.micro_batch_size, self._num_ranks())
+            self.order = Order(self._readers["train"].index.sizes, self.order_config)
+
+    def _declared(self, index: ShardIndex) -> dict[str, Field]:
+        if self.fields is None:
+            return {extension: Field(extension) for extension in index.fields()}
+        return {name: Field(f) if isinstance(f, str) else f for name, f in self.fields.items()}
+
+    def _evaluation(self, split: str) -> EvaluationLoader:
+        return EvaluationLoader(
+            self.reader(split),
+            micro_batch_size=self.micro_batch_size,
+            num_ranks=self._num_ranks(),
+            rank=self._rank(),
+            config=self.loader_config,
+        )
+
+    def _train_order(self) -> Order:
+        if self.order is None:
+            raise DataError("the training data is not set up", mend="call setup('fit') first, or trainer.fit(...)")
+        return self.order
+
+    def _position(self) -> tuple[int, int]:
+        """Epoch and step from the trainer's counters; the start where there is no trainer."""
+        if self.trainer is None:
+            return 0, 0
+        assert self.plan is not None
+        micro_batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return self.trainer.current_epoch, micro_batches // self.plan.accumulation
+
+    def _num_ranks(self) -> int:
+        return self.trainer.world_size if self.trainer is not None else detect_world().size
+
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer is not None else detect_world().rank
+
+    @staticmethod
+    def _set_accumulation(trainer: pl.Trainer, accumulation: int) -> None:
+        if trainer.accumulate_grad_batches not in (1, accumulation):
+            raise ConfigError(
+                f"accumulate_grad_batches is {trainer.accumulate_grad_batches}, but global_batch_size and"
+                f" micro_batch_size on {trainer.world_size} ranks make it {accumulation}",
+                mend="leave accumulate_grad_batches out; it is derived",
+            )
+        trainer.accumulate_grad_batches = accumulation
+
+
+def sharded_data(trainer: pl.Trainer) -> ShardedDataModule | None:
+    """The data module of a trainer, if it is one of disttrain's."""
+    found = getattr(trainer, "datamodule", None)
+    return found if isinstance(found, ShardedDataModule) else None
