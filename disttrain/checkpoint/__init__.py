@@ -1,0 +1,1 @@
+"""Checkpoints: one directory format for every strategy and world size, committed atomically."""

@@ -1,0 +1,79 @@
+"""Where a run stands, in optimizer steps, and Lightning's loop counters made from it.
+
+Lightning counts micro batches and keeps some sixty counters; a run on another number of ranks has another
+accumulation, so none of them can be stored. A checkpoint holds three numbers instead, and the counters are
+made anew for the layout that resumes. Checkpoints are taken at step boundaries, after the validation that is
+due there, so three numbers suffice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.loops.progress import _ProcessedTracker
+
+from disttrain.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A step boundary of a run.
+
+    Attributes:
+        epoch: epochs completed.
+        step: optimizer steps done in the epoch that is under way.
+        global_step: optimizer steps done in all.
+    """
+
+    epoch: int
+    step: int
+    global_step: int
+
+    def as_dict(self) -> dict[str, int]:
+        """Plain numbers for a file."""
+        return asdict(self)
+
+
+def progress_of(trainer: pl.Trainer) -> Progress:
+    """Where a trainer stands.
+
+    Raises:
+        CheckpointError: it stands between two micro batches of a step, whose gradients would be lost.
+    """
+    loop = trainer.fit_loop
+    micro, accumulation = loop.epoch_loop.batch_progress.current.ready, trainer.accumulate_grad_batches
+    epochs = cast(_ProcessedTracker, loop.epoch_progress.current)
+    if epochs.started == epochs.processed:  # between two epochs: the counters of the last one still stand
+        return Progress(epochs.processed, 0, trainer.global_step)
+    if micro % accumulation and not loop.epoch_loop.batch_progress.is_last_batch:
+        raise CheckpointError(
+            f"a checkpoint was asked for after micro batch {micro % accumulation} of {accumulation} of step"
+            f" {trainer.global_step}, whose gradients it would lose",
+            mend="save where trainer.fit_loop.epoch_loop._should_accumulate() is False",
+        )
+    return Progress(epochs.processed, -(-micro // accumulation), trainer.global_step)
+
+
+def loop_state(trainer: pl.Trainer, progress: Progress) -> dict[str, Any]:
+    """The state of Lightning's fit loop at a step boundary, for this trainer's accumulation."""
+    state: dict[str, Any] = trainer.fit_loop.state_dict()
+    accumulation = trainer.accumulate_grad_batches
+    begun = progress.epoch + (1 if progress.step else 0)
+    names = ("ready", "started", "processed", "completed")
+    done = dict.fromkeys(names, progress.epoch)
+    state["epoch_progress"] = {scope: {**done, "ready": begun, "started": begun} for scope in ("total", "current")}
+    batches = state["epoch_loop.batch_progress"]
+    batches["total"] = dict.fromkeys(names, progress.global_step * accumulation)
+    batches["current"] = dict.fromkeys(names, progress.step * accumulation)
+    batches["is_last_batch"] = False
+    optimizer = state["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    for part, count_names in (("step", ("ready", "completed")), ("zero_grad", ("ready", "started", "completed"))):
+        optimizer[part]["total"] = dict.fromkeys(count_names, progress.global_step)
+        optimizer[part]["current"] = dict.fromkeys(count_names, progress.step)
+    scheduler = state["epoch_loop.scheduler_progress"]
+    scheduler["total"] = dict.fromkeys(("ready", "completed"), progress.global_step)
+    scheduler["current"] = dict.fromkeys(("ready", "completed"), progress.step)
+    state["epoch_loop.state_dict"] = {"_batches_that_stepped": progress.global_step}
+    return state

@@ -1,0 +1,132 @@
+"""From a trainer's state to a checkpoint and back: one format for every strategy and world size.
+
+Lightning gathers the state; here it is split into tensors under their parameter names (model, optimizers)
+and the rest (schedules, callbacks, data order, progress in steps), none of it tied to a rank. The mixin gives
+a strategy this format for ``trainer.save_checkpoint`` and ``trainer.fit(ckpt_path=...)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from disttrain.checkpoint import store
+from disttrain.checkpoint.progress import Progress, loop_state, progress_of
+from disttrain.errors import CheckpointError
+
+_SPLIT_OFF = ("state_dict", "optimizer_states", "loops", "epoch", "global_step")
+
+
+class CheckpointMixin:
+    """Saves and loads disttrain's checkpoints; to be mixed into a Lightning strategy, before its base."""
+
+    lightning_module: pl.LightningModule | None
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """The model is wrapped first, then filled."""
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Optimizers are filled together with the model."""
+        return False
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """This rank's part of the model's tensors, by parameter name."""
+        return dict(get_model_state_dict(self._module()))
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """This rank's part of an optimizer's state, by parameter name."""
+        return dict(get_optimizer_state_dict(self._module(), _bare(optimizer)))
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint directory and commit it. A collective."""
+        progress = progress_of(self._module().trainer)
+        optimizers = checkpoint.get("optimizer_states", [])
+        tensors: store.Tensors = {"model": checkpoint["state_dict"]}
+        for number, state in enumerate(optimizers):
+            if state["state"]:
+                tensors[f"optimizer{number}"] = state["state"]
+        meta = {
+            "progress": progress.as_dict(),
+            "param_groups": [state["param_groups"] for state in optimizers],
+            "trainer": {key: value for key, value in checkpoint.items() if key not in _SPLIT_OFF},
+        }
+        path = Path(filepath)
+        store.write(path.parent, path.name, tensors=tensors, meta=meta, global_step=progress.global_step)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Fill model and, when fitting, optimizers; return the rest in Lightning's form. A collective."""
+        path = Path(checkpoint_path)
+        meta = store.read_meta(path)
+        trainer = self._module().trainer
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        self._fill(path, meta["param_groups"] if fitting else [])
+        checkpoint: dict[str, Any] = dict(meta["trainer"])
+        if fitting:
+            progress = Progress(**meta["progress"])
+            checkpoint["loops"] = {"fit_loop": loop_state(trainer, progress)}
+            checkpoint |= {"epoch": progress.epoch, "global_step": progress.global_step}
+        return checkpoint
+
+    def load_weights(self, path: Path) -> None:
+        """Fill the model alone. A collective."""
+        store.check(path)
+        self._fill(path, [])
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Nothing is left to do: :meth:`load_checkpoint` has filled the model."""
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Nothing is left to do: :meth:`load_checkpoint` has filled the optimizers."""
+
+    def _fill(self, path: Path, param_groups: list[list[dict[str, Any]]]) -> None:
+        module = self._module()
+        optimizers = [_bare(optimizer) for optimizer in module.trainer.optimizers] if param_groups else []
+        if len(optimizers) != len(param_groups):
+            raise CheckpointError(
+                f"checkpoint {path} holds {len(param_groups)} optimizers, the module has {len(optimizers)}",
+                mend="use the module that the checkpoint was made with",
+            )
+        weights = get_model_state_dict(module)
+        tensors: store.Tensors = {"model": weights}
+        for number, optimizer in enumerate(optimizers):
+            state = get_optimizer_state_dict(module, optimizer)["state"]
+            if state:
+                tensors[f"optimizer{number}"] = state
+        store.read_tensors(path, tensors)
+        set_model_state_dict(module, weights)
+        for number, (optimizer, groups) in enumerate(zip(optimizers, param_groups, strict=True)):
+            filled: dict[str, Any] = {"state": tensors.get(f"optimizer{number}", {}), "param_groups": groups}
+            set_optimizer_state_dict(module, optimizer, filled)
+
+    def _module(self) -> pl.LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+
+def _bare(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
+    return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+def plain(value: Any) -> bool:
+    """Whether a value survives ``torch.load(weights_only=True)``: numbers, text, tensors and containers."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str | int) and plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str | Tensor)

@@ -1,0 +1,43 @@
+"""One outcome for all ranks.
+
+A rank that fails alone leaves its peers waiting in their next collective. :func:`raise_together` lets every
+rank say how a fallible part went and raises on all of them, or on none. It is a collective of the default
+group: every rank must call it. Cost: one small all-gather; call it where something may fail, never per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from disttrain.errors import DisttrainError, RankError
+
+
+def is_distributed() -> bool:
+    """Whether a process group of more than one rank is up."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextmanager
+def raise_together() -> Iterator[None]:
+    """Run a block that may fail on some ranks; if it fails on any, every rank raises.
+
+    A rank whose own block failed raises its own error; the others raise a :class:`RankError` that quotes the
+    first one. Errors that are not a user's (bugs) travel as their type and text.
+    """
+    own: BaseException | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    if is_distributed():
+        told: list[str | None] = [None] * dist.get_world_size()
+        what = None if own is None else str(own) if isinstance(own, DisttrainError) else f"{type(own).__name__}: {own}"
+        dist.all_gather_object(told, what)
+        failed = [rank for rank, text in enumerate(told) if text is not None]
+        if failed and own is None:
+            raise RankError(f"rank {', '.join(map(str, failed))} failed: {told[failed[0]]}")
+    if own is not None:
+        raise own

@@ -1,0 +1,59 @@
+"""Apply FSDP2 to a module from outside: blocks first, then the module itself.
+
+The blocks come from the model's own ``shard_units()`` where it has one; else they are the large children of
+its ``ModuleList`` and ``Sequential`` containers. The module keeps its class and its parameter names, so the
+same one runs under DDP, FSDP or alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+_MIN_UNIT_PARAMETERS: Final = 500_000
+
+
+def shard_units(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model that are gathered and freed together, in forward order."""
+    for module in model.modules():
+        declared = getattr(module, "shard_units", None)
+        if callable(declared):
+            return list(declared())
+    containers = (m for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential))
+    found: list[nn.Module] = []
+    for container in containers:
+        for child in container.children():
+            inside = any(child is inner for unit in found for inner in unit.modules())
+            if not inside and sum(p.numel() for p in child.parameters()) >= _MIN_UNIT_PARAMETERS:
+                found.append(child)
+    return found
+
+
+def shard_module(
+    module: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool, forward_methods: Iterable[str]
+) -> None:
+    """Shard a module's parameters over a mesh, in place; a module that is sharded already is left as it is.
+
+    Args:
+        module: whose parameters to shard.
+        mesh: one-dimensional mesh of the data-parallel ranks.
+        reshard_after_forward: free gathered parameters after the forward pass.
+        forward_methods: methods besides ``forward`` that run the module.
+    """
+    if isinstance(module, FSDPModule):
+        return
+    for unit in shard_units(module):
+        fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    for name in forward_methods:
+        register_fsdp_forward_method(module, name)
+    if dist.get_backend(mesh.get_group()) == "gloo":
+        # gloo lacks the PREMUL_SUM reduction by which FSDP2 averages; sums are divided afterwards instead.
+        for inner in module.modules():
+            if isinstance(inner, FSDPModule):
+                inner.set_force_sum_reduction_for_comms(True)
