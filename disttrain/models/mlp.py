@@ -1,0 +1,34 @@
+"""A multi-layer perceptron with dropout. Cost: the matrix products of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU and dropout between them.
+
+    Args:
+        in_features: size of an input.
+        hidden: sizes of the hidden layers.
+        out_features: size of an output.
+        dropout: probability of zeroing a hidden unit.
+    """
+
+    def __init__(
+        self, in_features: int, *, hidden: Sequence[int] = (64,), out_features: int, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        sizes = [in_features, *hidden]
+        layers: list[nn.Module] = []
+        for before, after in pairwise(sizes):
+            layers += [nn.Linear(before, after), nn.ReLU(), nn.Dropout(dropout)]
+        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], out_features))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map inputs, shape (samples, in_features), to outputs, shape (samples, out_features)."""
+        out: Tensor = self.layers(inputs.flatten(1))
+        return out

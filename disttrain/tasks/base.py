@@ -1,0 +1,265 @@
+"""The base task: one gradient and one metric, however a global batch is cut.
+
+A subclass writes :meth:`Task.forward`, :meth:`Task.losses` (one loss a sample or token, unreduced) and its
+metrics, and nothing about ranks. The base sees to it that
+
+- a step's gradient is that of ``sum(w_i * loss_i) / sum(w_i)`` over the *global* batch: micro batches add
+  weighted sums, the weights are summed over ranks once a step (while the backward pass runs), and one
+  division follows. A mean of the micro batches' means would be another gradient whenever their weights differ.
+- an evaluation metric is that of all samples, each counted once: padding has weight 0 and is cut off before
+  the metrics see it, and every rank runs the same number of forward passes.
+
+Cost: one reduction of two numbers and one pass over the gradients a step; the device is never waited for.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import Metric
+
+from disttrain.data.loader import COUNT, KEY, WEIGHT, Batch
+from disttrain.data.module import sharded_data
+from disttrain.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
+from disttrain.parallel.agree import is_distributed
+from disttrain.parallel.gradients import clip_gradient_norm, gradient_norm, scale_gradients
+from disttrain.tasks.metrics import WeightedMean
+
+LOSS = "loss"
+
+
+class Task(pl.LightningModule):
+    """A LightningModule whose gradient and metrics do not depend on the layout of a run.
+
+    Args:
+        optimizer: which optimizer; :meth:`configure_optimizers` may be overridden instead.
+        schedule: how its learning rate moves.
+    """
+
+    def __init__(self, *, optimizer: OptimizerConfig | None = None, schedule: ScheduleConfig | None = None) -> None:
+        super().__init__()
+        self.optimizer_config = optimizer or OptimizerConfig()
+        self.schedule_config = schedule or ScheduleConfig()
+        self.evaluation = nn.ModuleDict()  # split -> its metrics; filled when a split is first evaluated
+        self.grad_norm: Tensor | None = None
+        """Norm of the last step's gradient before clipping, where it was taken. float64 scalar."""
+        self.last_evaluation: dict[str, float] = {}
+        """The metrics of the last validation or test, by the name they are logged under."""
+        self._step_sums: Tensor | None = None  # [sum of weighted losses, sum of weights] of this rank and step
+        self._log_sums: Tensor | None = None  # the same over all ranks and the steps since the last log
+        self._pending: dist.Work | None = None
+        self._nominal = 1.0
+
+    # What a subclass writes.
+
+    def forward(self, batch: Batch) -> Any:
+        """The model's outputs for a micro batch."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(batch)")
+
+    def losses(self, outputs: Any, batch: Batch) -> Tensor:
+        """The unreduced losses: shape (samples,), or (samples, tokens)."""
+        raise NotImplementedError(f"{type(self).__name__} must define losses(outputs, batch)")
+
+    def loss_weights(self, batch: Batch) -> Tensor | None:
+        """Weights of the losses, shape of the losses or (samples,); None weighs all alike.
+
+        Padding is masked on top of this.
+        """
+        return None
+
+    def build_metrics(self) -> Mapping[str, Metric]:
+        """Metrics of an evaluation, by the name they are logged under; the loss is always there."""
+        return {}
+
+    def update_metrics(self, metrics: Mapping[str, Metric], outputs: Any, batch: Batch) -> None:
+        """Update the metrics with real samples; padding has been cut off."""
+
+    def predict(self, outputs: Any, batch: Batch) -> dict[str, Any]:
+        """What ``disttrain predict`` writes for each sample: names to sequences of one value a sample."""
+        return {"output": outputs}
+
+    # Training: law 3.
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Weighted sum of a micro batch's losses, scaled so that the reduced gradient is a fixed multiple."""
+        outputs = self(batch)
+        total, weight = self._weighted(outputs, batch)
+        sums = torch.stack((total.detach().double(), weight.double()))
+        self._step_sums = sums if self._step_sums is None else self._step_sums + sums
+        if not self.trainer.fit_loop._should_accumulate():
+            self._reduce_sums()
+        # Lightning divides by the accumulation and the strategies by the ranks; a nominal weight keeps the
+        # scale of the gradients near that of a mean until the true weight is known.
+        self._nominal = float(self._nominal_weight(batch))
+        return total * (self.trainer.accumulate_grad_batches * self.trainer.world_size / self._nominal)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Divide the summed gradient by the global batch's weight."""
+        assert self._step_sums is not None
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+        weight = self._step_sums[1]
+        # A step whose weights are all zero has no gradient; 0/0 would poison the weights.
+        factor = torch.where(weight > 0, self._nominal / weight.clamp(min=1e-30), torch.zeros_like(weight))
+        scale_gradients(self.parameters(), factor)
+        self._log_sums = self._step_sums if self._log_sums is None else self._log_sums + self._step_sums
+        self._step_sums = None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm of the whole gradient under every strategy, and keep that norm for the log."""
+        if gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            self.grad_norm = gradient_norm(self.parameters())
+        elif gradient_clip_val:
+            self.grad_norm = clip_gradient_norm(self.parameters(), float(gradient_clip_val))
+
+    def take_train_loss(self) -> Tensor | None:
+        """The loss over the global batches since this was last called; float64 scalar, the same on all ranks."""
+        if self._log_sums is None:
+            return None
+        loss = self._log_sums[0] / self._log_sums[1]
+        self._log_sums = None
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """The configured optimizer and its schedule, stepped once an optimizer step."""
+        optimizer = build_optimizer(self, self.optimizer_config)
+        schedule = build_schedule(optimizer, self.schedule_config, total_steps=run_steps(self.trainer) or 0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # Evaluation: law 4.
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a micro batch to the validation metrics."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a micro batch to the test metrics."""
+        self._evaluate("test", batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Predictions for the real samples of a micro batch, with their keys."""
+        outputs, batch = self._real(self(batch), batch)
+        return {KEY: batch[KEY], **self.predict(outputs, batch)}
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the validation metrics afresh."""
+        self._reset("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Start the test metrics afresh."""
+        self._reset("test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics, one value for all ranks."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics, one value for all ranks."""
+        self._log_evaluation("test")
+
+    # How it is done.
+
+    def _weighted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sum of the weighted losses and sum of the weights over a micro batch, scalars."""
+        losses = self.losses(outputs, batch)
+        weights = _like(batch[WEIGHT], losses)
+        own = self.loss_weights(batch)
+        if own is not None:
+            weights = weights * _like(own, losses)
+        # Padding may hold anything; a NaN there times 0 would still be NaN.
+        return torch.where(weights != 0, losses * weights, 0.0).sum(), weights.sum()
+
+    def _nominal_weight(self, batch: Batch) -> int:
+        """A fixed guess at the weight of a global batch: its number of samples."""
+        return int(batch[WEIGHT].shape[0]) * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def _reduce_sums(self) -> None:
+        """Start to sum this step's losses and weights over the ranks, while the backward pass runs."""
+        if is_distributed():
+            assert self._step_sums is not None
+            self._pending = dist.all_reduce(self._step_sums, async_op=True)
+
+    def _reset(self, split: str) -> None:
+        if split not in self.evaluation:
+            metrics = {LOSS: WeightedMean(), **self.build_metrics()}
+            self.evaluation[split] = nn.ModuleDict(metrics).to(self.device)
+        for metric in self._metrics(split).values():
+            metric.reset()
+
+    def _metrics(self, split: str) -> dict[str, Metric]:
+        group = self.evaluation[split]
+        assert isinstance(group, nn.ModuleDict)
+        return {name: metric for name, metric in group.items() if isinstance(metric, Metric)}
+
+    def _evaluate(self, split: str, batch: Batch) -> None:
+        outputs = self(batch)
+        if batch[COUNT] == 0:
+            return  # padding alone: the forward pass was run for the other ranks' collectives
+        outputs, batch = self._real(outputs, batch)
+        total, weight = self._weighted(outputs, batch)
+        metrics = self._metrics(split)
+        metrics[LOSS].update(total.double(), weight.double())
+        self.update_metrics({name: m for name, m in metrics.items() if name != LOSS}, outputs, batch)
+
+    def _real(self, outputs: Any, batch: Batch) -> tuple[Any, Batch]:
+        """Outputs and batch without padding, which stands at the end; cut by a number the host knows."""
+        size, count = batch[WEIGHT].shape[0], batch[COUNT]
+        if count == size:
+            return outputs, batch
+        cut: Batch = {name: _cut(value, size, count) for name, value in batch.items()}
+        return _cut(outputs, size, count), cut
+
+    def _log_evaluation(self, split: str) -> None:
+        self.last_evaluation = {}
+        for name, metric in self._metrics(split).items():
+            with warnings.catch_warnings():
+                # A rank that saw padding alone has updated nothing; the others' states make its value.
+                warnings.filterwarnings("ignore", message="The ``compute`` method of metric", category=UserWarning)
+                value = metric.compute()
+            # The values are equal on all ranks; their maximum is that value, agreed on, to the last bit.
+            # Lightning would write them under the step before; StepLog writes them under theirs.
+            self.log(f"{split}/{name}", value, sync_dist=True, reduce_fx="max", logger=False)
+            self.last_evaluation[f"{split}/{name}"] = float(value)
+
+
+def run_steps(trainer: pl.Trainer) -> int | None:
+    """Optimizer steps until a run's limit, None where it has none or the length of an epoch is not known."""
+    limits = [trainer.max_steps] if trainer.max_steps > 0 else []
+    loaded = sharded_data(trainer)
+    if loaded is not None and trainer.max_epochs is not None and trainer.max_epochs > 0:
+        limits.append(trainer.max_epochs * loaded.steps_per_epoch)
+    return min(limits) if limits else None
+
+
+def _like(weights: Tensor, losses: Tensor) -> Tensor:
+    """Weights a sample as weights a loss: (samples,) becomes the shape of the losses."""
+    if weights.ndim < losses.ndim:
+        weights = weights.reshape(weights.shape + (1,) * (losses.ndim - weights.ndim)).expand_as(losses)
+    return weights.to(losses.dtype)
+
+
+def _cut(value: Any, size: int, count: int) -> Any:
+    """The first ``count`` of ``size`` samples, in tensors, lists and dictionaries of them."""
+    if isinstance(value, Tensor) and value.ndim and value.shape[0] == size:
+        return value[:count]
+    if isinstance(value, list) and len(value) == size:
+        return value[:count]
+    if isinstance(value, tuple):
+        return tuple(_cut(item, size, count) for item in value)
+    if isinstance(value, dict):
+        return {name: _cut(item, size, count) for name, item in value.items()}
+    return value

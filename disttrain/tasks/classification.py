@@ -1,0 +1,79 @@
+"""Classification by cross-entropy, with label smoothing and exact accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from disttrain.data.loader import Batch
+from disttrain.errors import ConfigError
+from disttrain.optim import OptimizerConfig, ScheduleConfig
+from disttrain.tasks.base import Task
+
+
+class ClassificationTask(Task):
+    """Trains a model that gives logits, by cross-entropy.
+
+    Args:
+        model: maps the input, shape (samples, ...), to logits, shape (samples, num_classes).
+        num_classes: number of classes.
+        input: name of the input field.
+        target: name of the class field, int64, shape (samples,).
+        scale: factor on the input, which is converted to float32.
+        label_smoothing: share of the target spread evenly over all classes (Szegedy et al. 2016).
+        optimizer: which optimizer.
+        schedule: how its learning rate moves.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_classes: int,
+        input: str = "image",
+        target: str = "label",
+        scale: float = 1.0,
+        label_smoothing: float = 0.0,
+        optimizer: OptimizerConfig | None = None,
+        schedule: ScheduleConfig | None = None,
+    ) -> None:
+        super().__init__(optimizer=optimizer, schedule=schedule)
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(f"label_smoothing is {label_smoothing}", mend="use a value from 0 to below 1")
+        self.model = model
+        self.num_classes, self.label_smoothing = num_classes, label_smoothing
+        self.input, self.target, self.scale = input, target, scale
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits, shape (samples, num_classes)."""
+        logits: Tensor = self.model(batch[self.input].float() * self.scale)
+        return logits
+
+    def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy of each sample in float32, shape (samples,); smoothed in training only."""
+        smoothing = self.label_smoothing if self.training else 0.0
+        return F.cross_entropy(outputs.float(), batch[self.target], reduction="none", label_smoothing=smoothing)
+
+    def build_metrics(self) -> Mapping[str, Metric]:
+        """Accuracy over all samples, and the mean of the classes' F1 scores."""
+        return {
+            "accuracy": MulticlassAccuracy(self.num_classes, average="micro"),
+            "f1": MulticlassF1Score(self.num_classes, average="macro"),
+        }
+
+    def update_metrics(self, metrics: Mapping[str, Metric], outputs: Any, batch: Batch) -> None:
+        """Count the predicted classes."""
+        predicted = outputs.argmax(dim=1)
+        for metric in metrics.values():
+            metric.update(predicted, batch[self.target])
+
+    def predict(self, outputs: Tensor, batch: Batch) -> dict[str, Any]:
+        """The predicted class and its probability."""
+        probability, predicted = torch.softmax(outputs.float(), dim=1).max(dim=1)
+        return {"class": predicted, "probability": probability}

@@ -1,0 +1,36 @@
+"""Metrics of the base task, as torchmetrics modules whose states add up over ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class WeightedMean(Metric):
+    """``sum(w_i * v_i) / sum(w_i)`` over all samples of all ranks, summed in float64.
+
+    NaN where the weights sum to zero.
+    """
+
+    full_state_update = False
+    higher_is_better = False
+    is_differentiable = False
+
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        zero = torch.zeros((), dtype=torch.float64)
+        self.add_state("total", zero, dist_reduce_fx="sum")
+        self.add_state("weight", zero.clone(), dist_reduce_fx="sum")
+
+    def update(self, total: Tensor, weight: Tensor) -> None:
+        """Add a weighted sum of values and the sum of its weights, both scalars."""
+        self.total += total
+        self.weight += weight
+
+    def compute(self) -> Tensor:
+        """The mean, a float64 scalar."""
+        return self.total / self.weight
