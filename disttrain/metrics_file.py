@@ -1,0 +1,265 @@
+"""The metrics of a run in a CSV file that survives being killed.
+
+The file is wide: the columns ``step,epoch,time`` (time in Unix seconds), then one for each metric; a cell is
+empty where a row has no value. A row is appended with one write and flushed, so a killed run loses at most
+the row being written; that torn last line is dropped when the file is next opened, and passed over by
+readers. ``nan`` and ``inf`` are written as such, and every value reads back to the same bits.
+
+Cost: a row is a write of its own length. Only a new column and :meth:`MetricsFile.truncate_after` copy the
+file, into a temporary one that then replaces it whole, so a reader never sees half a file. Nothing here
+imports torch or Lightning, so that reports can be made where they are slow to load or absent.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from disttrain.errors import ConfigError, DataError
+
+FILE_NAME: Final = "metrics.csv"
+FIRST_COLUMNS: Final = ("step", "epoch", "time")
+
+Series = list[tuple[int, float]]
+"""The values of one metric as (step, value), in the order in which they were logged."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the file.
+
+    Attributes:
+        step: the optimizer step, as the caller counts it.
+        epoch: the epoch it belongs to, from 0; None where it was not recorded.
+        time_seconds: when it was logged, in Unix seconds; None where it was not recorded.
+        values: the metrics of this row, by name.
+    """
+
+    step: int
+    epoch: int | None
+    time_seconds: float | None
+    values: dict[str, float]
+
+
+class MetricsFile:
+    """Appends rows to a metrics file.
+
+    One process writes at a time. Nothing is touched before the first row, so that making one is free and
+    leaves no empty file behind.
+
+    Args:
+        path: where the file is or shall be; its folder is made when it is missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._columns: tuple[str, ...] = ()
+        self._file: BinaryIO | None = None
+
+    def append(
+        self, metrics: Mapping[str, float], *, step: int, epoch: int | None = None, time_seconds: float | None = None
+    ) -> None:
+        """Append one row and flush it.
+
+        Args:
+            metrics: values by name; a name not met before becomes a new column.
+            step: the optimizer step, as the caller counts it.
+            epoch: the epoch, from 0.
+            time_seconds: Unix seconds; now by default.
+
+        Raises:
+            ConfigError: a metric has the name of one of the first columns, or a line break in its name.
+            DataError: the file there is not one of metrics.
+        """
+        file = self._ready(metrics)
+        now = time.time() if time_seconds is None else time_seconds
+        cells = [str(step), "" if epoch is None else str(epoch), f"{now:.3f}"]
+        for name in self._columns[len(FIRST_COLUMNS) :]:
+            value = metrics.get(name)
+            cells.append("" if value is None else repr(float(value)))
+        file.write((",".join(cells) + "\n").encode())
+        file.flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the rows of later steps, so that a run resumed at ``step`` logs none of them twice.
+
+        It always leaves a new file behind, even if no row had to go: a forgotten process of an earlier
+        attempt, still appending, then writes where nobody reads.
+        """
+        self.close()
+        columns = _read_header(self.path)
+        if columns:
+            _rewrite(self.path, columns, last_step=step)
+
+    def close(self) -> None:
+        """Close the file; a later row opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _ready(self, metrics: Mapping[str, float]) -> BinaryIO:
+        """The open file, with a column for each of these metrics."""
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_torn_line(self.path)
+            self._columns = _read_header(self.path)
+        new = tuple(name for name in metrics if name not in self._columns[len(FIRST_COLUMNS) :])
+        if new or not self._columns:
+            _check_names(new)
+            self.close()
+            columns = (self._columns or FIRST_COLUMNS) + new
+            _rewrite(self.path, columns)
+            self._columns = columns
+        if self._file is None:
+            self._file = open(self.path, "ab")
+        return self._file
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a metrics file, in order; a file that does not exist has none.
+
+    A torn last line and lines that do not parse (a disk may leave some after a power cut) are passed over.
+
+    Raises:
+        DataError: the file is not one of metrics.
+    """
+    columns = _read_header(path)
+    if columns:
+        for line in _read_lines(path):
+            row = _parse(line, columns)
+            if row is not None:
+                yield row
+
+
+def read_metrics(path: Path) -> dict[str, Series]:
+    """Every column of a metrics file but ``step``, as a series by name.
+
+    ``epoch`` and ``time`` (Unix seconds) are series like the others. A column without a value has an empty
+    series; a file that does not exist has no series.
+
+    Raises:
+        DataError: the file is not one of metrics.
+    """
+    series: dict[str, Series] = {name: [] for name in _read_header(path)[1:]}
+    for row in read_rows(path):
+        if row.epoch is not None:
+            series["epoch"].append((row.step, float(row.epoch)))
+        if row.time_seconds is not None:
+            series["time"].append((row.step, row.time_seconds))
+        for name, value in row.values.items():
+            series[name].append((row.step, value))
+    return series
+
+
+def _check_names(names: Sequence[str]) -> None:
+    for name in names:
+        if name in FIRST_COLUMNS:
+            raise ConfigError(
+                f"a metric is named {name!r}, which is a column of its own in {FILE_NAME}",
+                mend=f"log it under another name, such as 'train/{name}'",
+            )
+        if "\n" in name or "\r" in name:
+            raise ConfigError(f"the metric name {name!r} has a line break", mend="log it under a name of one line")
+
+
+def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines that were written to their end: half a number looks like a number, so a torn line is no line."""
+    return (line for line in file if line.endswith(b"\n"))
+
+
+def _read_header(path: Path) -> tuple[str, ...]:
+    """The columns; none where the file is missing or was torn before its first line ended."""
+    try:
+        with open(path, "rb") as file:
+            line = next(_whole_lines(file), b"")
+    except FileNotFoundError:
+        return ()
+    if not line:
+        return ()
+    columns = tuple(next(csv.reader([line.decode("utf-8", errors="replace").rstrip("\r\n")]), ()))
+    if columns[: len(FIRST_COLUMNS)] != FIRST_COLUMNS:
+        raise DataError(
+            f"{path} is not a metrics file: its first line begins with {','.join(columns)[:40]!r},"
+            f" not with {','.join(FIRST_COLUMNS)!r}",
+            mend="move it away, or name another run folder",
+        )
+    return columns
+
+
+def _read_lines(path: Path) -> Iterator[bytes]:
+    """The lines below the header, without their ends."""
+    with open(path, "rb") as file:
+        lines = _whole_lines(file)
+        next(lines, None)
+        for line in lines:
+            yield line.rstrip(b"\r\n")
+
+
+def _parse(line: bytes, columns: Sequence[str]) -> Row | None:
+    cells = line.split(b",")  # rows hold numbers alone: nothing in them is quoted
+    if len(cells) != len(columns):
+        return None
+    start = len(FIRST_COLUMNS)
+    try:
+        return Row(
+            step=int(cells[0]),
+            epoch=int(cells[1]) if cells[1] else None,
+            time_seconds=float(cells[2]) if cells[2] else None,
+            values={
+                name: float(cell) for name, cell in zip(columns[start:], cells[start:], strict=True) if cell.strip()
+            },
+        )
+    except ValueError:
+        return None
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off what follows the last line end, so that the next row starts on a line of its own."""
+    try:
+        with open(path, "rb+") as file:
+            end = length = file.seek(0, os.SEEK_END)
+            while length:
+                file.seek(length - 1)
+                if file.read(1) == b"\n":
+                    break
+                length -= 1
+            if length < end:
+                file.truncate(length)
+    except FileNotFoundError:
+        return
+
+
+def _rewrite(path: Path, columns: Sequence[str], *, last_step: int | None = None) -> None:
+    """Replace the file by one with these columns, which begin with the present ones.
+
+    Args:
+        path: the file; where it is missing, one without rows is made.
+        columns: its columns from now on.
+        last_step: rows of later steps are left out; None keeps all.
+    """
+    present = _read_header(path)
+    padding = b"," * (len(columns) - len(present)) + b"\n"
+    header = io.StringIO()
+    csv.writer(header, lineterminator="\n").writerow(columns)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(header.getvalue().encode("utf-8", errors="replace"))
+            for line in _read_lines(path) if present else ():
+                row = _parse(line, present)
+                if row is not None and (last_step is None or row.step <= last_step):
+                    file.write(line + padding)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,317 @@
+"""What a run folder tells about its run.
+
+Reads ``run.json``, ``config.yaml`` and ``metrics.csv`` into one frozen :class:`Run`. Only ``run.json`` has to
+be there, and of it only that it is a JSON object: a run may be killed before it wrote the rest, and its report
+is wanted most then. Cost: one pass over the files, all of it in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from disttrain.errors import DataError
+from disttrain.metrics_file import FILE_NAME, Series, read_rows
+
+RUN_FORMAT: Final = 1
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best value of the monitored metric.
+
+    Attributes:
+        monitor: the metric's name.
+        mode: ``min`` or ``max``.
+        value: its best value.
+        step: the step at which it was reached.
+    """
+
+    monitor: str
+    mode: str
+    value: float
+    step: int
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of the run, up to its end or its death; None where that was not recorded.
+
+    Attributes:
+        started: Unix seconds.
+        ended: Unix seconds.
+        from_step: the step from which it went on.
+        to_step: the step at which it ended.
+        world_size: how many ranks it had.
+        strategy: such as ``ddp``.
+        precision: such as ``32-true``.
+    """
+
+    started: float | None
+    ended: float | None
+    from_step: int | None
+    to_step: int | None
+    world_size: int | None
+    strategy: str
+    precision: str
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something worth telling that happened once: a resume, an early stop, a skipped checkpoint.
+
+    Attributes:
+        step: the step at which it happened.
+        time_seconds: Unix seconds.
+        kind: such as ``resume``.
+        text: one sentence.
+    """
+
+    step: int | None
+    time_seconds: float | None
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, as its folder tells it.
+
+    Attributes:
+        folder: the run folder.
+        name: its name; that of the folder where it has none.
+        status: ``completed`` or ``running``; the latter too if it was killed.
+        command: ``fit`` or another.
+        created: Unix seconds.
+        ended: Unix seconds.
+        stop_reason: why it stopped; empty where that was not recorded.
+        best: the best value of the monitored metric.
+        result: the final metrics by name, those logged as ``test/...`` included.
+        environment: versions, device, host and the like.
+        attempts: its starts, in order.
+        events: what happened, in order.
+        config: the text of ``config.yaml``.
+        series: every metric that was logged, by name.
+        last_step: the last step of which anything is known.
+        num_epochs: epochs begun, as far as metrics were logged.
+        wall_seconds: time from start to end, summed over the attempts. An attempt without an end counts up
+            to the last metric logged in it.
+    """
+
+    folder: Path
+    name: str
+    status: str
+    command: str
+    created: float | None
+    ended: float | None
+    stop_reason: str
+    best: Best | None
+    result: dict[str, float | str]
+    environment: dict[str, str]
+    attempts: tuple[Attempt, ...]
+    events: tuple[Event, ...]
+    config: str
+    series: dict[str, Series]
+    last_step: int | None
+    num_epochs: int | None
+    wall_seconds: float | None
+
+    def mean_rate(self, name: str) -> float | None:
+        """The harmonic mean of a rate: over equal numbers of steps, that is all samples over all time."""
+        values = [value for _, value in self.series.get(name, []) if math.isfinite(value) and value >= 0]
+        return statistics.harmonic_mean(values) if values else None
+
+    def mean(self, name: str) -> float | None:
+        """The mean of a metric's finite values."""
+        values = [value for _, value in self.series.get(name, []) if math.isfinite(value)]
+        return statistics.fmean(values) if values else None
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        DataError: it is no run folder, or its ``run.json`` or ``metrics.csv`` is not what it should be.
+    """
+    content = _read_run_json(folder)
+    series, num_epochs, times = _read_series(folder / FILE_NAME)
+    attempts = tuple(_attempt(entry) for entry in _entries(content.get("attempts")))
+    events = tuple(_event(entry) for entry in _entries(content.get("events")))
+    result: dict[str, float | str] = {
+        name: value if isinstance(value, (int, float)) else str(value)
+        for name, value in _mapping(content.get("result")).items()
+    }
+    for name, values in series.items():
+        if name.startswith("test/") and values:  # a run killed after its test has no result in run.json
+            result.setdefault(name, values[-1][1])
+    steps = [values[-1][0] for values in series.values() if values]
+    steps += [attempt.to_step for attempt in attempts if attempt.to_step is not None]
+    return Run(
+        folder=folder,
+        name=_text(content.get("name")) or folder.resolve().name,
+        status=_text(content.get("status")) or "running",
+        command=_text(content.get("command")),
+        created=_number(content.get("created")),
+        ended=_number(content.get("ended")),
+        stop_reason=_text(content.get("stop_reason")),
+        best=_best(_mapping(content.get("best"))),
+        result=result,
+        environment={name: _text(value) for name, value in _mapping(content.get("environment")).items()},
+        attempts=attempts,
+        events=events,
+        config=_read_text(folder / "config.yaml"),
+        series=series,
+        last_step=max(steps) if steps else None,
+        num_epochs=num_epochs,
+        wall_seconds=_wall_seconds(attempts, times),
+    )
+
+
+def config_differences(texts: Sequence[str]) -> list[tuple[str, list[str | None]]]:
+    """The settings in which configurations differ.
+
+    Comments, layout and the order of lines do not count. Where one of the texts is not YAML, their lines are
+    compared as they stand.
+
+    Returns:
+        place (``optimizer.lr``) and the value of each configuration, None where it has none.
+    """
+    try:
+        flat = [dict(_leaves(yaml.safe_load(text))) for text in texts]
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist
+        lines = zip_longest(*(text.splitlines() for text in texts))
+        return [(f"line {i}", list(row)) for i, row in enumerate(lines, 1) if len(set(row)) > 1]
+    return mapping_differences(flat)
+
+
+def mapping_differences(mappings: Sequence[dict[str, str]]) -> list[tuple[str, list[str | None]]]:
+    """The keys whose values differ, in the order in which they first occur, with the value of each mapping."""
+    keys = dict.fromkeys(key for mapping in mappings for key in mapping)
+    rows = [(key, [mapping.get(key) for mapping in mappings]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _leaves(value: object, place: str = "") -> list[tuple[str, str]]:
+    """The scalars of a parsed configuration with their places; an empty list or mapping counts as one."""
+    if isinstance(value, dict) and value:
+        parts = [(f"{place}.{key}" if place else str(key), item) for key, item in value.items()]
+    elif isinstance(value, list) and value:
+        parts = [(f"{place}[{i}]", item) for i, item in enumerate(value)]
+    else:
+        return [(place, json.dumps(value, default=str) if not isinstance(value, str) else value)] if place else []
+    return [leaf for where, item in parts for leaf in _leaves(item, where)]
+
+
+def _read_run_json(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    mend = "name the folder of a run, which holds run.json, config.yaml and metrics.csv"
+    if not folder.is_dir():
+        raise DataError(f"run folder {folder} does not exist", mend=mend)
+    if not path.is_file():
+        raise DataError(f"{folder} is not a run folder: run.json is missing", mend=mend)
+    try:
+        content = json.loads(_read_text(path))
+    except ValueError as error:
+        raise DataError(
+            f"{path} is not JSON ({error})", mend='restore it; {"format": 1} is enough to have a report made'
+        ) from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds a {type(content).__name__}, not an object", mend="restore it")
+    version = content.get("format", RUN_FORMAT)
+    if version != RUN_FORMAT:
+        raise DataError(
+            f"{path} has format {version!r}, but this disttrain reads format {RUN_FORMAT}",
+            mend="make the report with the disttrain that made the run, or a newer one",
+        )
+    return content
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _read_series(path: Path) -> tuple[dict[str, Series], int | None, list[float]]:
+    """Series by name, epochs begun, and the times at which rows were logged."""
+    series: dict[str, Series] = {}
+    last_epoch: int | None = None
+    times: list[float] = []
+    for row in read_rows(path):
+        for name, value in row.values.items():
+            series.setdefault(name, []).append((row.step, value))
+        if row.time_seconds is not None and math.isfinite(row.time_seconds):
+            times.append(row.time_seconds)
+        # A test after the last epoch is logged under the next one, which never began.
+        if row.epoch is not None and not all(name.startswith("test/") for name in row.values):
+            last_epoch = max(row.epoch, last_epoch or 0)
+    return series, None if last_epoch is None else last_epoch + 1, times
+
+
+def _wall_seconds(attempts: Sequence[Attempt], times: Sequence[float]) -> float | None:
+    starts = [attempt.started for attempt in attempts if attempt.started is not None]
+    if not starts:
+        return max(times) - min(times) if times else None
+    total = 0.0
+    for attempt in attempts:
+        start = attempt.started
+        if start is None:
+            continue
+        end = attempt.ended
+        if end is None:
+            until = min((other for other in starts if other > start), default=math.inf)
+            end = max((moment for moment in times if start <= moment < until), default=start)
+        total += max(0.0, end - start)
+    return total
+
+
+def _best(entry: dict[str, Any]) -> Best | None:
+    value, step = _number(entry.get("value")), _whole(entry.get("step"))
+    if value is None or step is None:
+        return None
+    return Best(_text(entry.get("monitor")), _text(entry.get("mode")), value, step)
+
+
+def _attempt(entry: dict[str, Any]) -> Attempt:
+    return Attempt(
+        started=_number(entry.get("started")),
+        ended=_number(entry.get("ended")),
+        from_step=_whole(entry.get("from_step")),
+        to_step=_whole(entry.get("to_step")),
+        world_size=_whole(entry.get("world_size")),
+        strategy=_text(entry.get("strategy")),
+        precision=_text(entry.get("precision")),
+    )
+
+
+def _event(entry: dict[str, Any]) -> Event:
+    return Event(
+        _whole(entry.get("step")), _number(entry.get("time")), _text(entry.get("kind")), _text(entry.get("text"))
+    )
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _entries(value: object) -> list[dict[str, Any]]:
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _whole(value: object) -> int | None:
+    number = _number(value)
+    return int(number) if number is not None and math.isfinite(number) else None
