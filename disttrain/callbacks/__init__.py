@@ -1,0 +1,7 @@
+"""What happens around the steps: stopping, checkpoints, randomness, records and progress."""
+
+from disttrain.callbacks.checkpointing import Checkpointing
+from disttrain.callbacks.early_stopping import EarlyStopping
+from disttrain.callbacks.ledger import SampleLedger
+
+__all__ = ["Checkpointing", "EarlyStopping", "SampleLedger"]

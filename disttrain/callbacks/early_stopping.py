@@ -1,0 +1,112 @@
+"""Early stopping on an exact validation metric, by one decision for all ranks.
+
+The metric is that of all samples on every rank, and the value that decides is rank 0's, so all ranks stop at
+the same step. Patience, best value and the decision are kept in checkpoints: a resumed run stops where the
+uninterrupted one does. The monitor's name is checked by a short validation before step 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from disttrain.callbacks.checkpointing import Checkpointing
+from disttrain.callbacks.find import find_callback
+from disttrain.callbacks.monitor import Mode, Monitor
+from disttrain.errors import ConfigError
+
+
+class EarlyStopping(Callback):
+    """Stops when a validation metric has not improved for some validations.
+
+    Args:
+        monitor: the metric, as logged, such as ``val/loss``; without one, nothing is stopped or restored.
+        mode: ``min`` or ``max``.
+        patience: validations without improvement before the run stops.
+        min_delta: improvement that counts, exclusive.
+        restore_best: end with the weights of the best validation instead of the last ones.
+    """
+
+    def __init__(
+        self,
+        *,
+        monitor: str | None = None,
+        mode: Mode = "min",
+        patience: int = 5,
+        min_delta: float = 0.0,
+        restore_best: bool = True,
+    ) -> None:
+        if patience < 1:
+            raise ConfigError(f"early_stopping.patience is {patience}", mend="use at least 1")
+        self.monitor = None if monitor is None else Monitor(monitor, mode, min_delta)
+        self.patience = patience
+        self.restore_best = restore_best
+        self.best = math.nan
+        self.best_step = 0
+        self.waited = 0
+        self.stop_reason = ""
+
+    @property
+    def has_best(self) -> bool:
+        """Whether any validation has been better than none."""
+        return not math.isnan(self.best)
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the monitor's name before step 0."""
+        if self.monitor is not None:
+            self.monitor.value(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A run that had decided to stop when it was interrupted stops again."""
+        if self.monitor is not None and not trainer.enable_validation:
+            raise ConfigError(
+                f"early stopping monitors {self.monitor.name!r}, but the run has no validation",
+                mend="set data.val, or leave early_stopping.monitor out",
+            )
+        if self.stop_reason:
+            trainer.should_stop = True
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare, count and decide."""
+        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        value = self.monitor.value(trainer)
+        if self.monitor.better(value, self.best if self.has_best else self.monitor.worst):
+            self.best, self.best_step, self.waited = value, trainer.global_step, 0
+            return
+        self.waited += 1
+        if self.waited >= self.patience:
+            self.stop_reason = (
+                f"{self.monitor.name} has not improved on {self.best:.6g} (step {self.best_step})"
+                f" for {self.patience} validations"
+            )
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the last state, then go back to the best weights."""
+        checkpoints = find_callback(trainer, Checkpointing)
+        if checkpoints is None or not (self.restore_best and self.has_best):
+            return
+        checkpoints.save_if_new(trainer)
+        checkpoints.restore_best(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Best, patience used, and the decision."""
+        return {
+            "monitor": self.monitor and self.monitor.name,
+            "best": self.best,
+            "best_step": self.best_step,
+            "waited": self.waited,
+            "stop_reason": self.stop_reason,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting, unless another metric is monitored now."""
+        if self.monitor is not None and state_dict["monitor"] == self.monitor.name:
+            self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+            self.waited = state_dict["waited"]
+            # A run resumed with more patience may go on.
+            self.stop_reason = state_dict["stop_reason"] if self.waited >= self.patience else ""

@@ -1,0 +1,70 @@
+"""A record of which samples went into which step, to prove the order or to find a batch again.
+
+One line of JSON a micro batch in ``<run_dir>/ledger/rank-00000.jsonl``: epoch, step, first position in the
+global batch, keys. Cost: one buffered line a micro batch; leave it out of long runs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import IO, Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from disttrain.data.loader import KEY
+
+
+class SampleLedger(Callback):
+    """Writes the sample keys of every training micro batch.
+
+    A resumed run appends; where a step stands twice, the later line is the one that counts (the earlier
+    step's result was lost with the process).
+    """
+
+    def __init__(self) -> None:
+        self._file: IO[str] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open this rank's file."""
+        folder = Path(trainer.default_root_dir) / "ledger"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(folder / f"rank-{trainer.global_rank:05d}.jsonl", "a", buffering=1)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Write one micro batch."""
+        assert self._file is not None
+        accumulation = trainer.accumulate_grad_batches
+        index = trainer.global_rank * accumulation + batch_idx % accumulation
+        line = {
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+            "first_position": index * len(batch[KEY]),
+            "keys": batch[KEY],
+        }
+        self._file.write(json.dumps(line) + "\n")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_ledger(folder: Path) -> dict[int, list[str]]:
+    """The sample keys of every step in the order of their positions, over all ranks' files.
+
+    A line cut off by a kill is ignored; of several lines for one place of a step, the last counts.
+    """
+    steps: dict[int, dict[int, list[str]]] = {}
+    for path in sorted(folder.glob("rank-*.jsonl"), key=lambda p: p.stat().st_mtime_ns):
+        for text in path.read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            steps.setdefault(line["step"], {})[line["first_position"]] = line["keys"]
+    return {step: [key for at in sorted(parts) for key in parts[at]] for step, parts in sorted(steps.items())}

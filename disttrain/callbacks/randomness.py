@@ -1,0 +1,29 @@
+"""Keys PyTorch's generators before every training micro batch; see :mod:`disttrain.parallel.randomness`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from disttrain.parallel.randomness import seed_micro_batch
+
+
+class KeyedRandomness(Callback):
+    """Makes dropout and other random numbers in training independent of rank, world size and resumes.
+
+    Args:
+        seed: the run's seed.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Key the generators by step and by the micro batch's index in the global batch."""
+        accumulation = trainer.accumulate_grad_batches
+        index = trainer.global_rank * accumulation + batch_idx % accumulation
+        seed_micro_batch(self.seed, trainer.global_step, index, pl_module.device)

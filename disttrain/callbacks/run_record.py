@@ -1,0 +1,145 @@
+"""The record of a run, ``run.json``: attempts, events, why it stopped, its best and its result.
+
+Rank 0 rewrites the small file atomically when something happens, never per step, so that a run killed at any
+time leaves a record of what it was. The report is drawn from it.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from disttrain.callbacks.early_stopping import EarlyStopping
+from disttrain.callbacks.find import find_callback
+from disttrain.metrics_log import MetricsLog
+from disttrain.runs import COMPLETED, read_run, write_run
+from disttrain.version import __version__
+
+
+class RunRecord(Callback):
+    """Keeps ``run.json`` of a run folder.
+
+    Args:
+        run_dir: the run's folder.
+        strategy: name of the strategy, for the record.
+        precision: numbers' precision, for the record.
+    """
+
+    def __init__(self, run_dir: Path, *, strategy: str, precision: str) -> None:
+        self.run_dir = run_dir
+        self._layout = {"strategy": strategy, "precision": precision}
+        self.notes: list[str] = []
+        """What was decided before the run started; becomes events."""
+        self.record: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the record, or go on with it, and begin an attempt."""
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsLog):
+                logger.truncate_after(trainer.global_step)
+        if not trainer.is_global_zero:
+            return
+        now = time.time()
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.record = read_run(self.run_dir) or {
+            "format": 1,
+            "name": self.run_dir.name,
+            "command": "fit",
+            "created": now,
+            "attempts": [],
+            "events": [],
+        }
+        attempt = {
+            "started": now,
+            "ended": None,
+            "from_step": trainer.global_step,
+            "to_step": None,
+            "world_size": trainer.world_size,
+            **self._layout,
+        }
+        self.record["attempts"].append(attempt)
+        self.record |= {"status": "running", "ended": None, "environment": _environment(pl_module.device)}
+        for note in self.notes:
+            self.event(trainer.global_step, "start", note)
+        self._write()
+
+    def event(self, step: int, kind: str, text: str) -> None:
+        """Note something that happened; written with the next change of the record."""
+        self.record.setdefault("events", []).append({"step": step, "time": time.time(), "kind": kind, "text": text})
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say why training stopped and what was best."""
+        if not trainer.is_global_zero:
+            return
+        now = time.time()
+        reason = stop_reason(trainer)
+        self.record["attempts"][-1] |= {"ended": now, "to_step": trainer.global_step}
+        self.record |= {"status": COMPLETED, "ended": now, "stop_reason": reason}
+        stopping = find_callback(trainer, EarlyStopping)
+        if stopping is not None and stopping.monitor is not None and stopping.has_best:
+            monitor = stopping.monitor
+            self.record["best"] = {
+                "monitor": monitor.name,
+                "mode": monitor.mode,
+                "value": stopping.best,
+                "step": stopping.best_step,
+            }
+        self.event(trainer.global_step, "stop", reason)
+        self._write()
+
+    def add_result(self, result: dict[str, float]) -> None:
+        """Add the test metrics. Rank 0 only."""
+        self.record["result"] = {**self.record.get("result", {}), **result}
+        self._write()
+
+    def _write(self) -> None:
+        write_run(self.run_dir, self.record)
+
+
+def stop_reason(trainer: pl.Trainer) -> str:
+    """Why a trainer's fit has come to its end."""
+    stopping = find_callback(trainer, EarlyStopping)
+    if stopping is not None and stopping.stop_reason:
+        return stopping.stop_reason
+    if 0 < trainer.max_steps <= trainer.global_step:
+        return f"max_steps {trainer.max_steps} reached"
+    if trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch:
+        return f"max_epochs {trainer.max_epochs} reached"
+    return "the trainer was told to stop"
+
+
+def _environment(device: torch.device) -> dict[str, str]:
+    found = {
+        "disttrain": __version__,
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
+    commit = _git_commit()
+    return {**found, "git": commit} if commit else found
+
+
+def _git_commit() -> str:
+    """The commit of the working folder, with ``+`` where it has changes; empty outside a repository."""
+    git = shutil.which("git")
+    if git is None:
+        return ""
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run([git, *arguments], capture_output=True, text=True, timeout=10, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    commit = run("rev-parse", "--short=12", "HEAD")
+    return f"{commit}+" if commit and run("status", "--porcelain", "--untracked-files=no") else commit

@@ -1,0 +1,111 @@
+"""Loss, learning rate, throughput and data wait, every few steps.
+
+The loss is that of all samples since the last log, summed on the device by the task; the host waits for the
+device only when a line is logged. Throughput leaves validation out.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from disttrain.data.loader import TrainLoader
+from disttrain.data.module import sharded_data
+from disttrain.errors import ConfigError
+from disttrain.tasks.base import Task
+
+
+class StepLog(Callback):
+    """Sends training metrics to the loggers.
+
+    Args:
+        every_steps: optimizer steps between two lines.
+    """
+
+    def __init__(self, every_steps: int) -> None:
+        if every_steps < 1:
+            raise ConfigError(f"trainer.log_every_steps is {every_steps}", mend="use at least 1")
+        self.every_steps = every_steps
+        self.latest: dict[str, float] = {}
+        """The last values logged, by name."""
+        self.samples = 0
+        """Samples trained on by this attempt."""
+        self.seconds = 0.0
+        """Seconds that took, validation and checkpoints left out."""
+        self._since = 0.0
+        self._steps = 0
+        self._wait = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._since, self._wait, self._steps = time.perf_counter(), _waited(trainer), 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count a step, and log where one is due."""
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        self._steps += 1
+        if trainer.global_step % self.every_steps == 0:
+            self._log(trainer, pl_module, outputs)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._stop_clock(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the validation metrics and go on with the clock."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        if isinstance(pl_module, Task):
+            self._send(trainer, pl_module.last_evaluation)
+        self._since = time.perf_counter()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Account for the steps since the last line."""
+        self._stop_clock(trainer)
+
+    def _stop_clock(self, trainer: pl.Trainer) -> None:
+        """Add the time since the clock was started; leave it at now."""
+        now = time.perf_counter()
+        self.seconds += now - self._since
+        self._since = now
+        loaded = sharded_data(trainer)
+        if loaded is not None:
+            self.samples += self._steps * loaded.global_batch_size
+        self._steps = 0
+
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any) -> None:
+        values: dict[str, float] = {}
+        if isinstance(pl_module, Task):
+            loss = pl_module.take_train_loss()
+            if loss is not None:
+                values["train/loss"] = float(loss)
+            if pl_module.grad_norm is not None:
+                values["train/grad_norm"] = float(pl_module.grad_norm)
+        elif isinstance(outputs, dict) and "loss" in outputs:
+            values["train/loss"] = float(trainer.strategy.reduce(outputs["loss"] * trainer.accumulate_grad_batches))
+        values["lr"] = float(trainer.optimizers[0].param_groups[0]["lr"])
+        seconds, samples, waited = self.seconds, self.samples, _waited(trainer)
+        self._stop_clock(trainer)
+        elapsed = max(1e-9, self.seconds - seconds)
+        if self.samples > samples:
+            values["samples_per_second"] = (self.samples - samples) / elapsed
+        values["data_wait"] = min(1.0, max(0.0, waited - self._wait) / elapsed)
+        self._wait = waited
+        self._send(trainer, values)
+
+    def _send(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
+        self.latest.update(values)
+        for logger in trainer.loggers:
+            logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=trainer.global_step)
+
+
+def _waited(trainer: pl.Trainer) -> float:
+    loader = trainer.train_dataloader
+    return loader.wait_seconds if isinstance(loader, TrainLoader) else 0.0

@@ -1,0 +1,80 @@
+"""The command line: ``disttrain SUBCOMMAND`` or ``python -m disttrain SUBCOMMAND``.
+
+Each subcommand is imported when it is asked for, so that ``shards`` and ``report`` start without PyTorch. A
+user's mistake is printed as one message and ends with exit code 2; under several ranks, a mistake that all
+of them make is printed by rank 0 alone.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from disttrain.errors import ConfigError, DisttrainError, RankError, nearest
+from disttrain.world import detect_world
+
+_TRAINING = {
+    "fit": "train, stop early, restore the best weights, test and report",
+    "validate": "evaluate a checkpoint on the validation split",
+    "test": "evaluate a checkpoint on the test split",
+    "predict": "write one result for each sample, in order",
+}
+_TOOLS = {
+    "shards": "pack, index, verify and list shards",
+    "report": "draw the report of a run, or compare several",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        return _dispatch(arguments)
+    except DisttrainError as error:
+        _print_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("disttrain: interrupted", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if name in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if name == "--version":
+        from disttrain.version import __version__
+
+        print(f"disttrain {__version__}")
+        return 0
+    if name == "shards":
+        from disttrain.commands import shards
+
+        return shards.main(rest)
+    if name == "report":
+        from disttrain.commands import report
+
+        return report.main(rest)
+    if name in _TRAINING:
+        from disttrain.commands import training
+
+        return training.run(arguments)
+    known = [*_TRAINING, *_TOOLS]
+    raise ConfigError(f"there is no subcommand {name!r}", mend=f"see `disttrain --help`; {nearest(name, known)}")
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {text}" for name, text in {**_TRAINING, **_TOOLS}.items()]
+    return "\n".join(["usage: disttrain SUBCOMMAND [--help] [OPTIONS]", "", *lines])
+
+
+def _print_error(error: DisttrainError) -> None:
+    world = detect_world()
+    if world.rank > 0 and isinstance(error, ConfigError | RankError):
+        return  # rank 0 made the same mistake, or another rank prints its own
+    where = f" (rank {world.rank} of {world.size})" if world.size > 1 else ""
+    print(f"disttrain: error{where}: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

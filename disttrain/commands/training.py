@@ -1,0 +1,230 @@
+"""``disttrain fit | validate | test | predict`` on LightningCLI: typed YAML, dotted overrides, ``--help``.
+
+``fit`` resumes what was interrupted, trains, restores the best weights, tests where there is a test split,
+prints a table of the result and writes the report. All ranks parse the same configuration; rank 0 speaks.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
+from rich.table import Table
+
+from disttrain.callbacks.checkpointing import Checkpointing
+from disttrain.callbacks.early_stopping import EarlyStopping
+from disttrain.callbacks.predictions import PredictionWriter
+from disttrain.data.module import ShardedDataModule
+from disttrain.errors import ConfigError, nearest
+from disttrain.report import write_report
+from disttrain.runs import best_checkpoint
+from disttrain.trainer import Trainer
+from disttrain.version import __version__
+from disttrain.world import detect_world
+
+_EVALUATIONS = ("validate", "test", "predict")
+
+
+class _Parser(LightningArgumentParser):
+    """A parser whose errors are disttrain's: one message, with the nearest key."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = " ".join(str(message).split())
+        raise ConfigError(text, mend=_mend(text, self)) from None
+
+
+class TrainingCLI(LightningCLI):
+    """Parses the configuration and runs the subcommand."""
+
+    trainer: Trainer
+    datamodule: ShardedDataModule
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            pl.LightningModule,
+            ShardedDataModule,
+            subclass_mode_model=True,
+            trainer_class=Trainer,
+            seed_everything_default=0,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_class=_Parser,
+            parser_kwargs={"prog": "disttrain", "dump_header": [f"disttrain=={__version__}"]},
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The subcommands; none of the Trainer's own arguments, which the data module and --resume replace."""
+        loaders = {"model", "datamodule", "ckpt_path", "weights_only"}
+        return {
+            "fit": loaders | {"train_dataloaders", "val_dataloaders"},
+            "validate": loaders | {"dataloaders", "verbose"},
+            "test": loaders | {"dataloaders", "verbose"},
+            "predict": loaders | {"dataloaders", "return_predictions"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Stopping, checkpoints, and one seed for order, weights and dropout."""
+        parser.add_lightning_class_args(EarlyStopping, "early_stopping")
+        parser.add_lightning_class_args(Checkpointing, "checkpoint")
+        parser.link_arguments("early_stopping.monitor", "checkpoint.monitor")
+        parser.link_arguments("early_stopping.mode", "checkpoint.mode")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "trainer.seed", compute_fn=int)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--resume",
+                default="auto",
+                help="auto: go on where this run folder was interrupted; never: start anew; or a checkpoint's path",
+            )
+        else:
+            parser.add_argument(
+                "--checkpoint_path",
+                default="best",
+                help="which weights: best, last, or a checkpoint's or run folder's path",
+            )
+        if subcommand == "predict":
+            parser.add_argument("--output", default=None, help="file to write; RUN_DIR/predictions.jsonl by default")
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the arguments given, whatever ``sys.argv`` holds."""
+        self.config = parser.parse_args(args)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return {}  # the methods below take what they need from the configuration
+
+    def fit(self) -> None:
+        """Train, then test and report."""
+        trainer, data = self.trainer, self.datamodule
+        start = trainer.find_start(self._get(self.config, "resume"))
+        if trainer.is_global_zero:
+            _say(start.notes)
+            trainer.run_dir.mkdir(parents=True, exist_ok=True)
+            (trainer.run_dir / "config.yaml").write_text(self._config_text())
+        trainer.fit(self.model, datamodule=data, ckpt_path=str(start.checkpoint) if start.checkpoint else None)
+        result: dict[str, float] = {}
+        if data.specs["test"]:
+            trainer.test(self.model, datamodule=data, verbose=False)
+            result = _metrics(trainer)
+        if trainer.is_global_zero:
+            trainer.record.add_result(result)
+            page = write_report([trainer.run_dir])
+            _print_result(trainer, result, page)
+
+    def validate(self) -> None:
+        """Evaluate on the validation split."""
+        self._evaluate("validate")
+
+    def test(self) -> None:
+        """Evaluate on the test split."""
+        self._evaluate("test")
+
+    def predict(self) -> None:
+        """Write one result a sample, in order."""
+        output = Path(self._get(self.config, "output") or self.trainer.run_dir / "predictions.jsonl")
+        self.trainer.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]
+        self.trainer.predict(
+            self.model, datamodule=self.datamodule, ckpt_path=self._checkpoint(), return_predictions=False
+        )
+        if self.trainer.is_global_zero:
+            _say([f"wrote {output}"])
+
+    def _evaluate(self, which: str) -> None:
+        run = self.trainer.validate if which == "validate" else self.trainer.test
+        checkpoint = self._checkpoint()
+        run(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, verbose=False)
+        if self.trainer.is_global_zero:
+            table = Table(title=f"disttrain {which}: {checkpoint}")
+            table.add_column("metric")
+            table.add_column("value", justify="right")
+            for name, value in _metrics(self.trainer).items():
+                table.add_row(name, f"{value:.6f}")
+            Console().print(table)
+
+    def _checkpoint(self) -> str:
+        self.trainer.connect()
+        return str(best_checkpoint(self.trainer.run_dir, self._get(self.config, "checkpoint_path")))
+
+    def _config_text(self) -> str:
+        """The full configuration of this run, in a form that ``--config`` takes again."""
+        assert self.subcommand is not None
+        parser, config = self._parser(self.subcommand), self.config[self.subcommand]
+        return str(parser.dump(config.clone() if isinstance(config, Namespace) else config, skip_none=False))
+
+
+def run(argv: list[str]) -> int:
+    """Run a training subcommand; ``argv`` starts with its name."""
+    _quieten()
+    try:
+        cli = TrainingCLI(argv)
+        del cli
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def _metrics(trainer: Trainer) -> dict[str, float]:
+    """What the last evaluation logged, by name."""
+    return {str(name): float(value) for name, value in sorted(trainer.callback_metrics.items())}
+
+
+def _mend(message: str, parser: LightningArgumentParser) -> str:
+    """How to mend a parse error: the nearest key for an unknown one."""
+    unknown = re.search(r"[Kk]ey '([^']+)' is not expected|[Uu]nrecognized arguments: --([\w.]+)", message)
+    if unknown is None:
+        return "see --help for the settings and their types, or --print_config for all of them"
+    name = unknown.group(1) or unknown.group(2)
+    known = {action.dest for action in parser._actions if action.dest not in ("help", "config")}
+    known |= {part for dest in known for part in [dest.rpartition(".")[2]]}
+    return f"correct {name!r}; {nearest(name, known)}"
+
+
+def _print_result(trainer: Trainer, result: dict[str, float], page: Path) -> None:
+    record, log = trainer.record.record, trainer.step_log
+    table = Table(title=f"disttrain fit: {trainer.run_dir}", show_header=False)
+    for name, value in result.items():
+        table.add_row(name, f"{value:.4f}")
+    best = record.get("best")
+    if best:
+        table.add_row(f"best {best['monitor']}", f"{best['value']:.4f} at step {best['step']}")
+    table.add_row("steps", f"{record['attempts'][-1]['to_step']}")
+    if log.seconds > 0 and log.samples:
+        table.add_row("samples/s", f"{log.samples / log.seconds:,.0f} on {trainer.world_size} ranks")
+    table.add_row("stopped", record.get("stop_reason", ""))
+    checkpoints = trainer.checkpoint_callback
+    kept = checkpoints.best_model_path if isinstance(checkpoints, Checkpointing) else ""
+    table.add_row("checkpoint", kept or str(trainer.run_dir / "checkpoints"))
+    table.add_row("report", str(page))
+    Console().print(table)
+
+
+def _say(lines: list[str]) -> None:
+    for line in lines:
+        print(f"disttrain: {line}", file=sys.stderr)
+
+
+def _quieten() -> None:
+    """Leave out what Lightning says that does not concern a disttrain run."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*is not resumable.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    if detect_world().rank != 0:
+        warnings.filterwarnings("ignore")

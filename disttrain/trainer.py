@@ -1,0 +1,175 @@
+"""Lightning's Trainer with the launcher's ranks, intervals in optimizer steps, and disttrain's habits.
+
+The configuration names no hardware: ranks come from torchrun, SLURM or a single process. Accumulation is
+derived by the data module, intervals are in steps of the global batch, randomness is keyed, checkpoints are
+disttrain's. Lightning's own signal handlers, which run collectives inside the handler, and its broadcast
+before every batch are taken out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from disttrain.callbacks.progress import StepProgress
+from disttrain.callbacks.randomness import KeyedRandomness
+from disttrain.callbacks.run_record import RunRecord
+from disttrain.callbacks.step_log import StepLog
+from disttrain.errors import ConfigError
+from disttrain.metrics_log import MetricsLog
+from disttrain.parallel.agree import raise_together
+from disttrain.parallel.config import ParallelConfig
+from disttrain.parallel.strategies import build_strategy
+from disttrain.runs import Start, choose_start
+from disttrain.world import detect_world
+
+PrecisionName = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
+
+
+class Trainer(pl.Trainer):
+    """Trains, evaluates and predicts on the ranks that the launcher gives.
+
+    Args:
+        run_dir: folder of the run: checkpoints, logs, record, report.
+        max_epochs: epochs to train; without any limit, Lightning's 1000.
+        max_steps: optimizer steps to train, -1 for no limit.
+        validate_every_steps: optimizer steps between validations; by default one at the end of each epoch.
+        log_every_steps: optimizer steps between log lines.
+        precision: ``32-true``, ``bf16-mixed``, ``16-mixed`` (CUDA only) or ``bf16-true``.
+        gradient_clip_norm: largest norm of a step's gradient.
+        parallel: how the model is spread over the ranks.
+        seed: seed of dropout and other random numbers in training.
+        accelerator: ``auto`` takes CUDA where there is any.
+        callbacks: further callbacks.
+        progress_bar: show progress on rank 0.
+
+    Raises:
+        ConfigError: a setting is out of range, or this device cannot do it.
+    """
+
+    def __init__(
+        self,
+        *,
+        run_dir: str = "runs/run",
+        max_epochs: int | None = None,
+        max_steps: int = -1,
+        validate_every_steps: int | None = None,
+        log_every_steps: int = 10,
+        precision: PrecisionName = "32-true",
+        gradient_clip_norm: float | None = None,
+        parallel: ParallelConfig | None = None,
+        seed: int = 0,
+        accelerator: Literal["auto", "cpu", "cuda"] = "auto",
+        callbacks: list[Callback] | None = None,
+        progress_bar: bool = True,
+    ) -> None:
+        if validate_every_steps is not None and validate_every_steps < 1:
+            raise ConfigError(
+                f"trainer.validate_every_steps is {validate_every_steps}",
+                mend="use at least 1, or null for every epoch",
+            )
+        parallel = parallel or ParallelConfig()
+        device = _device_kind(accelerator)
+        _check_precision(precision, device)
+        world = detect_world()
+        self.run_dir = Path(run_dir)
+        self.record = RunRecord(self.run_dir, strategy=parallel.strategy, precision=precision)
+        self.step_log = StepLog(log_every_steps)
+        own: list[Callback] = [KeyedRandomness(seed), _Intervals(validate_every_steps), self.step_log, self.record]
+        if progress_bar:
+            own.append(StepProgress(self.step_log))
+        super().__init__(
+            accelerator=device,
+            devices=world.local_size,
+            num_nodes=world.num_nodes,
+            strategy=build_strategy(parallel),
+            # A lone process inside a SLURM allocation is not one of its tasks.
+            plugins=[LightningEnvironment()] if world.launcher == "alone" else None,
+            precision=precision,
+            max_epochs=max_epochs,
+            max_steps=max_steps,
+            num_sanity_val_steps=1,
+            log_every_n_steps=1,  # StepLog keeps the interval
+            gradient_clip_val=gradient_clip_norm,
+            use_distributed_sampler=False,
+            logger=[
+                MetricsLog(self.run_dir),
+                TensorBoardLogger(save_dir=self.run_dir, name="", version="tensorboard"),
+            ],
+            callbacks=[*own, *(callbacks or [])],
+            enable_checkpointing=None,
+            enable_progress_bar=progress_bar,
+            enable_model_summary=False,
+            enable_autolog_hparams=False,
+            default_root_dir=self.run_dir,
+        )
+        self._quieten()
+
+    def connect(self) -> None:
+        """Join the other ranks now rather than in ``fit``; a later call does nothing."""
+        self.strategy.setup_environment()
+
+    def find_start(self, resume: str) -> Start:
+        """Where to start: ``auto``, ``never``, or a path; rank 0 decides for all. A collective.
+
+        Pass ``ckpt_path=start.checkpoint`` to :meth:`fit`.
+
+        Raises:
+            CheckpointError: the named checkpoint does not exist or is torn.
+        """
+        self.connect()
+        start = Start(None)
+        with raise_together():
+            if self.is_global_zero:
+                start = choose_start(self.run_dir, resume)
+        start = self.strategy.broadcast(start)
+        self.record.notes = start.notes
+        return start
+
+    def _quieten(self) -> None:
+        # A broadcast before every batch (https://github.com/Lightning-AI/pytorch-lightning/pull/20825) and
+        # handlers that broadcast: under rank skew they hang, and without it they cost a collective a step.
+        self.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+        self._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
+
+
+class _Intervals(Callback):
+    """Turns the validation interval, in steps, into Lightning's micro batches once these are known."""
+
+    def __init__(self, validate_every_steps: int | None) -> None:
+        self._every = validate_every_steps
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """The data module has set the accumulation by now."""
+        if self._every is not None and stage == "fit":
+            trainer.val_check_interval = self._every * trainer.accumulate_grad_batches
+            trainer.check_val_every_n_epoch = None
+
+
+def _nothing() -> None:
+    pass
+
+
+def _device_kind(accelerator: str) -> str:
+    available = torch.cuda.is_available()
+    if accelerator == "cuda" and not available:
+        raise ConfigError("trainer.accelerator is cuda, but PyTorch sees no CUDA device", mend="use auto or cpu")
+    return "cuda" if accelerator != "cpu" and available else "cpu"
+
+
+def _check_precision(precision: str, device: str) -> None:
+    if precision == "16-mixed" and device == "cpu":
+        raise ConfigError(
+            "trainer.precision is 16-mixed, which needs a CUDA device", mend="use bf16-mixed or 32-true on the CPU"
+        )
+    if "bf16" in precision and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(
+            f"trainer.precision is {precision}, which {torch.cuda.get_device_name()} cannot do",
+            mend="use 16-mixed or 32-true",
+        )
