@@ -1,0 +1,25 @@
+"""Data that several tests read, packed once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from disttrain.commands import shards
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """scikit-learn's digits as shards: train (4), val and test."""
+    folder = tmp_path_factory.mktemp("digits")
+    assert shards.main(["pack", "sklearn:digits", str(folder), "--shards", "4"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def diabetes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """scikit-learn's diabetes as shards: train, val and test."""
+    folder = tmp_path_factory.mktemp("diabetes")
+    assert shards.main(["pack", "sklearn:diabetes", str(folder), "--shards", "2"]) == 0
+    return folder

@@ -1,0 +1,406 @@
+"""Decoders: the batch path equals the single one, nothing is unpickled, and garbage is named by its place."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+from numpy.typing import NDArray
+from torch import Tensor
+
+from disttrain.data.decode import REFUSED, BadValueError, Decoded, Field, RawValues, decode
+from disttrain.errors import ConfigError
+from tests.support.shards import npy
+
+quick = settings(derandomize=True, deadline=None, max_examples=100)
+NUMBERS = ("uint8", "int16", "int32", "int64", "float16", "float32", "float64", "bool", "complex64")
+
+
+def separate(values: Sequence[bytes]) -> RawValues:
+    """The values as the reader gives them where their sizes differ."""
+    return RawValues([memoryview(value) for value in values])
+
+
+def block(values: Sequence[bytes]) -> RawValues:
+    """The values as the reader gives them where all have one size."""
+    return RawValues(block=np.stack([np.frombuffer(value, dtype=np.uint8) for value in values]))
+
+
+def ways(values: Sequence[bytes]) -> list[RawValues]:
+    one_size = len({len(value) for value in values}) == 1 and len(values[0]) > 0
+    return [separate(values), block(values)] if one_size else [separate(values)]
+
+
+def tensor_of(decoded: Decoded) -> Tensor:
+    assert isinstance(decoded, Tensor), f"{type(decoded).__name__} instead of a tensor"
+    return decoded
+
+
+def refused(field: Field, values: Sequence[bytes]) -> list[BadValueError]:
+    """The error that each way of giving the values raises."""
+    errors = []
+    for raw in ways(values):
+        with pytest.raises(BadValueError) as caught:
+            decode(field, raw)
+        errors.append(caught.value)
+    return errors
+
+
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return io.open, (str(self.path), "w")
+
+
+@quick
+@given(
+    st.sampled_from(NUMBERS),
+    npst.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4),
+    st.integers(1, 6),
+    st.integers(0, 2**32 - 1),
+)
+def test_arrays_of_one_shape_become_one_tensor(kind: str, shape: tuple[int, ...], count: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    arrays = [(random.integers(-99, 99, shape) * 1.5).astype(kind) for _ in range(count)]
+    for raw in ways([npy(array) for array in arrays]):
+        found = tensor_of(decode(Field("x.npy"), raw))
+        np.testing.assert_array_equal(found.numpy(), np.stack(arrays))
+        assert found.numpy().dtype == np.dtype(kind)
+
+
+def test_arrays_of_several_shapes_become_a_list() -> None:
+    arrays = [np.arange(6.0).reshape(2, 3), np.arange(4.0).reshape(2, 2), np.float64(7)]
+    found = decode(Field("npy"), separate([npy(array) for array in arrays]))
+    assert isinstance(found, list)
+    for ours, array in zip(found, arrays, strict=True):
+        np.testing.assert_array_equal(ours.numpy(), array)
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        [np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(6, dtype=np.float32).reshape(3, 2)],
+        [np.arange(3, dtype=np.float32), np.arange(3, dtype=np.int32)],
+    ],
+)
+def test_values_of_one_size_but_other_headers_become_a_list(arrays: list[NDArray[Any]]) -> None:
+    values = [npy(array) for array in arrays]
+    assert len(values[0]) == len(values[1])
+    for raw in ways(values):
+        found = decode(Field("npy"), raw)
+        assert isinstance(found, list)
+        for ours, array in zip(found, arrays, strict=True):
+            np.testing.assert_array_equal(ours.numpy(), array)
+            assert ours.numpy().dtype == array.dtype
+
+
+def test_a_decoded_batch_may_be_written_to() -> None:
+    values = [npy(np.arange(3, dtype=np.float32))] * 2
+    raw = np.frombuffer(b"\x01\x02" * 2, dtype=np.uint8)
+    for way in ways(values):
+        tensor_of(decode(Field("npy"), way)).add_(1)
+    for way in ways([raw.tobytes()] * 2):
+        tensor_of(decode(Field("x", decoder="tensor", dtype="uint8", shape=(4,)), way)).add_(1)
+    assert values[0] == npy(np.arange(3, dtype=np.float32)), "the bytes themselves were written to"
+
+
+def test_fortran_order_is_refused_unless_it_is_c_order_too() -> None:
+    stream = io.BytesIO()
+    np.save(stream, np.asfortranarray(np.arange(6.0).reshape(2, 3)))
+    for error in refused(Field("npy"), [stream.getvalue()] * 2):
+        assert "Fortran order" in str(error)
+        assert error.place == 0
+    stream = io.BytesIO()
+    np.save(stream, np.asfortranarray(np.arange(3.0)))
+    for raw in ways([stream.getvalue()] * 2):
+        assert tensor_of(decode(Field("npy"), raw)).tolist() == [[0, 1, 2]] * 2
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_object_arrays_are_refused_and_not_unpickled(tmp_path: Path, count: int) -> None:
+    planted = tmp_path / "planted"
+    stream = io.BytesIO()
+    np.save(stream, np.array([Bomb(planted)], dtype=object), allow_pickle=True)
+    for error in refused(Field("npy"), [stream.getvalue()] * count):
+        assert "Python objects" in str(error)
+    assert not planted.exists(), "code from the data has run"
+
+
+@pytest.mark.parametrize("kind", ["cls", "txt", "json", "npy", "png", "tensor"])
+def test_a_pickle_in_place_of_a_value_does_not_run(tmp_path: Path, kind: str) -> None:
+    planted = tmp_path / "planted"
+    field = Field(kind, dtype="uint8", shape=(3,)) if kind == "tensor" else Field(kind)
+    refused(field, [pickle.dumps(Bomb(planted), protocol=4)] * 2)
+    assert not planted.exists(), "code from the data has run"
+    with pickle_file(pickle.dumps(Bomb(planted), protocol=4)) as stream:
+        pickle.load(stream).close()
+    assert planted.exists(), "the planted pickle is harmless: the test shows nothing"
+
+
+def pickle_file(content: bytes) -> io.BytesIO:
+    return io.BytesIO(content)
+
+
+def header(text: str) -> bytes:
+    """An npy array with a header of that text."""
+    encoded = text.encode()
+    return b"\x93NUMPY\x01\x00" + len(encoded).to_bytes(2, "little") + encoded
+
+
+GOOD_NPY = npy(np.arange(6, dtype=np.float32).reshape(2, 3))
+SHAPED = "{'descr': '<f4', 'fortran_order': False, 'shape': %s}"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        (Field("npy"), b""),
+        (Field("npy"), b"\x93NUM"),
+        (Field("npy"), b"garbage that is no array"),
+        (Field("npy"), GOOD_NPY[:-1]),
+        (Field("npy"), GOOD_NPY + b"\0\0\0\0"),
+        (Field("npy"), GOOD_NPY[:40]),
+        (Field("npy"), b"\x93NUMPY\x09\x00" + GOOD_NPY[8:]),
+        (Field("npy"), header(SHAPED % "(2,)") + b"1234"),
+        (Field("npy"), header("no dictionary") + b"1234"),
+        (Field("cls"), b""),
+        (Field("cls"), b"cat"),
+        (Field("cls"), b"1.5"),
+        (Field("cls"), b"\xff"),
+        (Field("txt"), b"\xff\xfe"),
+        (Field("json"), b""),
+        (Field("json"), b"{"),
+        (Field("json"), b"\xff\xff"),
+        (Field("png"), b""),
+        (Field("jpg"), b"\xff\xd8\xff\xe0 no image"),
+        (Field("x", decoder="tensor", dtype="float32", shape=(2, 2)), b"123456789012345"),
+        (Field("x", decoder="tensor", dtype="float32", shape=(2, 2)), b""),
+    ],
+)
+def test_garbage_is_named_by_its_place(field: Field, value: bytes) -> None:
+    good = {
+        "npy": GOOD_NPY,
+        "cls": b"3",
+        "txt": b"text",
+        "json": b"1",
+        "image": picture((2, 2)),
+        "tensor": b"1234567890123456",
+    }[field.kind]
+    for error in refused(field, [value]):
+        assert error.place == 0
+    errors = refused(field, [good, good, value, good])
+    assert {error.place for error in errors} == {2}, f"the place is given as {[error.place for error in errors]}, not 2"
+
+
+ESCAPES = [
+    pytest.param(Field("npy"), npy(np.array(["text"])), id="text"),
+    pytest.param(Field("npy"), npy(np.array(["2020-01-01"], dtype="M8[D]")), id="dates"),
+    pytest.param(Field("npy"), npy(np.zeros(2, dtype=[("a", "<f4")])), id="records"),
+    pytest.param(Field("npy"), header("{") + b"1234", id="cut-header"),
+    pytest.param(Field("npy"), header("{[]: 1}") + b"1234", id="unhashable-header"),
+    pytest.param(Field("npy"), header(SHAPED % "(-1,)") + b"1234", id="negative-shape"),
+    pytest.param(Field("npy"), header(SHAPED % "(-1, -1)") + b"1234", id="negative-shapes"),
+    pytest.param(Field("cls"), b"99999999999999999999", id="64-bit-overflow"),
+    pytest.param(Field("json"), b"[" * 100_000, id="deep-json"),
+    pytest.param(Field("ppm"), b"P6\n2 2\nx55\n" + bytes(12), id="damaged-ppm"),
+    pytest.param(Field("ppm"), b"P6\n99999 99999\n255\n" + bytes(12), id="too-large-an-image"),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), ESCAPES)
+def test_values_that_libraries_choke_on_are_bad_values(field: Field, value: bytes) -> None:
+    for error in refused(field, [value] * 2):
+        assert error.place == 0
+
+
+def test_big_endian_arrays_are_read_or_refused() -> None:
+    array = np.arange(6, dtype=">f4").reshape(2, 3)
+    for raw in ways([npy(array)] * 2):
+        try:
+            found = tensor_of(decode(Field("npy"), raw))
+        except BadValueError:
+            continue
+        np.testing.assert_array_equal(found.numpy(), np.stack([array, array]))
+
+
+@settings(quick, max_examples=300)
+@given(st.data())
+def test_damaged_arrays_are_bad_values_or_arrays(data: st.DataObject) -> None:
+    value = bytearray(GOOD_NPY)
+    for _ in range(data.draw(st.integers(1, 3))):
+        value[data.draw(st.integers(0, 127))] = data.draw(st.integers(0, 255))
+    for raw in ways([bytes(value[: data.draw(st.integers(1, len(value)))])] * 2):
+        try:
+            decode(Field("npy"), raw)
+        except BadValueError as error:
+            assert error.place == 0
+        except UserWarning:  # NumPy's, of a header that Python 2 would have written
+            pass
+
+
+@quick
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=9))
+def test_class_numbers(numbers: list[int]) -> None:
+    for raw in ways([str(number).encode() for number in numbers]):
+        found = tensor_of(decode(Field("cls"), raw))
+        assert (found.tolist(), found.dtype) == (numbers, torch.int64)
+
+
+def test_class_numbers_with_white_space() -> None:
+    assert tensor_of(decode(Field("index"), separate([b" 7\n", b"-1"]))).tolist() == [7, -1]
+
+
+@quick
+@given(st.lists(st.text(max_size=9), min_size=1, max_size=5))
+def test_text(texts: list[str]) -> None:
+    for raw in ways([text.encode() for text in texts]):
+        assert decode(Field("txt"), raw) == texts
+
+
+def test_json_and_bytes() -> None:
+    values = [b'{"a": [1, null]}', b'"\xc3\xa9"']
+    assert decode(Field("json"), separate(values)) == [{"a": [1, None]}, "é"]
+    assert decode(Field("bin"), separate(values)) == values
+    for raw in ways([b"\0\x01", b"\xff\x02"]):
+        assert decode(Field("anything", decoder="bytes"), raw) == [b"\0\x01", b"\xff\x02"]
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int16", "float32", "int64"])
+def test_raw_tensors_are_little_endian(kind: str) -> None:
+    field = Field("x.bin", decoder="tensor", dtype=kind, shape=(3, 2))
+    arrays = [np.arange(6).reshape(3, 2).astype(kind) + np.dtype(kind).type(i) for i in range(4)]
+    values = [array.astype(np.dtype(kind).newbyteorder("<")).tobytes() for array in arrays]
+    for raw in ways(values):
+        found = tensor_of(decode(field, raw))
+        np.testing.assert_array_equal(found.numpy(), np.stack(arrays))
+        assert found.numpy().dtype == np.dtype(kind)
+
+
+def picture(size: tuple[int, int], format: str = "PNG", mode: str = "RGB", seed: int = 0) -> bytes:
+    """An image of (height, width)."""
+    image: Any = pytest.importorskip("PIL.Image")
+    shape = size if mode in ("L", "1") else (*size, len(mode))
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    stream = io.BytesIO()
+    image.fromarray(pixels, mode if mode != "1" else None).convert(mode).save(stream, format)
+    return stream.getvalue()
+
+
+def pillow(value: bytes) -> NDArray[np.uint8]:
+    image: Any = pytest.importorskip("PIL.Image")
+    return np.array(image.open(io.BytesIO(value)).convert("RGB"))
+
+
+@pytest.mark.parametrize("ext", ["png", "bmp", "ppm"])
+def test_lossless_images_are_what_pillow_reads(ext: str) -> None:
+    values = [picture((5, 7), ext.upper(), seed=seed) for seed in range(3)]
+    for raw in ways(values):
+        found = tensor_of(decode(Field(f"photo.{ext}"), raw))
+        assert (tuple(found.shape), found.dtype) == ((3, 3, 5, 7), torch.uint8)
+        np.testing.assert_array_equal(found.permute(0, 2, 3, 1).numpy(), np.stack([pillow(v) for v in values]))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_images_become_three_channels(mode: str) -> None:
+    value = picture((4, 6), mode=mode)
+    np.testing.assert_array_equal(tensor_of(decode(Field("png"), separate([value])))[0].permute(1, 2, 0), pillow(value))
+
+
+def test_jpeg_images_are_near_what_pillow_reads() -> None:
+    values = [picture((16, 24), "JPEG", seed=seed) for seed in range(2)]
+    found = tensor_of(decode(Field("jpg"), separate(values))).permute(0, 2, 3, 1).numpy().astype(int)
+    difference = np.abs(found - np.stack([pillow(v) for v in values])).mean()
+    assert difference <= 2, f"a mean difference of {difference} levels"
+
+
+def test_images_of_several_sizes_become_a_list_or_are_resized() -> None:
+    values = [picture((5, 7)), picture((8, 4)), picture((6, 6), "JPEG")]
+    plain = decode(Field("png"), separate(values))
+    assert isinstance(plain, list)
+    assert [tuple(image.shape) for image in plain] == [(3, 5, 7), (3, 8, 4), (3, 6, 6)]
+    resized = tensor_of(decode(Field("png", shape=(3, 6, 9)), separate(values)))
+    assert (tuple(resized.shape), resized.dtype) == ((3, 3, 6, 9), torch.uint8)
+
+
+def test_resizing_keeps_what_is_where() -> None:
+    image: Any = pytest.importorskip("PIL.Image")
+    pixels = np.zeros((8, 16, 3), dtype=np.uint8)
+    pixels[:4, :8], pixels[4:, 8:] = (200, 0, 0), (0, 0, 100)
+    stream = io.BytesIO()
+    image.fromarray(pixels).save(stream, "PNG")
+    found = tensor_of(decode(Field("png", shape=(3, 4, 4)), separate([stream.getvalue()])))[0]
+    corners = {(y, x): found[:, y, x].tolist() for y in (0, 3) for x in (0, 3)}
+    assert corners == {(0, 0): [200, 0, 0], (0, 3): [0, 0, 0], (3, 0): [0, 0, 0], (3, 3): [0, 0, 100]}
+
+
+@pytest.mark.parametrize(
+    ("ext", "kind"),
+    [
+        ("cls", "cls"),
+        ("index", "cls"),
+        ("image.npy", "npy"),
+        ("seg.PNG", "image"),
+        ("jpg;png", "image"),
+        ("caption.txt", "txt"),
+        ("text", "txt"),
+        ("bin", "bytes"),
+        ("meta.json", "json"),
+    ],
+)
+def test_the_extension_names_the_decoder(ext: str, kind: str) -> None:
+    assert Field(ext).kind == kind
+
+
+def test_alternatives_are_in_lower_case() -> None:
+    assert Field("JPG; png").alternatives == ("jpg", "png")
+
+
+@pytest.mark.parametrize("ext", sorted(REFUSED))
+def test_pickles_are_refused_by_extension_and_by_decoder(ext: str) -> None:
+    for make in (lambda: Field(f"model.{ext}"), lambda: Field(ext.upper()), lambda: Field("x", decoder=ext)):
+        with pytest.raises(ConfigError, match="unpickled"):
+            make()
+    assert Field(ext, decoder="bytes").kind == "bytes", "the bytes may be asked for as such"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"ext": "mp4"}, ["'mp4'", "no decoder"]),
+        ({"ext": "x", "decoder": "jsn"}, ["'x'", "no decoder 'jsn'", "did you mean 'json'?"]),
+        ({"ext": "x", "decoder": "tensor"}, ["without dtype or shape", "shape: [3, 32, 32]"]),
+        ({"ext": "x", "decoder": "tensor", "dtype": "uint8"}, ["without dtype or shape"]),
+        ({"ext": "x", "decoder": "tensor", "shape": (3,)}, ["without dtype or shape"]),
+    ],
+)
+def test_fields_that_cannot_work_are_refused(arguments: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Field(**arguments)
+    missing = [word for word in words if word not in str(caught.value)]
+    assert not missing, f"{str(caught.value)!r} does not say {missing}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"ext": "x", "decoder": "tensor", "dtype": "flaot32", "shape": (3,)},
+        {"ext": "x", "decoder": "tensor", "dtype": "object", "shape": (3,)},
+        {"ext": "png", "shape": (3,)},
+    ],
+)
+def test_types_and_shapes_that_cannot_work_are_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        Field(**arguments)

@@ -1,0 +1,134 @@
+"""Killed at random steps and resumed: the same weights, no sample lost or delivered twice."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from disttrain.callbacks.ledger import read_ledger
+from disttrain.checkpoint.store import committed
+from disttrain.runs import read_run
+from tests.support.ranks import Outcome, run_cli
+from tests.support.weights import differing, distance, final_weights
+
+STEPS = 48  # two and a half epochs of 19 steps
+
+
+def fit(run_dir: Path, data: Path, ranks: int, strategy: str, *more: str) -> Outcome:
+    """Train digits; a checkpoint every 4 steps, a validation every 10."""
+    arguments = [
+        *("fit", "--config", "recipes/digits.yaml", "--trainer.run_dir", str(run_dir)),
+        *(f"--data.{split}={data}/{split}.json" for split in ("train", "val", "test")),
+        *("--data.global_batch_size", "64", "--data.micro_batch_size", "16"),
+        *("--trainer.max_steps", str(STEPS), "--trainer.parallel.strategy", strategy),
+        *("--trainer.validate_every_steps", "10", "--checkpoint.every_steps", "4"),
+        *("--early_stopping.restore_best", "false"),
+        "--trainer.callbacks+=disttrain.callbacks.SampleLedger",
+        *more,
+    ]
+    return run_cli(ranks, arguments, folder=run_dir.parent / f"{run_dir.name}-logs")
+
+
+def kill(step: int, micro_batch: int) -> list[str]:
+    """Arguments that kill every rank with SIGKILL at a micro batch."""
+    return [
+        "--trainer.callbacks+=tests.support.callbacks.KillAt",
+        f"--trainer.callbacks.step={step}",
+        f"--trainer.callbacks.micro_batch={micro_batch}",
+    ]
+
+
+def killed_and_resumed(run_dir: Path, data: Path, ranks: int, strategy: str, *, kills: int, seed: int) -> list[int]:
+    """Run to the end through several kills at random places; gives the steps at which it was killed."""
+    chance = random.Random(seed)
+    steps = sorted(chance.sample(range(1, STEPS), kills))
+    for step in steps:
+        place = chance.randrange(64 // 16 // ranks)
+        codes = fit(run_dir, data, ranks, strategy, *kill(step, place)).codes
+        assert codes == [-9] * ranks, f"not killed at step {step}: exit codes {codes}"
+    fit(run_dir, data, ranks, strategy).ok()
+    return steps
+
+
+def assert_same_ledger(one: Path, other: Path) -> None:
+    """Both runs fed the same samples to the same steps."""
+    a, b = read_ledger(one / "ledger"), read_ledger(other / "ledger")
+    assert list(a) == list(b) == list(range(STEPS)), f"steps {list(a)} and {list(b)}"
+    different = [step for step in a if a[step] != b[step]]
+    assert not different, f"global batches differ at steps {different[:5]}"
+
+
+@pytest.mark.parametrize(("ranks", "strategy", "kills"), [(2, "ddp", 5), (4, "ddp", 2), (2, "fsdp", 2)])
+def test_same_layout_gives_the_same_bits(digits: Path, tmp_path: Path, ranks: int, strategy: str, kills: int) -> None:
+    fit(tmp_path / "whole", digits, ranks, strategy).ok()
+    steps = killed_and_resumed(tmp_path / "killed", digits, ranks, strategy, kills=kills, seed=ranks)
+
+    names = differing(final_weights(tmp_path / "whole"), final_weights(tmp_path / "killed"))
+    assert not names, f"killed at {steps}: not equal bit by bit: {names}"
+    assert_same_ledger(tmp_path / "whole", tmp_path / "killed")
+    whole, killed = read_run(tmp_path / "whole"), read_run(tmp_path / "killed")
+    assert whole["result"] == killed["result"]
+    assert len(killed["attempts"]) == kills + 1
+
+    epoch = [key for step in range(19) for key in read_ledger(tmp_path / "killed" / "ledger")[step]]
+    assert len(epoch) == len(set(epoch)) == 19 * 64, "a sample was delivered twice in an epoch"
+
+
+def test_resumed_under_another_strategy_and_world_size(digits: Path, tmp_path: Path) -> None:
+    fit(tmp_path / "whole", digits, 2, "ddp").ok()
+    moved = tmp_path / "moved"
+    fit(moved, digits, 2, "ddp", *kill(14, 1))
+    fit(moved, digits, 4, "fsdp", *kill(30, 0))
+    fit(moved, digits, 2, "ddp").ok()
+
+    apart = distance(final_weights(tmp_path / "whole"), final_weights(moved))
+    assert apart <= 1e-6, f"weights are {apart:.2e} apart"
+    assert_same_ledger(tmp_path / "whole", moved)
+    assert [a["world_size"] for a in read_run(moved)["attempts"]] == [2, 4, 2]
+
+
+def test_resumed_at_epoch_ends(digits: Path, tmp_path: Path) -> None:
+    """Checkpoints of epoch ends only, with validation there: the next epoch follows, with its own order."""
+    epochs = ("--trainer.validate_every_steps", "null", "--checkpoint.every_steps", "null")
+    fit(tmp_path / "whole", digits, 2, "ddp", *epochs).ok()
+    killed = tmp_path / "killed"
+    for step in (19, 38):
+        fit(killed, digits, 2, "ddp", *epochs, *kill(step, 0))
+    fit(killed, digits, 2, "ddp", *epochs).ok()
+
+    assert not differing(final_weights(tmp_path / "whole"), final_weights(killed))
+    assert_same_ledger(tmp_path / "whole", killed)
+    assert [a["from_step"] for a in read_run(killed)["attempts"]] == [0, 19, 38]
+
+
+def test_a_half_written_checkpoint_is_passed_over(digits: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    fit(run_dir, digits, 1, "ddp", "--checkpoint.keep_last", "3", *kill(18, 0))
+    found, _ = committed(run_dir / "checkpoints")
+    assert [c.global_step for c in found][-2:] == [12, 16]
+    data = next(found[-1].path.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-100])
+
+    outcome = fit(run_dir, digits, 1, "ddp").ok()
+    assert f"passed over: checkpoint {found[-1].path} is torn: {data.name} has" in outcome.text
+    assert f"resuming from {found[-2].path}" in outcome.text
+    assert read_run(run_dir)["attempts"][-1]["from_step"] == 12
+
+
+def test_a_changed_order_is_refused(digits: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    fit(run_dir, digits, 1, "ddp", *kill(9, 0))
+    outcome = fit(run_dir, digits, 1, "ddp", "--seed_everything", "2")
+    assert outcome.codes == [2]
+    assert "another order of samples: seed was 1, is 2" in outcome.text
+    assert "Traceback" not in outcome.text
+
+
+def test_a_complete_run_is_set_aside(digits: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    for _ in range(2):
+        outcome = fit(run_dir, digits, 1, "ddp", "--trainer.max_steps", "4", "--model.schedule.name", "constant").ok()
+    assert f"the older run was moved to {run_dir}.1" in outcome.text
+    assert read_run(tmp_path / "run.1")["status"] == read_run(run_dir)["status"] == "completed"

@@ -1,0 +1,121 @@
+"""Real ranks for tests: one process each, gloo on the CPU, started as torchrun would start them.
+
+The processes are forked from a server that has imported disttrain but run none of it, so a rank starts in
+milliseconds instead of seconds; everything after that is the real thing. A run that does not end within its
+time is killed, all ranks of it, and fails with what the ranks printed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.support.preload"])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run's ranks returned and printed."""
+
+    codes: list[int | None]
+    outputs: list[str]
+
+    @property
+    def text(self) -> str:
+        """All output, by rank."""
+        return "\n".join(f"--- rank {rank}\n{text}" for rank, text in enumerate(self.outputs))
+
+    def ok(self) -> Outcome:
+        """This outcome, if every rank ended with 0."""
+        assert self.codes == [0] * len(self.codes), f"exit codes {self.codes}\n{self.text}"
+        return self
+
+
+def run_ranks(ranks: int, target: Callable[..., Any], *arguments: Any, folder: Path, timeout: float = 120) -> Outcome:
+    """Call a function in that many ranks; an exception in one is its exit code 1."""
+    folder.mkdir(parents=True, exist_ok=True)
+    logs = [folder / f"rank-{rank}.log" for rank in range(ranks)]
+    port = _free_port()
+    processes = [
+        _CONTEXT.Process(target=_rank, args=(rank, ranks, port, str(logs[rank]), target, arguments), daemon=True)
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    _join(processes, timeout)
+    return Outcome([process.exitcode for process in processes], [log.read_text() for log in logs])
+
+
+def run_cli(ranks: int, arguments: Sequence[str], *, folder: Path, timeout: float = 120) -> Outcome:
+    """Run ``disttrain ARGUMENTS`` in that many ranks."""
+    return run_ranks(ranks, _cli, list(arguments), folder=folder, timeout=timeout)
+
+
+def _cli(arguments: list[str]) -> None:
+    from disttrain.cli import main
+
+    sys.exit(main(arguments))
+
+
+def _join(processes: list[BaseProcess], timeout: float) -> None:
+    """Wait for all; once one has failed, the others get a little longer and are killed, as torchrun does."""
+    deadline = time.monotonic() + timeout
+    while alive := [process for process in processes if process.is_alive()]:
+        failed = any(process.exitcode not in (0, None) for process in processes)
+        alive[0].join(0.1)
+        if failed:
+            deadline = min(deadline, time.monotonic() + 3)
+            failed = False
+        if time.monotonic() > deadline:
+            for process in alive:
+                process.kill()
+            for process in alive:
+                process.join()
+
+
+def _rank(
+    rank: int, ranks: int, port: int, log: str, target: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    if ranks > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_RUN_ID": "test",
+        }
+    import torch
+
+    torch.set_num_threads(1)
+    code = 0
+    try:
+        target(*arguments)
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,28 @@
+"""Comparing what runs left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from disttrain.checkpoint.store import committed, read_model
+
+
+def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    """The model of a run's newest checkpoint."""
+    found, passed_over = committed(run_dir / "checkpoints")
+    assert found, f"{run_dir} has no committed checkpoint; passed over: {passed_over}"
+    return read_model(found[-1].path)
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """``max|a - b| / max|a|`` over all tensors."""
+    assert a.keys() == b.keys(), f"other tensors: {a.keys() ^ b.keys()}"
+    largest = max(float(t.abs().max()) for t in a.values())
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a) / largest
+
+
+def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
+    """The tensors that are not equal bit by bit."""
+    return [name for name in a if not torch.equal(a[name], b[name])]
