@@ -32,6 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     except DisttrainError as error:
         _print_error(error)
         return error.exit_code
+    except RuntimeError as error:
+        if not _lost_a_peer(error):
+            raise
+        world = detect_world()
+        print(f"disttrain: rank {world.rank} of {world.size} stops: another rank failed or was killed", file=sys.stderr)
+        return RankError.exit_code
     except KeyboardInterrupt:
         print("disttrain: interrupted", file=sys.stderr)
         return 130
@@ -63,6 +69,12 @@ def _dispatch(arguments: list[str]) -> int:
     raise ConfigError(f"there is no subcommand {name!r}", mend=f"see `disttrain --help`; {nearest(name, known)}")
 
 
+def _lost_a_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone; that rank has said, or will say, why."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+    return any(sign in str(error) for sign in signs)
+
+
 def _usage() -> str:
     lines = [f"  {name:<10} {text}" for name, text in {**_TRAINING, **_TOOLS}.items()]
     return "\n".join(["usage: disttrain SUBCOMMAND [--help] [OPTIONS]", "", *lines])
@@ -70,8 +82,8 @@ def _usage() -> str:
 
 def _print_error(error: DisttrainError) -> None:
     world = detect_world()
-    if world.rank > 0 and isinstance(error, ConfigError | RankError):
-        return  # rank 0 made the same mistake, or another rank prints its own
+    if isinstance(error, RankError) or (world.rank > 0 and isinstance(error, ConfigError)):
+        return  # another rank prints its own; all ranks have the same configuration
     where = f" (rank {world.rank} of {world.size})" if world.size > 1 else ""
     print(f"disttrain: error{where}: {error}", file=sys.stderr)
 

@@ -104,9 +104,11 @@ def read_meta(path: Path) -> dict[str, Any]:
     check(path)
     try:
         meta: dict[str, Any] = torch.load(path / META, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        if not isinstance(meta, dict):
+            raise TypeError(f"it holds a {type(meta).__name__}")
+    except Exception as error:  # damaged bytes may raise almost anything
         raise CheckpointError(
-            f"{path / META} cannot be read without running code from it: {str(error).splitlines()[0]}",
+            f"{path / META} cannot be read without running code from it: {_first_line(error)}",
             mend="resume from another checkpoint; this file was damaged or not written by disttrain",
         ) from None
     if meta.get("format", 0) > FORMAT:
@@ -126,7 +128,8 @@ def read_tensors(path: Path, into: Tensors) -> None:
     with raise_together():
         reader = _SafeReader(path)
         _compare(path, reader.read_metadata(), into)
-        dcp_load(into, storage_reader=reader, planner=DefaultLoadPlanner())
+        with _damage_named(path):
+            dcp_load(into, storage_reader=reader, planner=DefaultLoadPlanner())
 
 
 def read_model(path: Path) -> dict[str, torch.Tensor]:
@@ -144,7 +147,7 @@ def read_model(path: Path) -> dict[str, torch.Tensor]:
         for name, entry in entries.items()
         if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _damage_named(path):
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         dcp_load({"model": tensors}, storage_reader=reader, planner=DefaultLoadPlanner(), no_dist=True)
     return tensors
@@ -160,11 +163,11 @@ def check(path: Path) -> Committed:
         raise CheckpointError(f"there is no checkpoint {path}", mend="name a directory under checkpoints/")
     try:
         marker = json.loads((path / MARKER).read_text())
-        files: dict[str, int] = marker["files"]
+        files: dict[str, int] = dict(marker["files"].items())
         step = int(marker["global_step"])
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} was never committed", mend="resume from an earlier one") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"checkpoint {path} has a damaged {MARKER}", mend="resume from an earlier one") from None
     for name, size in files.items():
         there = (path / name).stat().st_size if (path / name).is_file() else None
@@ -263,6 +266,22 @@ def _file_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointException as error:  # derives from BaseException, so that `except Exception` would miss it
+        first = next(iter(error.failures.values()), (error,))[0]
+        raise CheckpointError(
+            f"the tensors of checkpoint {path} cannot be read: {_first_line(first)}",
+            mend="resume from an earlier one",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _compare(path: Path, metadata: Metadata, into: Tensors) -> None:
     wanted = dict(_leaves(into))
     there = metadata.state_dict_metadata
@@ -295,11 +314,12 @@ class _SafeReader(FileSystemReader):
         with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as stream:
             try:
                 metadata = _RestrictedUnpickler(stream).load()
-            except (pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
+            except Exception as error:  # damaged bytes may raise almost anything
                 raise CheckpointError(
-                    f"the index of checkpoint {self.path} cannot be read: {error}", mend="resume from an earlier one"
+                    f"the index of checkpoint {self.path} cannot be read: {_first_line(error)}",
+                    mend="resume from an earlier one",
                 ) from None
-        if not isinstance(metadata, Metadata):
+        if not (isinstance(metadata, Metadata) and hasattr(metadata, "state_dict_metadata")):
             raise CheckpointError(f"the index of checkpoint {self.path} is none", mend="resume from an earlier one")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -307,7 +327,7 @@ class _SafeReader(FileSystemReader):
 
 
 _ADMITTED: Final = {
-    "torch.distributed.checkpoint.metadata": None,  # all of its classes are plain records
+    "torch.distributed.checkpoint.metadata": None,  # its own classes: all of them are plain records
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
     "torch": {"Size", "device"},
     "torch.serialization": {"_get_layout"},
@@ -321,10 +341,11 @@ class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         admitted = _ADMITTED.get(module, set())
         found = None
-        if admitted is None or name in admitted:
+        # A dotted name would reach through a module into what it imports, whose constructors may do anything.
+        if "." not in name and (admitted is None or name in admitted):
             found = super().find_class(module, name)
         elif module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             found = getattr(torch, name)
-        if found is None or (admitted is None and not isinstance(found, type)):
+        if found is None or (admitted is None and not (isinstance(found, type) and found.__module__ == module)):
             raise pickle.UnpicklingError(f"{module}.{name} is not part of a checkpoint")
         return found

@@ -7,9 +7,9 @@ prints a table of the result and writes the report. All ranks parse the same con
 from __future__ import annotations
 
 import logging
-import re
 import sys
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,8 +23,9 @@ from rich.table import Table
 from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.early_stopping import EarlyStopping
 from disttrain.callbacks.predictions import PredictionWriter
+from disttrain.commands.messages import explain, own_error
 from disttrain.data.module import ShardedDataModule
-from disttrain.errors import ConfigError, nearest
+from disttrain.errors import ConfigError
 from disttrain.report import write_report
 from disttrain.runs import best_checkpoint
 from disttrain.trainer import Trainer
@@ -38,8 +39,7 @@ class _Parser(LightningArgumentParser):
     """A parser whose errors are disttrain's: one message, with the nearest key."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        text = " ".join(str(message).split())
-        raise ConfigError(text, mend=_mend(text, self)) from None
+        raise explain(str(message), _settings(self)) from None
 
 
 class TrainingCLI(LightningCLI):
@@ -103,7 +103,20 @@ class TrainingCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments given, whatever ``sys.argv`` holds."""
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except ConfigError as error:
+            files = [value for flag, value in pairwise(args) if flag in ("-c", "--config")]
+            if "parsing config" not in error.what or not files:
+                raise
+            raise ConfigError(f"{' or '.join(files)} is no YAML: {error.what}", mend="correct the line named") from None
+
+    def instantiate_classes(self) -> None:
+        """Make trainer, model and data; a setting that these refuse is an error of disttrain's."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise own_error(error) or explain(str(error), []) from None
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {}  # the methods below take what they need from the configuration
@@ -184,15 +197,13 @@ def _metrics(trainer: Trainer) -> dict[str, float]:
     return {str(name): float(value) for name, value in sorted(trainer.callback_metrics.items())}
 
 
-def _mend(message: str, parser: LightningArgumentParser) -> str:
-    """How to mend a parse error: the nearest key for an unknown one."""
-    unknown = re.search(r"[Kk]ey '([^']+)' is not expected|[Uu]nrecognized arguments: --([\w.]+)", message)
-    if unknown is None:
-        return "see --help for the settings and their types, or --print_config for all of them"
-    name = unknown.group(1) or unknown.group(2)
-    known = {action.dest for action in parser._actions if action.dest not in ("help", "config")}
-    known |= {part for dest in known for part in [dest.rpartition(".")[2]]}
-    return f"correct {name!r}; {nearest(name, known)}"
+def _settings(parser: LightningArgumentParser) -> set[str]:
+    """The dotted names of all settings of a parser and of its subcommands."""
+    found = {action.dest for action in parser._actions}
+    for action in parser._actions:
+        for inner in getattr(action, "_name_parser_map", {}).values():
+            found |= _settings(inner)
+    return found - {"help", "config", "print_config", "print_shtab", "subcommand"}
 
 
 def _print_result(trainer: Trainer, result: dict[str, float], page: Path) -> None:

@@ -25,6 +25,8 @@ from disttrain.errors import ConfigError, nearest
 REFUSED: Final = frozenset({"pkl", "pickle", "pyd", "pt", "pth", "joblib", "dill"})
 IMAGES: Final = frozenset({"jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff", "ppm", "img"})
 
+_MAX_DIGITS: Final = 18  # of an int64
+
 Decoded = Tensor | list[Any]
 
 
@@ -88,23 +90,52 @@ class Field:
 
 
 class RawValues:
-    """The bytes of one field over a batch.
+    """The bytes of one field over a batch, given in one of three ways.
 
     Args:
-        values: the bytes of each sample; made from ``block`` when first asked for, if not given.
-        block: the same as one array where all have one size. uint8, shape (samples, bytes)
+        values: the bytes of each sample; made from the others when first asked for, if not given.
+        block: one array, where all have one size. uint8, shape (samples, bytes)
+        pieces: one buffer, and each sample's place in it and size. shapes (bytes,), (samples,), (samples,)
     """
 
-    def __init__(self, values: Sequence[memoryview] | None = None, *, block: NDArray[np.uint8] | None = None) -> None:
+    def __init__(
+        self,
+        values: Sequence[memoryview] | None = None,
+        *,
+        block: NDArray[np.uint8] | None = None,
+        pieces: tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]] | None = None,
+    ) -> None:
         self._values = values
         self.block = block
+        self._pieces = pieces
 
     @property
     def values(self) -> Sequence[memoryview]:
         """The bytes of each sample."""
-        if self._values is None:
+        if self._values is None and self._pieces is not None:
+            buffer, at, sizes = self._pieces
+            view = buffer.data
+            self._values = [view[a : a + s] for a, s in zip(at.tolist(), sizes.tolist(), strict=True)]
+        elif self._values is None:
             self._values = [memoryview(row) for row in self.block] if self.block is not None else []
         return self._values
+
+    def aligned(self, max_bytes: int, fill: int) -> NDArray[np.uint8] | None:
+        """The values as rows of one array, filled up on the left.
+
+        Returns:
+            None where that does not pay: a value is empty or longer than ``max_bytes``.
+        """
+        if self.block is not None:
+            return self.block if 0 < self.block.shape[1] <= max_bytes else None
+        if self._pieces is None:
+            return None
+        buffer, at, sizes = self._pieces
+        width = int(sizes.max())
+        if sizes.min() == 0 or width > max_bytes:
+            return None
+        columns = np.arange(width) - width + sizes[:, None]  # byte of the value, negative where there is none
+        return np.where(columns < 0, np.uint8(fill), buffer[at[:, None] + np.maximum(columns, 0)])
 
 
 def decode(field: Field, raw: RawValues) -> Decoded:
@@ -158,7 +189,12 @@ def _one_npy(data: bytes, place: int) -> NDArray[Any]:
 
 
 def _cls(field: Field, raw: RawValues) -> Decoded:
-    numbers = []
+    text = raw.aligned(_MAX_DIGITS, fill=ord("0"))
+    if text is not None:
+        digits = text - np.uint8(ord("0"))  # what is no digit wraps round to 10 or more
+        if (digits < 10).all():
+            return torch.from_numpy(digits @ 10 ** np.arange(digits.shape[1])[::-1])
+    numbers = []  # signs, spaces and errors: one by one
     for place, value in enumerate(raw.values):
         try:
             numbers.append(int(bytes(value)))
@@ -192,10 +228,12 @@ def _each(raw: RawValues, read: Callable[[memoryview], Any], what: str) -> list[
 def _tensor(field: Field, raw: RawValues) -> Decoded:
     dtype = np.dtype(field.dtype).newbyteorder("<")
     expected = int(np.prod(field.shape)) * dtype.itemsize
-    for place, value in enumerate(raw.values if raw.block is None else raw.values[:1]):
-        if len(value) != expected:
-            raise BadValueError(place, f"{len(value)} bytes, but {field.dtype} of shape {field.shape} takes {expected}")
-    block = raw.block if raw.block is not None else np.stack([np.frombuffer(v, np.uint8) for v in raw.values])
+    block = raw.block
+    for place, size in enumerate(map(len, raw.values) if block is None else block.shape[1:]):
+        if size != expected:
+            raise BadValueError(place, f"{size} bytes, but {field.dtype} of shape {field.shape} takes {expected}")
+    if block is None:
+        block = np.stack([np.frombuffer(value, np.uint8) for value in raw.values])
     return torch.from_numpy(np.ascontiguousarray(block).view(dtype).reshape(len(block), *field.shape))
 
 

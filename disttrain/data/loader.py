@@ -39,7 +39,8 @@ COUNT: Final = "__count__"
 
 Batch = dict[str, Any]
 
-_SAMPLES_A_READ: Final = 1024
+# A read costs the more a sample the fewer it takes; what bounds it is the time to its first batch.
+_SAMPLES_A_READ: Final = 4096
 _BYTES_A_READ: Final = 8 * 2**20
 
 
@@ -120,26 +121,33 @@ class _Loader:
 
     def _load(self, work: _Work) -> list[Batch]:
         ids = work.ids()
+        rows, size = ids.shape
         fields = self.reader.read(ids.ravel())
         keys = self.reader.keys(ids.ravel())
-        pin = torch.cuda.is_available()
-        tensors = {
-            name: value.pin_memory() if pin else value for name, value in fields.items() if isinstance(value, Tensor)
-        }
-        size = ids.shape[1]
+        if torch.cuda.is_available():
+            fields = {name: v.pin_memory() if isinstance(v, Tensor) else v for name, v in fields.items()}
+        counts = np.full(rows, size) if work.counts is None else work.counts
+        weights = torch.from_numpy((np.arange(size) < counts[:, None]).astype(np.float32))
+        copied = torch.from_numpy(ids.copy())
         batches: list[Batch] = []
-        for row, row_ids in enumerate(ids):
+        for row in range(rows):
             here = slice(row * size, (row + 1) * size)
-            count = size if work.counts is None else int(work.counts[row])
-            batch: Batch = {
-                name: tensors[name][here] if name in tensors else value[here] for name, value in fields.items()
-            }
+            batch: Batch = {name: value[here] for name, value in fields.items()}
             batch[KEY] = keys[here]
-            batch[ID] = torch.from_numpy(row_ids.copy())
-            batch[WEIGHT] = (torch.arange(size) < count).to(torch.float32)
-            batch[COUNT] = count
+            batch[ID] = copied[row]
+            batch[WEIGHT] = weights[row]
+            batch[COUNT] = int(counts[row])
             batches.append(batch)
         return batches
+
+
+def _growing(first: int, last: int, most: int) -> Iterator[tuple[int, int]]:
+    """Cut a range into (start, length) of length 1, 2, 4, ... ``most``: the first batch waits for no other."""
+    length = 1
+    while first < last:
+        length = min(length, last - first)
+        yield first, length
+        first, length = first + length, min(2 * length, most)
 
 
 class TrainLoader(_Loader):
@@ -185,9 +193,8 @@ class TrainLoader(_Loader):
         size, steps = self._micro_batches_a_read(), self.order.steps_per_epoch
         low = self.rank * self.plan.rank_batch_size
         if size >= self.plan.accumulation:
-            several = size // self.plan.accumulation
-            for step in range(first_step, steps, several):
-                yield self._some(epoch, step, min(several, steps - step), low, low + self.plan.rank_batch_size)
+            for step, several in _growing(first_step, steps, size // self.plan.accumulation):
+                yield self._some(epoch, step, several, low, low + self.plan.rank_batch_size)
             return
         for step in range(first_step, steps):
             for part in range(0, self.plan.accumulation, size):
@@ -231,8 +238,8 @@ class EvaluationLoader(_Loader):
         return len(self._ids)
 
     def __iter__(self) -> Iterator[Batch]:
-        size = self._micro_batches_a_read()
-        yield from self._run(self._rows(row, row + size) for row in range(0, len(self._ids), size))
+        pieces = _growing(0, len(self._ids), self._micro_batches_a_read())
+        yield from self._run(self._rows(row, row + size) for row, size in pieces)
 
     def _rows(self, first: int, last: int) -> _Work:
         return _Work(lambda: self._ids[first:last], self._counts[first:last])

@@ -19,7 +19,8 @@ from disttrain.data.index import ShardIndex
 from disttrain.data.loader import EvaluationLoader, LoaderConfig, TrainLoader
 from disttrain.data.order import DEFAULT_WINDOW, Order, OrderConfig
 from disttrain.data.reader import Reader
-from disttrain.errors import CheckpointError, ConfigError, DataError
+from disttrain.errors import CheckpointError, ConfigError, DataError, DisttrainError
+from disttrain.parallel.agree import raise_together
 from disttrain.parallel.config import BatchPlan
 from disttrain.world import detect_world
 
@@ -99,9 +100,13 @@ class ShardedDataModule(pl.LightningDataModule):
         return self._train_order().steps_per_epoch
 
     def prepare_data(self) -> None:
-        """Index the shards that have no fresh sidecar, and check all settings, once a node."""
+        """Index the shards that have no fresh sidecar, once a node."""
         stage = self.trainer.state.fn.value if self.trainer is not None and self.trainer.state.fn else "fit"
-        self._open(stage, write_sidecars=True)
+        try:
+            self._open(stage, write_sidecars=True)
+        except DisttrainError:
+            # Only one rank of a node is here; the others wait. All meet the same fault in setup().
+            self._readers.clear()
 
     def setup(self, stage: str) -> None:
         """Open the data of a stage (``fit``, ``validate``, ``test`` or ``predict``).
@@ -110,7 +115,8 @@ class ShardedDataModule(pl.LightningDataModule):
             ConfigError: the batch sizes cannot be cut over the ranks.
             DataError: shards are missing, empty, or lack a declared field.
         """
-        self._open(stage, write_sidecars=False)
+        with raise_together():
+            self._open(stage, write_sidecars=False)
         if stage == "fit" and self.trainer is not None and self.plan is not None:
             self._set_accumulation(self.trainer, self.plan.accumulation)
             if "val" not in self._readers:

@@ -13,6 +13,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from threading import Lock
 from typing import Final
 
@@ -45,28 +46,39 @@ class _OpenShard:
             os.close(self.fd)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(buffer):
+        while True:
             try:
-                count = os.preadv(self.fd, [buffer[done:]], offset + done)
+                count = os.preadv(self.fd, (buffer,), offset)
             except OSError as error:
                 raise ShardError(
-                    f"shard {self.path} at byte {offset + done}: {error.strerror}", mend="check the disk and the file"
+                    f"shard {self.path} at byte {offset}: {error.strerror}", mend="check the disk and the file"
                 ) from None
+            if count == len(buffer):
+                return
             if count == 0:
                 raise ShardError(
-                    f"shard {self.path} ends at byte {offset + done}, before a sample that its index lists",
+                    f"shard {self.path} ends at byte {offset}, before a sample that its index lists",
                     mend="restore the shard and run `disttrain shards index` again",
                 )
-            done += count
+            buffer, offset = buffer[count:], offset + count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Places:
-    """Where the samples of a batch lie."""
+    """The samples of a batch in the order of the data: by shard, then by number in the shard.
 
-    shard: NDArray[np.int64]  # ids: (sample,)
-    local: NDArray[np.int64]  # ids: (sample,)
+    Attributes:
+        order: which sample of the batch each one is. shape (places,)
+        local: its number in its shard. shape (places,)
+        shards: each shard and the range of places that lie in it.
+    """
+
+    order: NDArray[np.int64]
+    local: NDArray[np.int64]
+    shards: list[tuple[int, slice]]
+
+    def shard_of(self, place: int) -> int:
+        return next(shard for shard, here in self.shards if place < here.stop)
 
 
 class Reader:
@@ -85,6 +97,7 @@ class Reader:
         self.fields = dict(fields)
         self._files: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = Lock()
+        self._columns_of: dict[tuple[str, ...], tuple[list[NDArray[np.int64]], list[str]]] = {}
         present = index.fields()
         for name, field in self.fields.items():
             if not set(field.alternatives) & set(present):
@@ -105,8 +118,7 @@ class Reader:
             DataError: a sample lacks a field.
             DecodeError: a value does not decode.
         """
-        shard = np.searchsorted(self.index.starts, ids, side="right") - 1
-        places = _Places(shard, ids - self.index.starts[shard])
+        places = self._places(ids)
         offsets, sizes = self._spans(places)
         raw = self._fetch(places, offsets, sizes)
         out: dict[str, Decoded] = {}
@@ -114,10 +126,10 @@ class Reader:
             try:
                 out[name] = decode(field, raw[column])
             except BadValueError as bad:
-                table = self.index.table(int(shard[bad.place]))
+                place = int(np.flatnonzero(places.order == bad.place)[0])
                 raise DecodeError(
-                    f"shard {self.index.shards[int(shard[bad.place])].path} at byte {offsets[bad.place, column]}:"
-                    f" sample {table.keys[int(places.local[bad.place])]!r}, field {name!r} ({field.ext}): {bad}",
+                    f"shard {self.index.shards[places.shard_of(place)].path} at byte {offsets[place, column]}:"
+                    f" sample {self.index.key(int(ids[bad.place]))!r}, field {name!r} ({field.ext}): {bad}",
                     mend=f"repair the sample, or declare another decoder for data.fields.{name}",
                 ) from None
         return out
@@ -126,45 +138,71 @@ class Reader:
         """The keys of some samples."""
         shard = np.searchsorted(self.index.starts, ids, side="right") - 1
         local = (ids - self.index.starts[shard]).tolist()
-        tables = {int(s): self.index.table(int(s)).keys for s in np.unique(shard)}
-        return [tables[s][i] for s, i in zip(shard.tolist(), local, strict=True)]
+        shards = shard.tolist()
+        keys = {s: self.index.table(s).keys for s in set(shards)}
+        return [keys[s][i] for s, i in zip(shards, local, strict=True)]
 
     def mean_sample_bytes(self) -> float:
         """Average size of a sample in its shard, headers included."""
         return float(sum(shard.size_bytes for shard in self.index.shards)) / max(1, len(self.index))
 
+    def _places(self, ids: NDArray[np.int64]) -> _Places:
+        order = np.argsort(ids)
+        ids = ids[order]
+        shard = np.searchsorted(self.index.starts, ids, side="right") - 1
+        bounds = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(ids)]
+        shards = [(int(shard[low]), slice(low, high)) for low, high in pairwise(bounds)]
+        return _Places(order, ids - self.index.starts[shard], shards)
+
     def _spans(self, places: _Places) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Byte offset and size of every field of every sample, each of shape (samples, fields)."""
-        shape = (len(places.shard), len(self.fields))
+        """Byte offset and size of every field of every sample, each of shape (places, fields)."""
+        shape = (len(places.order), len(self.fields))
         offsets, sizes = np.empty(shape, np.int64), np.empty(shape, np.int64)
-        for shard in np.unique(places.shard).tolist():
+        for shard, here in places.shards:
             table = self.index.table(shard)
-            here = np.flatnonzero(places.shard == shard)
-            rows = places.local[here]
-            for column, (name, field) in enumerate(self.fields.items()):
-                offset, size = np.full(len(here), -1), np.full(len(here), -1)
-                for extension in field.alternatives:
-                    if extension in table.fields:
-                        source = table.fields.index(extension)
-                        missing = offset < 0
-                        offset[missing] = table.offsets[rows[missing], source]
-                        size[missing] = table.sizes[rows[missing], source]
-                if (offset < 0).any():
-                    row = int(rows[np.flatnonzero(offset < 0)[0]])
-                    raise DataError(
-                        f"shard {self.index.shards[shard].path}: sample {table.keys[row]!r} has no field {name!r}"
-                        f" (extension {field.ext!r})",
-                        mend="pack the sample again with the field, or remove it",
-                    )
-                offsets[here, column], sizes[here, column] = offset, size
+            (first, *others), absent = self._columns(table.fields)
+            if absent:
+                raise self._lacks(shard, int(places.local[here.start]), absent[0])
+            rows = places.local[here, None]
+            offset, size = table.offsets[rows, first], table.sizes[rows, first]
+            for columns in others:
+                missing = offset < 0
+                offset = np.where(missing, table.offsets[rows, columns], offset)
+                size = np.where(missing, table.sizes[rows, columns], size)
+            offsets[here], sizes[here] = offset, size
+        if (offsets < 0).any():
+            place, column = np.argwhere(offsets < 0)[0].tolist()
+            raise self._lacks(places.shard_of(place), int(places.local[place]), list(self.fields)[column])
         return offsets, sizes
+
+    def _columns(self, present: tuple[str, ...]) -> tuple[list[NDArray[np.int64]], list[str]]:
+        """For a table's columns: those of the fields' first alternatives, of the second, ...; and absent fields."""
+        found = self._columns_of.get(present)
+        if found is None:
+            choices = {
+                name: [present.index(extension) for extension in field.alternatives if extension in present]
+                for name, field in self.fields.items()
+            }
+            absent = [name for name, columns in choices.items() if not columns]
+            # A field with fewer alternatives than another repeats its last one, which changes nothing.
+            ranks = range(max(1, *map(len, choices.values())))
+            rows = [np.array([c[min(rank, len(c) - 1)] for c in choices.values() if c]) for rank in ranks]
+            found = self._columns_of[present] = rows, absent
+        return found
+
+    def _lacks(self, shard: int, local: int, name: str) -> DataError:
+        return DataError(
+            f"shard {self.index.shards[shard].path}: sample {self.index.table(shard).keys[local]!r} has no field"
+            f" {name!r} (extension {self.fields[name].ext!r})",
+            mend="pack the sample again with the field, or remove it",
+        )
 
     def _fetch(self, places: _Places, offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> list[RawValues]:
         """Read the spans by runs of neighbours and cut the fields out of the one buffer."""
-        num_fields = offsets.shape[1]
         # One axis for all shards, so far apart that runs never join across them.
-        touched, rank = np.unique(places.shard, return_inverse=True)
-        begins = (offsets + rank[:, None] * _SHARD_STRIDE).ravel()
+        counts = [here.stop - here.start for _, here in places.shards]
+        shift = np.repeat(np.arange(len(counts)) * _SHARD_STRIDE, counts)
+        begins = (offsets + shift[:, None]).ravel()
         ends = begins + sizes.ravel()
         order = np.argsort(begins)
         begins, ends = begins[order], ends[order]
@@ -175,16 +213,14 @@ class Reader:
         lengths = np.maximum.reduceat(ends, starts) - run_begin
         run_at = np.concatenate(([0], np.cumsum(lengths)))  # where each run lies in the buffer
         buffer = np.empty(int(run_at[-1]), dtype=np.uint8)
-        view = buffer.data
-        files = [self._file(int(shard)) for shard in touched]
-        where = zip((run_begin // _SHARD_STRIDE).tolist(), (run_begin % _SHARD_STRIDE).tolist(), strict=True)
-        for (place, begin), start, length in zip(where, run_at[:-1].tolist(), lengths.tolist(), strict=True):
-            files[place].read_into(view[start : start + length], begin)
-        run_of = np.cumsum(fresh) - 1
-        position = np.empty(len(order), dtype=np.int64)
-        position[order] = run_at[run_of] + begins - run_begin[run_of]
-        at = position.reshape(offsets.shape)
-        return [_cut(buffer, at[:, column], sizes[:, column]) for column in range(num_fields)]
+        files = [self._file(shard) for shard, _ in places.shards]
+        _read_runs(files, run_begin, run_at, buffer.data)
+        position = np.empty_like(begins)
+        position[order] = begins + (run_at[:-1] - run_begin)[np.cumsum(fresh) - 1]
+        # Back to the order of the batch.
+        at, size = np.empty_like(offsets), np.empty_like(sizes)
+        at[places.order], size[places.order] = position.reshape(offsets.shape), sizes
+        return [_cut(buffer, at[:, column], size[:, column]) for column in range(offsets.shape[1])]
 
     def _file(self, shard: int) -> _OpenShard:
         with self._lock:
@@ -198,11 +234,18 @@ class Reader:
             return found
 
 
+def _read_runs(files: list[_OpenShard], begins: NDArray[np.int64], at: NDArray[np.int64], view: memoryview) -> None:
+    """Fill the buffer run by run: run ``i`` begins at ``begins[i]`` on the axis of all shards."""
+    shards, offsets = np.divmod(begins, _SHARD_STRIDE)
+    bounds = at.tolist()
+    for shard, offset, start, stop in zip(shards.tolist(), offsets.tolist(), bounds, bounds[1:], strict=False):
+        files[shard].read_into(view[start:stop], offset)
+
+
 def _cut(buffer: NDArray[np.uint8], at: NDArray[np.int64], sizes: NDArray[np.int64]) -> RawValues:
     size = int(sizes[0])
     if size > 0 and bool((sizes == size).all()):
         # Every window of `size` bytes as a row, without a copy; indexing then copies the rows wanted.
         rows = np.lib.stride_tricks.as_strided(buffer, shape=(len(buffer) - size + 1, size), strides=(1, 1))
         return RawValues(block=rows[at])
-    view = buffer.data
-    return RawValues([view[a : a + s] for a, s in zip(at.tolist(), sizes.tolist(), strict=True)])
+    return RawValues(pieces=(buffer, at, sizes))

@@ -24,8 +24,9 @@ def is_distributed() -> bool:
 def raise_together() -> Iterator[None]:
     """Run a block that may fail on some ranks; if it fails on any, every rank raises.
 
-    A rank whose own block failed raises its own error; the others raise a :class:`RankError` that quotes the
-    first one. Errors that are not a user's (bugs) travel as their type and text.
+    A rank whose own block failed raises its own error, unless a lower rank raises the same one; the others
+    raise a :class:`RankError` that quotes the first. So a mistake that all ranks make is reported once.
+    Errors that are not a user's (bugs) travel as their type and text.
     """
     own: BaseException | None = None
     try:
@@ -37,7 +38,7 @@ def raise_together() -> Iterator[None]:
         what = None if own is None else str(own) if isinstance(own, DisttrainError) else f"{type(own).__name__}: {own}"
         dist.all_gather_object(told, what)
         failed = [rank for rank, text in enumerate(told) if text is not None]
-        if failed and own is None:
+        if failed and (own is None or what in told[: dist.get_rank()]):
             raise RankError(f"rank {', '.join(map(str, failed))} failed: {told[failed[0]]}")
     if own is not None:
         raise own

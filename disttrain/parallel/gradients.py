@@ -63,7 +63,7 @@ def clip_gradient_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> T
     parameters = list(parameters)
     norm = gradient_norm(parameters)
     # Where the norm is within bounds the factor is exactly 1, so that clipping changes no bit.
-    scale_gradients(parameters, (max_norm / (norm + 1e-12)).clamp(max=1.0))
+    scale_gradients(parameters, torch.where(norm <= max_norm, 1.0, max_norm / norm))
     return norm
 
 

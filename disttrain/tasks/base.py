@@ -27,6 +27,7 @@ from torchmetrics import Metric
 
 from disttrain.data.loader import COUNT, KEY, WEIGHT, Batch
 from disttrain.data.module import sharded_data
+from disttrain.errors import DataError, nearest
 from disttrain.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
 from disttrain.parallel.agree import is_distributed
 from disttrain.parallel.gradients import clip_gradient_norm, gradient_norm, scale_gradients
@@ -234,6 +235,26 @@ class Task(pl.LightningModule):
             # Lightning would write them under the step before; StepLog writes them under theirs.
             self.log(f"{split}/{name}", value, sync_dist=True, reduce_fx="max", logger=False)
             self.last_evaluation[f"{split}/{name}"] = float(value)
+
+
+def tensor_field(batch: Batch, name: str) -> Tensor:
+    """A field of a batch that must be a tensor.
+
+    Raises:
+        DataError: the batch lacks it, or its decoder gave something else.
+    """
+    if name not in batch:
+        fields = [field for field in batch if not field.startswith("__")]
+        raise DataError(
+            f"the batch has no field {name!r}", mend=f"correct the task's or data.fields; {nearest(name, fields)}"
+        )
+    value = batch[name]
+    if not isinstance(value, Tensor):
+        raise DataError(
+            f"field {name!r} is a {type(value).__name__}, not a tensor: its values are no numbers of one shape",
+            mend=f"declare another decoder for data.fields.{name}",
+        )
+    return value
 
 
 def run_steps(trainer: pl.Trainer) -> int | None:

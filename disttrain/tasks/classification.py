@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from disttrain.data.loader import Batch
 from disttrain.errors import ConfigError
 from disttrain.optim import OptimizerConfig, ScheduleConfig
-from disttrain.tasks.base import Task
+from disttrain.tasks.base import Task, tensor_field
 
 
 class ClassificationTask(Task):
@@ -52,13 +52,15 @@ class ClassificationTask(Task):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits, shape (samples, num_classes)."""
-        logits: Tensor = self.model(batch[self.input].float() * self.scale)
+        logits: Tensor = self.model(tensor_field(batch, self.input).float() * self.scale)
         return logits
 
     def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy of each sample in float32, shape (samples,); smoothed in training only."""
         smoothing = self.label_smoothing if self.training else 0.0
-        return F.cross_entropy(outputs.float(), batch[self.target], reduction="none", label_smoothing=smoothing)
+        return F.cross_entropy(
+            outputs.float(), tensor_field(batch, self.target), reduction="none", label_smoothing=smoothing
+        )
 
     def build_metrics(self) -> Mapping[str, Metric]:
         """Accuracy over all samples, and the mean of the classes' F1 scores."""

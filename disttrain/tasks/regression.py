@@ -13,7 +13,7 @@ from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
 from disttrain.data.loader import Batch
 from disttrain.errors import ConfigError
 from disttrain.optim import OptimizerConfig, ScheduleConfig
-from disttrain.tasks.base import Task
+from disttrain.tasks.base import Task, tensor_field
 
 
 class RegressionTask(Task):
@@ -67,13 +67,13 @@ class RegressionTask(Task):
 
     def forward(self, batch: Batch) -> Tensor:
         """Standardized predictions, shape (samples,)."""
-        features = (batch[self.input].float() - self.input_mean) / self.input_std
+        features = (tensor_field(batch, self.input).float() - self.input_mean) / self.input_std
         out: Tensor = self.model(features)
         return out.squeeze(-1)
 
     def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Squared error of each sample in units of the target's variance, shape (samples,)."""
-        target = (batch[self.target].float() - self.target_mean) / self.target_std
+        target = (tensor_field(batch, self.target).float() - self.target_mean) / self.target_std
         squared: Tensor = (outputs.float() - target).square()
         return squared
 

@@ -74,9 +74,7 @@ def test_every_number_of_ranks_reads_the_same_global_batches(setup: Setting, epo
 
 @quick
 @given(setups(), st.integers(0, 5), st.data())
-def test_any_cut_of_steps_and_positions_is_a_part_of_the_epoch(
-    setup: Setting, epoch: int, data: st.DataObject
-) -> None:
+def test_any_cut_of_steps_and_positions_is_a_part_of_the_epoch(setup: Setting, epoch: int, data: st.DataObject) -> None:
     sizes, config = setup
     order = Order(sizes, config)
     expected = whole_epoch(Order(sizes, config), epoch)

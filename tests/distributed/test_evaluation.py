@@ -10,8 +10,8 @@ import torch
 
 from disttrain import ClassificationTask, ParallelConfig, ShardedDataModule, Trainer
 from disttrain.models import MLP
-from tests.support.ranks import run_cli, run_ranks
 from tests.support.features import write_features
+from tests.support.ranks import run_cli, run_ranks
 
 SIZES = (1, 2, 3, 7, 16, 33)
 FIELDS = {"features": "features.npy", "label": "cls"}

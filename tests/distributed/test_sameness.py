@@ -47,7 +47,9 @@ LAYOUTS = [(ranks, strategy) for ranks in (2, 3, 4) for strategy in ("ddp", "fsd
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(("ranks", "strategy"), LAYOUTS)
-def test_weights_order_and_metrics_do_not_depend_on_the_layout(train, optimizer: str, ranks: int, strategy: str) -> None:  # type: ignore[no-untyped-def]
+def test_weights_order_and_metrics_do_not_depend_on_the_layout(
+    train, optimizer: str, ranks: int, strategy: str
+) -> None:  # type: ignore[no-untyped-def]
     size = 16 if ranks == 3 else 12
     alone, together = train(optimizer, 1, "ddp", size), train(optimizer, ranks, strategy, size)
 

@@ -83,9 +83,7 @@ def _join(processes: list[BaseProcess], timeout: float) -> None:
                 process.join()
 
 
-def _rank(
-    rank: int, ranks: int, port: int, log: str, target: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
+def _rank(rank: int, ranks: int, port: int, log: str, target: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -1,0 +1,101 @@
+"""Batch arithmetic: exact, or an error that lists the sizes that work."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from disttrain.errors import ConfigError
+from disttrain.parallel.config import BatchPlan, ParallelConfig, divisors
+
+quick = settings(derandomize=True, deadline=None, max_examples=200)
+
+
+@quick
+@given(st.integers(1, 3000))
+def test_divisors_are_all_of_them(n: int) -> None:
+    assert divisors(n) == [d for d in range(1, n + 1) if n % d == 0]
+
+
+@quick
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 64))
+def test_a_plan_cuts_the_global_batch_exactly(ranks: int, accumulation: int, micro: int) -> None:
+    plan = BatchPlan(ranks * accumulation * micro, micro, ranks)
+    assert (plan.accumulation, plan.rank_batch_size) == (accumulation, accumulation * micro)
+
+
+@quick
+@given(st.integers(1, 200), st.integers(1, 40), st.integers(1, 40))
+def test_a_plan_is_exact_or_refused_with_sizes_that_work(batch: int, micro: int, ranks: int) -> None:
+    try:
+        plan = BatchPlan(batch, micro, ranks)
+    except ConfigError as error:
+        assert batch % (ranks * micro), f"{batch} = {ranks} x {micro} x ... is refused: {error}"
+        offered = re.findall(r"\d+", error.mend.partition("global_batch_size")[0])
+        for size in map(int, offered):
+            if batch % ranks:
+                BatchPlan(batch, 1, size)
+            else:
+                BatchPlan(batch, size, ranks)
+        assert offered, f"no size is offered: {error}"
+        for size in map(int, re.findall(r"\d+", error.mend.partition("global_batch_size")[2])):
+            assert size % ranks == 0, f"global_batch_size {size} does not go over {ranks} ranks: {error}"
+    else:
+        assert plan.num_ranks * plan.accumulation * plan.micro_batch_size == batch
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            (64, 16, 3),
+            "global_batch_size 64 cannot be cut evenly over 3 ranks\n"
+            "  mend: use 1, 2, 4, 8, 16, 32 or 64 ranks, or global_batch_size 63 or 66",
+        ),
+        (
+            (2, 1, 3),
+            "global_batch_size 2 cannot be cut evenly over 3 ranks\n  mend: use 1 or 2 ranks, or global_batch_size 3",
+        ),
+        (
+            (64, 5, 4),
+            "micro_batch_size 5 does not divide the 16 samples that each of 4 ranks takes of global_batch_size 64\n"
+            "  mend: use micro_batch_size 1, 2, 4, 8 or 16",
+        ),
+        (
+            (5040, 11, 1),
+            "micro_batch_size 11 does not divide the 5040 samples that each of 1 ranks takes of global_batch_size"
+            " 5040\n  mend: use micro_batch_size 1, 2, 3, 4, 5, 6, ..., 1008, 1260, 1680, 2520 or 5040",
+        ),
+        ((1, 2, 1), "use micro_batch_size 1"),
+        ((0, 1, 1), "global_batch_size is 0"),
+        ((8, 0, 1), "micro_batch_size is 0"),
+        ((8, 1, -2), "num_ranks is -2"),
+    ],
+)
+def test_the_messages_say_what_works(sizes: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        BatchPlan(*sizes)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"strategy": "dp"}, "parallel.strategy is 'dp'"),
+        ({"bucket_mib": 0}, "parallel.bucket_mib is 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        ParallelConfig(**arguments)
+
+
+def test_configurations_are_frozen_values() -> None:
+    assert ParallelConfig() == ParallelConfig(strategy="ddp", bucket_mib=25)
+    assert hash(BatchPlan(8, 4)) == hash(BatchPlan(8, 4, 1))
+    with pytest.raises(AttributeError):
+        BatchPlan(8, 4).num_ranks = 2  # type: ignore[misc]
