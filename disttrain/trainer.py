@@ -8,6 +8,7 @@ before every batch are taken out.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.progress import StepProgress
 from disttrain.callbacks.randomness import KeyedRandomness
 from disttrain.callbacks.run_record import RunRecord
@@ -46,7 +48,7 @@ class Trainer(pl.Trainer):
         parallel: how the model is spread over the ranks.
         seed: seed of dropout and other random numbers in training.
         accelerator: ``auto`` takes CUDA where there is any.
-        callbacks: further callbacks.
+        callbacks: further callbacks; checkpoints are kept by default settings unless one says otherwise.
         progress_bar: show progress on rank 0.
 
     Raises:
@@ -84,6 +86,8 @@ class Trainer(pl.Trainer):
         own: list[Callback] = [KeyedRandomness(seed), _Intervals(validate_every_steps), self.step_log, self.record]
         if progress_bar:
             own.append(StepProgress(self.step_log))
+        if not any(isinstance(callback, Checkpointing) for callback in callbacks or []):
+            own.append(Checkpointing())
         super().__init__(
             accelerator=device,
             devices=world.local_size,
@@ -103,7 +107,6 @@ class Trainer(pl.Trainer):
                 TensorBoardLogger(save_dir=self.run_dir, name="", version="tensorboard"),
             ],
             callbacks=[*own, *(callbacks or [])],
-            enable_checkpointing=None,
             enable_progress_bar=progress_bar,
             enable_model_summary=False,
             enable_autolog_hparams=False,
@@ -133,6 +136,10 @@ class Trainer(pl.Trainer):
         return start
 
     def _quieten(self) -> None:
+        # What Lightning warns of that does not hold here: its own use of a deprecated name, loaders without
+        # worker processes (disttrain's have threads), and loaders without a state (ours need none).
+        for message in (".*LeafSpec", ".*does not have many workers", ".*dataloader is.not resumable"):
+            warnings.filterwarnings("ignore", message=message)
         # A broadcast before every batch (https://github.com/Lightning-AI/pytorch-lightning/pull/20825) and
         # handlers that broadcast: under rank skew they hang, and without it they cost a collective a step.
         self.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]

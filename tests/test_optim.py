@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -180,9 +181,9 @@ def test_schedules_rise_to_the_peak_and_never_rise_again(config: ScheduleConfig,
     factor = lr_factor(config, total)
     values = [factor(step) for step in range(total + 5)]
     warm, rest = values[: config.warmup_steps], values[config.warmup_steps :]
-    assert all(0 < a < b for a, b in zip(warm, warm[1:], strict=False)), f"the warm-up does not rise: {warm}"
+    assert all(0 < a < b for a, b in pairwise(warm)), f"the warm-up does not rise: {warm}"
     assert rest[0] == pytest.approx(1), f"the peak is {rest[0]}"
-    assert all(a >= b >= 0 for a, b in zip(rest, rest[1:], strict=False)), f"rises after the warm-up: {rest}"
+    assert all(a >= b >= 0 for a, b in pairwise(rest)), f"rises after the warm-up: {rest}"
     if config.name in ("cosine", "linear"):
         assert values[total:] == pytest.approx([config.final_fraction] * 5), "the end is not the final fraction"
 

@@ -27,7 +27,7 @@ class Checkpointing(Checkpoint):
         every_steps: steps between two checkpoints; by default one at the end of each epoch.
         keep_last: how many of the newest to keep.
         keep_best: how many of the best by ``monitor`` to keep; 0 keeps none for their metric.
-        monitor: the metric, as logged; without one, none is best.
+        monitor: the metric, as logged; by default that of early stopping, and without either none is best.
         mode: ``min`` or ``max``.
     """
 
@@ -51,6 +51,7 @@ class Checkpointing(Checkpoint):
             )
         self.every_steps, self.keep_last, self.keep_best = every_steps, keep_last, keep_best
         self.monitor = Monitor(monitor, mode) if monitor is not None and keep_best else None
+        """What is best; early stopping sets it where it was not given."""
         self.directory: Path | None = None
         self._best: list[tuple[float, int, str]] = []  # (value, step, directory name), best first
         self._saved_step = -1
@@ -143,7 +144,7 @@ class Checkpointing(Checkpoint):
             self._best.sort(key=lambda entry: (sign * entry[0], entry[1]))
             del self._best[self.keep_best :]
         try:
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
         except BaseException:
             self._best = before
             raise

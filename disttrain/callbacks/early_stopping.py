@@ -54,6 +54,12 @@ class EarlyStopping(Callback):
         """Whether any validation has been better than none."""
         return not math.isnan(self.best)
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Have the best checkpoints kept by this metric, unless another was chosen for them."""
+        checkpoints = find_callback(trainer, Checkpointing)
+        if checkpoints is not None and checkpoints.monitor is None and checkpoints.keep_best:
+            checkpoints.monitor = self.monitor and Monitor(self.monitor.name, self.monitor.mode)
+
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the monitor's name before step 0."""
         if self.monitor is not None:

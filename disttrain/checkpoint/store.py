@@ -108,7 +108,7 @@ def read_meta(path: Path) -> dict[str, Any]:
             raise TypeError(f"it holds a {type(meta).__name__}")
     except Exception as error:  # damaged bytes may raise almost anything
         raise CheckpointError(
-            f"{path / META} cannot be read without running code from it: {_first_line(error)}",
+            f"{path / META} cannot be read without running code from it: {_cause(error)}",
             mend="resume from another checkpoint; this file was damaged or not written by disttrain",
         ) from None
     if meta.get("format", 0) > FORMAT:
@@ -260,9 +260,9 @@ def _file_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, CheckpointException) as error:
-        what = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise CheckpointError(
-            f"cannot write checkpoint {path}: {what}", mend="check free space, quota and permissions of the run folder"
+            f"cannot write checkpoint {path}: {_cause(error)}",
+            mend="check free space, quota and permissions of the run folder",
         ) from error
 
 
@@ -271,14 +271,18 @@ def _damage_named(path: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:  # derives from BaseException, so that `except Exception` would miss it
-        first = next(iter(error.failures.values()), (error,))[0]
         raise CheckpointError(
-            f"the tensors of checkpoint {path} cannot be read: {_first_line(first)}",
+            f"the tensors of checkpoint {path} cannot be read: {_cause(error)}",
             mend="resume from an earlier one",
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
+def _cause(error: BaseException) -> str:
+    """What went wrong in one line; of torch's exception for several ranks, the first rank's own error."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()), (error,))[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -316,7 +320,7 @@ class _SafeReader(FileSystemReader):
                 metadata = _RestrictedUnpickler(stream).load()
             except Exception as error:  # damaged bytes may raise almost anything
                 raise CheckpointError(
-                    f"the index of checkpoint {self.path} cannot be read: {_first_line(error)}",
+                    f"the index of checkpoint {self.path} cannot be read: {_cause(error)}",
                     mend="resume from an earlier one",
                 ) from None
         if not (isinstance(metadata, Metadata) and hasattr(metadata, "state_dict_metadata")):

@@ -78,8 +78,6 @@ class TrainingCLI(LightningCLI):
         """Stopping, checkpoints, and one seed for order, weights and dropout."""
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
         parser.add_lightning_class_args(Checkpointing, "checkpoint")
-        parser.link_arguments("early_stopping.monitor", "checkpoint.monitor")
-        parser.link_arguments("early_stopping.mode", "checkpoint.mode")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "trainer.seed", compute_fn=int)
 
@@ -234,8 +232,5 @@ def _quieten() -> None:
     """Leave out what Lightning says that does not concern a disttrain run."""
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*is not resumable.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     if detect_world().rank != 0:
         warnings.filterwarnings("ignore")

@@ -10,6 +10,7 @@ the bytes; open files are bounded.
 from __future__ import annotations
 
 import os
+import resource
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ from disttrain.data.decode import BadValueError, Decoded, Field, RawValues, deco
 from disttrain.data.index import ShardIndex
 from disttrain.errors import DataError, DecodeError, ShardError, nearest
 
-_OPEN_FILES: Final = 256
+_FILE_LIMIT: Final = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+# A window may span more than a thousand shards, and opening one takes long on a network file system.
+_OPEN_FILES: Final = min(4096, _FILE_LIMIT // 4) if _FILE_LIMIT > 0 else 4096  # negative: no limit
 _JOIN_GAP_BYTES: Final = 8 * 1024
 _SHARD_STRIDE: Final = 2**45
 
@@ -213,14 +216,23 @@ class Reader:
         lengths = np.maximum.reduceat(ends, starts) - run_begin
         run_at = np.concatenate(([0], np.cumsum(lengths)))  # where each run lies in the buffer
         buffer = np.empty(int(run_at[-1]), dtype=np.uint8)
-        files = [self._file(shard) for shard, _ in places.shards]
-        _read_runs(files, run_begin, run_at, buffer.data)
+        self._read_runs([shard for shard, _ in places.shards], run_begin, run_at, buffer.data)
         position = np.empty_like(begins)
         position[order] = begins + (run_at[:-1] - run_begin)[np.cumsum(fresh) - 1]
         # Back to the order of the batch.
         at, size = np.empty_like(offsets), np.empty_like(sizes)
         at[places.order], size[places.order] = position.reshape(offsets.shape), sizes
         return [_cut(buffer, at[:, column], size[:, column]) for column in range(offsets.shape[1])]
+
+    def _read_runs(self, shards: list[int], begins: NDArray[np.int64], at: NDArray[np.int64], view: memoryview) -> None:
+        """Fill the buffer run by run: run ``i`` begins at ``begins[i]`` on the axis of all shards."""
+        places, offsets = np.divmod(begins, _SHARD_STRIDE)
+        bounds = at.tolist()
+        file, opened = None, -1
+        for place, offset, start, stop in zip(places.tolist(), offsets.tolist(), bounds, bounds[1:], strict=False):
+            if file is None or place != opened:  # one at a time: a read may touch more shards than may be open
+                file, opened = self._file(shards[place]), place
+            file.read_into(view[start:stop], offset)
 
     def _file(self, shard: int) -> _OpenShard:
         with self._lock:
@@ -232,14 +244,6 @@ class Reader:
             else:
                 self._files.move_to_end(shard)
             return found
-
-
-def _read_runs(files: list[_OpenShard], begins: NDArray[np.int64], at: NDArray[np.int64], view: memoryview) -> None:
-    """Fill the buffer run by run: run ``i`` begins at ``begins[i]`` on the axis of all shards."""
-    shards, offsets = np.divmod(begins, _SHARD_STRIDE)
-    bounds = at.tolist()
-    for shard, offset, start, stop in zip(shards.tolist(), offsets.tolist(), bounds, bounds[1:], strict=False):
-        files[shard].read_into(view[start:stop], offset)
 
 
 def _cut(buffer: NDArray[np.uint8], at: NDArray[np.int64], sizes: NDArray[np.int64]) -> RawValues:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.regression import R2Score
 
 
 class WeightedMean(Metric):
@@ -34,3 +35,17 @@ class WeightedMean(Metric):
     def compute(self) -> Tensor:
         """The mean, a float64 scalar."""
         return self.total / self.weight
+
+
+class ExplainedShare(R2Score):
+    """R2, the share of the target's variance that predictions explain; NaN for fewer than two samples.
+
+    torchmetrics raises there, which would end a run whose evaluation split is that small.
+    """
+
+    def compute(self) -> Tensor:
+        """The share, a scalar: 1 at best, 0 for the mean, negative for worse."""
+        if self.total < 2:
+            return torch.full((), torch.nan, device=self.device)
+        value: Tensor = super().compute()
+        return value

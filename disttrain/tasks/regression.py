@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
-from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
+from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError
 
 from disttrain.data.loader import Batch
-from disttrain.errors import ConfigError
+from disttrain.data.module import sharded_data
+from disttrain.data.reader import Reader
+from disttrain.errors import DataError
 from disttrain.optim import OptimizerConfig, ScheduleConfig
 from disttrain.tasks.base import Task, tensor_field
+from disttrain.tasks.metrics import ExplainedShare
+
+_CHUNK: Final = 4096
 
 
 class RegressionTask(Task):
     """Trains a model that gives one number a sample, by mean squared error.
 
-    Inputs and target are standardized with constants that are part of the model (they are saved with it);
-    the loss is that of the standardized target, the metrics are in the target's own unit.
+    Inputs and target are standardized by the mean and standard deviation of the *training* split, which are
+    part of the model and saved with it. The loss is that of the standardized target; the metrics are in the
+    target's own unit. Fitting them costs one pass over the training split when a fit is set up.
 
     Args:
-        model: maps the input, shape (samples, features), to shape (samples, 1).
+        model: maps the input, shape (samples, num_features), to shape (samples, 1).
+        num_features: number of features.
         input: name of the input field.
         target: name of the target field, shape (samples,).
-        input_mean: mean of each feature in the training data; 0 by default.
-        input_std: its standard deviation; 1 by default.
-        target_mean: mean of the training targets.
-        target_std: their standard deviation.
+        standardize: fit mean and standard deviation; without, data is used as it is.
         optimizer: which optimizer.
         schedule: how its learning rate moves.
     """
@@ -43,27 +48,46 @@ class RegressionTask(Task):
         self,
         model: nn.Module,
         *,
+        num_features: int,
         input: str = "features",
         target: str = "target",
-        input_mean: Sequence[float] = (0.0,),
-        input_std: Sequence[float] = (1.0,),
-        target_mean: float = 0.0,
-        target_std: float = 1.0,
+        standardize: bool = True,
         optimizer: OptimizerConfig | None = None,
         schedule: ScheduleConfig | None = None,
     ) -> None:
         super().__init__(optimizer=optimizer, schedule=schedule)
-        if min(*input_std, target_std, 1.0) <= 0:
-            raise ConfigError("a standard deviation is not positive", mend="leave out constant features")
         self.model = model
-        self.input, self.target = input, target
-        for name, value in (
-            ("input_mean", torch.tensor(list(input_mean))),
-            ("input_std", torch.tensor(list(input_std))),
-            ("target_mean", torch.tensor(target_mean)),
-            ("target_std", torch.tensor(target_std)),
-        ):
-            self.register_buffer(name, value.float())
+        self.input, self.target, self.standardize = input, target, standardize
+        self.register_buffer("input_mean", torch.zeros(num_features))
+        self.register_buffer("input_std", torch.ones(num_features))
+        self.register_buffer("target_mean", torch.zeros(()))
+        self.register_buffer("target_std", torch.ones(()))
+
+    def setup(self, stage: str) -> None:
+        """Fit the standardization on the training split; an evaluation takes it from the checkpoint."""
+        data = sharded_data(self.trainer)
+        if stage == "fit" and self.standardize and data is not None:
+            self.fit_standardization(data.reader("train"))
+
+    def fit_standardization(self, reader: Reader) -> None:
+        """Take mean and standard deviation of inputs and target over all samples of a reader.
+
+        Raises:
+            DataError: the features are not as many as declared.
+        """
+        chunks = [_columns(reader, first, self.input, self.target) for first in range(0, len(reader.index), _CHUNK)]
+        columns = torch.cat(chunks)
+        if columns.shape[1] != len(self.input_mean) + 1:
+            raise DataError(
+                f"field {self.input!r} has {columns.shape[1] - 1} features, the task was told {len(self.input_mean)}",
+                mend="set num_features to the number that there are",
+            )
+        mean, std = columns.mean(dim=0), columns.std(dim=0, correction=0)
+        std = torch.where(std > 0, std, torch.ones_like(std))  # a constant column stays at zero
+        self.input_mean.copy_(mean[:-1])
+        self.input_std.copy_(std[:-1])
+        self.target_mean.copy_(mean[-1])
+        self.target_std.copy_(std[-1])
 
     def forward(self, batch: Batch) -> Tensor:
         """Standardized predictions, shape (samples,)."""
@@ -79,7 +103,7 @@ class RegressionTask(Task):
 
     def build_metrics(self) -> Mapping[str, Metric]:
         """Root mean squared error, mean absolute error, and the share of variance explained."""
-        return {"rmse": MeanSquaredError(squared=False), "mae": MeanAbsoluteError(), "r2": R2Score()}
+        return {"rmse": MeanSquaredError(squared=False), "mae": MeanAbsoluteError(), "r2": ExplainedShare()}
 
     def update_metrics(self, metrics: Mapping[str, Metric], outputs: Any, batch: Batch) -> None:
         """Compare predictions with targets, in the target's own unit."""
@@ -93,3 +117,10 @@ class RegressionTask(Task):
 
     def _in_unit(self, outputs: Tensor) -> Tensor:
         return outputs.float() * self.target_std + self.target_mean
+
+
+def _columns(reader: Reader, first: int, *names: str) -> Tensor:
+    """Some samples' features and target side by side, float64, shape (samples, features + 1)."""
+    ids = np.arange(first, min(first + _CHUNK, len(reader.index)), dtype=np.int64)
+    batch = reader.read(ids)
+    return torch.cat([tensor_field(batch, name).double().reshape(len(ids), -1) for name in names], dim=1)

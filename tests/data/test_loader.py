@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from pathlib import Path
@@ -140,7 +141,7 @@ def test_an_evaluation_counts_every_sample_once(
         config = LoaderConfig(threads=threads)
         loader = EvaluationLoader(reader, micro_batch_size=micro, num_ranks=ranks, rank=rank, config=config)
         batches = list(loader)
-        assert len(batches) == len(loader) == -(-(-(-sum(SIZES) // micro)) // ranks)
+        assert len(batches) == len(loader) == math.ceil(math.ceil(sum(SIZES) / micro) / ranks)
         for batch in batches:
             check_batch(batch, reader)
             assert len(batch[ID]) == micro, "a micro batch of another size"

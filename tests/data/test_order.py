@@ -216,9 +216,8 @@ def test_a_billion_samples_in_memory_of_the_shards_alone() -> None:
     tracemalloc.start()
     try:
         order = Order(np.full(shards, 10_000), OrderConfig(1024, seed=1))
-        seen = []
-        for step in (0, 1, order.steps_per_epoch // 2, order.steps_per_epoch - 1):
-            seen.append(order.sample_ids(5, step, 1, (256, 512)))
+        steps = (0, 1, order.steps_per_epoch // 2, order.steps_per_epoch - 1)
+        seen = [order.sample_ids(5, step, 1, (256, 512)) for step in steps]
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

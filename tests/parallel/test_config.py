@@ -31,21 +31,22 @@ def test_a_plan_cuts_the_global_batch_exactly(ranks: int, accumulation: int, mic
 @quick
 @given(st.integers(1, 200), st.integers(1, 40), st.integers(1, 40))
 def test_a_plan_is_exact_or_refused_with_sizes_that_work(batch: int, micro: int, ranks: int) -> None:
-    try:
+    if batch % (ranks * micro) == 0:
         plan = BatchPlan(batch, micro, ranks)
-    except ConfigError as error:
-        assert batch % (ranks * micro), f"{batch} = {ranks} x {micro} x ... is refused: {error}"
-        offered = re.findall(r"\d+", error.mend.partition("global_batch_size")[0])
-        for size in map(int, offered):
-            if batch % ranks:
-                BatchPlan(batch, 1, size)
-            else:
-                BatchPlan(batch, size, ranks)
-        assert offered, f"no size is offered: {error}"
-        for size in map(int, re.findall(r"\d+", error.mend.partition("global_batch_size")[2])):
-            assert size % ranks == 0, f"global_batch_size {size} does not go over {ranks} ranks: {error}"
-    else:
         assert plan.num_ranks * plan.accumulation * plan.micro_batch_size == batch
+        return
+    with pytest.raises(ConfigError) as caught:
+        BatchPlan(batch, micro, ranks)
+    first, _, batches = caught.value.mend.partition("global_batch_size")
+    offered = [int(number) for number in re.findall(r"\d+", first)]
+    assert offered, f"no size is offered: {caught.value}"
+    for size in offered:  # each of them must work
+        if batch % ranks:
+            BatchPlan(batch, 1, size)
+        else:
+            BatchPlan(batch, size, ranks)
+    for size in map(int, re.findall(r"\d+", batches)):
+        assert size % ranks == 0, f"global_batch_size {size} does not go over {ranks} ranks: {caught.value}"
 
 
 @pytest.mark.parametrize(

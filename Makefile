@@ -1,0 +1,38 @@
+# The two commands of the README; both do all the set-up that is missing.
+PYTHON ?= python3
+VENV ?= .venv
+RANKS ?= 2
+# One thread a rank: ranks share the cores, and sums of one thread do not depend on how many there are.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: train test test-slow lint format benchmark clean
+
+train: $(VENV)/installed
+	$(VENV)/bin/disttrain shards pack sklearn:digits data/digits --shards 4
+	$(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) -m disttrain fit --config recipes/digits.yaml
+
+test: $(VENV)/installed
+	$(VENV)/bin/python -m pytest
+
+test-slow: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -m slow
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/installed
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+benchmark: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/reader.py
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,86 @@
+"""Who this process is, from the environments that launchers set."""
+
+from __future__ import annotations
+
+import pytest
+
+from disttrain.errors import ConfigError
+from disttrain.world import World, detect_world
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"}
+SRUN = {
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_ID": "0",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_NNODES": "2",
+    "SLURM_JOB_ID": "77",
+}
+
+
+def without(environment: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("environment", "world", "nodes"),
+    [
+        pytest.param({}, World(), 1, id="nothing"),
+        pytest.param({"HOME": "/", "MASTER_ADDR": "here"}, World(), 1, id="unrelated"),
+        pytest.param(TORCHRUN, World(5, 8, 1, 4, "torchrun"), 2, id="torchrun"),
+        pytest.param(without(TORCHRUN, "TORCHELASTIC_RUN_ID"), World(5, 8, 1, 4, "torchrun"), 2, id="by hand"),
+        pytest.param(
+            {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, World(1, 2, 1, 2, "torchrun"), 1, id="one node by hand"
+        ),
+        pytest.param(
+            {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, World(0, 1, 0, 1, "torchrun"), 1, id="one rank"
+        ),
+        pytest.param({"RANK": "3", "WORLD_SIZE": "4"}, World(), 1, id="stale variables without a local rank"),
+        pytest.param(SRUN, World(5, 8, 1, 4, "slurm"), 2, id="srun"),
+        pytest.param(without(SRUN, "SLURM_NNODES"), World(5, 8, 1, 8, "slurm"), 1, id="srun on one node"),
+        pytest.param(SRUN | TORCHRUN, World(5, 8, 1, 4, "torchrun"), 2, id="torchrun under srun"),
+        pytest.param(without(SRUN, "SLURM_STEP_ID"), World(), 1, id="batch script"),
+        pytest.param(without(SRUN, "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_LOCALID"), World(), 1, id="salloc"),
+        pytest.param(SRUN | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, World(), 1, id="srun of one task"),
+    ],
+)
+def test_the_world_of_each_launcher(environment: dict[str, str], world: World, nodes: int) -> None:
+    found = detect_world(environment)
+    assert found == world
+    assert found.num_nodes == nodes
+
+
+def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*TORCHRUN, *SRUN):
+        monkeypatch.delenv(name, raising=False)
+    assert detect_world() == World()
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert detect_world() == World(5, 8, 1, 4, "torchrun")
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        (TORCHRUN | {"RANK": "eight"}, ["RANK is 'eight'", "not a number", "unset RANK"]),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": ""}, ["LOCAL_WORLD_SIZE is ''"]),
+        ({"TORCHELASTIC_RUN_ID": "x"}, ["WORLD_SIZE", "not a number"]),
+        (SRUN | {"SLURM_NTASKS": "8(x2)"}, ["SLURM_NTASKS is '8(x2)'"]),
+        (TORCHRUN | {"RANK": "8"}, ["contradictory", "rank 8 of 8", "torchrun"]),
+        (TORCHRUN | {"RANK": "-1"}, ["contradictory", "rank -1 of 8"]),
+        (TORCHRUN | {"LOCAL_RANK": "4"}, ["contradictory", "local rank 4 of 4"]),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "9"}, ["contradictory", "local rank 1 of 9"]),
+        (TORCHRUN | {"WORLD_SIZE": "0"}, ["contradictory", "rank 5 of 0"]),
+        (SRUN | {"SLURM_NNODES": "9"}, ["slurm environment is contradictory"]),
+    ],
+)
+def test_what_makes_no_sense_is_refused(environment: dict[str, str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        detect_world(environment)
+    missing = [word for word in words if word not in str(caught.value)]
+    assert not missing, f"{str(caught.value)!r} does not say {missing}"
+
+
+def test_uneven_nodes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="7 ranks cannot be spread evenly over nodes of 4 ranks"):
+        _ = World(0, 7, 0, 4).num_nodes
