@@ -24,12 +24,15 @@ import argparse
 import importlib
 import os
 import platform
+import re
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
+from itertools import count, islice
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -39,7 +42,7 @@ import torch
 from matplotlib.figure import Figure
 
 from disttrain.data.decode import Field
-from disttrain.data.index import ShardIndex
+from disttrain.data.index import ShardIndex, load_table
 from disttrain.data.loader import LoaderConfig, TrainLoader
 from disttrain.data.order import Order, OrderConfig
 from disttrain.data.reader import Reader
@@ -53,6 +56,7 @@ BATCH: Final = 256
 WORKERS: Final = (0, 2)
 OURS, THEIRS = "disttrain", "webdataset"
 COLORS: Final = {OURS: "#1f6fb4", THEIRS: "#d9822b", "bound": "#b5b5b5"}
+LABELS: Final = ("thousand samples/s; more is better", "milliseconds (log scale); less is better")
 
 Results = dict[str, list[float]]
 
@@ -66,8 +70,8 @@ class Data:
 
     @property
     def shards(self) -> list[str]:
-        count = -(-self.num_samples // SHARD_SAMPLES)
-        return [str(self.folder / f"train-{number:06d}.tar") for number in range(count)]
+        starts = range(0, self.num_samples, SHARD_SAMPLES)
+        return [str(self.folder / f"train-{start // SHARD_SAMPLES:06d}.tar") for start in starts]
 
     @property
     def steps(self) -> int:
@@ -88,40 +92,21 @@ class Data:
                 write_shard(samples, ids, Path(path), lambda _: None)
 
 
-def disttrain_loader(data: Data, workers: int, epoch: int = 0, step: int = 0) -> TrainLoader:
+def disttrain_loader(data: Data, workers: int, step: int = 0) -> TrainLoader:
+    epochs = count()  # each iteration is another epoch, in another order
     index = ShardIndex.open(data.shards)
-    fields = {
-        "data": Field(ext="bin", decoder="tensor", dtype="uint8", shape=(SAMPLE_BYTES,)),
-        "label": Field(ext="cls"),
-    }
-    return TrainLoader(
-        Reader(index, fields),
-        Order(index.sizes, OrderConfig(global_batch_size=BATCH)),
-        BatchPlan(BATCH, BATCH),
-        config=LoaderConfig(threads=workers),
-        position=lambda: (epoch, step),
-    )
-
-
-def to_array(payload: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return np.frombuffer(payload, dtype=np.uint8)
-
-
-def same(label: int) -> int:
-    return label
+    payload = Field(ext="bin", decoder="tensor", dtype="uint8", shape=(SAMPLE_BYTES,))
+    reader = Reader(index, {"data": payload, "label": Field(ext="cls")})
+    order, plan = Order(index.sizes, OrderConfig(global_batch_size=BATCH)), BatchPlan(BATCH, BATCH)
+    config = LoaderConfig(threads=workers)
+    return TrainLoader(reader, order, plan, config=config, position=lambda: (next(epochs), step))
 
 
 def webdataset_loader(data: Data, workers: int, *, keep_workers: bool = False) -> Any:
     """The pipeline that webdataset's documentation recommends; its loader turns the arrays into tensors."""
     wds: Any = importlib.import_module("webdataset")
-    dataset = (
-        wds.WebDataset(data.shards, shardshuffle=len(data.shards))
-        .shuffle(1000)
-        .decode()
-        .to_tuple("bin", "cls")
-        .map_tuple(to_array, same)
-        .batched(BATCH)
-    )
+    dataset = wds.WebDataset(data.shards, shardshuffle=len(data.shards)).shuffle(1000).decode().to_tuple("bin", "cls")
+    dataset = dataset.map_tuple(partial(np.frombuffer, dtype=np.uint8), int).batched(BATCH)
     return wds.WebLoader(dataset, batch_size=None, num_workers=workers, persistent_workers=keep_workers and workers > 0)
 
 
@@ -146,10 +131,7 @@ def epoch_rate(loader: Iterable[Any], num_samples: int) -> float:
 def seconds_to_batch(make: Callable[[], Iterable[Any]], skip: int = 0) -> float:
     """Seconds from nothing to the batch after ``skip`` others."""
     started = time.perf_counter()
-    batches = iter(make())
-    for _ in range(skip):
-        next(batches)
-    size_of(next(batches))
+    size_of(next(islice(make(), skip, None)))
     return time.perf_counter() - started
 
 
@@ -161,12 +143,10 @@ def cat_rate(data: Data) -> float:
 
 def pread_rate(data: Data) -> float:
     """One system call for every payload, in random order."""
-    index = ShardIndex.open(data.shards)
     files = [os.open(shard, os.O_RDONLY) for shard in data.shards]
-    tables = [index.table(shard) for shard in range(len(files))]
-    spans = [
-        (file, at) for file, t in zip(files, tables, strict=True) for at in t.offsets[:, t.fields.index("bin")].tolist()
-    ]
+    tables = map(load_table, data.shards)
+    columns = ((file, t.offsets[:, t.fields.index("bin")].tolist()) for file, t in zip(files, tables, strict=True))
+    spans = [(file, at) for file, offsets in columns for at in offsets]
     spans = [spans[place] for place in np.random.default_rng(0).permutation(len(spans))]
     started = time.perf_counter()
     for file, at in spans:
@@ -181,15 +161,14 @@ def measure(data: Data, repeats: int) -> tuple[Results, Results]:
     """Rates by contender in samples a second, and waits by contender in seconds."""
     ours = {workers: disttrain_loader(data, workers) for workers in WORKERS}
     theirs = {workers: webdataset_loader(data, workers, keep_workers=True) for workers in WORKERS}
-    rates: dict[str, Callable[[], float]] = {"cat": lambda: cat_rate(data), "pread": lambda: pread_rate(data)}
+    rates: dict[str, Callable[[], float]] = {"cat": partial(cat_rate, data), "pread": partial(pread_rate, data)}
     waits: dict[str, Callable[[], float]] = {}
-    half = data.steps // 2
     for w in WORKERS:
-        rates[f"{OURS} {w}"] = lambda w=w: epoch_rate(ours[w], data.steps * BATCH)
-        rates[f"{THEIRS} {w}"] = lambda w=w: epoch_rate(theirs[w], data.num_samples)
-        for name, step in (("first", 0), ("resume", half)):
-            waits[f"{OURS} {w} {name}"] = lambda w=w, s=step: seconds_to_batch(lambda: disttrain_loader(data, w, 0, s))
-            waits[f"{THEIRS} {w} {name}"] = lambda w=w, s=step: seconds_to_batch(lambda: webdataset_loader(data, w), s)
+        rates[f"{OURS} {w}"] = partial(epoch_rate, ours[w], data.steps * BATCH)
+        rates[f"{THEIRS} {w}"] = partial(epoch_rate, theirs[w], data.num_samples)
+        for name, step in (("first batch", 0), ("resume mid-epoch", data.steps // 2)):
+            waits[f"{OURS} {w} {name}"] = partial(seconds_to_batch, partial(disttrain_loader, data, w, step))
+            waits[f"{THEIRS} {w} {name}"] = partial(seconds_to_batch, partial(webdataset_loader, data, w), step)
     for run in rates.values():
         run()
     every = [*rates.items(), *waits.items()]
@@ -205,35 +184,73 @@ def measure(data: Data, repeats: int) -> tuple[Results, Results]:
 
 def machine() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    model = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
     libraries = ", ".join(f"{name} {version(name)}" for name in ("disttrain", "torch", "webdataset", "numpy"))
-    return f"{model}, {os.cpu_count()} cores, {platform.system()}; Python {platform.python_version()}, {libraries}"
+    return f"{model[1] if model else 'unknown CPU'}, {os.cpu_count()} cores, {platform.system()}; Python {platform.python_version()}, {libraries}"
+
+
+def row(name: str, values: list[float], *more: str, unit: float = 1) -> str:
+    """A line of a table: who, workers, then median, least and most."""
+    who, _, rest = name.partition(" ")
+    numbers = [f"{value * unit:,.0f}" for value in (median(values), min(values), max(values))]
+    return f"| {' | '.join([who, rest, *numbers, *more])} |"
 
 
 def page(data: Data, rates: Results, waits: Results, command: str) -> str:
     lines = [
-        "# Reading small samples",
-        "",
+        "# Reading small samples\n",
         f"{data.num_samples:,} samples of {SAMPLE_BYTES} bytes and a label in {len(data.shards)} shards, batches of"
         f" {BATCH}, page cache warm; {len(rates['cat'])} alternating repeats. Workers are threads in disttrain and"
         " processes in webdataset; 0 reads in the main process. What is measured, and how to read it, stands in"
-        " [`benchmarks/reader.py`](../reader.py).",
-        "",
-        "| | workers | samples/s, median | min | max | to webdataset | to pread |",
-        "|-|-|-:|-:|-:|-:|-:|",
+        " [`benchmarks/reader.py`](../reader.py).\n",
+        "| samples/s | workers | median | min | max | to webdataset | to pread |\n|-|-|-:|-:|-:|-:|-:|",
     ]
     for name, values in rates.items():
-        who, _, workers = name.partition(" ")
-        middle = median(values)
-        ratio = f"{middle / median(rates[f'{THEIRS} {workers}']):.1f} x" if workers else ""
-        share = f"{middle / median(rates['pread']):.3f} x"
-        numbers = " | ".join(f"{value:,.0f}" for value in (middle, min(values), max(values)))
-        lines.append(f"| {who} | {workers} | {numbers} | {ratio} | {share} |")
-    lines += ["", "| | workers | | milliseconds, median | min | max |", "|-|-|-|-:|-:|-:|"]
-    for name, values in waits.items():
-        who, workers, what = name.split()
-        words = "to the first batch" if what == "first" else f"to batch {data.steps // 2} of {data.steps}"
-        numbers = " | ".join(f"{value * 1000:,.0f}" for value in (median(values), min(values), max(values)))
-        lines.append(f"| {who} | {workers} | {words} | {numbers} |")
-    return "\n".join([*lines, "", f"Machine: {machine()}.", "", f"Command: `{command}`", ""])
+        peer = rates.get(f"{THEIRS} {name.partition(' ')[2]}")
+        ratio = f"{median(values) / median(peer):.1f}" if peer else ""
+        lines.append(row(name, values, ratio, f"{median(values) / median(rates['pread']):.2f}"))
+    lines.append("\n| milliseconds | workers, to what | median | min | max |\n|-|-|-:|-:|-:|")
+    lines += [row(name, values, unit=1000) for name, values in waits.items()]
+    return "\n".join([*lines, f"\nMachine: {machine()}.\n", f"Command: `{command}`\n"])
+
+
+def chart(rates: Results, waits: Results) -> Figure:
+    """Rates on the left, waits on the right; bars are medians, whiskers the whole range."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, results, unit, label in ((left, rates, 1e-3, LABELS[0]), (right, waits, 1e3, LABELS[1])):
+        for place, (name, values) in enumerate(results.items()):
+            color = COLORS.get(name.split()[0], COLORS["bound"])
+            middle, low, high = (unit * value for value in (median(values), min(values), max(values)))
+            axes.barh(place, middle, color=color, height=0.7)
+            axes.hlines(place, low, high, color="black", linewidth=1)
+            axes.annotate(f"{middle:,.0f}", (high, place), (4, 0), textcoords="offset points", va="center")
+        axes.set_yticks(range(len(results)), list(results))
+        axes.invert_yaxis()
+        axes.set_xlabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+    right.set_xscale("log")
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare disttrain's loader with webdataset's on small samples.")
+    parser.add_argument("--samples", type=int, default=60_000, help="samples in the data set")
+    parser.add_argument("--repeats", type=int, default=7, help="times that everything is measured")
+    parser.add_argument("--data", type=Path, help="folder to keep the shards in (default: a temporary one)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+    options = parser.parse_args()
+    command = f"python benchmarks/reader.py --samples {options.samples} --repeats {options.repeats}"
+    with tempfile.TemporaryDirectory() as temporary:
+        data = Data(options.data or Path(temporary), options.samples)
+        data.make()
+        rates, waits = measure(data, options.repeats)
+    text = page(data, rates, waits, command)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "reader.md").write_text(text)
+    chart(rates, waits).savefig(options.out / "reader.png", dpi=150)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

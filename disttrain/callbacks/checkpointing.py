@@ -7,6 +7,7 @@ a newer one is committed; the last few and the best few are kept. Cost: the time
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ class Checkpointing(Checkpoint):
         self.directory: Path | None = None
         self._best: list[tuple[float, int, str]] = []  # (value, step, directory name), best first
         self._saved_step = -1
+        self.save_seconds = 0.0
+        """Seconds that saving has stopped this attempt for."""
 
     @property
     def best_step(self) -> int:
@@ -134,7 +137,7 @@ class Checkpointing(Checkpoint):
         return self.monitor.better(value, self._best[-1][0])
 
     def _save(self, trainer: pl.Trainer, value: float | None) -> None:
-        step = trainer.global_step
+        step, started = trainer.global_step, time.perf_counter()
         path: Path = trainer.strategy.broadcast(store.free_path(self._directory(), f"step-{step:08d}"))
         # The list is part of what is saved, so it has to name this checkpoint before it is written.
         before = list(self._best)
@@ -150,6 +153,7 @@ class Checkpointing(Checkpoint):
             raise
         self._saved_step = step
         self._prune(trainer)
+        self.save_seconds += time.perf_counter() - started
 
     def _prune(self, trainer: pl.Trainer) -> None:
         with raise_together():

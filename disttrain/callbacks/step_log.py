@@ -12,6 +12,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from disttrain.callbacks.checkpointing import Checkpointing
+from disttrain.callbacks.find import find_callback
 from disttrain.data.loader import TrainLoader
 from disttrain.data.module import sharded_data
 from disttrain.errors import ConfigError
@@ -38,6 +40,7 @@ class StepLog(Callback):
         self._since = 0.0
         self._steps = 0
         self._wait = 0.0
+        self._saving = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
@@ -64,7 +67,8 @@ class StepLog(Callback):
             return
         if isinstance(pl_module, Task):
             self._send(trainer, pl_module.last_evaluation)
-        self._since = time.perf_counter()
+        # Checkpoints of this validation are still to come; what they take is subtracted.
+        self._since, self._saving = time.perf_counter(), _saving_seconds(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Account for the steps since the last line."""
@@ -72,9 +76,9 @@ class StepLog(Callback):
 
     def _stop_clock(self, trainer: pl.Trainer) -> None:
         """Add the time since the clock was started; leave it at now."""
-        now = time.perf_counter()
-        self.seconds += now - self._since
-        self._since = now
+        now, saving = time.perf_counter(), _saving_seconds(trainer)
+        self.seconds += now - self._since - (saving - self._saving)
+        self._since, self._saving = now, saving
         loaded = sharded_data(trainer)
         if loaded is not None:
             self.samples += self._steps * loaded.global_batch_size
@@ -104,6 +108,11 @@ class StepLog(Callback):
         self.latest.update(values)
         for logger in trainer.loggers:
             logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=trainer.global_step)
+
+
+def _saving_seconds(trainer: pl.Trainer) -> float:
+    checkpoints = find_callback(trainer, Checkpointing)
+    return checkpoints.save_seconds if checkpoints is not None else 0.0
 
 
 def _waited(trainer: pl.Trainer) -> float:

@@ -100,7 +100,6 @@ class Reader:
         self.fields = dict(fields)
         self._files: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = Lock()
-        self._columns_of: dict[tuple[str, ...], tuple[list[NDArray[np.int64]], list[str]]] = {}
         present = index.fields()
         for name, field in self.fields.items():
             if not set(field.alternatives) & set(present):
@@ -161,17 +160,20 @@ class Reader:
         """Byte offset and size of every field of every sample, each of shape (places, fields)."""
         shape = (len(places.order), len(self.fields))
         offsets, sizes = np.empty(shape, np.int64), np.empty(shape, np.int64)
+        cells: dict[tuple[str, ...], list[NDArray[np.int64]]] = {}
         for shard, here in places.shards:
             table = self.index.table(shard)
-            (first, *others), absent = self._columns(table.fields)
-            if absent:
-                raise self._lacks(shard, int(places.local[here.start]), absent[0])
-            rows = places.local[here, None]
-            offset, size = table.offsets[rows, first], table.sizes[rows, first]
-            for columns in others:
+            if table.fields not in cells:  # once for all shards with these columns: a shard adds little to a batch
+                columns, absent = self._columns(table.fields)
+                if absent:
+                    raise self._lacks(shard, int(places.local[here.start]), absent[0])
+                cells[table.fields] = [places.local[:, None] * len(table.fields) + choice for choice in columns]
+            first, *others = cells[table.fields]
+            offset, size = table.offsets.take(first[here]), table.sizes.take(first[here])
+            for other in others:
                 missing = offset < 0
-                offset = np.where(missing, table.offsets[rows, columns], offset)
-                size = np.where(missing, table.sizes[rows, columns], size)
+                offset = np.where(missing, table.offsets.take(other[here]), offset)
+                size = np.where(missing, table.sizes.take(other[here]), size)
             offsets[here], sizes[here] = offset, size
         if (offsets < 0).any():
             place, column = np.argwhere(offsets < 0)[0].tolist()
@@ -179,19 +181,15 @@ class Reader:
         return offsets, sizes
 
     def _columns(self, present: tuple[str, ...]) -> tuple[list[NDArray[np.int64]], list[str]]:
-        """For a table's columns: those of the fields' first alternatives, of the second, ...; and absent fields."""
-        found = self._columns_of.get(present)
-        if found is None:
-            choices = {
-                name: [present.index(extension) for extension in field.alternatives if extension in present]
-                for name, field in self.fields.items()
-            }
-            absent = [name for name, columns in choices.items() if not columns]
-            # A field with fewer alternatives than another repeats its last one, which changes nothing.
-            ranks = range(max(1, *map(len, choices.values())))
-            rows = [np.array([c[min(rank, len(c) - 1)] for c in choices.values() if c]) for rank in ranks]
-            found = self._columns_of[present] = rows, absent
-        return found
+        """The columns of a table: of the fields' first alternatives, of their second, ...; and the absent fields."""
+        choices = {
+            name: [present.index(extension) for extension in field.alternatives if extension in present]
+            for name, field in self.fields.items()
+        }
+        absent = [name for name, columns in choices.items() if not columns]
+        # A field with fewer alternatives than another repeats its last one, which changes nothing.
+        ranks = range(max(1, *map(len, choices.values())))
+        return [np.array([c[min(rank, len(c) - 1)] for c in choices.values() if c]) for rank in ranks], absent
 
     def _lacks(self, shard: int, local: int, name: str) -> DataError:
         return DataError(

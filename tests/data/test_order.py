@@ -96,12 +96,14 @@ def test_any_cut_of_steps_and_positions_is_a_part_of_the_epoch(setup: Setting, e
 def test_what_was_asked_before_changes_nothing(setup: Setting, data: st.DataObject) -> None:
     sizes, config = setup
     used = Order(sizes, config)
-    places = st.tuples(st.integers(0, 4), st.integers(0, used.steps_per_epoch - 1))
-    for epoch, step in data.draw(st.lists(places, min_size=1, max_size=12)):
+    batch = config.global_batch_size
+    places = st.tuples(st.integers(0, 3), st.integers(0, used.steps_per_epoch - 1))
+    ranges = st.tuples(st.integers(0, batch - 1), st.integers(1, batch)).filter(lambda r: r[0] < r[1])
+    for (epoch, step), positions in data.draw(st.lists(st.tuples(places, ranges), min_size=1, max_size=12)):
         np.testing.assert_array_equal(
-            used.sample_ids(epoch, step),
-            Order(sizes, config).sample_ids(epoch, step),
-            f"step {step} of epoch {epoch} depends on what was asked before",
+            used.sample_ids(epoch, step, 1, positions),
+            Order(sizes, config).sample_ids(epoch, step, 1, positions),
+            f"positions {positions} of step {step} of epoch {epoch} depend on what was asked before",
         )
 
 

@@ -1,0 +1,139 @@
+"""Tasks on their own: losses, weights, padding, metrics, standardization, and their errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from disttrain import ClassificationTask, RegressionTask, ShardedDataModule, Task
+from disttrain.data.loader import COUNT, ID, KEY, WEIGHT
+from disttrain.errors import ConfigError, DataError
+from disttrain.models import MLP, ConvNet
+from disttrain.tasks.metrics import ExplainedShare, WeightedMean
+
+
+def batch_of(count: int, size: int, **fields: Tensor) -> dict[str, Any]:
+    """A batch with that many real samples."""
+    return {
+        **fields,
+        KEY: [str(i) for i in range(size)],
+        ID: torch.arange(size),
+        WEIGHT: (torch.arange(size) < count).float(),
+        COUNT: count,
+    }
+
+
+def classifier(**settings: Any) -> ClassificationTask:
+    torch.manual_seed(0)
+    return ClassificationTask(MLP(4, hidden=[5], out_features=3), num_classes=3, input="x", target="y", **settings)
+
+
+def test_cross_entropy_and_its_smoothing_in_training_only() -> None:
+    task = classifier(label_smoothing=0.1)
+    batch = batch_of(6, 6, x=torch.randn(6, 4), y=torch.tensor([0, 1, 2, 0, 1, 2]))
+    logits = task(batch)
+    task.train()
+    smooth = F.cross_entropy(logits, batch["y"], reduction="none", label_smoothing=0.1)
+    torch.testing.assert_close(task.losses(logits, batch), smooth)
+    task.eval()
+    torch.testing.assert_close(task.losses(logits, batch), F.cross_entropy(logits, batch["y"], reduction="none"))
+
+
+def test_label_smoothing_out_of_range_is_refused() -> None:
+    with pytest.raises(ConfigError, match="label_smoothing is 1"):
+        classifier(label_smoothing=1.0)
+
+
+def test_padding_weighs_nothing_even_where_its_loss_is_not_a_number() -> None:
+    task = classifier()
+    x = torch.randn(4, 4)
+    x[3] = torch.nan
+    padded = batch_of(3, 4, x=x, y=torch.tensor([0, 1, 2, 0]))
+    whole = batch_of(3, 3, x=x[:3], y=padded["y"][:3])
+    total, weight = task._weighted(task(padded), padded)
+    expected, three = task._weighted(task(whole), whole)
+    torch.testing.assert_close(total, expected)
+    assert weight == three == 3
+
+
+def test_predictions_leave_padding_out() -> None:
+    task = classifier().eval()
+    out = task.predict_step(batch_of(2, 4, x=torch.randn(4, 4), y=torch.zeros(4, dtype=torch.int64)), 0)
+    assert out[KEY] == ["0", "1"]
+    assert out["class"].shape == out["probability"].shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [({"z": torch.zeros(2, 4)}, "no field 'x'"), ({"x": ["a", "b"], "y": torch.zeros(2)}, "'x' is a list")],
+)
+def test_a_field_that_is_missing_or_no_tensor_is_named(fields: Any, what: str) -> None:
+    with pytest.raises(DataError, match=what):
+        classifier()(batch_of(2, 2, **fields))
+
+
+def test_standardization_is_that_of_the_training_split(diabetes: Path) -> None:
+    task = RegressionTask(MLP(10, out_features=1), num_features=10)
+    data = ShardedDataModule(
+        train=str(diabetes / "train.json"),
+        fields={"features": "features.npy", "target": "target.npy"},
+        global_batch_size=310,
+        micro_batch_size=310,
+    )
+    data.setup("fit")
+    task.fit_standardization(data.reader("train"))
+    batch = next(iter(data.train_dataloader()))
+    features, target = batch["features"].double(), batch["target"].double()
+    torch.testing.assert_close(task.input_mean.double(), features.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(task.input_std.double(), features.std(0, correction=0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(task.target_mean.double(), target.mean(), rtol=1e-5, atol=1e-5)
+    assert set(task.state_dict()) >= {"input_mean", "input_std", "target_mean", "target_std"}
+
+    wrong = RegressionTask(MLP(9, out_features=1), num_features=9)
+    with pytest.raises(DataError, match="has 10 features, the task was told 9"):
+        wrong.fit_standardization(data.reader("train"))
+
+
+def test_mean_squared_error_is_that_of_the_standardized_target() -> None:
+    task = RegressionTask(nn.Linear(2, 1), num_features=2)
+    task.target_mean.fill_(3.0)
+    task.target_std.fill_(2.0)
+    batch = batch_of(3, 3, features=torch.randn(3, 2), target=torch.tensor([1.0, 3.0, 7.0]))
+    outputs = task(batch)
+    torch.testing.assert_close(task.losses(outputs, batch), (outputs - torch.tensor([-1.0, 0.0, 2.0])) ** 2)
+    torch.testing.assert_close(task.predict(outputs, batch)["prediction"], outputs * 2 + 3)
+
+
+def test_weighted_mean_is_exact_in_double_precision() -> None:
+    metric = WeightedMean()
+    draw = torch.Generator().manual_seed(0)
+    values, weights = (torch.rand(1000, generator=draw, dtype=torch.float64) for _ in range(2))
+    for part, weight in zip(values.split(7), weights.split(7), strict=True):
+        metric.update((part * weight).sum(), weight.sum())
+    assert float(metric.compute()) == pytest.approx(float((values * weights).sum() / weights.sum()), rel=1e-14)
+
+
+def test_explained_share_of_one_sample_is_not_a_number() -> None:
+    metric = ExplainedShare()
+    metric.update(torch.tensor([1.0]), torch.tensor([2.0]))
+    assert torch.isnan(metric.compute())
+
+
+def test_a_task_without_its_two_methods_says_so() -> None:
+    with pytest.raises(NotImplementedError, match=r"Task must define forward\(batch\)"):
+        Task()({})
+
+
+def test_a_convnet_treats_every_sample_alone() -> None:
+    torch.manual_seed(0)
+    model = ConvNet(widths=(8, 16)).eval()
+    images = torch.randn(5, 1, 8, 8)
+    together = model(images)
+    assert together.shape == (5, 10)
+    alone = torch.cat([model(image[None]) for image in images])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
