@@ -57,6 +57,10 @@ class OptimizerConfig:
             raise ConfigError(f"optimizer.weight_decay is {self.weight_decay}", mend="use 0 or more")
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"optimizer.momentum is {self.momentum}", mend="use a value from 0 to below 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optimizer.betas is {self.betas}", mend="use two values from 0 to below 1")
+        if self.eps <= 0:
+            raise ConfigError(f"optimizer.eps is {self.eps}", mend="use a small positive number, such as 1e-8")
         if self.nesterov and self.momentum == 0:
             raise ConfigError("optimizer.nesterov is set without momentum", mend="set optimizer.momentum, such as 0.9")
 
@@ -90,6 +94,11 @@ class ScheduleConfig:
                 f"schedule has warmup_steps {self.warmup_steps}, total_steps {self.total_steps},"
                 f" step_size {self.step_size}",
                 mend="use 0 or more for the first two and at least 1 for step_size",
+            )
+        if not 0 <= self.final_fraction <= 1 or self.gamma <= 0:
+            raise ConfigError(
+                f"schedule has final_fraction {self.final_fraction} and gamma {self.gamma}",
+                mend="use a final_fraction from 0 to 1 and a positive gamma",
             )
 
 

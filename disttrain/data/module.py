@@ -8,7 +8,7 @@ Rank 0 of each node reads the shards' headers once and leaves sidecars; the othe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,8 @@ class ShardedDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.specs: dict[str, Shards | None] = {"train": train, "val": val, "test": test, "predict": predict or test}
+        if fields is not None and not fields:
+            raise ConfigError("data.fields is empty", mend="name the fields of a batch, or leave it out to have all")
         self.fields = fields
         self.micro_batch_size = micro_batch_size
         shuffle = shuffle or ShuffleConfig()
@@ -82,7 +84,6 @@ class ShardedDataModule(pl.LightningDataModule):
         self.plan: BatchPlan | None = None
         self.order: Order | None = None
         self._readers: dict[str, Reader] = {}
-        self._restored: Mapping[str, Any] | None = None
 
     @property
     def global_batch_size(self) -> int:

@@ -138,11 +138,15 @@ class Reader:
 
     def keys(self, ids: NDArray[np.int64]) -> list[str]:
         """The keys of some samples."""
-        shard = np.searchsorted(self.index.starts, ids, side="right") - 1
-        local = (ids - self.index.starts[shard]).tolist()
-        shards = shard.tolist()
-        keys = {s: self.index.table(s).keys for s in set(shards)}
-        return [keys[s][i] for s, i in zip(shards, local, strict=True)]
+        places = self._places(ids)
+        local = places.local.tolist()
+        ordered: list[str] = []  # shard by shard: keys that are neighbours in memory are found faster
+        for shard, here in places.shards:
+            keys = self.index.table(shard).keys
+            ordered += [keys[number] for number in local[here]]
+        found = np.empty(len(ids), dtype=object)
+        found[places.order] = ordered
+        return found.tolist()
 
     def mean_sample_bytes(self) -> float:
         """Average size of a sample in its shard, headers included."""

@@ -132,3 +132,27 @@ def test_a_complete_run_is_set_aside(digits: Path, tmp_path: Path) -> None:
         outcome = fit(run_dir, digits, 1, "ddp", "--trainer.max_steps", "4", "--model.schedule.name", "constant").ok()
     assert f"the older run was moved to {run_dir}.1" in outcome.text
     assert read_run(tmp_path / "run.1")["status"] == read_run(run_dir)["status"] == "completed"
+
+
+def test_resumed_from_a_named_checkpoint_in_another_folder(digits: Path, tmp_path: Path) -> None:
+    fit(tmp_path / "whole", digits, 2, "ddp").ok()
+    fit(tmp_path / "first", digits, 2, "ddp", "--checkpoint.keep_last", "9", *kill(29, 0))
+    chosen = next(c.path for c in committed(tmp_path / "first" / "checkpoints")[0] if c.global_step == 12)
+
+    for place in (chosen, tmp_path / "first"):  # a checkpoint, and a run folder: its newest
+        second = tmp_path / place.name.replace("first", "second")
+        outcome = fit(second, digits, 1, "fsdp", "--resume", str(place)).ok()
+        assert "resuming from" in outcome.text
+        apart = distance(final_weights(tmp_path / "whole"), final_weights(second))
+        assert apart <= 1e-6, f"resumed from {place.name}: weights are {apart:.2e} apart"
+    assert read_run(tmp_path / "step-00000012")["attempts"][0]["from_step"] == 12
+    assert read_run(tmp_path / "second")["attempts"][0]["from_step"] == 28
+
+
+def test_never_starts_anew_and_keeps_the_old_run(digits: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    fit(run_dir, digits, 1, "ddp", *kill(9, 0))
+    outcome = fit(run_dir, digits, 1, "ddp", "--resume", "never").ok()
+    assert f"the older run was moved to {run_dir}.1" in outcome.text
+    assert read_run(run_dir)["attempts"][0]["from_step"] == 0
+    assert committed(tmp_path / "run.1" / "checkpoints")[0][-1].global_step == 8
