@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from disttrain.data.decode import Field
     from disttrain.data.index import ShardIndex
     from disttrain.data.loader import LoaderConfig
-    from disttrain.data.module import ShardedDataModule, ShuffleConfig
+    from disttrain.data.module import ShardedDataModule, ShuffleConfig, SourceConfig
     from disttrain.data.order import Order, OrderConfig
     from disttrain.errors import DisttrainError
     from disttrain.optim import OptimizerConfig, ScheduleConfig
@@ -44,6 +44,7 @@ _HOMES = {
     "ShardIndex": "disttrain.data.index",
     "ShardedDataModule": "disttrain.data.module",
     "ShuffleConfig": "disttrain.data.module",
+    "SourceConfig": "disttrain.data.module",
     "Task": "disttrain.tasks",
     "Trainer": "disttrain.trainer",
     "__version__": "disttrain.version",
@@ -69,6 +70,7 @@ __all__ = [
     "ShardIndex",
     "ShardedDataModule",
     "ShuffleConfig",
+    "SourceConfig",
     "Task",
     "Trainer",
     "__version__",

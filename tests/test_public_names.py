@@ -36,6 +36,7 @@ PUBLIC = [
     "ShardIndex",
     "ShardedDataModule",
     "ShuffleConfig",
+    "SourceConfig",
     "Task",
     "Trainer",
     "__version__",
@@ -46,6 +47,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(
         [
             *(f"data.{name}" for name in ("tar", "index", "order", "samples", "write", "tables", "sources", "pack")),
+            "data.mixture",
             "data.verify",
             "metrics_file",
             "parallel.config",
@@ -202,6 +204,8 @@ def test_the_lowest_data_modules_name_no_torch(module: str) -> None:
     assert named & {"torch", "lightning", "torchmetrics"} == set()
 
 
-@pytest.mark.parametrize("module", ["errors", "world", "data.order", "data.index", "parallel.config", "optim"])
+@pytest.mark.parametrize(
+    "module", ["errors", "world", "data.order", "data.mixture", "data.index", "parallel.config", "optim"]
+)
 def test_modules_open_with_a_docstring(module: str) -> None:
     assert importlib.import_module(f"disttrain.{module}").__doc__

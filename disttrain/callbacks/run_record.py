@@ -20,6 +20,8 @@ from lightning.pytorch.callbacks import Callback
 
 from disttrain.callbacks.early_stopping import EarlyStopping
 from disttrain.callbacks.find import find_callback
+from disttrain.data.mixture import Mixture
+from disttrain.data.module import sharded_data
 from disttrain.metrics_log import MetricsLog
 from disttrain.runs import COMPLETED, read_run, write_run
 from disttrain.version import __version__
@@ -93,6 +95,10 @@ class RunRecord(Callback):
                 "value": stopping.best,
                 "step": stopping.best_step,
             }
+        data = sharded_data(trainer)
+        if data is not None and isinstance(data.order, Mixture):
+            counts, epochs = data.order.counts_of(trainer.global_step), data.order.epochs_of(trainer.global_step)
+            self.record["sources"] = {name: {"samples": counts[name], "epochs": epochs[name]} for name in counts}
         self.event(trainer.global_step, "stop", reason)
         self._write()
 

@@ -215,6 +215,8 @@ def _print_result(trainer: Trainer, result: dict[str, float], page: Path) -> Non
     table.add_row("steps", f"{record['attempts'][-1]['to_step']}")
     if log.seconds > 0 and log.samples:
         table.add_row("samples/s", f"{log.samples / log.seconds:,.0f} on {trainer.world_size} ranks")
+    for name, source in record.get("sources", {}).items():
+        table.add_row(f"source {name!r}", f"{source['samples']:,} samples, {source['epochs']:.2f} epochs")
     table.add_row("stopped", record.get("stop_reason", ""))
     checkpoints = trainer.checkpoint_callback
     kept = checkpoints.best_model_path if isinstance(checkpoints, Checkpointing) else ""

@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from disttrain.data.mixture import Mixture
 from disttrain.data.order import Order, evaluation_ids
 from disttrain.data.reader import Reader
 from disttrain.errors import ConfigError
@@ -169,7 +170,7 @@ class TrainLoader(_Loader):
     def __init__(
         self,
         reader: Reader,
-        order: Order,
+        order: Order | Mixture,
         plan: BatchPlan,
         *,
         rank: int = 0,

@@ -9,14 +9,16 @@ Rank 0 of each node reads the shards' headers once and leaves sidecars; the othe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 
 from disttrain.data.decode import Field
 from disttrain.data.index import ShardIndex
 from disttrain.data.loader import EvaluationLoader, LoaderConfig, TrainLoader
+from disttrain.data.mixture import Mixture, Portion
 from disttrain.data.order import DEFAULT_WINDOW, Order, OrderConfig
 from disttrain.data.reader import Reader
 from disttrain.errors import CheckpointError, ConfigError, DataError, DisttrainError
@@ -25,6 +27,22 @@ from disttrain.parallel.config import BatchPlan
 from disttrain.world import detect_world
 
 Shards = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One of several sources of training data.
+
+    Attributes:
+        shards: a brace pattern, a glob, a manifest, or a list of these.
+        weight: its share of the samples relative to the others'; either all sources have one or none. Without
+            weights an epoch takes every sample of every source once.
+        name: what reports call it; ``source 1`` and so on by default.
+    """
+
+    shards: str | list[str]
+    weight: float | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,7 +63,8 @@ class ShardedDataModule(pl.LightningDataModule):
     """Streams plain WebDataset tars in an order that does not depend on who reads.
 
     Args:
-        train: training shards: a brace pattern, a glob, a manifest, or a list of these.
+        train: training shards: a brace pattern, a glob, a manifest, or a list of these; or a list of sources
+            to mix.
         val: validation shards, likewise.
         test: test shards, likewise.
         predict: shards to predict on; the test shards by default.
@@ -61,7 +80,7 @@ class ShardedDataModule(pl.LightningDataModule):
     def __init__(
         self,
         *,
-        train: Shards | None = None,
+        train: str | list[str] | list[SourceConfig] | None = None,
         val: Shards | None = None,
         test: Shards | None = None,
         predict: Shards | None = None,
@@ -73,7 +92,12 @@ class ShardedDataModule(pl.LightningDataModule):
         loader: LoaderConfig | None = None,
     ) -> None:
         super().__init__()
-        self.specs: dict[str, Shards | None] = {"train": train, "val": val, "test": test, "predict": predict or test}
+        self.specs: dict[str, Shards | list[SourceConfig] | None] = {
+            "train": train,
+            "val": val,
+            "test": test,
+            "predict": predict or test,
+        }
         if fields is not None and not fields:
             raise ConfigError("data.fields is empty", mend="name the fields of a batch, or leave it out to have all")
         self.fields = fields
@@ -82,7 +106,7 @@ class ShardedDataModule(pl.LightningDataModule):
         self.order_config = OrderConfig(global_batch_size, seed=seed, lanes=shuffle.lanes, window=shuffle.window)
         self.loader_config = loader or LoaderConfig()
         self.plan: BatchPlan | None = None
-        self.order: Order | None = None
+        self.order: Order | Mixture | None = None
         self._readers: dict[str, Reader] = {}
 
     @property
@@ -190,11 +214,12 @@ class ShardedDataModule(pl.LightningDataModule):
                 if split == "val" and stage == "fit":
                     continue
                 raise DataError(f"data.{split} names no shards", mend=f"set data.{split} to a pattern of shards")
-            index = ShardIndex.open(spec, name=f"data.{split}", write_sidecars=write_sidecars)
+            indexes = _open_sources(spec, f"data.{split}", write_sidecars=write_sidecars)
+            index = ShardIndex([shard for _, part in indexes for shard in part.shards], name=f"data.{split}")
             self._readers[split] = Reader(index, self._declared(index))
-        if stage == "fit" and self.order is None:
-            self.plan = BatchPlan(self.global_batch_size, self.micro_batch_size, self._num_ranks())
-            self.order = Order(self._readers["train"].index.sizes, self.order_config)
+            if split == "train":
+                self.plan = BatchPlan(self.global_batch_size, self.micro_batch_size, self._num_ranks())
+                self.order = _order_of(indexes, self.order_config)
 
     def _declared(self, index: ShardIndex) -> dict[str, Field]:
         if self.fields is None:
@@ -210,7 +235,7 @@ class ShardedDataModule(pl.LightningDataModule):
             config=self.loader_config,
         )
 
-    def _train_order(self) -> Order:
+    def _train_order(self) -> Order | Mixture:
         if self.order is None:
             raise DataError("the training data is not set up", mend="call setup('fit') first, or trainer.fit(...)")
         return self.order
@@ -238,6 +263,46 @@ class ShardedDataModule(pl.LightningDataModule):
                 mend="leave accumulate_grad_batches out; it is derived",
             )
         trainer.accumulate_grad_batches = accumulation
+
+
+def _open_sources(
+    spec: Shards | Sequence[SourceConfig], name: str, *, write_sidecars: bool
+) -> list[tuple[SourceConfig, ShardIndex]]:
+    """The sources of a split, each with its index; one source for a plain specification."""
+    parts = [spec] if isinstance(spec, str) else list(spec)
+    if not any(isinstance(part, SourceConfig) for part in parts):
+        source = SourceConfig([str(part) for part in parts])
+        return [(source, ShardIndex.open(source.shards, name=name, write_sidecars=write_sidecars))]
+    opened = []
+    for number, part in enumerate(parts, start=1):
+        if not isinstance(part, SourceConfig):
+            raise ConfigError(f"{name} mixes sources and plain patterns", mend="write each as {shards: PATTERN}")
+        named = replace(part, name=part.name or f"source {number}")
+        index = ShardIndex.open(part.shards, name=f"{name} ({named.name})", write_sidecars=write_sidecars)
+        opened.append((named, index))
+    return opened
+
+
+def _order_of(sources: list[tuple[SourceConfig, ShardIndex]], config: OrderConfig) -> Order | Mixture:
+    """The order over all samples of the sources once, or their mixture where they have weights."""
+    weights = [source.weight for source, _ in sources if source.weight is not None]
+    if not weights:
+        return Order(np.concatenate([index.sizes for _, index in sources]), config)
+    if len(weights) < len(sources):
+        without = [source.name for source, _ in sources if source.weight is None]
+        raise ConfigError(
+            f"data.train: {', '.join(without)} has no weight, others have", mend="give all sources a weight, or none"
+        )
+    names = [source.name for source, _ in sources]
+    if len(set(names)) < len(names):
+        raise ConfigError("data.train: two sources have one name", mend="give each source a name of its own")
+    return Mixture(
+        [
+            Portion(source.name, tuple(index.sizes.tolist()), weight)
+            for (source, index), weight in zip(sources, weights, strict=True)
+        ],
+        config,
+    )
 
 
 def sharded_data(trainer: pl.Trainer) -> ShardedDataModule | None:

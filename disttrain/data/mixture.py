@@ -1,0 +1,187 @@
+"""Several sources in one training order, by exact quotas.
+
+A period of ``k`` global batches has ``k * G`` slots, and source ``i`` fills exactly ``Q_i`` of them, spread as
+evenly as whole numbers allow; ``k`` is the smallest that brings every quota within 1 % of its weight. Slot
+``s`` of period ``u`` that falls to source ``i`` as its ``j``-th in the period takes that source's draw number
+``u * Q_i + j``. Each source has an :class:`~disttrain.data.order.Order` of its own, with its own epochs, so a
+small source is repeated (each time in a new order, never a sample twice within its epoch) while a large one
+is still in its first. Like one source's order, a mixture is a pure function of (sizes, weights, seed, step,
+global batch size): elastic, and any position is found without replaying.
+
+Cost: O(k * G) memory for the slots of a period, beside the sources' own orders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from disttrain.data.order import DEFAULT_LANES, Ids, Order, OrderConfig
+from disttrain.errors import ConfigError, DataError
+
+MIXTURE_VERSION: Final = 1
+_MAX_PERIOD: Final = 256
+_TOLERANCE: Final = 0.01
+
+
+@dataclass(frozen=True)
+class Portion:
+    """One source of a mixture.
+
+    Attributes:
+        name: what reports and errors call it.
+        shard_sizes: number of samples in each of its shards.
+        weight: its share of the samples, relative to the others'.
+    """
+
+    name: str
+    shard_sizes: tuple[int, ...]
+    weight: float
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ConfigError(
+                f"source {self.name!r} has weight {self.weight}", mend="use a positive weight, or leave it out"
+            )
+        if sum(self.shard_sizes) < 1:
+            raise DataError(f"source {self.name!r} holds no samples", mend="point it at shards that hold samples")
+
+
+class Mixture:
+    """The training order over several weighted sources.
+
+    An id is the place of a sample in the sources' samples laid end to end. An epoch of the run is as many
+    steps as the samples of all sources fill; the sources' own epochs are counted apart.
+
+    Args:
+        portions: the sources.
+        config: global batch size, seed, lanes and window; the seed of each source is drawn from it.
+
+    Raises:
+        ConfigError: a weight is too small to have one slot in the longest period.
+        DataError: there are fewer samples than one global batch.
+    """
+
+    def __init__(self, portions: Sequence[Portion], config: OrderConfig) -> None:
+        self.portions, self.config = tuple(portions), config
+        sizes = np.array([sum(portion.shard_sizes) for portion in portions], dtype=np.int64)
+        self.num_samples = int(sizes.sum())
+        self.steps_per_epoch = self.num_samples // config.global_batch_size
+        if self.steps_per_epoch == 0:
+            raise DataError(
+                f"the training data holds {self.num_samples} samples, fewer than one global batch of"
+                f" {config.global_batch_size}",
+                mend=f"set global_batch_size to at most {self.num_samples}, or add data",
+            )
+        self._starts = np.concatenate(([0], np.cumsum(sizes)))
+        self.period, self.quotas = _quotas(self.portions, config.global_batch_size)
+        self._source, self._turn = _slots(self.quotas)  # ids: (slot of a period,)
+        # A source's draws are numbered through, and its order deals them out in rounds of one a lane, so that
+        # draws in a row come from all over it. One that a single window shuffles whole needs no lanes, and
+        # without them none of its samples is left out of an epoch.
+        lanes = np.where(sizes <= config.window, 1, DEFAULT_LANES)
+        self._orders = [
+            Order(
+                list(portion.shard_sizes),
+                replace(config, global_batch_size=int(count), seed=_seed(config.seed, i), lanes=0),
+            )
+            for i, (portion, count) in enumerate(zip(self.portions, lanes, strict=True))
+        ]
+
+    def sample_ids(
+        self, epoch: int, first_step: int, num_steps: int = 1, positions: tuple[int, int] | None = None
+    ) -> Ids:
+        """Ids of the samples of some steps, as :meth:`Order.sample_ids`; shape (num_steps, positions)."""
+        low, high = positions or (0, self.config.global_batch_size)
+        steps = epoch * self.steps_per_epoch + np.arange(first_step, first_step + num_steps, dtype=np.int64)
+        slots = steps[:, None] * self.config.global_batch_size + np.arange(low, high, dtype=np.int64)
+        periods, slot = np.divmod(slots, len(self._source))  # ids: (step, position)
+        out = np.empty_like(slots)
+        for i in range(len(self.portions)):
+            here = self._source[slot] == i
+            if here.any():
+                draws = periods[here] * self.quotas[i] + self._turn[slot[here]]
+                out[here] = self._starts[i] + self._draw(i, draws)
+        return out
+
+    def epochs_of(self, steps: int) -> dict[str, float]:
+        """How often each source has been gone through after that many steps, by name."""
+        counts = self.counts_of(steps)
+        sizes = np.diff(self._starts)
+        return {p.name: counts[p.name] / int(size) for p, size in zip(self.portions, sizes, strict=True)}
+
+    def counts_of(self, steps: int) -> dict[str, int]:
+        """How many samples of each source the first steps take, by name."""
+        periods, rest = divmod(steps * self.config.global_batch_size, len(self._source))
+        begun = np.bincount(self._source[:rest], minlength=len(self.portions))
+        return {p.name: int(periods * q + b) for p, q, b in zip(self.portions, self.quotas, begun, strict=True)}
+
+    def fingerprint(self) -> dict[str, int | str]:
+        """What a checkpoint stores to recognize this order."""
+        prints = "|".join(str(sorted(order.fingerprint().items())) for order in self._orders)
+        return {
+            "version": MIXTURE_VERSION,
+            "seed": self.config.seed,
+            "global_batch_size": self.config.global_batch_size,
+            "num_samples": self.num_samples,
+            "quotas": ":".join(str(quota) for quota in self.quotas),
+            "sources": hashlib.sha256(prints.encode()).hexdigest()[:16],
+        }
+
+    def _draw(self, source: int, draws: Ids) -> Ids:
+        """The source's samples of some draw numbers, which ascend."""
+        order = self._orders[source]
+        rounds, places = np.divmod(draws, order.config.global_batch_size)
+        first, last, length = int(rounds[0]), int(rounds[-1]), order.steps_per_epoch
+        found: list[Ids] = []
+        for epoch in range(first // length, last // length + 1):
+            begin = max(first - epoch * length, 0)
+            end = min(last + 1 - epoch * length, length)
+            found.append(order.sample_ids(epoch, begin, end - begin))
+        return np.asarray(np.concatenate(found)[rounds - first, places], dtype=np.int64)
+
+
+def _quotas(portions: Sequence[Portion], global_batch_size: int) -> tuple[int, NDArray[np.int64]]:
+    """The period in global batches, and each source's slots in it (largest remainders)."""
+    weights = np.array([portion.weight for portion in portions], dtype=np.float64)
+    weights /= weights.sum()
+    period, quotas = 1, np.zeros(len(portions), dtype=np.int64)
+    while True:
+        exact = weights * period * global_batch_size
+        quotas = np.floor(exact).astype(np.int64)
+        missing = period * global_batch_size - int(quotas.sum())
+        # Stable, so that equal remainders go to the sources named first.
+        quotas[np.argsort(quotas - exact, kind="stable")[:missing]] += 1
+        if (np.abs(quotas - exact) <= _TOLERANCE * exact).all() or period == _MAX_PERIOD:
+            break
+        period += 1
+    if (quotas == 0).any():
+        name = portions[int(np.flatnonzero(quotas == 0)[0])].name
+        raise ConfigError(
+            f"the weight of source {name!r} gives it no sample in {_MAX_PERIOD} global batches",
+            mend="raise its weight or the global batch size, or leave it out",
+        )
+    return period, quotas
+
+
+def _slots(quotas: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which source fills each slot of a period, and the how-many-th of that source it is.
+
+    The ``j``-th slot of source ``i`` would ideally lie at ``(j + 1/2) / Q_i`` of the period; the slots are
+    given out in that order.
+    """
+    source = np.repeat(np.arange(len(quotas)), quotas)
+    turn = np.concatenate([np.arange(quota) for quota in quotas])
+    ideal = (turn + 0.5) / quotas[source]
+    order = np.argsort(ideal, kind="stable")
+    return source[order], turn[order]
+
+
+def _seed(seed: int, source: int) -> int:
+    """A seed for one source, so that sources of equal sizes have different orders."""
+    return int(np.random.SeedSequence((seed, source)).generate_state(1, np.uint64)[0] >> np.uint64(1))
