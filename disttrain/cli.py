@@ -7,6 +7,7 @@ of them make is printed by rank 0 alone.
 
 from __future__ import annotations
 
+import os
 import sys
 
 from disttrain.errors import ConfigError, DisttrainError, RankError, nearest
@@ -39,8 +40,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"disttrain: rank {world.rank} of {world.size} stops: another rank failed or was killed", file=sys.stderr)
         return RankError.exit_code
     except KeyboardInterrupt:
-        print("disttrain: interrupted", file=sys.stderr)
-        return 130
+        return _interrupted()
+    except SystemExit as exit_:
+        # Lightning ends a training that Ctrl-C interrupts by a bare exit.
+        if isinstance(exit_.__context__, KeyboardInterrupt):
+            return _interrupted()
+        raise
+    except BrokenPipeError:
+        # The reader of the output, such as `head`, has gone; nothing more can be told to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -67,6 +76,11 @@ def _dispatch(arguments: list[str]) -> int:
         return training.run(arguments)
     known = [*_TRAINING, *_TOOLS]
     raise ConfigError(f"there is no subcommand {name!r}", mend=f"see `disttrain --help`; {nearest(name, known)}")
+
+
+def _interrupted() -> int:
+    print("disttrain: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+    return 130
 
 
 def _lost_a_peer(error: RuntimeError) -> bool:

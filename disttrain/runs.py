@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from disttrain.checkpoint import store
 from disttrain.errors import CheckpointError
+from disttrain.files import write_atomically
 
 RUN_FILE: Final = "run.json"
 CHECKPOINTS: Final = "checkpoints"
@@ -30,10 +31,12 @@ class Start:
     Attributes:
         checkpoint: the checkpoint to resume from, or None to start from scratch.
         notes: lines that tell the user what was found and decided.
+        aside: where an older run was moved to, if one was.
     """
 
     checkpoint: Path | None
     notes: list[str] = field(default_factory=list)
+    aside: Path | None = None
 
 
 def choose_start(run_dir: Path, resume: str) -> Start:
@@ -47,11 +50,11 @@ def choose_start(run_dir: Path, resume: str) -> Start:
         CheckpointError: the named checkpoint does not exist or is torn.
     """
     if resume == "never":
-        return Start(None, _set_aside(run_dir))
+        return _anew(run_dir, [])
     if resume != "auto":
         return _named(Path(resume))
     if read_run(run_dir).get("status") == COMPLETED:
-        return Start(None, ["the run in this folder is complete", *_set_aside(run_dir)])
+        return _anew(run_dir, ["the run in this folder is complete"])
     return _newest(run_dir / CHECKPOINTS)
 
 
@@ -68,7 +71,7 @@ def best_checkpoint(run_dir: Path, which: str) -> Path:
     start = _newest(run_dir / CHECKPOINTS) if which in ("best", "last") else _named(Path(which))
     if start.checkpoint is None:
         raise CheckpointError(
-            f"run folder {run_dir} holds no committed checkpoint", mend="train first, or give --checkpoint PATH"
+            f"run folder {run_dir} holds no committed checkpoint", mend="train first, or give --checkpoint_path PATH"
         )
     if which == "best":
         step = (read_run(run_dir).get("best") or {}).get("step")
@@ -89,12 +92,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
 
 def write_run(run_dir: Path, record: dict[str, Any]) -> None:
     """Write a run's record, atomically."""
-    descriptor, temporary = tempfile.mkstemp(dir=run_dir, prefix=f".{RUN_FILE}.")
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(record, file, indent=2)
-        file.write("\n")
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, run_dir / RUN_FILE)
+    write_atomically(run_dir / RUN_FILE, json.dumps(record, indent=2) + "\n")
 
 
 def _named(path: Path) -> Start:
@@ -117,11 +115,17 @@ def _newest(directory: Path) -> Start:
     return Start(found[-1].path, [*notes, f"resuming from {found[-1].path}"])
 
 
-def _set_aside(run_dir: Path) -> list[str]:
+def take_back(run_dir: Path, aside: Path) -> None:
+    """Undo a start that came to nothing: the older run gets its folder back."""
+    shutil.rmtree(run_dir, ignore_errors=True)
+    os.rename(aside, run_dir)
+
+
+def _anew(run_dir: Path, notes: list[str]) -> Start:
     if not (run_dir / RUN_FILE).exists() and not (run_dir / CHECKPOINTS).exists():
-        return []
+        return Start(None)
     number = 1
     while (aside := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
         number += 1
     os.rename(run_dir, aside)
-    return [f"starting anew; the older run was moved to {aside}"]
+    return Start(None, [*notes, f"starting anew; the older run was moved to {aside}"], aside)

@@ -132,7 +132,7 @@ class Trainer(pl.Trainer):
             if self.is_global_zero:
                 start = choose_start(self.run_dir, resume)
         start = self.strategy.broadcast(start)
-        self.record.notes = start.notes
+        self.record.start = start
         return start
 
     def _quieten(self) -> None:

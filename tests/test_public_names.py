@@ -43,7 +43,7 @@ PUBLIC = [
 ]
 
 LAYERS: dict[str, int] = {
-    **dict.fromkeys(["errors", "world", "version"], 0),
+    **dict.fromkeys(["errors", "files", "world", "version"], 0),
     **dict.fromkeys(
         [
             *(f"data.{name}" for name in ("tar", "index", "order", "samples", "write", "tables", "sources", "pack")),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from disttrain.errors import CheckpointError
-from disttrain.runs import Start, best_checkpoint, choose_start, read_run, write_run
+from disttrain.runs import Start, best_checkpoint, choose_start, read_run, take_back, write_run
 from tests.support.checkpoints import make_checkpoint
 
 
@@ -89,6 +89,7 @@ def test_auto_sets_a_complete_run_aside(run_dir: Path) -> None:
     assert start == Start(
         None,
         ["the run in this folder is complete", f"starting anew; the older run was moved to {aside}"],
+        aside,
     )
     assert not run_dir.exists()
     assert tree(aside) == before, "the older run was changed"
@@ -165,3 +166,15 @@ def test_a_record_is_written_whole_and_readable_by_others(tmp_path: Path) -> Non
     assert json.loads((tmp_path / "run.json").read_text()) == {"status": "completed"} == read_run(tmp_path)
     assert (tmp_path / "run.json").stat().st_mode & 0o777 == 0o644
     assert read_run(tmp_path / "none") == {}
+
+
+def test_a_start_that_came_to_nothing_is_taken_back(run_dir: Path) -> None:
+    write_run(run_dir, {"status": "completed"})
+    before = tree(run_dir)
+    start = choose_start(run_dir, "auto")
+    assert start.aside is not None
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text("x")
+    take_back(run_dir, start.aside)
+    assert tree(run_dir) == before
+    assert not start.aside.exists()

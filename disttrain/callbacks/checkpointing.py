@@ -72,6 +72,8 @@ class Checkpointing(Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find the run's folder."""
         self.directory = self.directory or Path(trainer.default_root_dir) / "checkpoints"
+        if stage == "fit" and trainer.is_global_zero:
+            store.remove_unfinished(self.directory)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

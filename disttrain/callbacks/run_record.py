@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from disttrain.callbacks.find import find_callback
 from disttrain.data.mixture import Mixture
 from disttrain.data.module import sharded_data
 from disttrain.metrics_log import MetricsLog
-from disttrain.runs import COMPLETED, read_run, write_run
+from disttrain.runs import COMPLETED, Start, read_run, take_back, write_run
 from disttrain.version import __version__
 
 
@@ -39,8 +40,8 @@ class RunRecord(Callback):
     def __init__(self, run_dir: Path, *, strategy: str, precision: str) -> None:
         self.run_dir = run_dir
         self._layout = {"strategy": strategy, "precision": precision}
-        self.notes: list[str] = []
-        """What was decided before the run started; becomes events."""
+        self.start = Start(None)
+        """What was decided before the run started; its notes become events."""
         self.record: dict[str, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -70,7 +71,7 @@ class RunRecord(Callback):
         }
         self.record["attempts"].append(attempt)
         self.record |= {"status": "running", "ended": None, "environment": _environment(pl_module.device)}
-        for note in self.notes:
+        for note in self.start.notes:
             self.event(trainer.global_step, "start", note)
         self._write()
 
@@ -101,6 +102,12 @@ class RunRecord(Callback):
             self.record["sources"] = {name: {"samples": counts[name], "epochs": epochs[name]} for name in counts}
         self.event(trainer.global_step, "stop", reason)
         self._write()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """A start that fails before its first step leaves the older run where it was."""
+        if trainer.is_global_zero and not self.record and self.start.aside is not None:
+            take_back(self.run_dir, self.start.aside)
+            print(f"disttrain: the older run was moved back to {self.run_dir}", file=sys.stderr)
 
     def add_result(self, result: dict[str, float]) -> None:
         """Add the test metrics. Rank 0 only."""

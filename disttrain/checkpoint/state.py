@@ -7,25 +7,28 @@ a strategy this format for ``trainer.save_checkpoint`` and ``trainer.fit(ckpt_pa
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from disttrain.checkpoint import store
 from disttrain.checkpoint.progress import Progress, loop_state, progress_of
 from disttrain.errors import CheckpointError
+from disttrain.parallel.agree import is_distributed
 
 _SPLIT_OFF = ("state_dict", "optimizer_states", "loops", "epoch", "global_step")
 
@@ -46,7 +49,8 @@ class CheckpointMixin:
         return False
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """This rank's part of the model's tensors, by parameter name."""
+        """This rank's part of the model's tensors, by parameter name. A collective where there are buffers."""
+        self.sync_buffers()
         return dict(get_model_state_dict(self._module()))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -88,6 +92,28 @@ class CheckpointMixin:
         store.check(path)
         self._fill(path, [])
 
+    def on_validation_start(self) -> None:
+        """Evaluate with the same buffers on all ranks."""
+        self.sync_buffers()
+
+    def on_test_start(self) -> None:
+        """Evaluate with the same buffers on all ranks."""
+        self.sync_buffers()
+
+    def on_predict_start(self) -> None:
+        """Predict with the same buffers on all ranks."""
+        self.sync_buffers()
+
+    def sync_buffers(self) -> None:
+        """Give all ranks rank 0's buffers, such as the running statistics of batch norms. A collective.
+
+        Ranks gather their own in training; what is evaluated and saved must be one model.
+        """
+        buffers = [buffer for buffer in self._module().buffers() if not isinstance(buffer, DTensor)]
+        if is_distributed():
+            for buffer in buffers:
+                dist.broadcast(buffer, src=0)
+
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Nothing is left to do: :meth:`load_checkpoint` has filled the model."""
 
@@ -102,6 +128,8 @@ class CheckpointMixin:
                 f"checkpoint {path} holds {len(param_groups)} optimizers, the module has {len(optimizers)}",
                 mend="use the module that the checkpoint was made with",
             )
+        for optimizer, groups in zip(optimizers, param_groups, strict=True):
+            _compare_groups(path, optimizer, groups)
         weights = get_model_state_dict(module)
         tensors: store.Tensors = {"model": weights}
         for number, optimizer in enumerate(optimizers):
@@ -123,10 +151,23 @@ def _bare(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
     return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
-def plain(value: Any) -> bool:
-    """Whether a value survives ``torch.load(weights_only=True)``: numbers, text, tensors and containers."""
-    if isinstance(value, Mapping):
-        return all(isinstance(key, str | int) and plain(item) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return all(plain(item) for item in value)
-    return value is None or isinstance(value, bool | int | float | str | Tensor)
+def _compare_groups(path: Path, optimizer: Optimizer, saved: list[dict[str, Any]]) -> None:
+    """Refuse another kind of optimizer; say where the checkpoint's settings win over the configuration's."""
+    kind = type(optimizer).__name__
+    if len(saved) != len(optimizer.param_groups) or any(
+        set(was) != set(now) for was, now in zip(saved, optimizer.param_groups, strict=False)
+    ):
+        raise CheckpointError(
+            f"checkpoint {path} holds the state of an optimizer with other settings or parameter groups than this"
+            f" run's {kind}",
+            mend="use the optimizer that it was made with, or start over with --resume never",
+        )
+    # The learning rate moves with the schedule; its peak is kept as `initial_lr`.
+    kept = [
+        f"{name} {was[name]} (the configuration says {now[name]})"
+        for was, now in zip(saved, optimizer.param_groups, strict=True)
+        for name in was
+        if name not in ("params", "lr") and was[name] != now[name]
+    ]
+    if kept:
+        warnings.warn(f"the checkpoint's optimizer settings are kept: {', '.join(dict.fromkeys(kept))}", stacklevel=2)

@@ -200,6 +200,13 @@ def remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
+def remove_unfinished(directory: Path) -> None:
+    """Delete what writes that were killed have left under temporary names."""
+    for path in directory.glob(f"*{_TEMPORARY}"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def free_path(directory: Path, name: str) -> Path:
     """A directory of that name that does not exist yet; a number is added where it does."""
     final, number = directory / name, 1

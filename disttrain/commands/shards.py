@@ -18,19 +18,9 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
-from disttrain.data.index import (
-    Shard,
-    ShardIndex,
-    build_table,
-    describe_shard,
-    expand,
-    parse_manifest,
-    read_sidecar,
-    sidecar_is_fresh,
-    write_manifest,
-    write_sidecar_file,
-)
+from disttrain.data.index import Shard, ShardIndex, describe_shard, expand, parse_manifest, write_manifest
 from disttrain.data.pack import PackConfig, pack
+from disttrain.data.sidecar import build_table, read_sidecar, sidecar_is_fresh, write_sidecar_file
 from disttrain.data.sources import SKLEARN, open_source
 from disttrain.data.verify import first_fields, shard_faults
 from disttrain.data.write import md5_of

@@ -7,6 +7,7 @@ prints a table of the result and writes the report. All ranks parse the same con
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from itertools import pairwise
@@ -49,6 +50,7 @@ class TrainingCLI(LightningCLI):
     datamodule: ShardedDataModule
 
     def __init__(self, args: list[str]) -> None:
+        header = [f"disttrain=={__version__}"]
         super().__init__(
             pl.LightningModule,
             ShardedDataModule,
@@ -59,7 +61,7 @@ class TrainingCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             parser_class=_Parser,
-            parser_kwargs={"prog": "disttrain", "dump_header": [f"disttrain=={__version__}"]},
+            parser_kwargs={"prog": "disttrain", **{name: {"dump_header": header} for name in self.subcommands()}},
             args=args,
         )
 
@@ -181,6 +183,9 @@ class TrainingCLI(LightningCLI):
 def run(argv: list[str]) -> int:
     """Run a training subcommand; ``argv`` starts with its name."""
     _quieten()
+    # As `python -m` does: a configuration may name classes of the folder that it is run from.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     try:
         cli = TrainingCLI(argv)
         del cli
@@ -214,7 +219,7 @@ def _print_result(trainer: Trainer, result: dict[str, float], page: Path) -> Non
         table.add_row(f"best {best['monitor']}", f"{best['value']:.4f} at step {best['step']}")
     table.add_row("steps", f"{record['attempts'][-1]['to_step']}")
     if log.seconds > 0 and log.samples:
-        table.add_row("samples/s", f"{log.samples / log.seconds:,.0f} on {trainer.world_size} ranks")
+        table.add_row("samples/s", f"{log.samples / log.seconds:,.0f} on {_ranks(trainer.world_size)}")
     for name, source in record.get("sources", {}).items():
         table.add_row(f"source {name!r}", f"{source['samples']:,} samples, {source['epochs']:.2f} epochs")
     table.add_row("stopped", record.get("stop_reason", ""))
@@ -223,6 +228,10 @@ def _print_result(trainer: Trainer, result: dict[str, float], page: Path) -> Non
     table.add_row("checkpoint", kept or str(trainer.run_dir / "checkpoints"))
     table.add_row("report", str(page))
     Console().print(table)
+
+
+def _ranks(number: int) -> str:
+    return "1 rank" if number == 1 else f"{number} ranks"
 
 
 def _say(lines: list[str]) -> None:

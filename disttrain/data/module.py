@@ -184,7 +184,9 @@ class ShardedDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint stores: the fingerprint of the order."""
-        return {"order": self.order.fingerprint()} if self.order is not None else {}
+        if self.order is None:
+            return {}
+        return {"order": {**self.order.fingerprint(), "names": self._readers["train"].index.names_hash()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that the order is the one that the checkpoint was made under.
@@ -194,7 +196,7 @@ class ShardedDataModule(pl.LightningDataModule):
         """
         if self.order is None or "order" not in state_dict:
             return
-        saved, now = state_dict["order"], self.order.fingerprint()
+        saved, now = state_dict["order"], self.state_dict()["order"]
         different = [
             f"{name} was {saved.get(name)!r}, is {now[name]!r}" for name in now if saved.get(name) != now[name]
         ]

@@ -24,10 +24,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from disttrain.data.index import Shard, describe_shard, read_manifest, write_atomically, write_manifest
+from disttrain.data.index import Shard, describe_shard, read_manifest, write_manifest
 from disttrain.data.samples import Ids, Samples, Source, shuffled, stratified_split
 from disttrain.data.write import Tick, md5_of, write_shard
 from disttrain.errors import ConfigError, DataError
+from disttrain.files import write_atomically
 
 PACK_VERSION: Final = 1
 """Raised whenever the same source and options would give other bytes; part of the fingerprint."""

@@ -1,7 +1,8 @@
 """The members of a tar file, read from its headers alone.
 
-Reads ustar, GNU long names and PAX headers by their 512-byte blocks, in windows of 64 KiB, and never the
-contents in between, so a shard of large members costs a few reads a member. It guarantees that every member
+Reads ustar, GNU long names and PAX headers by their 512-byte blocks, in windows of 64 KiB (1 MiB from a
+remote server), and never the contents in between, so a shard of large members costs a few reads a member.
+Any :class:`ByteSource` will do: a local file, or ranges of a remote one. It guarantees that every member
 it yields lies whole inside the file and that the archive ends with its end block; anything else is a
 :class:`~disttrain.errors.ShardError` with the offset.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from disttrain.errors import ShardError
 
@@ -29,8 +30,40 @@ class Member(NamedTuple):
     size: int
 
 
+class ByteSource(Protocol):
+    """What a tar can be read from: bytes at any place, of a known size."""
+
+    @property
+    def name(self) -> str:
+        """What error messages call it."""
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+
+    @property
+    def window_bytes(self) -> int:
+        """What is worth reading at once."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """The bytes from an offset on; fewer than asked for only at the end."""
+
+
+class _LocalFile:
+    """An open local file as a :class:`ByteSource`."""
+
+    window_bytes = _WINDOW
+
+    def __init__(self, fd: int, name: str) -> None:
+        self._fd, self.name = fd, name
+        self.size = os.fstat(fd).st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        return os.pread(self._fd, length, offset)
+
+
 def scan_members(path: str) -> Iterator[Member]:
-    """The regular files of a tar, in order.
+    """The regular files of a local tar, in order.
 
     Raises:
         ShardError: the file cannot be opened, is not a tar, is truncated, or lacks its end block.
@@ -42,20 +75,35 @@ def scan_members(path: str) -> Iterator[Member]:
             f"cannot open shard {path}: {error.strerror}", mend="check the path and its permissions"
         ) from None
     try:
-        yield from _Scanner(fd, path).members()
+        yield from scan_source(_LocalFile(fd, path))
     finally:
         os.close(fd)
 
 
+def scan_source(source: ByteSource) -> Iterator[Member]:
+    """The regular files of a tar that is read from anywhere, in order; errors as :func:`scan_members`."""
+    return _Scanner(source).members()
+
+
+def header_of(source: ByteSource, content: int) -> tuple[str, int] | None:
+    """Name and size in the header before a content's offset, as the plain header has them; None where there is none."""
+    header = source.read(content - BLOCK, BLOCK) if content >= BLOCK else b""
+    if len(header) < BLOCK or header == _ZEROS or not _checksum_holds(header):
+        return None
+    try:
+        return _name(header), _Scanner(source)._number(header[124:136], content - BLOCK)
+    except ShardError:
+        return None
+
+
 class _Scanner:
-    def __init__(self, fd: int, path: str) -> None:
-        self._fd, self._path = fd, path
-        self._size = os.fstat(fd).st_size
+    def __init__(self, source: ByteSource) -> None:
+        self._source, self._path, self._size = source, source.name, source.size
         self._buffer, self._at = b"", 0
 
     def _read(self, offset: int, length: int) -> bytes:
         if not (self._at <= offset and offset + length <= self._at + len(self._buffer)):
-            self._buffer, self._at = os.pread(self._fd, max(length, _WINDOW), offset), offset
+            self._buffer, self._at = self._source.read(offset, max(length, self._source.window_bytes)), offset
         return self._buffer[offset - self._at : offset - self._at + length]
 
     def _fail(self, what: str, offset: int, mend: str = "pack or copy the shard again") -> ShardError:

@@ -11,7 +11,8 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from disttrain.data.index import Shard, read_sidecar, sidecar_is_fresh, sidecar_path, split_name
+from disttrain.data.index import Shard
+from disttrain.data.sidecar import read_sidecar, sidecar_is_fresh, sidecar_path, split_name
 from disttrain.data.tar import scan_members
 from disttrain.data.write import md5_of
 from disttrain.errors import ShardError, nearest

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from disttrain.data.index import Shard, build_table, split_name, write_sidecar_file
+from disttrain.data.index import Shard
 from disttrain.data.samples import Ids, Sample, Samples
+from disttrain.data.sidecar import build_table, split_name, write_sidecar_file
 from disttrain.errors import DataError
 
 Tick = Callable[[int], None]

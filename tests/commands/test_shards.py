@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from disttrain.commands.shards import main
-from disttrain.data.index import build_table, read_manifest, sidecar_path
+from disttrain.data.index import read_manifest
+from disttrain.data.sidecar import build_table, sidecar_path
 from disttrain.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]

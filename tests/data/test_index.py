@@ -18,18 +18,20 @@ import webdataset
 from disttrain.data.index import (
     Shard,
     ShardIndex,
-    ShardTable,
-    build_table,
     describe_shard,
     expand,
-    load_table,
     parse_manifest,
     read_manifest,
+    write_manifest,
+)
+from disttrain.data.sidecar import (
+    ShardTable,
+    build_table,
+    load_table,
     read_sidecar,
     sidecar_is_fresh,
     sidecar_path,
     split_name,
-    write_manifest,
     write_sidecar_file,
 )
 from disttrain.errors import DataError, ShardError

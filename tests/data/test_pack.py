@@ -18,9 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disttrain.data.index import ShardIndex, build_table, read_manifest, read_sidecar, sidecar_path
+from disttrain.data.index import ShardIndex, read_manifest
 from disttrain.data.pack import PackConfig, pack
 from disttrain.data.samples import Sample, Samples, Source, stratified_split
+from disttrain.data.sidecar import build_table, read_sidecar, sidecar_path
 from disttrain.errors import ConfigError, DataError
 
 

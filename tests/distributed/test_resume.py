@@ -156,3 +156,27 @@ def test_never_starts_anew_and_keeps_the_old_run(digits: Path, tmp_path: Path) -
     assert f"the older run was moved to {run_dir}.1" in outcome.text
     assert read_run(run_dir)["attempts"][0]["from_step"] == 0
     assert committed(tmp_path / "run.1" / "checkpoints")[0][-1].global_step == 8
+
+
+def test_a_start_that_fails_leaves_the_complete_run_in_place(digits: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    short = ("--trainer.max_steps", "4", "--model.schedule.name", "constant")
+    fit(run_dir, digits, 2, "ddp", *short).ok()
+    for mistake in (("--data.micro_batch_size", "24"), ("--model.schedule.name", "linear", "--trainer.max_steps", "1")):
+        outcome = fit(run_dir, digits, 2, "ddp", *short, *mistake)
+        assert outcome.codes[0] == 2, outcome.text
+        assert f"the older run was moved back to {run_dir}" in outcome.text
+        assert read_run(run_dir)["status"] == "completed"
+        assert committed(run_dir / "checkpoints")[0][-1].global_step == 4
+        assert sorted(path.name for path in tmp_path.glob("run*")) == ["run", "run-logs"]
+
+
+def test_another_optimizer_is_refused_and_kept_settings_are_told(digits: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    fit(run_dir, digits, 1, "ddp", *kill(9, 0))
+    outcome = fit(run_dir, digits, 1, "ddp", "--model.optimizer", "{name: sgd, lr: 0.1}")
+    assert outcome.codes == [2], outcome.text
+    assert "optimizer with other settings or parameter groups than this run's SGD" in outcome.text
+    assert "Traceback" not in outcome.text
+    outcome = fit(run_dir, digits, 1, "ddp", "--model.optimizer.lr", "0.001").ok()
+    assert "settings are kept: initial_lr 0.003 (the configuration says 0.001)" in outcome.text
