@@ -25,6 +25,22 @@ from disttrain.errors import ConfigError, nearest
 REFUSED: Final = frozenset({"pkl", "pickle", "pyd", "pt", "pth", "joblib", "dill"})
 IMAGES: Final = frozenset({"jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff", "ppm", "img"})
 
+_TYPES: Final = (
+    "bool",
+    "uint8",
+    "int8",
+    "int16",
+    "uint16",
+    "int32",
+    "uint32",
+    "int64",
+    "uint64",
+    "float16",
+    "float32",
+    "float64",
+    "complex64",
+    "complex128",
+)
 _MAX_DIGITS: Final = 18  # of an int64
 
 Decoded = Tensor | list[Any]
@@ -74,6 +90,11 @@ class Field:
                 f"field {self.ext!r} is a raw tensor without dtype or shape",
                 mend="declare both, such as dtype: uint8, shape: [3, 32, 32]",
             )
+
+        if self.kind == "tensor" and self.dtype not in _TYPES:
+            raise ConfigError(f"field {self.ext!r} has dtype {self.dtype!r}", mend=nearest(self.dtype, _TYPES))
+        if self.kind == "image" and self.shape and (len(self.shape) != 3 or self.shape[0] != 3):
+            raise ConfigError(f"field {self.ext!r} has shape {self.shape}", mend="declare (3, height, width)")
 
     @property
     def kind(self) -> str:
@@ -171,10 +192,14 @@ def _npy_header(data: bytes, place: int) -> tuple[tuple[int, ...], np.dtype[Any]
         version = np.lib.format.read_magic(stream)
         reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran, dtype = reader(stream)
-    except (ValueError, KeyError) as error:
+    except Exception as error:  # NumPy parses the header as Python, whose parser may raise almost anything
         raise BadValueError(place, f"not an npy array: {error}") from None
+    if min(shape, default=0) < 0:
+        raise BadValueError(place, f"an npy array of shape {shape}")
     if dtype.hasobject:
         raise BadValueError(place, "an npy array of Python objects, which would have to be unpickled")
+    if dtype.kind not in "biufc" or not dtype.isnative or dtype.itemsize > 16 or dtype == np.longdouble:
+        raise BadValueError(place, f"an npy array of type {dtype}, which torch does not know")
     if fortran and len(shape) > 1:
         raise BadValueError(place, "an npy array in Fortran order; save it with np.ascontiguousarray")
     return shape, dtype, stream.tell()
@@ -197,7 +222,10 @@ def _cls(field: Field, raw: RawValues) -> Decoded:
     numbers = []  # signs, spaces and errors: one by one
     for place, value in enumerate(raw.values):
         try:
-            numbers.append(int(bytes(value)))
+            number = int(bytes(value))
+            if not -(2**63) <= number < 2**63:
+                raise ValueError
+            numbers.append(number)
         except ValueError:
             raise BadValueError(place, f"not a class number: {bytes(value[:40])!r}") from None
     return torch.tensor(numbers, dtype=torch.int64)
@@ -220,7 +248,7 @@ def _each(raw: RawValues, read: Callable[[memoryview], Any], what: str) -> list[
     for place, value in enumerate(raw.values):
         try:
             out.append(read(value))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadValueError(place, f"{what}: {error}") from None
     return out
 
@@ -248,8 +276,8 @@ def _image(field: Field, raw: RawValues) -> Decoded:
     for place, value in enumerate(raw.values):
         try:
             picture: Image.Image = Image.open(io.BytesIO(value)).convert("RGB")
-        except (OSError, SyntaxError) as error:
-            raise BadValueError(place, f"not an image that Pillow reads: {error}") from None
+        except Exception as error:  # Pillow's plugins raise many kinds on damaged bytes
+            raise BadValueError(place, f"not an image that Pillow reads: {str(error).split(' <_io')[0]}") from None
         if field.shape:
             picture = picture.resize((field.shape[2], field.shape[1]), Image.Resampling.BILINEAR)
         images.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous())

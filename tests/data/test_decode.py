@@ -219,17 +219,12 @@ ESCAPES = [
 ]
 
 
-CHOKES = pytest.mark.xfail(reason="errors of NumPy, Pillow, torch and json other than the expected ones escape")
-
-
-@CHOKES
 @pytest.mark.parametrize(("field", "value"), ESCAPES)
 def test_values_that_libraries_choke_on_are_bad_values(field: Field, value: bytes) -> None:
     for error in refused(field, [value] * 2):
         assert error.place == 0
 
 
-@CHOKES
 def test_big_endian_arrays_are_read_or_refused() -> None:
     array = np.arange(6, dtype=">f4").reshape(2, 3)
     for raw in ways([npy(array)] * 2):
@@ -240,7 +235,6 @@ def test_big_endian_arrays_are_read_or_refused() -> None:
         np.testing.assert_array_equal(found.numpy(), np.stack([array, array]))
 
 
-@CHOKES
 def test_damaged_arrays_are_bad_values_or_arrays() -> None:
     for at in range(len(GOOD_NPY)):
         for byte in (GOOD_NPY[at] ^ 1, *b"\0\xff{([,'\"\n #0-"):
@@ -394,7 +388,6 @@ def test_fields_that_cannot_work_are_refused(arguments: dict[str, Any], words: l
     assert not missing, f"{str(caught.value)!r} does not say {missing}"
 
 
-@pytest.mark.xfail(reason="dtype and shape of a field are not checked before its first value is decoded")
 @pytest.mark.parametrize(
     "arguments",
     [
