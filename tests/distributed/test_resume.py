@@ -180,3 +180,31 @@ def test_another_optimizer_is_refused_and_kept_settings_are_told(digits: Path, t
     assert "Traceback" not in outcome.text
     outcome = fit(run_dir, digits, 1, "ddp", "--model.optimizer.lr", "0.001").ok()
     assert "settings are kept: initial_lr 0.003 (the configuration says 0.001)" in outcome.text
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_running_statistics_are_one_model_on_all_ranks(digits: Path, tmp_path: Path, strategy: str) -> None:
+    """What was tested is what was saved, and a resumed run gathers the same statistics."""
+    common = [
+        *(f"--data.{split}={digits}/{split}.json" for split in ("train", "val", "test")),
+        *("--data.fields", "{image: image.npy, label: cls}", "--model", "tests.support.tasks.BatchNormDigits"),
+        *("--data.micro_batch_size", "16", "--trainer.parallel.strategy", strategy),
+    ]
+
+    def train(run_dir: Path, *more: str) -> None:
+        arguments = ["fit", *common, *("--trainer.run_dir", str(run_dir), "--trainer.max_steps", "12"), *more]
+        run_cli(2, [*arguments, "--checkpoint.every_steps", "4"], folder=run_dir.parent / f"{run_dir.name}-logs")
+
+    train(tmp_path / "whole")
+    train(tmp_path / "killed", *kill(10, 1))
+    train(tmp_path / "killed")
+    assert read_run(tmp_path / "killed")["attempts"][-1]["from_step"] == 8
+    assert not differing(final_weights(tmp_path / "whole"), final_weights(tmp_path / "killed"))
+    result = read_run(tmp_path / "whole")["result"]
+    assert read_run(tmp_path / "killed")["result"] == result
+
+    text = (
+        run_cli(1, ["test", *common, "--trainer.run_dir", str(tmp_path / "whole")], folder=tmp_path / "test").ok().text
+    )
+    for name, value in result.items():
+        assert f"{value:.6f}" in text, f"{name} was {value:.6f} after training\n{text}"
