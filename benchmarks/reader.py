@@ -5,24 +5,21 @@ Python loop can ``pread`` the payloads at all, many times the rate of webdataset
 starts in the middle of an epoch as fast as at its beginning. Its first batch waits for the index of every shard
 that it draws from, which webdataset does without.
 
-Method: samples of 800 random bytes and a class number below 1,000 lie in shards of 1,000, in the page cache.
-One repeat runs every contender once, rates over a whole epoch in batches of 256; the order rotates from repeat
-to repeat. Both loaders shuffle, give tensors, and are checked to deliver the right number of samples:
-webdataset all N, disttrain ``N // 256 * 256``. Each has run once before it counts, and webdataset keeps its
-workers between epochs. The bounds are ``cat`` of the tars and one ``pread`` a payload in random order. 'First
-batch' counts from nothing (index, order, workers) to a batch, 'resume' the same to the batch in the middle of
-an epoch; webdataset has no position, so it iterates to there.
+Method: samples of 800 random bytes and a class number below 1,000 lie in shards of 1,000, in the page cache. A
+repeat runs every contender once, rates over a whole epoch in batches of 256; the order rotates from repeat to
+repeat. Both loaders shuffle, give tensors, have run once before it counts, and are checked to deliver the right
+number of samples: webdataset all N, disttrain ``N // 256 * 256``. webdataset keeps its workers between epochs.
+The bounds are ``cat`` of the tars and one ``pread`` a payload in random order. 'First batch' counts from nothing
+(index, order, workers) to a batch, 'resume' the same to the batch in the middle of an epoch; webdataset has no
+position, so it iterates to there.
 
 How to read it: ratios within one run mean more than rates, which follow the machine. Samples this small show
 the cost of the loader itself; where decoding or the disk costs more, the loaders come closer.
-
-Run: ``python benchmarks/reader.py`` (some minutes; ``--samples 8000 --repeats 1`` for a first look).
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import platform
 import re
@@ -40,14 +37,16 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+import webdataset as wds
 from matplotlib.figure import Figure
 
 from disttrain.data.decode import Field
-from disttrain.data.index import ShardIndex, load_table
+from disttrain.data.index import ShardIndex
 from disttrain.data.loader import LoaderConfig, TrainLoader
 from disttrain.data.order import Order, OrderConfig
 from disttrain.data.reader import Reader
 from disttrain.data.samples import Sample, Samples
+from disttrain.data.sidecar import load_table
 from disttrain.data.write import write_shard
 from disttrain.parallel.config import BatchPlan
 
@@ -92,20 +91,17 @@ class Data:
 def disttrain_loader(data: Data, workers: int, step: int = 0) -> TrainLoader:
     epochs = count()  # each iteration is another epoch, in another order
     index = ShardIndex.open(data.shards)
-    payload = Field(ext="bin", decoder="tensor", dtype="uint8", shape=(SAMPLE_BYTES,))
-    reader = Reader(index, {"data": payload, "label": Field(ext="cls")})
+    payload = Field("bin", decoder="tensor", dtype="uint8", shape=(SAMPLE_BYTES,))
+    reader = Reader(index, {"data": payload, "label": Field("cls")})
     order, plan = Order(index.sizes, OrderConfig(global_batch_size=BATCH)), BatchPlan(BATCH, BATCH)
-    config = LoaderConfig(threads=workers)
-    return TrainLoader(reader, order, plan, config=config, position=lambda: (next(epochs), step))
+    return TrainLoader(reader, order, plan, config=LoaderConfig(threads=workers), position=lambda: (next(epochs), step))
 
 
 def webdataset_loader(data: Data, workers: int, *, keep_workers: bool = False) -> Any:
     """The pipeline that webdataset's documentation recommends; its loader turns the arrays into tensors."""
-    wds: Any = importlib.import_module("webdataset")
     dataset = wds.WebDataset(data.shards, shardshuffle=len(data.shards)).shuffle(1000).decode().to_tuple("bin", "cls")
     dataset = dataset.map_tuple(partial(np.frombuffer, dtype=np.uint8), int).batched(BATCH)
-    keep = keep_workers and workers > 0
-    return wds.WebLoader(dataset, batch_size=None, num_workers=workers, persistent_workers=keep)
+    return wds.WebLoader(dataset, batch_size=None, num_workers=workers, persistent_workers=keep_workers)
 
 
 def size_of(batch: Any) -> int:
@@ -159,7 +155,7 @@ def measure(data: Data, repeats: int) -> tuple[Results, Results]:
     waits: dict[tuple[str, str], Callable[[], float]] = {}
     steps = data.num_samples // BATCH
     for w in WORKERS:
-        ours, theirs = disttrain_loader(data, w), webdataset_loader(data, w, keep_workers=True)
+        ours, theirs = disttrain_loader(data, w), webdataset_loader(data, w, keep_workers=w > 0)
         rates[OURS, f"{w} workers"] = partial(epoch_rate, ours, steps * BATCH)
         rates[THEIRS, f"{w} workers"] = partial(epoch_rate, theirs, data.num_samples)
     for name, step in (("first batch", 0), ("resume mid-epoch", steps // 2)):
@@ -178,7 +174,6 @@ def measure(data: Data, repeats: int) -> tuple[Results, Results]:
 
 
 def machine() -> str:
-    """CPU, cores and versions."""
     info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
     versions = ", ".join(f"{name} {version(name)}" for name in ("disttrain", "torch", "webdataset", "numpy"))
@@ -228,13 +223,13 @@ def chart(rates: Results, waits: Results) -> Figure:
         axes.set_yticks(range(len(results)), [f"{who}, {what}" if what else who for who, what in results])
         axes.invert_yaxis()
         axes.set_xlabel(label)
-        axes.margins(x=0.15)
+        axes.margins(x=0.2)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare disttrain's loader with webdataset's on small samples.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=60_000, help="samples in the data set")
     parser.add_argument("--repeats", type=int, default=9, help="times that everything is measured")
     parser.add_argument("--data", type=Path, help="folder to keep the shards in (default: a temporary one)")

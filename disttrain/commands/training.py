@@ -39,6 +39,16 @@ _EVALUATIONS = ("validate", "test", "predict")
 class _Parser(LightningArgumentParser):
     """A parser whose errors are disttrain's: one message, with the nearest key."""
 
+    def add_class_arguments(self, theclass: Any, nested_key: str | None = None, **kwargs: Any) -> list[str]:
+        """Add a class's settings; those of the data name files that are data, never further configuration.
+
+        With ``sub_configs`` a setting that may be a list would be read from the file that it names: a shard.
+        """
+        if nested_key == "data":
+            kwargs["sub_configs"] = False
+        added: list[str] = super().add_class_arguments(theclass, nested_key, **kwargs)
+        return added
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise explain(str(message), _settings(self)) from None
 
