@@ -146,11 +146,45 @@ def read_sidecar(path: str) -> ShardTable | None:
 
 def parse_sidecar(lines: Iterable[str], *, size_bytes: int) -> ShardTable | None:
     """The table that a sidecar's lines hold; None where they do not parse or point outside a shard of that size."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    end, rows = 0, iter(lines)
+    rows = list(lines)
     try:
-        version, count_text = next(rows, "").split()
+        version, count_text = rows[0].split()
         count = int(count_text) if version == SIDECAR_VERSION else -1
+    except (ValueError, IndexError):
+        return None
+    return _parse_regular(rows[1:], count, size_bytes) or _parse_rows(rows[1:], count, size_bytes)
+
+
+def _parse_regular(rows: list[str], count: int, size_bytes: int) -> ShardTable | None:
+    """The table of rows that all have the same fields, column by column; None for any others.
+
+    Several times as fast as row by row, which is what a run's first batch waits for.
+    """
+    words = " ".join(rows).split()
+    if len(rows) != count or not words or len(words) % (4 * count):
+        return None
+    width = len(words) // count
+    extensions = words[0:width:4]
+    fields = tuple(extension.lower() for extension in extensions)
+    if len(set(fields)) < len(fields) or words[0::4] != extensions * count:
+        return None
+    try:
+        offsets = np.array(list(map(int, words[1::4])), dtype=np.int64).reshape(count, len(fields))
+        sizes = np.array(list(map(int, words[2::4])), dtype=np.int64).reshape(count, len(fields))
+    except (ValueError, OverflowError):
+        return None
+    parts = [split_name(name) for name in words[3::width]]
+    keys = [part[0] for part in parts if part is not None]
+    if len(set(keys)) < count or min(offsets.min(), sizes.min()) < 0 or (offsets + sizes).max() > size_bytes:
+        return None
+    return ShardTable(keys, fields, offsets, sizes)
+
+
+def _parse_rows(rows: list[str], count: int, size_bytes: int) -> ShardTable | None:
+    """The table of any rows, one by one."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    end = 0
+    try:
         for line in rows:
             words = line.split()
             parts = split_name(words[3])
