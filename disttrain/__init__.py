@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from disttrain.callbacks import Checkpointing, EarlyStopping, SampleLedger
+    from disttrain.data.cache import CacheConfig
     from disttrain.data.decode import Field
     from disttrain.data.index import ShardIndex
     from disttrain.data.loader import LoaderConfig
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BatchPlan": "disttrain.parallel.config",
+    "CacheConfig": "disttrain.data.cache",
     "Checkpointing": "disttrain.callbacks",
     "ClassificationTask": "disttrain.tasks",
     "DDP": "disttrain.parallel.strategies",
@@ -54,6 +56,7 @@ __all__ = [
     "DDP",
     "FSDP",
     "BatchPlan",
+    "CacheConfig",
     "Checkpointing",
     "ClassificationTask",
     "DisttrainError",

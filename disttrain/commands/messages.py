@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from disttrain.data.cache import CacheConfig
 from disttrain.data.decode import Field
 from disttrain.data.loader import LoaderConfig
 from disttrain.data.module import ShuffleConfig
@@ -21,7 +22,7 @@ from disttrain.errors import ConfigError, DisttrainError, nearest
 from disttrain.optim import OptimizerConfig, ScheduleConfig
 from disttrain.parallel.config import ParallelConfig
 
-_CONFIGS = (OptimizerConfig, ScheduleConfig, ParallelConfig, LoaderConfig, ShuffleConfig, Field)
+_CONFIGS = (OptimizerConfig, ScheduleConfig, ParallelConfig, LoaderConfig, ShuffleConfig, CacheConfig, Field)
 _SEE_HELP = "see --help for the settings and their types, or --print_config for all of them"
 
 

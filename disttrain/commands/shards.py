@@ -20,6 +20,7 @@ from rich.table import Table
 
 from disttrain.data.index import Shard, ShardIndex, describe_shard, expand, parse_manifest, write_manifest
 from disttrain.data.pack import PackConfig, pack
+from disttrain.data.remote import shown
 from disttrain.data.sidecar import build_table, read_sidecar, sidecar_is_fresh, write_sidecar_file
 from disttrain.data.sources import SKLEARN, open_source
 from disttrain.data.verify import first_fields, shard_faults
@@ -240,7 +241,7 @@ def _ls(arguments: argparse.Namespace) -> int:
             for key, fields in index.table(number).spans().items():
                 print(shard.path, key, *(f"{field}:{size}" for field, (_, size) in fields.items()))
         return 0
-    sizes = [Path(shard.path).stat().st_size for shard in index.shards]
+    sizes = [s.size_bytes if s.is_remote else Path(s.path).stat().st_size for s in index.shards]
     table = Table(show_footer=True)
     table.add_column("shard", footer=_count(len(sizes), "shard"), overflow="fold")
     table.add_column("samples", footer=f"{len(index):,}", justify="right")
@@ -267,9 +268,14 @@ def _named(specs: Sequence[str]) -> list[Shard]:
     shards: list[Shard] = []
     for spec in specs:
         if spec.endswith(".json"):
-            shards.extend(parse_manifest(Path(spec)))
+            shards.extend(parse_manifest(spec))
         else:
             shards.extend(Shard(path, -1, -1) for path in expand(spec))
+    remote = next((shard for shard in shards if shard.is_remote), None)
+    if remote is not None:
+        raise ConfigError(
+            f"{shown(remote.path)} is remote; this subcommand reads local shards", mend="run it where the shards lie"
+        )
     if not shards:
         raise DataError(f"{' '.join(specs)} names no shards", mend="correct the pattern")
     return shards

@@ -1,11 +1,10 @@
 """Where every sample of a set of WebDataset tars lies: shard, byte offset and size of each field.
 
-The index is read from tar headers once and kept beside each shard as a sidecar in NVIDIA DALI's ``wds2idx``
-text form, version 1.2 (``train-000000.idx``), so existing sidecars serve here and ours serve DALI. A
-data set can also be named by a JSON manifest in WebDataset's ``wids-shard-index-v1`` form. A sample is a run
-of members with the same key (the path up to the first dot of its base name), as WebDataset groups them; dot
-files, directories and members without an extension are skipped. In memory: a few numbers a shard, plus the
-tables of the shards in use. A sidecar that is older than its shard or points outside it is not trusted.
+The tables of the shards come from their sidecars or headers (see :mod:`disttrain.data.sidecar`; those of
+remote shards by ranged reads, see :mod:`disttrain.data.remote_index`) and are loaded when they are first
+needed. A data set can also be named by a JSON manifest in WebDataset's ``wids-shard-index-v1`` form. In memory:
+a few numbers a shard, plus the tables of the shards in use. Cost: a manifest is one read; a pattern needs the
+count of every shard, from the first line of its sidecar or from its headers.
 """
 
 from __future__ import annotations
@@ -16,21 +15,23 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import braceexpand
 import numpy as np
-from numpy.typing import NDArray
 
+from disttrain.data.remote import RemoteError, RemoteFile, is_remote, shown, sibling
+from disttrain.data.remote_index import describe_remote, load_remote_table, read_remote_text, together
 from disttrain.data.sidecar import ShardTable, build_table, load_table, sidecar_count, write_sidecar_file
 from disttrain.errors import DataError, ShardError, nearest
 from disttrain.files import write_atomically
 
 MANIFEST_KIND: Final = "wids-shard-index-v1"
-_TABLES_IN_MEMORY: Final = 512
+_TABLES_IN_MEMORY: Final = 4096
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,23 @@ class Shard:
     """One tar of a data set.
 
     Attributes:
-        path: where it is.
+        path: where it is: a path, or a URL.
         num_samples: samples in it.
         size_bytes: size of the tar.
         md5: hexadecimal MD5 of the tar, or empty where none was recorded.
+        version: of a remote tar, what its server says identifies the contents; empty where that is not known.
     """
 
     path: str
     num_samples: int
     size_bytes: int
     md5: str = ""
+    version: str = ""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is fetched before it is read."""
+        return is_remote(self.path)
 
 
 class ShardIndex:
@@ -74,10 +82,10 @@ class ShardIndex:
 
         Args:
             spec: a brace pattern (``train-{000000..000007}.tar``), a glob (``train-*.tar``), a manifest
-                (``train.json``), or a list of these.
+                (``train.json``), or a list of these. Patterns and manifests may be URLs; a glob may not.
             name: what error messages call this data set.
             write_sidecars: keep a sidecar beside each shard that has none (skipped where the folder is
-                read-only).
+                read-only); those of remote shards are kept in a local folder in any case.
 
         Raises:
             DataError: the specification names nothing, or names a file that is missing.
@@ -85,8 +93,10 @@ class ShardIndex:
         """
         shards: list[Shard] = []
         for part in [spec] if isinstance(spec, str) else spec:
-            if part.endswith(".json"):
-                shards.extend(read_manifest(Path(part), name=name))
+            if _is_manifest(part):
+                shards.extend(read_manifest(part, name=name))
+            elif is_remote(part):
+                shards.extend(_describe_all(expand(part, name=name), name=name))
             else:
                 shards.extend(describe_shard(path, write_sidecar=write_sidecars) for path in expand(part, name=name))
         if not shards:
@@ -104,10 +114,14 @@ class ShardIndex:
                 self._tables.move_to_end(shard)
                 return found
         entry = self.shards[shard]
-        table = load_table(entry.path)
+        if entry.is_remote:
+            table = load_remote_table(entry.path, entry.size_bytes, version=entry.version, md5=entry.md5)
+        else:
+            table = load_table(entry.path)
         if len(table) != entry.num_samples:
             raise ShardError(
-                f"shard {entry.path} holds {len(table)} samples, but the index of {self.name} says {entry.num_samples}",
+                f"shard {shown(entry.path)} holds {len(table)} samples, but the index of {self.name} says"
+                f" {entry.num_samples}",
                 mend="run `disttrain shards index` on the data again",
             )
         with self._lock:
@@ -123,7 +137,7 @@ class ShardIndex:
 
     def names_hash(self) -> str:
         """A hash of the shards' base names in order: data that was moved is the same, renamed data is not."""
-        names = "\n".join(os.path.basename(shard.path) for shard in self.shards)
+        names = "\n".join(os.path.basename(_path_of(shard.path)) for shard in self.shards)
         return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
     def fields(self) -> tuple[str, ...]:
@@ -133,7 +147,7 @@ class ShardIndex:
 
 
 def expand(pattern: str, *, name: str = "data") -> list[str]:
-    """The files that a brace or glob pattern names, in order.
+    """The files that a brace or glob pattern names, in order; the URLs that a brace pattern names, unasked for.
 
     Raises:
         DataError: it names nothing, or a named file does not exist.
@@ -142,6 +156,13 @@ def expand(pattern: str, *, name: str = "data") -> list[str]:
         parts = list(braceexpand.braceexpand(pattern))
     except ValueError:
         raise DataError(f"{name}: {pattern!r} has a brace without its partner", mend="close or remove it") from None
+    if is_remote(pattern):
+        if "*" in pattern:
+            raise DataError(
+                f"{name}: {shown(pattern)} is a glob, which servers do not answer",
+                mend="use braces, such as train-{000000..000007}.tar, or a manifest",
+            )
+        return parts
     paths: list[str] = []
     for part in parts:
         if any(sign in part for sign in "*?[") and not Path(part).is_file():
@@ -161,8 +182,28 @@ def expand(pattern: str, *, name: str = "data") -> list[str]:
     return paths
 
 
+def _path_of(place: str) -> str:
+    """A path, or that of a URL without its query."""
+    return urlsplit(place).path if is_remote(place) else place
+
+
+def _is_manifest(spec: str) -> bool:
+    return _path_of(spec).endswith(".json")
+
+
+def _describe_all(urls: Sequence[str], *, name: str) -> list[Shard]:
+    try:
+        return together(describe_shard, urls)
+    except RemoteError as error:
+        missing = "does not exist" if error.status == 404 else "cannot be read"
+        raise DataError(f"{name}: a shard {missing}: {error.what}", mend=error.mend) from None
+
+
 def describe_shard(path: str, *, write_sidecar: bool = True) -> Shard:
     """Count a shard's samples, from the first line of a fresh sidecar or from its headers."""
+    if is_remote(path):
+        samples, size, version = describe_remote(path)
+        return Shard(path=path, num_samples=samples, size_bytes=size, version=version)
     size = os.stat(path).st_size
     count = sidecar_count(path)
     if count is None:
@@ -173,43 +214,67 @@ def describe_shard(path: str, *, write_sidecar: bool = True) -> Shard:
     return Shard(path=path, num_samples=count, size_bytes=size)
 
 
-def parse_manifest(path: Path, *, name: str = "data") -> list[Shard]:
+def parse_manifest(path: str | Path, *, name: str = "data") -> list[Shard]:
     """The shards that a ``wids-shard-index-v1`` manifest lists; their paths are relative to its folder.
+
+    Both the manifest and what it lists may be URLs.
 
     Raises:
         DataError: the manifest is missing, or is none.
     """
+    place = str(path)
     try:
-        content: Any = json.loads(path.read_text())
-        entries = content["shardlist"]
+        content: Any = json.loads(read_remote_text(place) if is_remote(place) else Path(place).read_text())
         return [
             Shard(
-                path=str(path.parent / entry["url"]),
+                path=_beside(place, entry["url"]),
                 num_samples=int(entry["nsamples"]),
                 size_bytes=int(entry.get("filesize", -1)),
                 md5=str(entry.get("md5sum", "")),
             )
-            for entry in entries
+            for entry in content["shardlist"]
         ]
     except FileNotFoundError:
         raise DataError(f"{name}: manifest {path} does not exist", mend="run `disttrain shards index`") from None
+    except RemoteError as error:
+        missing = "does not exist" if error.status == 404 else "cannot be read"
+        raise DataError(f"{name}: the manifest {missing}: {error.what}", mend=error.mend) from None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{name}: {path} is not a shard manifest ({type(error).__name__}: {error})",
+            f"{name}: {shown(place)} is not a shard manifest ({type(error).__name__}: {error})",
             mend="write one with `disttrain shards index`",
         ) from None
 
 
-def read_manifest(path: Path, *, name: str = "data") -> list[Shard]:
-    """The shards of a manifest as :func:`parse_manifest`, or a DataError where one is missing or of another size."""
+def _beside(manifest: str, url: str) -> str:
+    """Where a shard is that a manifest lists: its URL, or a place relative to the manifest's folder."""
+    if is_remote(url):
+        return url
+    return sibling(manifest, url) if is_remote(manifest) else str(Path(manifest).parent / url)
+
+
+def read_manifest(path: str | Path, *, name: str = "data") -> list[Shard]:
+    """The shards of a manifest as :func:`parse_manifest`, or a DataError where one is missing or of another size.
+
+    Remote shards are taken at their word, so that a hundred thousand of them cost no requests: one that is
+    missing or of another size is an error when it is fetched. Only a size that is not listed is asked for.
+    """
     shards = parse_manifest(path, name=name)
+    unknown = [number for number, shard in enumerate(shards) if shard.is_remote and shard.size_bytes < 0]
+    sizes = together(lambda number: RemoteFile(shards[number].path).size, unknown) if unknown else []
+    for number, size in zip(unknown, sizes, strict=True):
+        shards[number] = replace(shards[number], size_bytes=size)
     for shard in shards:
+        if shard.is_remote:
+            continue
         if not Path(shard.path).is_file():
-            raise DataError(f"{name}: shard {shard.path}, listed in {path}, does not exist", mend="restore it")
+            raise DataError(
+                f"{name}: shard {shard.path}, listed in {shown(str(path))}, does not exist", mend="restore it"
+            )
         size = os.stat(shard.path).st_size
         if shard.size_bytes not in (-1, size):
             raise DataError(
-                f"{name}: shard {shard.path} has {size} bytes, but {path} says {shard.size_bytes}",
+                f"{name}: shard {shard.path} has {size} bytes, but {shown(str(path))} says {shard.size_bytes}",
                 mend="restore the shard, or run `disttrain shards index` again",
             )
     return shards
@@ -221,7 +286,7 @@ def write_manifest(
     """Write a ``wids-shard-index-v1`` manifest, atomically, with paths relative to its folder and extra entries."""
     entries = [
         {
-            "url": os.path.relpath(shard.path, path.parent),
+            "url": shard.path if shard.is_remote else os.path.relpath(shard.path, path.parent),
             "nsamples": shard.num_samples,
             "filesize": shard.size_bytes,
             **({"md5sum": shard.md5} if shard.md5 else {}),

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from disttrain.data.mixture import Mixture
-from disttrain.data.order import Order, evaluation_ids
+from disttrain.data.order import Needs, Order, evaluation_ids
 from disttrain.data.reader import Reader
 from disttrain.errors import ConfigError
 from disttrain.parallel.config import BatchPlan
@@ -187,7 +187,16 @@ class TrainLoader(_Loader):
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, step = self._position()
+        if self.reader.store.has_remote:
+            self.reader.store.follow(self._needs(epoch), step)
         yield from self._run(self._work(epoch, step))
+
+    def _needs(self, epoch: int) -> Needs:
+        """When this rank needs which shards in this epoch and the next, which is fetched while this one ends."""
+        low = self.rank * self.plan.rank_batch_size
+        with self._order_lock:
+            now, then = (self.order.shard_needs(e, (low, low + self.plan.rank_batch_size)) for e in (epoch, epoch + 1))
+        return Needs.join([now, then.later(self.order.steps_per_epoch)])
 
     def _work(self, epoch: int, first_step: int) -> Iterator[_Work]:
         """Work in whole steps where a read holds several, else in parts of a step."""
@@ -205,6 +214,7 @@ class TrainLoader(_Loader):
 
     def _some(self, epoch: int, step: int, num_steps: int, low: int, high: int) -> _Work:
         def ids() -> NDArray[np.int64]:
+            self.reader.store.begin(step)
             with self._order_lock:  # the order keeps its last windows, which threads must not mix up
                 found = self.order.sample_ids(epoch, step, num_steps, (low, high))
             return found.reshape(-1, self.plan.micro_batch_size)
@@ -239,8 +249,26 @@ class EvaluationLoader(_Loader):
         return len(self._ids)
 
     def __iter__(self) -> Iterator[Batch]:
-        pieces = _growing(0, len(self._ids), self._micro_batches_a_read())
-        yield from self._run(self._rows(row, row + size) for row, size in pieces)
+        if self.reader.store.has_remote:
+            self.reader.store.follow(self._needs(), 0)
+        try:
+            pieces = _growing(0, len(self._ids), self._micro_batches_a_read())
+            yield from self._run(self._rows(row, row + size) for row, size in pieces)
+        finally:
+            self.reader.store.finish()
+
+    def _needs(self) -> Needs:
+        """Which micro batch is the first to need a shard, and which the last."""
+        low = int(self._ids[0, 0])
+        begins = np.maximum(self.reader.index.starts[:-1], low)
+        ends = np.minimum(self.reader.index.starts[1:], low + int(self._counts.sum()))
+        shards = np.flatnonzero(ends > begins)
+        first, last = (begins[shards] - low), (ends[shards] - 1 - low)
+        return Needs(shards, first // self.micro_batch_size, last // self.micro_batch_size)
 
     def _rows(self, first: int, last: int) -> _Work:
-        return _Work(lambda: self._ids[first:last], self._counts[first:last])
+        def ids() -> NDArray[np.int64]:
+            self.reader.store.begin(first)
+            return self._ids[first:last]
+
+        return _Work(ids, self._counts[first:last])

@@ -21,7 +21,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from disttrain.data.order import DEFAULT_LANES, Ids, Order, OrderConfig
+from disttrain.data.order import DEFAULT_LANES, Ids, Needs, Order, OrderConfig
 from disttrain.errors import ConfigError, DataError
 
 MIXTURE_VERSION: Final = 1
@@ -84,7 +84,7 @@ class Mixture:
         # A source's draws are numbered through, and its order deals them out in rounds of one a lane, so that
         # draws in a row come from all over it. One that a single window shuffles whole needs no lanes, and
         # without them none of its samples is left out of an epoch.
-        lanes = np.where(sizes <= config.window, 1, DEFAULT_LANES)
+        lanes = np.where(sizes <= config.window, 1, np.minimum(sizes, DEFAULT_LANES))
         self._orders = [
             Order(
                 list(portion.shard_sizes),
@@ -108,6 +108,28 @@ class Mixture:
                 draws = periods[here] * self.quotas[i] + self._turn[slot[here]]
                 out[here] = self._starts[i] + self._draw(i, draws)
         return out
+
+    def shard_needs(self, epoch: int, positions: tuple[int, int] | None = None) -> Needs:
+        """When an epoch needs which shards, as :meth:`Order.shard_needs`; all ranks need the same ones."""
+        parts, shift = [], 0
+        first_step, num_steps = epoch * self.steps_per_epoch, self.steps_per_epoch
+        for portion, order, quota in zip(self.portions, self._orders, self.quotas.tolist(), strict=True):
+            size = order.config.global_batch_size
+            draws = (first_step // self.period * quota, ((first_step + num_steps - 1) // self.period + 1) * quota)
+            first, last = (draw // size // order.steps_per_epoch for draw in (draws[0], draws[1] - 1))
+            if last - first > 1:  # repeated within the epoch: needed throughout
+                shards = np.flatnonzero(portion.shard_sizes) + shift
+                parts.append(Needs(shards, np.zeros_like(shards), np.full_like(shards, num_steps - 1)))
+            else:
+                for own in range(first, last + 1):
+                    found = order.shard_needs(own).later(own * order.steps_per_epoch)
+                    # A draw may fall on any step of its period.
+                    begin = found.first * size // quota * self.period - first_step
+                    end = (((found.last + 1) * size - 1) // quota + 1) * self.period - 1 - first_step
+                    here = (end >= 0) & (begin < num_steps)
+                    parts.append(Needs(found.shards[here] + shift, np.maximum(begin[here], 0), end[here]))
+            shift += len(portion.shard_sizes)
+        return Needs.join(parts)
 
     def epochs_of(self, steps: int) -> dict[str, float]:
         """How often each source has been gone through after that many steps, by name."""

@@ -15,6 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 
+from disttrain.data.cache import CacheConfig
 from disttrain.data.decode import Field
 from disttrain.data.index import ShardIndex
 from disttrain.data.loader import EvaluationLoader, LoaderConfig, TrainLoader
@@ -75,6 +76,7 @@ class ShardedDataModule(pl.LightningDataModule):
         seed: seed of the training order.
         shuffle: how training samples are shuffled.
         loader: how batches are read ahead.
+        cache: where shards of URLs are kept while they are read.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class ShardedDataModule(pl.LightningDataModule):
         seed: int = 0,
         shuffle: ShuffleConfig | None = None,
         loader: LoaderConfig | None = None,
+        cache: CacheConfig | None = None,
     ) -> None:
         super().__init__()
         self.specs: dict[str, Shards | list[SourceConfig] | None] = {
@@ -105,6 +108,7 @@ class ShardedDataModule(pl.LightningDataModule):
         shuffle = shuffle or ShuffleConfig()
         self.order_config = OrderConfig(global_batch_size, seed=seed, lanes=shuffle.lanes, window=shuffle.window)
         self.loader_config = loader or LoaderConfig()
+        self.cache_config = cache or CacheConfig()
         self.plan: BatchPlan | None = None
         self.order: Order | Mixture | None = None
         self._readers: dict[str, Reader] = {}
@@ -172,6 +176,11 @@ class ShardedDataModule(pl.LightningDataModule):
         """The micro batches of this rank to predict on."""
         return self._evaluation("predict")
 
+    def teardown(self, stage: str) -> None:
+        """Fetch nothing ahead any more, and let the cache evict what the training would have needed."""
+        for reader in self._readers.values():
+            reader.store.finish()
+
     def reader(self, split: str) -> Reader:
         """The reader of ``train``, ``val``, ``test`` or ``predict``.
 
@@ -218,7 +227,7 @@ class ShardedDataModule(pl.LightningDataModule):
                 raise DataError(f"data.{split} names no shards", mend=f"set data.{split} to a pattern of shards")
             indexes = _open_sources(spec, f"data.{split}", write_sidecars=write_sidecars)
             index = ShardIndex([shard for _, part in indexes for shard in part.shards], name=f"data.{split}")
-            self._readers[split] = Reader(index, self._declared(index))
+            self._readers[split] = Reader(index, self._declared(index), cache=self.cache_config)
             if split == "train":
                 self.plan = BatchPlan(self.global_batch_size, self.micro_batch_size, self._num_ranks())
                 self.order = _order_of(indexes, self.order_config)

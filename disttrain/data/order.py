@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,29 @@ _SHARDS, _OFFSET, _WINDOWS = 1, 2, 3
 _GOLDEN: Final = 0.6180339887498949
 
 Ids = NDArray[np.int64]
+
+
+class Needs(NamedTuple):
+    """Which shards some reading needs, and when; a shard may stand there several times.
+
+    Attributes:
+        shards: numbers of shards. shape (needs,)
+        first: the first step that may read it. shape (needs,)
+        last: the last step that may. shape (needs,)
+    """
+
+    shards: Ids
+    first: Ids
+    last: Ids
+
+    def later(self, steps: int) -> Needs:
+        """The same needs, so many steps later."""
+        return Needs(self.shards, self.first + steps, self.last + steps)
+
+    @classmethod
+    def join(cls, parts: Sequence[Needs]) -> Needs:
+        """All of some needs."""
+        return cls(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -128,6 +152,14 @@ class Order:
             raise IndexError(f"positions {low}..{high} of a global batch of {self.config.global_batch_size}")
         return self._epoch(epoch).sample_ids(first_step, num_steps, low, high)
 
+    def shard_needs(self, epoch: int, positions: tuple[int, int] | None = None) -> Needs:
+        """When an epoch needs which shards, for a range of positions in the global batch; O(shards)."""
+        low, high = positions or (0, self.config.global_batch_size)
+        begun = self._epoch(epoch)
+        found = begun.needs(low // begun.per_step, (high - 1) // begun.per_step + 1)
+        shards = np.searchsorted(self._starts, found.shards, side="right") - 1
+        return Needs(shards, found.first, found.last)
+
     def fingerprint(self) -> dict[str, int | str]:
         """What a checkpoint stores to recognize this order: two equal fingerprints give equal orders."""
         return {
@@ -201,6 +233,33 @@ class _Epoch:
         sequence = (out + self._offset) % self.num_samples
         shard = np.searchsorted(self._sequence_starts, sequence, side="right") - 1
         return np.asarray(sequence + self._id_shift[shard], dtype=np.int64)
+
+    def needs(self, first_lane: int, last_lane: int) -> Needs:
+        """When some lanes need the shards that hold which samples: a shard is given by the id of one of its own."""
+        parts = []
+        for lane in range(first_lane, last_lane):
+            begin = lane * self.lane_length + self._offset
+            end = begin + self.lane_length
+            # What runs over the end of the sequence goes on at its beginning.
+            for shift in (0, self.num_samples):
+                low, high = max(begin, shift), min(end, self.num_samples + shift)
+                if low < high:
+                    parts.append(self._needs_of(low - shift, high - shift, low - begin))
+        return Needs.join(parts)
+
+    def _needs_of(self, low: int, high: int, element: int) -> Needs:
+        """Those of ``[low, high)`` of the sequence, whose first is that element of its lane."""
+        first = int(np.searchsorted(self._sequence_starts, low, side="right")) - 1
+        last = int(np.searchsorted(self._sequence_starts, high, side="left"))
+        begins = np.maximum(self._sequence_starts[first:last], low)
+        ends = np.minimum(self._sequence_starts[first + 1 : last + 1], high)
+        ids = begins + self._id_shift[first:last]
+        held = ends > begins  # a shard may be empty
+        window, g = self.config.window, self.per_step
+        # A window's samples may come at any of its steps.
+        from_ = (begins - low + element) // window * window
+        to = np.minimum(((ends - 1 - low + element) // window + 1) * window, self.lane_length) - 1
+        return Needs(ids[held], from_[held] // g, to[held] // g)
 
     def _window(self, index: int, first_lane: int, last_lane: int) -> Ids:
         """The shuffles of one window in some lanes, shape (lanes, window)."""

@@ -21,8 +21,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from disttrain.data.cache import CacheConfig
 from disttrain.data.decode import BadValueError, Decoded, Field, RawValues, decode
 from disttrain.data.index import ShardIndex
+from disttrain.data.remote import shown
+from disttrain.data.store import ShardStore
 from disttrain.errors import DataError, DecodeError, ShardError, nearest
 
 _FILE_LIMIT: Final = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -35,10 +38,10 @@ _SHARD_STRIDE: Final = 2**45
 class _OpenShard:
     """A file descriptor that closes with its last user, so that no thread reads from a reused number."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, fd: int | None = None) -> None:
         self.path = path
         try:
-            self.fd = os.open(path, os.O_RDONLY)
+            self.fd = os.open(path, os.O_RDONLY) if fd is None else fd
         except OSError as error:
             raise ShardError(
                 f"cannot open shard {path}: {error.strerror}", mend="restore it; it was there when the run started"
@@ -90,13 +93,16 @@ class Reader:
     Args:
         index: where the samples lie.
         fields: the fields of a batch by name.
+        cache: where remote shards are kept while they are read.
 
     Raises:
         DataError: a declared field does not occur in the data.
+        ConfigError: the cache is smaller than a shard.
     """
 
-    def __init__(self, index: ShardIndex, fields: Mapping[str, Field]) -> None:
+    def __init__(self, index: ShardIndex, fields: Mapping[str, Field], *, cache: CacheConfig | None = None) -> None:
         self.index = index
+        self.store = ShardStore(index.shards, cache)
         self.fields = dict(fields)
         self._files: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = Lock()
@@ -233,10 +239,13 @@ class Reader:
         file, opened = None, -1
         for place, offset, start, stop in zip(places.tolist(), offsets.tolist(), bounds, bounds[1:], strict=False):
             if file is None or place != opened:  # one at a time: a read may touch more shards than may be open
+                file = None  # nor may one be held while another is fetched, which may have to evict it
                 file, opened = self._file(shards[place]), place
             file.read_into(view[start:stop], offset)
 
     def _file(self, shard: int) -> _OpenShard:
+        if (fd := self.store.open(shard)) is not None:
+            return _OpenShard(shown(self.index.shards[shard].path), fd)  # kept open, it could never be evicted
         with self._lock:
             found = self._files.get(shard)
             if found is None:

@@ -31,7 +31,9 @@ _URL: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 _HTTP: Final = ("http", "https")
 _CONTENT_RANGE: Final = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
 _WAITING_HELPS: Final = frozenset({408, 425, 429})
+_NO_CREDENTIALS: Final = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
 _MENDS: Final = {
+    0: "check the server and the network, then run again: it will resume",
     401: "give credentials that may read it",
     403: "give credentials that may read it (some servers also say so of a file that is not there)",
     404: "correct the URL, or upload the file",
@@ -147,7 +149,9 @@ class RemoteFile:
     def _error(self, failed: _AttemptError, attempts: int, seconds: float) -> RemoteError:
         tries = "1 attempt" if attempts == 1 else f"{attempts} attempts in {seconds:.1f} s"
         status = f"HTTP {failed.status}: " if failed.status is not None else ""
-        mend = _MENDS.get(failed.status or 0, "check the server and the network, then run again: it will resume")
+        mend = _MENDS.get(failed.status or 0, _MENDS[0])
+        if str(failed).startswith(_NO_CREDENTIALS):
+            mend = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_S3_ANON=true for a public bucket"
         return RemoteError(
             f"{self.name}: {status}{failed} ({tries}; credentials: {credential_source(self.url)})",
             mend=mend,
@@ -169,6 +173,7 @@ class RemoteFile:
                 raise _AttemptError(
                     f"the file was replaced while it was read ({answer.total} bytes, was {self.size})", again=False
                 )
+            self.version = self.version or answer.version  # all reads are of one state
             body = answer.body
         else:
             body = _call(self.url, "cat_file", self.retry.timeout_seconds, start=start, end=stop)
@@ -184,6 +189,8 @@ def is_remote(path: str) -> bool:
 
 def shown(url: str) -> str:
     """A URL as messages may show it: without a password, and without a query, which may hold a signature."""
+    if not is_remote(url):
+        return url
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit(
@@ -288,13 +295,7 @@ def _failed(error: Exception) -> _AttemptError:
         status = 403
     kind = type(error).__name__
     text = str(error).strip()
-    refused = kind in (
-        "NoCredentialsError",
-        "PartialCredentialsError",
-        "ProfileNotFound",
-        "InvalidURL",
-        "NonHttpUrlClientError",
-    )
+    refused = kind in (*_NO_CREDENTIALS, "InvalidURL", "NonHttpUrlClientError")
     again = not refused and (status is None or status >= 500 or status in _WAITING_HELPS)
     return _AttemptError(f"{kind}: {text}" if text else kind, again=again, status=status)
 
@@ -305,6 +306,8 @@ def _status_of(error: BaseException | None) -> int | None:
         response = getattr(error, "response", None)
         if isinstance(response, dict):
             found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        elif type(error).__module__ == "aiohttp.http_exceptions":
+            found = None  # its code is made up: 400 for a connection that was cut
         else:
             found = getattr(error, "status", None) or getattr(error, "code", None)
         if isinstance(found, int) and 100 <= found < 600:

@@ -103,6 +103,15 @@ def test_the_order_is_frozen() -> None:
     assert hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16] == "5ba1b7a614732d3e"
 
 
+def test_a_source_larger_than_the_window_but_smaller_than_the_lanes_works() -> None:
+    parts = [Portion("a", (53,), 1.0), Portion("b", (500,), 1.0)]
+    mixed = Mixture(parts, OrderConfig(8, window=16))
+    ids = mixed.sample_ids(0, 0, 12).ravel()
+    small = ids[ids < 53]
+    assert len(small) == 48
+    assert len(np.unique(small)) == 48
+
+
 def test_bad_portions_are_refused() -> None:
     with pytest.raises(ConfigError, match="weight 0"):
         Portion("a", (3,), 0.0)

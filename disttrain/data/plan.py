@@ -1,0 +1,134 @@
+"""Which shards the processes of a node will need, and when: what the cache evicts and prefetches by.
+
+Each reading process keeps a plan in the cache's folder: for every shard that it will read the first and the
+last step that needs it, and the step where it stands. Any process can then tell how far off the next use of
+a shard is for all of them. A plan is locked by its owner for as long as it lives; one that can be locked
+belonged to a process that is gone, and is removed. Cost: 48 bytes a shard and process; standing somewhere
+else is one write of 8 bytes; plans of others are read once and then only their first 8 bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from disttrain.data.order import Needs
+
+_RECORD: Final = np.dtype([("name", "S32"), ("first", "<i8"), ("last", "<i8")])
+_HEAD_BYTES: Final = 8
+
+
+class Plan:
+    """This process's plan, alive until it is closed.
+
+    Args:
+        directory: the cache's folder.
+        names: the file names of the shards, by number.
+        needs: which of them are needed when.
+        step: where the process stands.
+    """
+
+    def __init__(self, directory: Path, names: Sequence[str], needs: Needs, step: int) -> None:
+        self.needs = needs
+        self.step = step
+        records = np.empty(len(needs.shards), dtype=_RECORD)
+        records["name"] = np.array([names[shard] for shard in needs.shards.tolist()], dtype="S32")
+        records["first"], records["last"] = needs.first, needs.last
+        records.sort(order="name")
+        self.path = directory / f"{os.getpid()}-{secrets.token_hex(4)}.plan"
+        temporary = self.path.with_suffix(".new")
+        self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        with open(self._fd, "wb", closefd=False) as file:
+            file.write(step.to_bytes(_HEAD_BYTES, "little") + records.tobytes())
+        os.replace(temporary, self.path)  # nobody sees it unlocked or in part
+
+    def stand_at(self, step: int) -> None:
+        """Tell the other processes where this one stands."""
+        if self._fd >= 0 and step != self.step:
+            self.step = step
+            os.pwrite(self._fd, step.to_bytes(_HEAD_BYTES, "little"), 0)
+
+    def close(self) -> None:
+        """Need nothing any more."""
+        if self._fd >= 0:
+            self.path.unlink(missing_ok=True)
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Plans:
+    """The plans of all living processes that share a cache."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._bodies: dict[str, NDArray[np.void]] = {}
+
+    def steps_until(self, names: Sequence[str]) -> NDArray[np.float64]:
+        """In how many steps the first process needs each shard: 0 now, infinity where none will."""
+        wanted = np.array(names, dtype="S32")
+        until = np.full(len(names), np.inf)
+        for now, body in self._read():
+            low = np.searchsorted(body["name"], wanted, side="left")
+            high = np.searchsorted(body["name"], wanted, side="right")
+            for place in np.flatnonzero(high > low).tolist():
+                records = body[low[place] : high[place]]
+                ahead = records["first"][records["last"] >= now]
+                if len(ahead):
+                    until[place] = min(until[place], max(0, int(ahead.min()) - now))
+        return until
+
+    def _read(self) -> list[tuple[int, NDArray[np.void]]]:
+        """Where each process stands, and its plan's records."""
+        found: list[tuple[int, NDArray[np.void]]] = []
+        bodies: dict[str, NDArray[np.void]] = {}
+        for path in self._directory.glob("*.plan"):
+            if remove_if_dead(path):
+                continue
+            try:
+                with open(path, "rb") as file:
+                    now = int.from_bytes(file.read(_HEAD_BYTES), "little")
+                    body = self._bodies.get(path.name)
+                    bodies[path.name] = np.frombuffer(file.read(), dtype=_RECORD) if body is None else body
+            except FileNotFoundError:
+                continue  # closed just now
+            found.append((now, bodies[path.name]))
+        self._bodies = bodies
+        return found
+
+
+def remove_if_dead(path: Path) -> bool:
+    """Remove a file that nobody holds a lock of: its owner is gone, or nobody reads it.
+
+    Returns:
+        Whether it is gone.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if is_at(fd, path):  # else the name is another file's by now
+            path.unlink(missing_ok=True)
+            return True
+        return False
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def is_at(fd: int, path: Path) -> bool:
+    """Whether a descriptor's file still has that name."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False

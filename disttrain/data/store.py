@@ -1,0 +1,158 @@
+"""Where a reader finds its shards: local ones where they lie, remote ones in the node's cache.
+
+Remote shards are fetched ahead by threads in the order of the plan that the loader gives, and the plan is
+what the cache evicts by. Local shards cost nothing here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Sequence
+from threading import Condition, Thread
+from typing import Final
+
+import numpy as np
+
+from disttrain.data.cache import CacheConfig, ShardCache, name_of
+from disttrain.data.index import Shard
+from disttrain.data.order import Needs
+from disttrain.data.plan import Plan
+from disttrain.data.remote import shown
+from disttrain.errors import ConfigError, DataError, DisttrainError
+
+# Threads take reads in order, so of the last few that were begun the first is done or nearly so.
+_READS_AT_ONCE: Final = 4
+_LOOK_AGAIN_SECONDS: Final = 1.0
+
+
+class ShardStore:
+    """The shards of one index, opened by number. Safe to use from several threads.
+
+    Args:
+        shards: the shards of the index.
+        config: the cache for those that are remote.
+
+    Raises:
+        ConfigError: the cache is smaller than a shard.
+        DataError: its folder cannot be made.
+    """
+
+    def __init__(self, shards: Sequence[Shard], config: CacheConfig | None = None) -> None:
+        config = config or CacheConfig()
+        self._shards = shards
+        largest = max((shard for shard in shards if shard.is_remote), key=lambda shard: shard.size_bytes, default=None)
+        if largest is not None and largest.size_bytes > config.max_bytes:
+            raise ConfigError(
+                f"cache.max_gib {config.max_gib:g} is {config.max_bytes} bytes, less than shard {shown(largest.path)}"
+                f" of {largest.size_bytes} bytes",
+                mend=f"set data.cache.max_gib to {max(0.01, 4 * largest.size_bytes / 2**30):.2g} or more",
+            )
+        self._cache = ShardCache(config) if largest is not None else None
+        self._ahead: _Ahead | None = None
+        self._begun: deque[int] = deque(maxlen=_READS_AT_ONCE)
+        self._warned = False
+
+    @property
+    def has_remote(self) -> bool:
+        """Whether any shard is remote, so that a plan is of use."""
+        return self._cache is not None
+
+    def open(self, number: int) -> int | None:
+        """A descriptor of a remote shard's local copy, to be closed soon after; None for a local shard.
+
+        Raises:
+            DataError: the shard cannot be fetched.
+        """
+        shard = self._shards[number]
+        return self._cache.open(shard) if self._cache is not None and shard.is_remote else None
+
+    def follow(self, needs: Needs, step: int) -> None:
+        """Fetch ahead and evict by a new plan, from a step on."""
+        self.finish()
+        if self._cache is not None:
+            self._warn_if_small(self._cache.config, needs)
+            self._begun.clear()
+            try:
+                self._ahead = _Ahead(self._cache, self._shards, needs, step)
+            except OSError as error:
+                raise DataError(
+                    f"the cache folder {self._cache.directory} cannot be written: {error.strerror}",
+                    mend="free space in it, or set data.cache.directory to another folder",
+                ) from None
+
+    def _warn_if_small(self, config: CacheConfig, needs: Needs) -> None:
+        """Warn, once, of a cache that cannot hold what a single step draws from: it would be fetched each time."""
+        sizes = np.array([shard.size_bytes if shard.is_remote else 0 for shard in self._shards], dtype=np.int64)
+        changes = np.concatenate((sizes[needs.shards], -sizes[needs.shards]))
+        times = np.concatenate((needs.first, needs.last + 1))
+        # A shard that is let go of in a step makes room for those that the step begins to need.
+        at_once = int(np.cumsum(changes[np.lexsort((changes, times))]).max(initial=0))
+        if at_once > config.max_bytes and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"one rank draws from {at_once / 2**30:.3g} GiB of remote shards at once, more than"
+                f" data.cache.max_gib {config.max_gib:.3g}, so shards are fetched again and again: raise it above that"
+                " times the ranks of a node, or lower data.shuffle.window or data.shuffle.lanes",
+                stacklevel=3,
+            )
+
+    def begin(self, step: int) -> None:
+        """A read of the plan's step begins; what only older ones needed may go."""
+        if self._ahead is not None:
+            self._begun.append(step)
+            self._ahead.stand_at(self._begun[0])
+
+    def finish(self) -> None:
+        """The plan is no more."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+
+class _Ahead:
+    """A plan that is being followed, and the threads that fetch by it."""
+
+    def __init__(self, cache: ShardCache, shards: Sequence[Shard], needs: Needs, step: int) -> None:
+        self._cache = cache
+        remote = np.array([shard.is_remote for shard in shards])[needs.shards]
+        needs = Needs(needs.shards[remote], needs.first[remote], needs.last[remote])
+        self._plan = Plan(cache.directory, [name_of(shard) for shard in shards], needs, step)
+        order = np.argsort(needs.first, kind="stable")
+        self._todo = deque(zip(*(part[order].tolist() for part in needs), strict=True))
+        self._shards, self._changed, self._closed = shards, Condition(), False
+        for number in range(cache.config.prefetch_threads):
+            Thread(target=self._work, name=f"disttrain-prefetch-{number}", daemon=True).start()
+
+    def stand_at(self, step: int) -> None:
+        with self._changed:
+            self._plan.stand_at(step)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._plan.close()
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                if self._closed or not self._todo:
+                    return
+                shard, first, last = self._todo.popleft()
+            while not self._done(shard, first, last):
+                with self._changed:
+                    if self._closed:
+                        return
+                    # Another process that gets on makes room too, unheard of here.
+                    self._changed.wait(_LOOK_AGAIN_SECONDS)
+
+    def _done(self, shard: int, first: int, last: int) -> bool:
+        now = self._plan.step
+        if self._closed or last < now:
+            return True
+        try:
+            return self._cache.prefetch(self._shards[shard], max(0, first - now))
+        except (DisttrainError, OSError):
+            return True  # whoever reads the shard meets the same fault, and can say so

@@ -1,0 +1,347 @@
+"""The cache: whole shards only, fetched once for all of a node, never more bytes than allowed, evicted by plan."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import numpy as np
+import pytest
+
+from disttrain.data import cache as cache_module
+from disttrain.data.cache import CacheConfig, ShardCache, name_of
+from disttrain.data.decode import Field
+from disttrain.data.index import Shard, ShardIndex, describe_shard
+from disttrain.data.loader import EvaluationLoader, LoaderConfig, TrainLoader
+from disttrain.data.order import Needs, Order, OrderConfig
+from disttrain.data.plan import Plan
+from disttrain.data.reader import Reader
+from disttrain.data.remote import RemoteError, RetryConfig
+from disttrain.data.store import ShardStore
+from disttrain.data.write import md5_of
+from disttrain.errors import ConfigError, DataError, ShardError
+from disttrain.parallel.config import BatchPlan
+from tests.support.ranks import run_ranks
+from tests.support.servers import RangeServer, range_server
+from tests.support.shards import write_numbered
+
+QUICK = RetryConfig(attempts=3, base_seconds=0.0)
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test keeps what it fetches for itself."""
+    monkeypatch.setenv("DISTTRAIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RangeServer]:
+    """Eight shards of 10 samples, all of one size."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    write_numbered(folder, [10] * 8)
+    with range_server(folder) as running:
+        yield running
+
+
+def shards_of(server: RangeServer) -> list[Shard]:
+    return [describe_shard(f"{server.url}/train-{number:03d}.tar") for number in range(8)]
+
+
+def config_of(num_shards: float, shard: Shard, directory: Path, **more: Any) -> CacheConfig:
+    """A cache for so many shards."""
+    options: dict[str, Any] = {"retry": QUICK, "prefetch_threads": 0, **more}
+    return CacheConfig(str(directory), num_shards * shard.size_bytes / GIB, **options)
+
+
+def take(cache: ShardCache, shard: Shard, server: RangeServer) -> None:
+    """Read a shard through the cache, and let it go."""
+    fd = cache.open(shard)
+    assert os.pread(fd, 2**20, 0) == (server.folder / Path(shard.path).name).read_bytes()
+    os.close(fd)
+
+
+def held(cache: ShardCache, shards: list[Shard]) -> list[int]:
+    return [number for number, shard in enumerate(shards) if cache.holds(shard)]
+
+
+def needs_of(*rows: tuple[int, int, int]) -> Needs:
+    return Needs(*np.array(rows, dtype=np.int64).T)
+
+
+def test_a_shard_is_fetched_once_and_kept(server: RangeServer, tmp_path: Path) -> None:
+    shards = shards_of(server)
+    server.requests.clear()
+    cache = ShardCache(config_of(8, shards[0], tmp_path / "c"))
+    for _ in range(3):
+        take(cache, shards[2], server)
+    assert len(server.requests) == 2, "its size and its bytes"
+    assert held(cache, shards) == [2]
+    assert not list((tmp_path / "c").glob("*.part"))
+
+
+def test_eviction_follows_the_plan(server: RangeServer, tmp_path: Path) -> None:
+    shards = shards_of(server)
+    cache = ShardCache(config_of(3.5, shards[0], tmp_path / "c"))
+    names = [name_of(shard) for shard in shards]
+    plan = Plan(tmp_path / "c", names, needs_of((0, 0, 4), (1, 5, 9), (2, 20, 24), (3, 10, 14), (4, 0, 2)), 0)
+    for number in (0, 1, 2):
+        take(cache, shards[number], server)
+    take(cache, shards[3], server)
+    assert held(cache, shards) == [0, 1, 3], "the one needed last goes first"
+    take(cache, shards[4], server)
+    assert held(cache, shards) == [0, 1, 4]
+    plan.stand_at(5)
+    assert cache.prefetch(shards[3], 5)
+    assert held(cache, shards) == [1, 3, 4], "of what nobody needs any more the oldest goes"
+    assert cache.prefetch(shards[2], 15), "the other that nobody needs any more makes room"
+    assert held(cache, shards) == [1, 2, 3]
+    assert not cache.prefetch(shards[5], np.inf), "what is needed no sooner evicts nothing"
+    assert held(cache, shards) == [1, 2, 3]
+    plan.close()
+
+
+def test_a_shard_that_is_read_is_never_evicted(server: RangeServer, tmp_path: Path) -> None:
+    shards = shards_of(server)
+    cache = ShardCache(config_of(2, shards[0], tmp_path / "c"))
+    fd = cache.open(shards[0])
+    for number in (1, 2, 3, 4):
+        take(cache, shards[number], server)
+        assert held(cache, shards) == [0, number]
+    os.close(fd)
+
+    full = ShardCache(config_of(1, shards[0], tmp_path / "d", retry=replace(QUICK, budget_seconds=0)))
+    fd = full.open(shards[0])
+    with pytest.raises(DataError, match=r"has had no room for .*/train-001.tar") as error:
+        full.open(shards[1])
+    assert "data.cache.max_gib" in error.value.mend
+    os.close(fd)
+    assert held(full, shards) == [0]
+
+
+def test_room_that_others_make_is_waited_for(server: RangeServer, tmp_path: Path) -> None:
+    shards = shards_of(server)
+    waits: list[float] = []
+
+    def let_go(seconds: float) -> None:
+        waits.append(seconds)
+        os.close(fd)
+
+    cache = ShardCache(config_of(1, shards[0], tmp_path / "c"), sleep=let_go)
+    fd = cache.open(shards[0])
+    take(cache, shards[1], server)
+    assert len(waits) == 1
+
+
+@pytest.mark.parametrize("fault", ["cut", "short", "wrong range", "status:500"])
+def test_faults_leave_nothing_behind(server: RangeServer, tmp_path: Path, fault: str) -> None:
+    shards = shards_of(server)
+    cache = ShardCache(config_of(8, shards[0], tmp_path / "c"))
+    server.fail("train-000.tar", *[fault] * 3)
+    with pytest.raises(RemoteError, match=r"train-000.tar: .*3 attempts"):
+        cache.open(shards[0])
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["space.lock"]
+    take(cache, shards[0], server)
+
+
+def test_a_shard_is_what_index_and_manifest_say(server: RangeServer, tmp_path: Path) -> None:
+    shard = shards_of(server)[0]
+    path = server.folder / "train-000.tar"
+    cache = ShardCache(config_of(8, shard, tmp_path / "c"))
+    take(cache, replace(shard, md5=md5_of(str(path)), version=""), server)
+    with pytest.raises(ShardError, match=r"train-000.tar has MD5 \w+, but its manifest says 00"):
+        cache.open(replace(shard, md5="00", version=""))
+    with pytest.raises(ShardError, match=f"has {shard.size_bytes} bytes, but the index says 1024"):
+        cache.open(replace(shard, size_bytes=1024, version=""))
+    with pytest.raises(ShardError, match="and another version"):
+        cache.open(replace(shard, version="old"))
+    assert len([p for p in (tmp_path / "c").iterdir() if p.suffix in (".tar", ".part")]) == 1
+
+
+def test_a_damaged_copy_is_fetched_again(server: RangeServer, tmp_path: Path) -> None:
+    shard = shards_of(server)[0]
+    cache = ShardCache(config_of(8, shard, tmp_path / "c"))
+    take(cache, shard, server)
+    os.truncate(tmp_path / "c" / f"{name_of(shard)}.tar", 100)
+    take(cache, shard, server)
+
+
+def test_a_full_disk_is_named(server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = shards_of(server)[0]
+    cache = ShardCache(config_of(8, shard, tmp_path / "c"))
+
+    def full(fd: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DataError, match=r"is on a full disk; shard .*/train-000.tar of \d+ bytes was not fetched"):
+        cache.open(shard)
+    assert not list((tmp_path / "c").glob("*.part"))
+
+
+def test_a_cache_smaller_than_a_shard_is_refused(server: RangeServer, tmp_path: Path) -> None:
+    shards = shards_of(server)
+    with pytest.raises(ConfigError, match=r"cache.max_gib .* less than shard http://.*/train-000.tar of \d+ bytes"):
+        ShardStore(shards, config_of(0.9, shards[0], tmp_path / "c"))
+    assert not ShardStore([Shard("here.tar", 1, 10**12)]).has_remote
+
+
+def test_a_folder_that_cannot_be_made_is_named(server: RangeServer, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be made or written"):
+        ShardCache(CacheConfig(str(tmp_path / "file" / "c")))
+
+
+@pytest.mark.parametrize(("field", "value"), [("max_gib", 0), ("prefetch_threads", -1)])
+def test_settings_that_cannot_work(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"cache.{field} is {value}"):
+        CacheConfig(**{field: value})
+
+
+CHILD = """
+import sys
+from disttrain.data import cache
+from disttrain.data.index import Shard
+cache._CHUNK_BYTES = 1000
+url, size, version, directory = sys.argv[1:]
+cache.ShardCache(cache.CacheConfig(directory)).open(Shard(url, 10, int(size), version=version))
+"""
+
+
+def test_killed_in_the_middle_of_a_download(server: RangeServer, tmp_path: Path) -> None:
+    shards = shards_of(server)
+    reached = Event()
+    server.on_request = lambda name, range_: reached.set() if range_.startswith("bytes=5000-") else None
+    server.fail("train-000.tar", *[""] * 6, "stall")  # after its size and five pieces
+    arguments = [shards[0].path, str(shards[0].size_bytes), shards[0].version, str(tmp_path / "c")]
+    child = subprocess.Popen([sys.executable, "-c", CHILD, *arguments])
+    assert reached.wait(60)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    [left] = (tmp_path / "c").glob("*.part")
+    assert left.stat().st_size == shards[0].size_bytes
+    assert not list((tmp_path / "c").glob("*.tar"))
+
+    cache = ShardCache(config_of(1, shards[0], tmp_path / "c"))
+    take(cache, shards[1], server)
+    assert not left.exists(), "what the dead one left takes room"
+    take(cache, shards[0], server)
+
+
+def read_all(url: str, home: str, directory: str, num_shards: float) -> None:
+    """Read all samples of eight shards in an order of one's own, through a shared cache; check every one."""
+    os.environ["DISTTRAIN_CACHE"] = home  # the server that ranks are forked from has an older environment
+    index = ShardIndex.open(f"{url}/train-{{000..007}}.tar")
+    rank = int(os.environ["RANK"])
+    config = config_of(num_shards, index.shards[0], Path(directory))
+    reader = Reader(index, {"x": Field("x.npy")}, cache=config)
+    ids = list(range(80))
+    random.Random(rank).shuffle(ids)
+    for first in range(0, 80, 5):
+        some = np.array(ids[first : first + 5])
+        assert reader.read(some)["x"][:, 0].tolist() == some.tolist()
+        used = sum(path.stat().st_size for path in Path(directory).iterdir() if path.suffix in (".tar", ".part"))
+        assert used <= config.max_bytes, f"{used} of {config.max_bytes} bytes"
+
+
+def test_four_processes_fetch_each_shard_once(server: RangeServer, tmp_path: Path, cache_home: Path) -> None:
+    sizes = {shard.path.rpartition("/")[2]: shard.size_bytes for shard in shards_of(server)}
+    server.bytes_served.clear()
+    run_ranks(4, read_all, server.url, str(cache_home), str(tmp_path / "c"), 8, folder=tmp_path / "logs").ok()
+    fetched = {name: served - 5 for name, served in server.bytes_served.items()}  # each process asks for its size
+    assert fetched == sizes
+
+
+def test_four_processes_share_a_cache_smaller_than_all(server: RangeServer, tmp_path: Path, cache_home: Path) -> None:
+    shards = shards_of(server)
+    directory = tmp_path / "c"
+    cache = ShardCache(config_of(3, shards[0], directory))
+    fd = cache.open(shards[5])
+    whole = [range_ for name, range_ in server.requests if name == "train-005.tar"]
+    run_ranks(4, read_all, server.url, str(cache_home), str(directory), 3, folder=tmp_path / "logs").ok()
+    again = [range_ for name, range_ in server.requests if name == "train-005.tar"][len(whole) :]
+    assert again == ["bytes=0-0"] * 4, "a shard that is held was fetched again"
+    os.close(fd)
+
+
+def batches_of(index: ShardIndex, threads: int, cache: CacheConfig | None, position: tuple[int, int]) -> list[Any]:
+    reader = Reader(index, {"x": Field("x.npy")}, cache=cache)
+    order = Order(index.sizes, OrderConfig(8, seed=1, lanes=2, window=16))
+    loader = TrainLoader(
+        reader,
+        order,
+        BatchPlan(8, 2, 2),
+        rank=1,
+        config=LoaderConfig(threads=threads),
+        position=lambda: position,
+    )
+    found = [(batch["__key__"], batch["x"].tolist()) for batch in loader]
+    reader.store.finish()
+    return found
+
+
+@pytest.mark.parametrize(("threads", "ahead"), [(0, 0), (2, 2)])
+def test_the_loaders_read_the_same_from_afar(server: RangeServer, tmp_path: Path, threads: int, ahead: int) -> None:
+    local = ShardIndex.open(str(server.folder / "train-{000..007}.tar"))
+    there = ShardIndex.open(f"{server.url}/train-{{000..007}}.tar")
+    config = config_of(2, there.shards[0], tmp_path / "c", prefetch_threads=ahead)
+    for position in ((0, 0), (1, 4)):
+        with pytest.warns(UserWarning, match="draws from .* at once, more than data.cache.max_gib"):
+            streamed = batches_of(there, threads, config, position)
+        assert streamed == batches_of(local, threads, None, position)
+
+    def evaluated(index: ShardIndex) -> list[list[str]]:
+        reader = Reader(index, {"x": Field("x.npy")}, cache=config)
+        loaders = [EvaluationLoader(reader, micro_batch_size=7, num_ranks=3, rank=rank) for rank in range(3)]
+        return [batch["__key__"] for loader in loaders for batch in loader]
+
+    assert evaluated(there) == evaluated(local)
+    assert not list((tmp_path / "c").glob("*.plan"))
+
+
+def test_shards_are_fetched_ahead_in_the_order_of_the_plan(server: RangeServer, tmp_path: Path) -> None:
+    shards = shards_of(server)
+    server.requests.clear()
+    fetched: list[str] = []
+    all_asked, more_asked = Event(), Event()
+
+    def note(name: str, range_: str) -> None:
+        if range_ != "bytes=0-0":
+            fetched.append(name)
+            (all_asked if len(fetched) == 3 else more_asked if len(fetched) == 4 else Event()).set()
+
+    server.on_request = note
+    store = ShardStore(shards, config_of(3, shards[0], tmp_path / "c", prefetch_threads=1))
+    store.follow(needs_of((4, 8, 9), (1, 4, 7), (6, 0, 3), (2, 10, 19)), 0)
+    assert all_asked.wait(60)
+    assert fetched == ["train-006.tar", "train-001.tar", "train-004.tar"]
+    assert not more_asked.is_set(), "there was no room"
+    for _ in range(cache_reads()):
+        store.begin(5)
+    assert more_asked.wait(60)
+    assert fetched[3] == "train-002.tar"
+    store.finish()
+
+
+def cache_reads() -> int:
+    """Reads after which a step counts as done."""
+    from disttrain.data import store
+
+    return store._READS_AT_ONCE
+
+
+def test_pieces_add_up(server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = shards_of(server)[0]
+    monkeypatch.setattr(cache_module, "_CHUNK_BYTES", 1000)
+    take(ShardCache(config_of(8, shard, tmp_path / "c")), shard, server)

@@ -1,0 +1,102 @@
+"""Plans: what a step reads is in the plan for that step, and what other processes need is known."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from disttrain.data.mixture import Mixture, Portion
+from disttrain.data.order import Needs, Order, OrderConfig
+from disttrain.data.plan import Plan, Plans
+
+quick = settings(derandomize=True, deadline=None, max_examples=60)
+
+
+def assert_covered(order: Order | Mixture, sizes: list[int], epoch: int, positions: tuple[int, int]) -> None:
+    """Every shard that a step reads is needed in that step, and nothing is needed that no step reads near."""
+    starts = np.concatenate(([0], np.cumsum(sizes)))
+    needs = order.shard_needs(epoch, positions)
+    assert (needs.first >= 0).all()
+    assert (needs.first <= needs.last).all()
+    assert (np.array(sizes)[needs.shards] > 0).all()
+    for step in range(order.steps_per_epoch):
+        ids = order.sample_ids(epoch, step, 1, positions)
+        read = set((np.searchsorted(starts, ids.ravel(), side="right") - 1).tolist())
+        needed = set(needs.shards[(needs.first <= step) & (step <= needs.last)].tolist())
+        assert read <= needed, f"step {step} reads {read - needed} unplanned"
+
+
+@quick
+@given(
+    st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) >= 24),
+    st.sampled_from([1, 5, 16, 1000]),
+    st.sampled_from([1, 2, 4]),
+    st.integers(0, 3),
+    st.sampled_from([(0, 8), (0, 4), (4, 8), (6, 8), (3, 5)]),
+)
+def test_an_orders_needs_cover_its_reads(
+    sizes: list[int], window: int, lanes: int, epoch: int, positions: tuple[int, int]
+) -> None:
+    order = Order(sizes, OrderConfig(8, seed=3, lanes=lanes, window=window))
+    assert_covered(order, sizes, epoch, positions)
+
+
+@quick
+@given(st.floats(0.05, 20), st.integers(0, 2), st.sampled_from([50, 1000]))
+def test_a_mixtures_needs_cover_its_reads(weight: float, epoch: int, window: int) -> None:
+    sizes = [[30, 0, 70], [7], [25, 16, 60, 2]]
+    portions = [
+        Portion(f"{n}", tuple(own), w) for n, (own, w) in enumerate(zip(sizes, (1.0, weight, 2.0), strict=True))
+    ]
+    order = Mixture(portions, OrderConfig(8, seed=3, window=window))
+    assert_covered(order, [size for own in sizes for size in own], epoch, (2, 6))
+
+
+def test_a_rank_needs_few_shards_at_a_time() -> None:
+    sizes = [100] * 64
+    needs = Order(sizes, OrderConfig(8, lanes=8, window=100)).shard_needs(0, (0, 2))
+    assert len(set(needs.shards.tolist())) <= 20, "more than the shards of two of eight lanes"
+    at_once = [int(((needs.first <= step) & (step <= needs.last)).sum()) for step in range(800)]
+    assert max(at_once) <= 6
+
+
+def needs_of(*rows: tuple[int, int, int]) -> Needs:
+    return Needs(*np.array(rows, dtype=np.int64).T)
+
+
+def test_the_nearest_need_of_all_processes_counts(tmp_path: Path) -> None:
+    names = [letter * 32 for letter in "abcd"]
+    one = Plan(tmp_path, names, needs_of((0, 0, 9), (1, 10, 19), (1, 40, 49), (2, 30, 39)), 5)
+    other = Plan(tmp_path, names, needs_of((2, 8, 9)), 0)
+    plans = Plans(tmp_path)
+    assert plans.steps_until(names).tolist() == [0, 5, 8, np.inf]
+    one.stand_at(25)
+    other.stand_at(10)
+    assert plans.steps_until(names).tolist() == [np.inf, 15, 5, np.inf]
+    one.close()
+    assert plans.steps_until(names).tolist() == [np.inf] * 4
+    other.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_plan_of_a_process_that_is_gone_does_not_count(tmp_path: Path) -> None:
+    plan = Plan(tmp_path, ["a" * 32], needs_of((0, 0, 9)), 0)
+    os.close(plan._fd)  # what the kernel does for it
+    assert Plans(tmp_path).steps_until(["a" * 32]).tolist() == [np.inf]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_small_plans(tmp_path: Path, count: int) -> None:
+    needs = Needs(*(np.zeros(count, dtype=np.int64) for _ in range(3)))
+    plan = Plan(tmp_path, ["a" * 32], needs, 0)
+    with open(plan.path) as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert Plans(tmp_path).steps_until([]).tolist() == []
+    plan.close()
