@@ -27,6 +27,7 @@ from disttrain.callbacks.predictions import PredictionWriter
 from disttrain.commands.messages import explain, own_error
 from disttrain.data.module import ShardedDataModule
 from disttrain.errors import ConfigError
+from disttrain.parallel.agree import raise_together
 from disttrain.report import write_report
 from disttrain.runs import best_checkpoint
 from disttrain.trainer import Trainer
@@ -135,10 +136,10 @@ class TrainingCLI(LightningCLI):
         """Train, then test and report."""
         trainer, data = self.trainer, self.datamodule
         start = trainer.find_start(self._get(self.config, "resume"))
-        if trainer.is_global_zero:
-            _say(start.notes)
-            trainer.run_dir.mkdir(parents=True, exist_ok=True)
-            (trainer.run_dir / "config.yaml").write_text(self._config_text())
+        with raise_together():
+            if trainer.is_global_zero:
+                _say(start.notes)
+                _write_config(trainer.run_dir, self._config_text())
         trainer.fit(self.model, datamodule=data, ckpt_path=str(start.checkpoint) if start.checkpoint else None)
         result: dict[str, float] = {}
         if data.specs["test"]:
@@ -203,6 +204,17 @@ def run(argv: list[str]) -> int:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
     return 0
+
+
+def _write_config(run_dir: Path, text: str) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(text)
+    except OSError as error:
+        raise ConfigError(
+            f"run folder {run_dir} cannot be written: {error.strerror}",
+            mend="set trainer.run_dir to a folder that you may write to",
+        ) from None
 
 
 def _metrics(trainer: Trainer) -> dict[str, float]:

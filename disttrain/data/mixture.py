@@ -21,7 +21,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from disttrain.data.order import DEFAULT_LANES, Ids, Needs, Order, OrderConfig
+from disttrain.data.order import DEFAULT_LANES, Ids, Needs, Order, OrderConfig, steps_in
 from disttrain.errors import ConfigError, DataError
 
 MIXTURE_VERSION: Final = 1
@@ -71,13 +71,7 @@ class Mixture:
         self.portions, self.config = tuple(portions), config
         sizes = np.array([sum(portion.shard_sizes) for portion in portions], dtype=np.int64)
         self.num_samples = int(sizes.sum())
-        self.steps_per_epoch = self.num_samples // config.global_batch_size
-        if self.steps_per_epoch == 0:
-            raise DataError(
-                f"the training data holds {self.num_samples} samples, fewer than one global batch of"
-                f" {config.global_batch_size}",
-                mend=f"set global_batch_size to at most {self.num_samples}, or add data",
-            )
+        self.steps_per_epoch = steps_in(self.num_samples, config.global_batch_size)
         self._starts = np.concatenate(([0], np.cumsum(sizes)))
         self.period, self.quotas = _quotas(self.portions, config.global_batch_size)
         self._source, self._turn = _slots(self.quotas)  # ids: (slot of a period,)

@@ -119,13 +119,7 @@ class Order:
         self.config = config
         self._sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.num_samples = int(self._sizes.sum())
-        self.steps_per_epoch = self.num_samples // config.global_batch_size
-        if self.steps_per_epoch == 0:
-            raise DataError(
-                f"the training data holds {self.num_samples} samples, fewer than one global batch of"
-                f" {config.global_batch_size}",
-                mend=f"set global_batch_size to at most {self.num_samples}, or add data",
-            )
+        self.steps_per_epoch = steps_in(self.num_samples, config.global_batch_size)
         self._starts = np.concatenate(([0], np.cumsum(self._sizes)))
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
@@ -273,6 +267,20 @@ class _Epoch:
             while len(self._windows) > 2:  # a chunk of steps may straddle two windows
                 self._windows.popitem(last=False)
         return found
+
+
+def steps_in(num_samples: int, global_batch_size: int) -> int:
+    """Whole global batches in an epoch.
+
+    Raises:
+        DataError: there is not one.
+    """
+    if num_samples < global_batch_size:
+        raise DataError(
+            f"the training data holds {num_samples} samples, fewer than one global batch of {global_batch_size}",
+            mend=f"set global_batch_size to at most {num_samples}, or add data",
+        )
+    return num_samples // global_batch_size
 
 
 def _permutation(n: int, stream: np.random.Philox) -> Ids:

@@ -75,6 +75,7 @@ CASES = {
     "unknown choice": (["--trainer.parallel.strategy=ddq"], ["trainer.parallel.strategy is 'ddq'", "'ddp', 'fsdp'"]),
     "unknown class": (["--model.class_path=recipes.digits.DigitTask"], ["no attribute 'DigitTask'"]),
     "precision": (["--trainer.precision=16-mixed"], ["needs a CUDA device"]),
+    "unwritable run folder": (["--trainer.run_dir=/dev/null/run"], ["run folder /dev/null/run cannot be written"]),
     "no such checkpoint": (["--resume=nowhere"], ["there is no checkpoint nowhere"]),
     "decay without end": (["--model.schedule.name=cosine"], ["would end at step 2"]),
 }
