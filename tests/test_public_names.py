@@ -59,6 +59,7 @@ LAYERS: dict[str, int] = {
         [
             "data.cache",
             "data.decode",
+            "data.draws",
             "data.plan",
             "data.reader",
             "data.store",
