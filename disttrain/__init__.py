@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from disttrain.data.decode import Field
     from disttrain.data.index import ShardIndex
     from disttrain.data.loader import LoaderConfig
-    from disttrain.data.module import ShardedDataModule, ShuffleConfig, SourceConfig
+    from disttrain.data.module import ShardedDataModule, ShuffleConfig
+    from disttrain.data.splits import SourceConfig
     from disttrain.data.order import Order, OrderConfig
     from disttrain.errors import DisttrainError
     from disttrain.optim import OptimizerConfig, ScheduleConfig
@@ -46,7 +47,7 @@ _HOMES = {
     "ShardIndex": "disttrain.data.index",
     "ShardedDataModule": "disttrain.data.module",
     "ShuffleConfig": "disttrain.data.module",
-    "SourceConfig": "disttrain.data.module",
+    "SourceConfig": "disttrain.data.splits",
     "Task": "disttrain.tasks",
     "Trainer": "disttrain.trainer",
     "__version__": "disttrain.version",

@@ -18,6 +18,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from disttrain.callbacks.bad_samples import BadSamples
 from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.progress import StepProgress
 from disttrain.callbacks.randomness import KeyedRandomness
@@ -83,7 +84,13 @@ class Trainer(pl.Trainer):
         self.run_dir = Path(run_dir)
         self.record = RunRecord(self.run_dir, strategy=parallel.strategy, precision=precision)
         self.step_log = StepLog(log_every_steps)
-        own: list[Callback] = [KeyedRandomness(seed), _Intervals(validate_every_steps), self.step_log, self.record]
+        own: list[Callback] = [
+            KeyedRandomness(seed),
+            _Intervals(validate_every_steps),
+            BadSamples(self.run_dir, log_every_steps),
+            self.step_log,
+            self.record,
+        ]
         if progress_bar:
             own.append(StepProgress(self.step_log))
         if not any(isinstance(callback, Checkpointing) for callback in callbacks or []):

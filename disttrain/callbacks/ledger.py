@@ -13,7 +13,7 @@ from typing import IO, Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from disttrain.data.loader import KEY
+from disttrain.data.batches import KEY
 
 
 class SampleLedger(Callback):

@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from disttrain.data.loader import KEY
+from disttrain.data.batches import KEY
 from disttrain.parallel.agree import raise_together
 
 

@@ -19,6 +19,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from disttrain.callbacks.bad_samples import FOLDER, BadSamples
 from disttrain.callbacks.early_stopping import EarlyStopping
 from disttrain.callbacks.find import find_callback
 from disttrain.data.mixture import Mixture
@@ -100,6 +101,11 @@ class RunRecord(Callback):
         if data is not None and isinstance(data.order, Mixture):
             counts, epochs = data.order.counts_of(trainer.global_step), data.order.epochs_of(trainer.global_step)
             self.record["sources"] = {name: {"samples": counts[name], "epochs": epochs[name]} for name in counts}
+        bad = find_callback(trainer, BadSamples)
+        if bad is not None and bad.total:
+            self.record["bad_samples"] = bad.total
+            text = f"bad samples were met and skipped {bad.total} times; {self.run_dir / FOLDER} lists them"
+            self.event(trainer.global_step, "data", text)
         self.event(trainer.global_step, "stop", reason)
         self._write()
 

@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from disttrain.callbacks.bad_samples import BadSamples
 from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.find import find_callback
 from disttrain.data.loader import TrainLoader
@@ -102,6 +103,9 @@ class StepLog(Callback):
             values["samples_per_second"] = (self.samples - samples) / elapsed
         values["data_wait"] = min(1.0, max(0.0, waited - self._wait) / elapsed)
         self._wait = waited
+        loaded, bad = sharded_data(trainer), find_callback(trainer, BadSamples)
+        if loaded is not None and loaded.skip_bad and bad is not None:
+            values["train/bad_samples"] = bad.total
         self._send(trainer, values)
 
     def _send(self, trainer: pl.Trainer, values: dict[str, float]) -> None:

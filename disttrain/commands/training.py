@@ -21,6 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
 
+from disttrain.callbacks.bad_samples import FOLDER
 from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.early_stopping import EarlyStopping
 from disttrain.callbacks.predictions import PredictionWriter
@@ -244,6 +245,8 @@ def _print_result(trainer: Trainer, result: dict[str, float], page: Path) -> Non
         table.add_row("samples/s", f"{log.samples / log.seconds:,.0f} on {_ranks(trainer.world_size)}")
     for name, source in record.get("sources", {}).items():
         table.add_row(f"source {name!r}", f"{source['samples']:,} samples, {source['epochs']:.2f} epochs")
+    if record.get("bad_samples"):
+        table.add_row("bad samples", f"skipped {record['bad_samples']:,} times; see {trainer.run_dir / FOLDER}")
     table.add_row("stopped", record.get("stop_reason", ""))
     checkpoints = trainer.checkpoint_callback
     kept = checkpoints.best_model_path if isinstance(checkpoints, Checkpointing) else ""

@@ -2,30 +2,41 @@
 
 A :class:`Field` names the extension and, where the extension does not say it, the decoder. Decoders see all
 values of a batch at once, so that fields of a fixed size (``npy``, raw tensors) become a tensor by one
-reshape instead of a loop. Nothing is ever unpickled: pickle-like extensions and object arrays are refused.
-A value that does not fit its decoder is a :class:`BadValueError` with its place in the batch; the reader turns it
-into an error that names shard, key and byte offset.
+reshape instead of a loop. Nothing is unpickled unless the user names the decoder that does so. All the values of a
+batch that do not fit their decoder come in one :class:`BadValuesError`, by their places in the batch; the reader
+masks them, or turns the first into an error that names shard, key and byte offset.
 """
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
+from disttrain.data import foreign, values
+from disttrain.data.draws import Draws
+from disttrain.data.images import BACKENDS, RandomResizedCrop, check_backend, decode_image
+from disttrain.data.values import BadValuesError, Declared, Decoded, RawValues, each
 from disttrain.errors import ConfigError, nearest
 
-REFUSED: Final = frozenset({"pkl", "pickle", "pyd", "pt", "pth", "joblib", "dill"})
-IMAGES: Final = frozenset({"jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff", "ppm", "img"})
+__all__ = [
+    "IMAGES",
+    "BadValuesError",
+    "Decoded",
+    "Field",
+    "RandomResizedCrop",
+    "RawValues",
+    "check_safe",
+    "decode",
+]
 
-_TYPES: Final = (
+IMAGES: Final = frozenset({"jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff", "ppm", "pgm", "gif", "img"})
+
+_DTYPES: Final = (
     "bool",
     "uint8",
     "int8",
@@ -41,17 +52,15 @@ _TYPES: Final = (
     "complex64",
     "complex128",
 )
-_MAX_DIGITS: Final = 18  # of an int64
-
-Decoded = Tensor | list[Any]
-
-
-class BadValueError(ValueError):
-    """A value that does not decode, by its place in the batch."""
-
-    def __init__(self, place: int, what: str) -> None:
-        super().__init__(what)
-        self.place = place
+_OTHER_NAMES: Final = {
+    "bin": "bytes",
+    "text": "txt",
+    "index": "cls",
+    "pkl": "pickle",
+    "pyd": "pickle",
+    "pt": "torch",
+    "pth": "torch",
+}
 
 
 @dataclass(frozen=True)
@@ -60,49 +69,94 @@ class Field:
 
     Attributes:
         ext: extension in the shard, such as ``cls`` or ``image.npy``; alternatives as ``jpg;png``.
-        decoder: ``npy``, ``cls``, ``txt``, ``json``, ``tensor``, ``image`` or ``bytes``; by default the one
-            that the last part of the extension names.
-        dtype: for ``tensor``, the type of the raw bytes, little-endian (``uint8``, ``float32``, ...).
-        shape: for ``tensor``, the shape of one value; for ``image``, (3, height, width) to resize to.
+        decoder: ``npy``, ``cls``, ``txt``, ``json``, ``tensor``, ``image``, ``bytes``, ``torch`` (loaded with
+            ``weights_only``), ``pickle`` (unsafe), or ``webdataset:NAME`` for one of webdataset's, such as
+            ``webdataset:rgb8``; by default the one that the last part of the extension names.
+        dtype: type of the numbers (``uint8``, ``float32``, ...). For ``tensor``, of the raw bytes, which are
+            little-endian; elsewhere a value of another type is a bad one.
+        shape: shape of one value; one of another shape is bad. For ``image``, (3, height, width) to resize to.
+        augment: for ``image``, what is cut out before it is resized to ``shape``.
+        backend: for ``image``, what decodes JPEGs: ``pillow`` or the faster ``simplejpeg``.
+        pad: for arrays whose first dimension differs from value to value, the number that the loader fills
+            the shorter ones of a batch up with.
 
     Raises:
-        ConfigError: the decoder is unknown, would unpickle, or lacks ``dtype`` or ``shape``.
+        ConfigError: the decoder is unknown or lacks a library, ``dtype`` or ``shape``; or an attribute does
+            not go with it.
     """
 
     ext: str
     decoder: str = ""
     dtype: str = ""
     shape: tuple[int, ...] = ()
+    augment: RandomResizedCrop | None = None
+    backend: str = "pillow"
+    pad: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind in REFUSED:
-            raise ConfigError(
-                f"field {self.ext!r} would have to be unpickled, which can run code",
-                mend="store it as npy, json or a raw tensor",
-            )
-        if self.kind not in _DECODERS:
-            raise ConfigError(
-                f"field {self.ext!r}: no decoder {self.kind!r}",
-                mend=f"set its decoder; {nearest(self.kind, _DECODERS)}",
-            )
+        self._check_decoder()
         if self.kind == "tensor" and not (self.dtype and self.shape):
             raise ConfigError(
                 f"field {self.ext!r} is a raw tensor without dtype or shape",
                 mend="declare both, such as dtype: uint8, shape: [3, 32, 32]",
             )
+        if self.dtype and self.dtype not in _DTYPES:
+            raise ConfigError(f"field {self.ext!r} has dtype {self.dtype!r}", mend=nearest(self.dtype, _DTYPES))
+        if self.kind == "image":
+            if self.shape and (len(self.shape) != 3 or self.shape[0] != 3 or min(self.shape) < 1):
+                raise ConfigError(f"field {self.ext!r} has shape {self.shape}", mend="declare (3, height, width)")
+            if self.augment is not None and not self.shape:
+                raise ConfigError(f"field {self.ext!r} has augment but no shape", mend="declare (3, height, width)")
+            if self.backend not in BACKENDS:
+                raise ConfigError(
+                    f"field {self.ext!r} has backend {self.backend!r}", mend=nearest(self.backend, BACKENDS)
+                )
+            if self.backend != "pillow":
+                check_backend(self.ext, self.backend)
+        if min(self.shape, default=0) < 0:
+            raise ConfigError(f"field {self.ext!r} has shape {self.shape}", mend="leave out what varies, and set pad")
+        if self.pad is not None and self.shape:
+            raise ConfigError(f"field {self.ext!r} has pad and shape", mend="declare shape where it is fixed, else pad")
+        self._check_unused()
 
-        if self.kind == "tensor" and self.dtype not in _TYPES:
-            raise ConfigError(f"field {self.ext!r} has dtype {self.dtype!r}", mend=nearest(self.dtype, _TYPES))
-        if self.kind == "image" and self.shape and (len(self.shape) != 3 or self.shape[0] != 3):
-            raise ConfigError(f"field {self.ext!r} has shape {self.shape}", mend="declare (3, height, width)")
+    def _check_decoder(self) -> None:
+        if self.kind.startswith(foreign.PREFIX):
+            foreign.check(self.ext, self.kind)
+        elif self.kind in ("joblib", "dill"):
+            raise ConfigError(
+                f"field {self.ext!r} would have to be unpickled, which can run code",
+                mend="store it as npy, json or a raw tensor",
+            )
+        elif self.kind not in _DECODERS:
+            raise ConfigError(
+                f"field {self.ext!r}: no decoder {self.kind!r}",
+                mend=f"set its decoder; {nearest(self.kind, [*_DECODERS, foreign.PREFIX + 'NAME'])}",
+            )
+
+    def _check_unused(self) -> None:
+        """A setting without effect is a mistake."""
+        is_array = self.kind in ("npy", "torch") or self.kind.startswith(foreign.PREFIX)
+        is_image = self.kind == "image"
+        for name, is_set, has_effect in (
+            ("dtype", self.dtype != "", is_array or self.kind == "tensor"),
+            ("shape", self.shape != (), is_array or is_image or self.kind == "tensor"),
+            ("augment", self.augment is not None, is_image),
+            ("backend", self.backend != "pillow", is_image),
+            ("pad", self.pad is not None, is_array),
+        ):
+            if is_set and not has_effect:
+                raise ConfigError(
+                    f"field {self.ext!r}: {name} does not go with the decoder {self.kind!r}",
+                    mend=f"remove {name}, or set another decoder",
+                )
 
     @property
     def kind(self) -> str:
         """The decoder in force."""
         if self.decoder:
             return self.decoder
-        last = self.ext.split(";")[0].rpartition(".")[2].lower()
-        return "image" if last in IMAGES else {"bin": "bytes", "text": "txt", "index": "cls"}.get(last, last)
+        last = self.ext.split(";")[0].rpartition(".")[2].strip().lower()
+        return "image" if last in IMAGES else _OTHER_NAMES.get(last, last)
 
     @property
     def alternatives(self) -> tuple[str, ...]:
@@ -110,186 +164,126 @@ class Field:
         return tuple(ext.strip().lower() for ext in self.ext.split(";"))
 
 
-class RawValues:
-    """The bytes of one field over a batch, given in one of three ways.
+def check_safe(fields: Mapping[str, Field], unsafe_decoders: Sequence[str] = ()) -> None:
+    """Refuse fields whose decoders can run code from the data; warn once of those that the user allows.
 
     Args:
-        values: the bytes of each sample; made from the others when first asked for, if not given.
-        block: one array, where all have one size. uint8, shape (samples, bytes)
-        pieces: one buffer, and each sample's place in it and size. shapes (bytes,), (samples,), (samples,)
+        fields: the fields by name.
+        unsafe_decoders: the decoders that may, such as ``pickle`` or ``webdataset:pyd``.
+
+    Raises:
+        ConfigError: a field's decoder is none of them, or one of them is not unsafe.
     """
-
-    def __init__(
-        self,
-        values: Sequence[memoryview] | None = None,
-        *,
-        block: NDArray[np.uint8] | None = None,
-        pieces: tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]] | None = None,
-    ) -> None:
-        self._values = values
-        self.block = block
-        self._pieces = pieces
-
-    @property
-    def values(self) -> Sequence[memoryview]:
-        """The bytes of each sample."""
-        if self._values is None and self._pieces is not None:
-            buffer, at, sizes = self._pieces
-            view = buffer.data
-            self._values = [view[a : a + s] for a, s in zip(at.tolist(), sizes.tolist(), strict=True)]
-        elif self._values is None:
-            self._values = [memoryview(row) for row in self.block] if self.block is not None else []
-        return self._values
-
-    def aligned(self, max_bytes: int, fill: int) -> NDArray[np.uint8] | None:
-        """The values as rows of one array, filled up on the left.
-
-        Returns:
-            None where that does not pay: a value is empty or longer than ``max_bytes``.
-        """
-        if self.block is not None:
-            return self.block if 0 < self.block.shape[1] <= max_bytes else None
-        if self._pieces is None:
-            return None
-        buffer, at, sizes = self._pieces
-        width = int(sizes.max())
-        if sizes.min() == 0 or width > max_bytes:
-            return None
-        columns = np.arange(width) - width + sizes[:, None]  # byte of the value, negative where there is none
-        return np.where(columns < 0, np.uint8(fill), buffer[at[:, None] + np.maximum(columns, 0)])
+    for decoder in unsafe_decoders:
+        if not foreign.unpickles(decoder):
+            raise ConfigError(
+                f"data.unsafe_decoders has {decoder!r}, which is not one", mend=nearest(decoder, foreign.PICKLES)
+            )
+    unsafe = {name: field for name, field in fields.items() if foreign.unpickles(field.kind)}
+    for name, field in unsafe.items():
+        if field.kind not in unsafe_decoders:
+            raise _unsafe(f"data.fields.{name} ({field.ext})", field.kind)
+    if unsafe:
+        names = ", ".join(f"{name} ({field.kind})" for name, field in unsafe.items())
+        warnings.warn(f"these fields are unpickled, which runs whatever code is in the data: {names}", stacklevel=2)
 
 
-def decode(field: Field, raw: RawValues) -> Decoded:
+def _unsafe(where: str, kind: str) -> ConfigError:
+    return ConfigError(
+        f"{where} would have to be unpickled, which can run code",
+        mend=f"store it as npy, json or a raw tensor; or put {kind!r} into data.unsafe_decoders, if you trust whoever"
+        " wrote the data",
+    )
+
+
+def decode(
+    field: Field, raw: RawValues, draws: Draws | None = None, *, unsafe: frozenset[str] = frozenset()
+) -> Decoded:
     """Decode a batch of one field.
+
+    Args:
+        field: how.
+        raw: the bytes.
+        draws: random numbers of these samples, in training; None in evaluation.
+        unsafe: the decoders that may run code from the data.
 
     Returns:
         A tensor, shape (samples, ...), where the values are numbers of one shape; else a list.
 
     Raises:
-        BadValueError: a value is not what the decoder expects.
+        BadValuesError: some values are not what the decoder expects.
+        ConfigError: the decoder can run code and is not one of ``unsafe``; or a library is missing.
     """
-    return _DECODERS[field.kind](field, raw)
+    if foreign.unpickles(field.kind) and field.kind not in unsafe:
+        raise _unsafe(f"field {field.ext!r}", field.kind)
+    return _DECODERS.get(field.kind, _foreign)(field, raw, draws)
 
 
-def _npy(field: Field, raw: RawValues) -> Decoded:
-    if raw.block is not None:
-        first = raw.block[0]
-        shape, dtype, start = _npy_header(first.tobytes(), 0)
-        # One header for all rows: then the batch is the block without its first columns.
-        if np.array_equal(raw.block[:, :start], np.broadcast_to(first[:start], (len(raw.block), start))):
-            content = np.ascontiguousarray(raw.block[:, start:])
-            expected = int(np.prod(shape)) * dtype.itemsize
-            if content.shape[1] != expected:
-                raise BadValueError(0, f"npy of shape {shape} should hold {expected} bytes, not {content.shape[1]}")
-            return torch.from_numpy(content.view(dtype).reshape(len(content), *shape))
-    arrays = [_one_npy(bytes(value), place) for place, value in enumerate(raw.values)]
-    return _stacked([torch.from_numpy(array) for array in arrays])
+def _npy(field: Field, raw: RawValues, draws: Draws | None) -> Decoded:
+    return values.npy(raw, _declared(field))
 
 
-def _npy_header(data: bytes, place: int) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-    stream = io.BytesIO(data)
-    try:
-        version = np.lib.format.read_magic(stream)
-        reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, fortran, dtype = reader(stream)
-    except Exception as error:  # NumPy parses the header as Python, whose parser may raise almost anything
-        raise BadValueError(place, f"not an npy array: {error}") from None
-    if min(shape, default=0) < 0:
-        raise BadValueError(place, f"an npy array of shape {shape}")
-    if dtype.hasobject:
-        raise BadValueError(place, "an npy array of Python objects, which would have to be unpickled")
-    if dtype.kind not in "biufc" or not dtype.isnative or dtype.itemsize > 16 or dtype == np.longdouble:
-        raise BadValueError(place, f"an npy array of type {dtype}, which torch does not know")
-    if fortran and len(shape) > 1:
-        raise BadValueError(place, "an npy array in Fortran order; save it with np.ascontiguousarray")
-    return shape, dtype, stream.tell()
+def _cls(field: Field, raw: RawValues, draws: Draws | None) -> Decoded:
+    return values.cls(raw)
 
 
-def _one_npy(data: bytes, place: int) -> NDArray[Any]:
-    shape, dtype, start = _npy_header(data, place)
-    try:
-        return np.frombuffer(data, dtype=dtype, offset=start).reshape(shape).copy()
-    except ValueError as error:
-        raise BadValueError(place, f"a damaged npy array: {error}") from None
+def _tensor(field: Field, raw: RawValues, draws: Draws | None) -> Decoded:
+    return values.tensor(raw, field.dtype, field.shape)
 
 
-def _cls(field: Field, raw: RawValues) -> Decoded:
-    text = raw.aligned(_MAX_DIGITS, fill=ord("0"))
-    if text is not None:
-        digits = text - np.uint8(ord("0"))  # what is no digit wraps round to 10 or more
-        if (digits < 10).all():
-            return torch.from_numpy(digits @ 10 ** np.arange(digits.shape[1])[::-1])
-    numbers = []  # signs, spaces and errors: one by one
-    for place, value in enumerate(raw.values):
-        try:
-            number = int(bytes(value))
-            if not -(2**63) <= number < 2**63:
-                raise ValueError
-            numbers.append(number)
-        except ValueError:
-            raise BadValueError(place, f"not a class number: {bytes(value[:40])!r}") from None
-    return torch.tensor(numbers, dtype=torch.int64)
+def _txt(field: Field, raw: RawValues, draws: Draws | None) -> Decoded:
+    return each(raw, lambda value: str(value, "utf-8"), "not UTF-8 text")
 
 
-def _txt(field: Field, raw: RawValues) -> Decoded:
-    return _each(raw, lambda value: str(value, "utf-8"), "not UTF-8 text")
+def _json(field: Field, raw: RawValues, draws: Draws | None) -> Decoded:
+    return each(raw, lambda value: json.loads(bytes(value)), "not JSON", catch=(ValueError, RecursionError))
 
 
-def _json(field: Field, raw: RawValues) -> Decoded:
-    return _each(raw, lambda value: json.loads(bytes(value)), "not JSON")
-
-
-def _bytes(field: Field, raw: RawValues) -> Decoded:
+def _bytes(field: Field, raw: RawValues, draws: Draws | None) -> Decoded:
     return [bytes(value) for value in raw.values]
 
 
-def _each(raw: RawValues, read: Callable[[memoryview], Any], what: str) -> list[Any]:
-    out = []
+def _image(field: Field, raw: RawValues, draws: Draws | None) -> Decoded:
+    check_backend(field.ext, field.backend)
+    size = (field.shape[1], field.shape[2]) if field.shape else None
+    drawn = None if field.augment is None else draws
+    batch = torch.empty((len(raw.values), *field.shape), dtype=torch.uint8)
+    images, faults = [], {}
     for place, value in enumerate(raw.values):
+        generator = None if drawn is None else drawn.generator(place, "decode")
         try:
-            out.append(read(value))
-        except (ValueError, RecursionError) as error:
-            raise BadValueError(place, f"{what}: {error}") from None
-    return out
+            pixels = decode_image(value, size=size, augment=field.augment, backend=field.backend, generator=generator)
+        except ValueError as error:
+            faults[place] = str(error)
+            continue
+        if size is None:
+            images.append(torch.from_numpy(pixels))
+        else:
+            batch.numpy()[place] = pixels
+    if faults:
+        raise BadValuesError(faults)
+    return values.stacked(images) if size is None else batch
 
 
-def _tensor(field: Field, raw: RawValues) -> Decoded:
-    dtype = np.dtype(field.dtype).newbyteorder("<")
-    expected = int(np.prod(field.shape)) * dtype.itemsize
-    block = raw.block
-    for place, size in enumerate(map(len, raw.values) if block is None else block.shape[1:]):
-        if size != expected:
-            raise BadValueError(place, f"{size} bytes, but {field.dtype} of shape {field.shape} takes {expected}")
-    if block is None:
-        block = np.stack([np.frombuffer(value, np.uint8) for value in raw.values])
-    return torch.from_numpy(np.ascontiguousarray(block).view(dtype).reshape(len(block), *field.shape))
+def _foreign(field: Field, raw: RawValues, draws: Draws | None) -> Decoded:
+    read, declared = foreign.reader(field.kind), _declared(field)
 
-
-def _image(field: Field, raw: RawValues) -> Decoded:
-    try:
-        from PIL import Image
-    except ImportError:
-        raise ConfigError(
-            f"field {field.ext!r} holds images, but Pillow is missing", mend="pip install 'disttrain[image]'"
-        ) from None
-    images = []
-    for place, value in enumerate(raw.values):
+    def one(value: memoryview) -> Any:
         try:
-            picture: Image.Image = Image.open(io.BytesIO(value)).convert("RGB")
-        except Exception as error:  # Pillow's plugins raise many kinds on damaged bytes
-            raise BadValueError(place, f"not an image that Pillow reads: {str(error).split(' <_io')[0]}") from None
-        if field.shape:
-            picture = picture.resize((field.shape[2], field.shape[1]), Image.Resampling.BILINEAR)
-        images.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous())
-    return _stacked(images)
+            found = read(value)
+        except Exception as error:  # whatever the library raises
+            raise ValueError(f"not what {field.kind} reads: {type(error).__name__}: {error}") from None
+        declared.check_value(found)
+        return found
+
+    return values.stacked(each(raw, one))
 
 
-def _stacked(tensors: list[Tensor]) -> Decoded:
-    one_shape = all(t.shape == tensors[0].shape and t.dtype == tensors[0].dtype for t in tensors)
-    return torch.stack(tensors) if one_shape else tensors
+def _declared(field: Field) -> Declared:
+    return Declared(field.dtype, tuple(field.shape), field.pad is not None)
 
 
-_DECODERS: Final[dict[str, Callable[[Field, RawValues], Decoded]]] = {
+_DECODERS: Final[dict[str, Callable[[Field, RawValues, Draws | None], Decoded]]] = {
     "npy": _npy,
     "cls": _cls,
     "txt": _txt,
@@ -297,4 +291,6 @@ _DECODERS: Final[dict[str, Callable[[Field, RawValues], Decoded]]] = {
     "bytes": _bytes,
     "tensor": _tensor,
     "image": _image,
+    "torch": _foreign,
+    "pickle": _foreign,
 }

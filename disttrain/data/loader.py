@@ -4,12 +4,7 @@
 masked padding. Several micro batches are read at one go (a hand-over between threads costs more than a small
 batch), and the bytes read ahead are bounded. The batches come in order whatever the number of threads.
 
-A batch is a dictionary: the decoded fields by name, and
-
-- ``__key__``: list of sample keys,
-- ``__id__``: ids in the index, int64, shape (samples,),
-- ``__weight__``: 1 for a sample, 0 for padding, float32, shape (samples,),
-- ``__count__``: how many samples, from the left, are real (a Python int: no device is asked).
+What a batch holds is said in :mod:`disttrain.data.batches`.
 """
 
 from __future__ import annotations
@@ -19,26 +14,23 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from disttrain.data.batches import Batch, BatchMaker
+from disttrain.data.draws import Draws
 from disttrain.data.mixture import Mixture
 from disttrain.data.order import Needs, Order, evaluation_ids
 from disttrain.data.reader import Reader
+from disttrain.data.workers import WorkerPool
 from disttrain.errors import ConfigError
 from disttrain.parallel.config import BatchPlan
-
-KEY: Final = "__key__"
-ID: Final = "__id__"
-WEIGHT: Final = "__weight__"
-COUNT: Final = "__count__"
-
-Batch = dict[str, Any]
 
 # A read costs the more a sample the fewer it takes; what bounds it is the time to its first batch.
 _SAMPLES_A_READ: Final = 4096
@@ -51,15 +43,19 @@ class LoaderConfig:
 
     Attributes:
         threads: reading threads; 0 reads in the training thread.
+        workers: processes that read, decode and transform in place of the threads: for decoders and transforms
+            that hold Python's lock. 0 uses the threads.
         prefetch_mib: bound on the bytes read ahead, in MiB of encoded samples.
     """
 
     threads: int = 2
+    workers: int = 0
     prefetch_mib: int = 256
 
     def __post_init__(self) -> None:
-        if self.threads < 0:
-            raise ConfigError(f"loader.threads is {self.threads}", mend="use 0 or more")
+        for name, value in (("threads", self.threads), ("workers", self.workers)):
+            if value < 0:
+                raise ConfigError(f"loader.{name} is {value}", mend="use 0 or more")
         if self.prefetch_mib < 1:
             raise ConfigError(f"loader.prefetch_mib is {self.prefetch_mib}", mend="use at least 1")
 
@@ -71,29 +67,36 @@ class _Work:
     Attributes:
         ids: gives the samples, shape (micro batches, samples); called by the thread that reads.
         counts: real samples of each micro batch, shape (micro batches,); None where all are.
+        draws: random numbers for samples, by ids of shape (samples,); None where nothing is drawn.
     """
 
     ids: Callable[[], NDArray[np.int64]]
     counts: NDArray[np.int64] | None = None
+    draws: Callable[[NDArray[np.int64]], Draws] | None = None
 
 
 class _Loader:
     """What both loaders share: reading work ahead and cutting it into micro batches."""
 
-    def __init__(self, reader: Reader, config: LoaderConfig, micro_batch_size: int) -> None:
-        self.reader = reader
+    def __init__(
+        self, source: Reader | BatchMaker, config: LoaderConfig, micro_batch_size: int, pool: WorkerPool | None
+    ) -> None:
+        self.maker = source if isinstance(source, BatchMaker) else BatchMaker(source)
+        self.reader = self.maker.reader
         self.config = config
+        self._pool = pool if pool is not None or not config.workers else WorkerPool(config.workers)
         self.micro_batch_size = micro_batch_size
         self.wait_seconds = 0.0
         """Seconds that the consumer has waited for data so far."""
-        self._sample_bytes = max(1.0, reader.mean_sample_bytes())
+        self._sample_bytes = max(1.0, self.reader.mean_sample_bytes())
 
     def _micro_batches_a_read(self) -> int:
         samples = min(_SAMPLES_A_READ, _BYTES_A_READ / self._sample_bytes)
         return max(1, int(samples / self.micro_batch_size))
 
     def _run(self, work: Iterator[_Work]) -> Iterator[Batch]:
-        if self.config.threads == 0:
+        threads = self.config.workers or self.config.threads
+        if threads == 0:
             for item in work:
                 started = time.perf_counter()
                 batches = self._load(item)
@@ -101,8 +104,8 @@ class _Loader:
                 yield from batches
             return
         read_bytes = self._micro_batches_a_read() * self.micro_batch_size * self._sample_bytes
-        ahead = int(max(1, min(4 * self.config.threads, self.config.prefetch_mib * 2**20 / read_bytes)))
-        pool = ThreadPoolExecutor(self.config.threads, thread_name_prefix="disttrain-reader")
+        ahead = int(max(1, min(4 * threads, self.config.prefetch_mib * 2**20 / read_bytes)))
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="disttrain-reader")
         pending: deque[Future[list[Batch]]] = deque()
         try:
             for item in work:
@@ -122,23 +125,13 @@ class _Loader:
 
     def _load(self, work: _Work) -> list[Batch]:
         ids = work.ids()
-        rows, size = ids.shape
-        fields = self.reader.read(ids.ravel())
-        keys = self.reader.keys(ids.ravel())
+        draws = None if work.draws is None else work.draws(ids.ravel())
+        if self._pool is not None:
+            batches = self._pool.make(self.maker, ids, work.counts, draws)
+        else:
+            batches = self.maker.make(ids, work.counts, draws)
         if torch.cuda.is_available():
-            fields = {name: v.pin_memory() if isinstance(v, Tensor) else v for name, v in fields.items()}
-        counts = np.full(rows, size) if work.counts is None else work.counts
-        weights = torch.from_numpy((np.arange(size) < counts[:, None]).astype(np.float32))
-        copied = torch.from_numpy(ids.copy())
-        batches: list[Batch] = []
-        for row in range(rows):
-            here = slice(row * size, (row + 1) * size)
-            batch: Batch = {name: value[here] for name, value in fields.items()}
-            batch[KEY] = keys[here]
-            batch[ID] = copied[row]
-            batch[WEIGHT] = weights[row]
-            batch[COUNT] = int(counts[row])
-            batches.append(batch)
+            batches = [{n: v.pin_memory() if isinstance(v, Tensor) else v for n, v in b.items()} for b in batches]
         return batches
 
 
@@ -159,25 +152,27 @@ class TrainLoader(_Loader):
     a whole epoch.
 
     Args:
-        reader: reads the samples.
+        source: makes the batches, or reads the samples of plain ones.
         order: says which.
         plan: the cut of a global batch.
         rank: this rank among ``plan.num_ranks``.
         config: how to read ahead.
         position: gives (epoch, step within the epoch); the start of epoch 0 by default.
+        pool: worker processes to share; by default the loader has its own where ``config`` asks for them.
     """
 
     def __init__(
         self,
-        reader: Reader,
+        source: Reader | BatchMaker,
         order: Order | Mixture,
         plan: BatchPlan,
         *,
         rank: int = 0,
         config: LoaderConfig | None = None,
         position: Callable[[], tuple[int, int]] = lambda: (0, 0),
+        pool: WorkerPool | None = None,
     ) -> None:
-        super().__init__(reader, config or LoaderConfig(), plan.micro_batch_size)
+        super().__init__(source, config or LoaderConfig(), plan.micro_batch_size, pool)
         self.order, self.plan, self.rank = order, plan, rank
         self._position = position
         self._order_lock = Lock()
@@ -219,31 +214,33 @@ class TrainLoader(_Loader):
                 found = self.order.sample_ids(epoch, step, num_steps, (low, high))
             return found.reshape(-1, self.plan.micro_batch_size)
 
-        return _Work(ids)
+        return _Work(ids, draws=partial(Draws, self.order.config.seed, epoch))
 
 
 class EvaluationLoader(_Loader):
     """The evaluation micro batches of one rank: every sample once over all ranks, padding masked.
 
     Args:
-        reader: reads the samples.
+        source: makes the batches, or reads the samples of plain ones.
         micro_batch_size: samples of a micro batch; the last is padded to it.
         num_ranks: ranks that share the evaluation.
         rank: this rank.
         config: how to read ahead.
+        pool: worker processes to share.
     """
 
     def __init__(
         self,
-        reader: Reader,
+        source: Reader | BatchMaker,
         *,
         micro_batch_size: int,
         num_ranks: int = 1,
         rank: int = 0,
         config: LoaderConfig | None = None,
+        pool: WorkerPool | None = None,
     ) -> None:
-        super().__init__(reader, config or LoaderConfig(), micro_batch_size)
-        self._ids, self._counts = evaluation_ids(len(reader.index), micro_batch_size, num_ranks, rank)
+        super().__init__(source, config or LoaderConfig(), micro_batch_size, pool)
+        self._ids, self._counts = evaluation_ids(len(self.reader.index), micro_batch_size, num_ranks, rank)
 
     def __len__(self) -> int:
         return len(self._ids)

@@ -8,42 +8,28 @@ Rank 0 of each node reads the shards' headers once and leaves sidecars; the othe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
+import torch
 
+from disttrain.data.batches import BatchMaker
 from disttrain.data.cache import CacheConfig
 from disttrain.data.decode import Field
+from disttrain.data.device import DeviceCopier
+from disttrain.data.hooks import HooksConfig
 from disttrain.data.index import ShardIndex
 from disttrain.data.loader import EvaluationLoader, LoaderConfig, TrainLoader
-from disttrain.data.mixture import Mixture, Portion
+from disttrain.data.mixture import Mixture
 from disttrain.data.order import DEFAULT_WINDOW, Order, OrderConfig
 from disttrain.data.reader import Reader
+from disttrain.data.splits import Shards, SourceConfig, open_sources, order_of
+from disttrain.data.workers import WorkerPool
 from disttrain.errors import CheckpointError, ConfigError, DataError, DisttrainError
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.config import BatchPlan
 from disttrain.world import detect_world
-
-Shards = str | Sequence[str]
-
-
-@dataclass(frozen=True)
-class SourceConfig:
-    """One of several sources of training data.
-
-    Attributes:
-        shards: a brace pattern, a glob, a manifest, or a list of these.
-        weight: its share of the samples relative to the others'; either all sources have one or none. Without
-            weights an epoch takes every sample of every source once.
-        name: what reports call it; ``source 1`` and so on by default.
-    """
-
-    shards: str | list[str]
-    weight: float | None = None
-    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,6 +63,11 @@ class ShardedDataModule(pl.LightningDataModule):
         shuffle: how training samples are shuffled.
         loader: how batches are read ahead.
         cache: where shards of URLs are kept while they are read.
+        hooks: a transform of samples and a collate of micro batches of one's own.
+        on_bad_sample: ``error`` stops at a sample that lacks a field or does not decode; ``skip`` masks it out,
+            records it in the run folder's ``quarantine`` and goes on.
+        max_bad_samples: how many may be skipped in one pass over a split before the run stops after all.
+        unsafe_decoders: decoders that may run code from the data and are allowed to, such as ``pickle``.
     """
 
     def __init__(
@@ -93,6 +84,10 @@ class ShardedDataModule(pl.LightningDataModule):
         shuffle: ShuffleConfig | None = None,
         loader: LoaderConfig | None = None,
         cache: CacheConfig | None = None,
+        hooks: HooksConfig | None = None,
+        on_bad_sample: Literal["error", "skip"] = "error",
+        max_bad_samples: int = 100,
+        unsafe_decoders: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.specs: dict[str, Shards | list[SourceConfig] | None] = {
@@ -104,6 +99,11 @@ class ShardedDataModule(pl.LightningDataModule):
         if fields is not None and not fields:
             raise ConfigError("data.fields is empty", mend="name the fields of a batch, or leave it out to have all")
         self.fields = fields
+        if max_bad_samples < 0:
+            raise ConfigError(f"data.max_bad_samples is {max_bad_samples}", mend="use 0 or more")
+        self.hooks = hooks or HooksConfig()
+        self.skip_bad, self.max_bad_samples = on_bad_sample == "skip", max_bad_samples
+        self.unsafe_decoders = tuple(unsafe_decoders or ())
         self.micro_batch_size = micro_batch_size
         shuffle = shuffle or ShuffleConfig()
         self.order_config = OrderConfig(global_batch_size, seed=seed, lanes=shuffle.lanes, window=shuffle.window)
@@ -112,6 +112,8 @@ class ShardedDataModule(pl.LightningDataModule):
         self.plan: BatchPlan | None = None
         self.order: Order | Mixture | None = None
         self._readers: dict[str, Reader] = {}
+        self._pool: WorkerPool | None = None
+        self._copier: DeviceCopier | None = None
 
     @property
     def global_batch_size(self) -> int:
@@ -156,12 +158,13 @@ class ShardedDataModule(pl.LightningDataModule):
         order, plan = self._train_order(), self.plan
         assert plan is not None
         return TrainLoader(
-            self._readers["train"],
+            self._maker("train"),
             order,
             plan,
             rank=self._rank(),
             config=self.loader_config,
             position=self._position,
+            pool=self._workers(),
         )
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
@@ -176,10 +179,18 @@ class ShardedDataModule(pl.LightningDataModule):
         """The micro batches of this rank to predict on."""
         return self._evaluation("predict")
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """The batch on the device; on CUDA copied while the step before still runs."""
+        if self._copier is None or self._copier.device != device:
+            self._copier = DeviceCopier(device)
+        return self._copier(batch)
+
     def teardown(self, stage: str) -> None:
-        """Fetch nothing ahead any more, and let the cache evict what the training would have needed."""
+        """Fetch nothing ahead any more, let the cache evict what the training needed, end worker processes."""
         for reader in self._readers.values():
             reader.store.finish()
+        if self._pool is not None:
+            self._pool.close()
 
     def reader(self, split: str) -> Reader:
         """The reader of ``train``, ``val``, ``test`` or ``predict``.
@@ -206,6 +217,12 @@ class ShardedDataModule(pl.LightningDataModule):
         if self.order is None or "order" not in state_dict:
             return
         saved, now = state_dict["order"], self.state_dict()["order"]
+        if saved.get("version") != now["version"]:
+            raise CheckpointError(
+                f"the checkpoint's order of samples has format {saved.get('version')}; this disttrain has format"
+                f" {now['version']}, which would deal the samples out differently",
+                mend="finish the run with the disttrain that began it, or start over with --resume never",
+            )
         different = [
             f"{name} was {saved.get(name)!r}, is {now[name]!r}" for name in now if saved.get(name) != now[name]
         ]
@@ -225,12 +242,14 @@ class ShardedDataModule(pl.LightningDataModule):
                 if split == "val" and stage == "fit":
                     continue
                 raise DataError(f"data.{split} names no shards", mend=f"set data.{split} to a pattern of shards")
-            indexes = _open_sources(spec, f"data.{split}", write_sidecars=write_sidecars)
+            indexes = open_sources(spec, f"data.{split}", write_sidecars=write_sidecars)
             index = ShardIndex([shard for _, part in indexes for shard in part.shards], name=f"data.{split}")
-            self._readers[split] = Reader(index, self._declared(index), cache=self.cache_config)
+            self._readers[split] = Reader(
+                index, self._declared(index), cache=self.cache_config, unsafe_decoders=self.unsafe_decoders
+            )
             if split == "train":
                 self.plan = BatchPlan(self.global_batch_size, self.micro_batch_size, self._num_ranks())
-                self.order = _order_of(indexes, self.order_config)
+                self.order = order_of(indexes, self.order_config)
 
     def _declared(self, index: ShardIndex) -> dict[str, Field]:
         if self.fields is None:
@@ -239,12 +258,22 @@ class ShardedDataModule(pl.LightningDataModule):
 
     def _evaluation(self, split: str) -> EvaluationLoader:
         return EvaluationLoader(
-            self.reader(split),
+            self._maker(split),
             micro_batch_size=self.micro_batch_size,
             num_ranks=self._num_ranks(),
             rank=self._rank(),
             config=self.loader_config,
+            pool=self._workers(),
         )
+
+    def _maker(self, split: str) -> BatchMaker:
+        return BatchMaker(self.reader(split), self.hooks, skip_bad=self.skip_bad)
+
+    def _workers(self) -> WorkerPool | None:
+        """The worker processes that all splits share; they start when the first batch is asked for."""
+        if self._pool is None and self.loader_config.workers:
+            self._pool = WorkerPool(self.loader_config.workers)
+        return self._pool
 
     def _train_order(self) -> Order | Mixture:
         if self.order is None:
@@ -274,46 +303,6 @@ class ShardedDataModule(pl.LightningDataModule):
                 mend="leave accumulate_grad_batches out; it is derived",
             )
         trainer.accumulate_grad_batches = accumulation
-
-
-def _open_sources(
-    spec: Shards | Sequence[SourceConfig], name: str, *, write_sidecars: bool
-) -> list[tuple[SourceConfig, ShardIndex]]:
-    """The sources of a split, each with its index; one source for a plain specification."""
-    parts = [spec] if isinstance(spec, str) else list(spec)
-    if not any(isinstance(part, SourceConfig) for part in parts):
-        source = SourceConfig([str(part) for part in parts])
-        return [(source, ShardIndex.open(source.shards, name=name, write_sidecars=write_sidecars))]
-    opened = []
-    for number, part in enumerate(parts, start=1):
-        if not isinstance(part, SourceConfig):
-            raise ConfigError(f"{name} mixes sources and plain patterns", mend="write each as {shards: PATTERN}")
-        named = replace(part, name=part.name or f"source {number}")
-        index = ShardIndex.open(part.shards, name=f"{name} ({named.name})", write_sidecars=write_sidecars)
-        opened.append((named, index))
-    return opened
-
-
-def _order_of(sources: list[tuple[SourceConfig, ShardIndex]], config: OrderConfig) -> Order | Mixture:
-    """The order over all samples of the sources once, or their mixture where they have weights."""
-    weights = [source.weight for source, _ in sources if source.weight is not None]
-    if not weights:
-        return Order(np.concatenate([index.sizes for _, index in sources]), config)
-    if len(weights) < len(sources):
-        without = [source.name for source, _ in sources if source.weight is None]
-        raise ConfigError(
-            f"data.train: {', '.join(without)} has no weight, others have", mend="give all sources a weight, or none"
-        )
-    names = [source.name for source, _ in sources]
-    if len(set(names)) < len(names):
-        raise ConfigError("data.train: two sources have one name", mend="give each source a name of its own")
-    return Mixture(
-        [
-            Portion(source.name, tuple(index.sizes.tolist()), weight)
-            for (source, index), weight in zip(sources, weights, strict=True)
-        ],
-        config,
-    )
 
 
 def sharded_data(trainer: pl.Trainer) -> ShardedDataModule | None:

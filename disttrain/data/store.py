@@ -40,7 +40,7 @@ class ShardStore:
 
     def __init__(self, shards: Sequence[Shard], config: CacheConfig | None = None) -> None:
         config = config or CacheConfig()
-        self._shards = shards
+        self.config, self._shards = config, shards
         largest = max((shard for shard in shards if shard.is_remote), key=lambda shard: shard.size_bytes, default=None)
         if largest is not None and largest.size_bytes > config.max_bytes:
             raise ConfigError(

@@ -156,6 +156,9 @@ def _results(run: Run) -> dict[str, str]:
         rows["attempts"] = str(len(run.attempts))
     if run.wall_seconds is not None:
         rows["wall time"] = format_duration(run.wall_seconds)
+    bad = run.series.get("train/bad_samples")
+    if bad:
+        rows["bad samples skipped"] = f"{bad[-1][1]:,.0f}"
     speed, wait = run.mean_rate("samples_per_second"), run.mean("data_wait")
     if speed is not None:
         rows["samples/s, mean"] = f"{speed:,.1f}" if speed < 100 else f"{speed:,.0f}"

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from disttrain.data.loader import COUNT, KEY, WEIGHT, Batch
+from disttrain.data.batches import COUNT, KEY, WEIGHT, Batch
 from disttrain.data.module import sharded_data
 from disttrain.errors import DataError, nearest
 from disttrain.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule

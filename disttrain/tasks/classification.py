@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from disttrain.data.loader import Batch
+from disttrain.data.batches import Batch
 from disttrain.errors import ConfigError
 from disttrain.optim import OptimizerConfig, ScheduleConfig
 from disttrain.tasks.base import Task, tensor_field

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError
 
-from disttrain.data.loader import Batch
+from disttrain.data.batches import Batch
 from disttrain.data.module import sharded_data
 from disttrain.data.reader import Reader
 from disttrain.errors import DataError

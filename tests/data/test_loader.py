@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from disttrain.data import loader as loader_module
+from disttrain.data.batches import COUNT, ID, KEY, WEIGHT, Batch
 from disttrain.data.decode import Decoded, Field
 from disttrain.data.index import ShardIndex
-from disttrain.data.loader import COUNT, ID, KEY, WEIGHT, Batch, EvaluationLoader, LoaderConfig, TrainLoader
+from disttrain.data.loader import EvaluationLoader, LoaderConfig, TrainLoader
 from disttrain.data.order import Order, OrderConfig
 from disttrain.data.reader import Reader
 from disttrain.errors import ConfigError, DataError, ShardError

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from disttrain import ShardedDataModule
 from disttrain.data.mixture import Mixture, Portion
-from disttrain.data.module import SourceConfig
+from disttrain.data.splits import SourceConfig
 from disttrain.data.order import Order, OrderConfig
 from disttrain.errors import ConfigError, DataError
 from disttrain.parallel.config import divisors

@@ -8,9 +8,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 
+from disttrain.data.batches import COUNT, ID, KEY
 from disttrain.data.decode import Field
 from disttrain.data.index import ShardIndex, write_manifest
-from disttrain.data.loader import COUNT, ID, KEY, EvaluationLoader, LoaderConfig
+from disttrain.data.loader import EvaluationLoader, LoaderConfig
 from disttrain.data.module import ShardedDataModule, ShuffleConfig, sharded_data
 from disttrain.errors import CheckpointError, ConfigError, DataError
 from disttrain.trainer import Trainer
@@ -294,5 +295,5 @@ def test_a_checkpoint_of_another_version_of_the_order_is_refused(folder: Path) -
     saved["order"]["version"] = 0
     data = module(folder)
     data.setup("fit")
-    with pytest.raises(CheckpointError, match="version was 0, is 1"):
+    with pytest.raises(CheckpointError, match="samples has format 0; this disttrain has format 1"):
         data.load_state_dict(saved)

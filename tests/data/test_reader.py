@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from disttrain.data import reader as reader_module
+from disttrain.data import shard_files
 from disttrain.data.decode import Field
 from disttrain.data.index import ShardIndex
 from disttrain.data.reader import Reader
@@ -126,7 +126,7 @@ def test_an_extension_may_have_alternatives(tmp_path: Path) -> None:
 
 
 def test_many_threads_read_the_same_bytes(truth: Truth, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "_OPEN_FILES", 2)
+    monkeypatch.setattr(shard_files, "_OPEN_FILES", 2)
     reader = truth.reader()
     random = np.random.default_rng(1)
     batches = [random.integers(0, len(truth.samples), 20).tolist() for _ in range(120)]
@@ -137,7 +137,7 @@ def test_many_threads_read_the_same_bytes(truth: Truth, monkeypatch: pytest.Monk
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files in /proc")
 def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "_OPEN_FILES", 3)
+    monkeypatch.setattr(shard_files, "_OPEN_FILES", 3)
     reader = Reader(ShardIndex.open(write_numbered(tmp_path, [2] * 10)), {"x": Field("x.npy")})
 
     def open_shards() -> int:

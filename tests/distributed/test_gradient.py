@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from disttrain import OptimizerConfig, ParallelConfig, Task, Trainer
-from disttrain.data.loader import COUNT, KEY, WEIGHT
+from disttrain.data.batches import COUNT, KEY, WEIGHT
 from tests.support.ranks import run_ranks
 
 GLOBAL, TOKENS, FEATURES = 12, 7, 5

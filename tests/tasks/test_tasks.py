@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from disttrain import ClassificationTask, RegressionTask, ShardedDataModule, Task
-from disttrain.data.loader import COUNT, ID, KEY, WEIGHT
+from disttrain.data.batches import COUNT, ID, KEY, WEIGHT
 from disttrain.errors import ConfigError, DataError
 from disttrain.models import MLP, ConvNet
 from disttrain.tasks.metrics import ExplainedShare, WeightedMean

@@ -1,0 +1,174 @@
+"""What becomes known of skipped samples: a quarantine file, a count, and an end when there are too many.
+
+Each rank writes the bad samples that it meets to ``<run_dir>/quarantine/rank-00000.jsonl``, each once. How many
+all ranks have met in one pass over a split (an epoch, a validation, a test) is summed on the logging interval
+and at the end of the pass; more than ``data.max_bad_samples`` ends the run on every rank at the same step.
+Cost: nothing where samples are not to be skipped; else one sum of a number on the logging interval.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from disttrain.data.bad_samples import BadSample
+from disttrain.data.batches import BAD
+from disttrain.data.module import sharded_data
+from disttrain.errors import DataError
+from disttrain.parallel.agree import raise_together
+
+FOLDER = "quarantine"
+
+
+class BadSamples(Callback):
+    """Records skipped samples and keeps to the budget.
+
+    Args:
+        run_dir: the run's folder.
+        every_steps: optimizer steps between two sums.
+    """
+
+    def __init__(self, run_dir: Path, every_steps: int) -> None:
+        self.run_dir, self._every_steps = run_dir, every_steps
+        self.total = 0
+        """Skipped samples of all ranks in training so far, each time one came up."""
+        self._epoch = -1
+        self._of_pass: dict[str, int] = {}  # of all ranks, by split
+        self._unsummed: dict[str, int] = {}  # of this rank, since the last sum
+        self._seen: set[tuple[str, str]] = set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts of the run so far, the same on all ranks."""
+        return {"total": self.total, "epoch": self._epoch, "train": self._of_pass.get("train", 0)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the counts of a checkpoint."""
+        self.total, self._epoch = state_dict["total"], state_dict["epoch"]
+        self._of_pass["train"] = state_dict["train"]
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A new pass begins with nothing against it."""
+        if trainer.current_epoch != self._epoch:
+            self._epoch = trainer.current_epoch
+            self._begin("train")
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Record what was skipped in a micro batch."""
+        self._note(trainer, "train", batch)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Sum up where a log line is due."""
+        if not trainer.fit_loop.epoch_loop._should_accumulate() and trainer.global_step % self._every_steps == 0:
+            self._sum_up(trainer, "train")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sum up the rest of an epoch."""
+        self._sum_up(trainer, "train")
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A new pass."""
+        self._begin("val")
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Record what was skipped in a micro batch."""
+        self._note(trainer, "val", batch)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sum up a pass."""
+        self._sum_up(trainer, "val")
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A new pass."""
+        self._begin("test")
+
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Record what was skipped in a micro batch."""
+        self._note(trainer, "test", batch)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sum up a pass."""
+        self._sum_up(trainer, "test")
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A new pass."""
+        self._begin("predict")
+
+    def on_predict_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Record what was skipped in a micro batch."""
+        self._note(trainer, "predict", batch)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sum up a pass."""
+        self._sum_up(trainer, "predict")
+
+    def skipped(self, split: str) -> int:
+        """Samples of all ranks that were skipped in the current or last pass over a split."""
+        return self._of_pass.get(split, 0)
+
+    def _begin(self, split: str) -> None:
+        self._of_pass[split] = self._unsummed[split] = 0
+
+    def _note(self, trainer: pl.Trainer, split: str, batch: Any) -> None:
+        bad: list[BadSample] = batch.get(BAD, []) if isinstance(batch, dict) else []
+        if not bad:
+            return
+        self._unsummed[split] = self._unsummed.get(split, 0) + len(bad)
+        fresh = [sample for sample in bad if (sample.shard, sample.key) not in self._seen]
+        self._seen.update((sample.shard, sample.key) for sample in fresh)
+        if fresh:
+            folder = self.run_dir / FOLDER
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / f"rank-{trainer.global_rank:05d}.jsonl", "a") as file:
+                for sample in fresh:
+                    place = {"split": split, "epoch": trainer.current_epoch, "step": trainer.global_step}
+                    told = sample._asdict() | {"reason": sample.reason.lstrip(" ,")}
+                    file.write(json.dumps({**place, **told}) + "\n")
+
+    def _sum_up(self, trainer: pl.Trainer, split: str) -> None:
+        """Add what the ranks have met since the last sum; too many end the run. A collective."""
+        data = sharded_data(trainer)
+        # How much of the data Lightning's sanity check sees depends on the ranks, so nothing is decided by it.
+        if data is None or not data.skip_bad or trainer.sanity_checking:
+            return
+        mine = torch.tensor(self._unsummed.get(split, 0), device=trainer.strategy.root_device)
+        new = int(trainer.strategy.reduce(mine, reduce_op="sum"))
+        self._unsummed[split] = 0
+        self._of_pass[split] = self._of_pass.get(split, 0) + new
+        self.total += new if split == "train" else 0
+        if self._of_pass[split] > data.max_bad_samples:
+            with raise_together():
+                raise DataError(
+                    f"{self._of_pass[split]} bad samples in one pass over data.{split}, more than"
+                    f" data.max_bad_samples {data.max_bad_samples}",
+                    mend=f"repair the samples that {self.run_dir / FOLDER} lists, or raise data.max_bad_samples",
+                )
+
+
+def quarantined(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """The samples that a run has skipped, each once, as its quarantine files list them."""
+    seen = set()
+    for path in sorted((run_dir / FOLDER).glob("rank-*.jsonl")):
+        for text in path.read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue  # cut off by a kill
+            if (line["shard"], line["key"]) not in seen:
+                seen.add((line["shard"], line["key"]))
+                yield line

@@ -1,0 +1,137 @@
+"""Reading spans of bytes from shards: sorted, joined where they are near, one ``preadv`` a run.
+
+What lies within a few kilobytes of what is wanted is read with it, which is cheaper than another system call.
+Reads release the GIL. Open files are bounded; those of remote shards close after each read, so that the
+cache may evict them. Cost: a system call a run of neighbours.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections import OrderedDict
+from collections.abc import Sequence
+from threading import Lock
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from disttrain.data.index import Shard
+from disttrain.data.remote import shown
+from disttrain.data.store import ShardStore
+from disttrain.errors import ShardError
+
+_FILE_LIMIT: Final = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+# A window may span more than a thousand shards, and opening one takes long on a network file system.
+_OPEN_FILES: Final = min(4096, _FILE_LIMIT // 4) if _FILE_LIMIT > 0 else 4096  # negative: no limit
+_JOIN_GAP_BYTES: Final = 8 * 1024
+_SHARD_STRIDE: Final = 2**45
+
+
+class _OpenShard:
+    """A file descriptor that closes with its last user, so that no thread reads from a reused number."""
+
+    def __init__(self, path: str, fd: int | None = None) -> None:
+        self.path = path
+        try:
+            self.fd = os.open(path, os.O_RDONLY) if fd is None else fd
+        except OSError as error:
+            raise ShardError(
+                f"cannot open shard {path}: {error.strerror}", mend="restore it; it was there when the run started"
+            ) from None
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        while True:
+            try:
+                count = os.preadv(self.fd, (buffer,), offset)
+            except OSError as error:
+                raise ShardError(
+                    f"shard {self.path} at byte {offset}: {error.strerror}", mend="check the disk and the file"
+                ) from None
+            if count == len(buffer):
+                return
+            if count == 0:
+                raise ShardError(
+                    f"shard {self.path} ends at byte {offset}, before a sample that its index lists",
+                    mend="restore the shard and run `disttrain shards index` again",
+                )
+            buffer, offset = buffer[count:], offset + count
+
+
+class ShardFiles:
+    """The shards of an index as files. Safe to use from several threads.
+
+    Args:
+        shards: the shards of the index.
+        store: opens those that are remote.
+    """
+
+    def __init__(self, shards: Sequence[Shard], store: ShardStore) -> None:
+        self._shards, self._store = shards, store
+        self._files: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._lock = Lock()
+
+    def read(
+        self, shards: Sequence[tuple[int, slice]], offsets: NDArray[np.int64], sizes: NDArray[np.int64]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Read spans of bytes.
+
+        Args:
+            shards: each shard and the range of rows that lie in it.
+            offsets: where the spans begin in their shard. shape (rows, columns)
+            sizes: their bytes. shape (rows, columns)
+
+        Returns:
+            A buffer, and where in it each span begins; shapes (bytes,) and (rows, columns).
+
+        Raises:
+            ShardError: a shard cannot be read, or ends before a span.
+        """
+        # One axis for all shards, so far apart that runs never join across them.
+        counts = [here.stop - here.start for _, here in shards]
+        shift = np.repeat(np.arange(len(counts)) * _SHARD_STRIDE, counts)
+        begins = (offsets + shift[:, None]).ravel()
+        ends = begins + sizes.ravel()
+        order = np.argsort(begins)
+        begins, ends = begins[order], ends[order]
+        reach = np.maximum.accumulate(ends)  # repeated samples overlap: how far the bytes so far go
+        fresh = np.concatenate(([True], begins[1:] > reach[:-1] + _JOIN_GAP_BYTES))
+        starts = np.flatnonzero(fresh)
+        run_begin = begins[starts]
+        lengths = np.maximum.reduceat(ends, starts) - run_begin
+        run_at = np.concatenate(([0], np.cumsum(lengths)))  # where each run lies in the buffer
+        buffer = np.empty(int(run_at[-1]), dtype=np.uint8)
+        self._read_runs([shard for shard, _ in shards], run_begin, run_at, buffer.data)
+        position = np.empty_like(begins)
+        position[order] = begins + (run_at[:-1] - run_begin)[np.cumsum(fresh) - 1]
+        return buffer, position.reshape(offsets.shape)
+
+    def _read_runs(self, shards: list[int], begins: NDArray[np.int64], at: NDArray[np.int64], view: memoryview) -> None:
+        """Fill the buffer run by run: run ``i`` begins at ``begins[i]`` on the axis of all shards."""
+        places, offsets = np.divmod(begins, _SHARD_STRIDE)
+        bounds = at.tolist()
+        file, opened = None, -1
+        for place, offset, start, stop in zip(places.tolist(), offsets.tolist(), bounds, bounds[1:], strict=False):
+            if file is None or place != opened:  # one at a time: a read may touch more shards than may be open
+                file = None  # nor may one be held while another is fetched, which may have to evict it
+                file, opened = self._file(shards[place]), place
+            file.read_into(view[start:stop], offset)
+
+    def _file(self, shard: int) -> _OpenShard:
+        path = shown(self._shards[shard].path)
+        if (fd := self._store.open(shard)) is not None:
+            return _OpenShard(path, fd)  # kept open, it could never be evicted
+        with self._lock:
+            found = self._files.get(shard)
+            if found is None:
+                found = self._files[shard] = _OpenShard(path)
+                while len(self._files) > _OPEN_FILES:
+                    self._files.popitem(last=False)
+            else:
+                self._files.move_to_end(shard)
+            return found

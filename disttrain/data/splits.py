@@ -1,0 +1,76 @@
+"""What a split names: its shards, or several sources with weights, and the training order over them.
+
+A plain specification (a pattern, a manifest, or a list of these) is one source. Sources without weights are
+laid end to end, so that an epoch takes every sample once; with weights they are mixed. Cost: that of opening
+the index of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from disttrain.data.index import ShardIndex
+from disttrain.data.mixture import Mixture, Portion
+from disttrain.data.order import Order, OrderConfig
+from disttrain.errors import ConfigError
+
+Shards = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One of several sources of training data.
+
+    Attributes:
+        shards: a brace pattern, a glob, a manifest, or a list of these.
+        weight: its share of the samples relative to the others'; either all sources have one or none. Without
+            weights an epoch takes every sample of every source once.
+        name: what reports call it; ``source 1`` and so on by default.
+    """
+
+    shards: str | list[str]
+    weight: float | None = None
+    name: str = ""
+
+
+def open_sources(
+    spec: Shards | Sequence[SourceConfig], name: str, *, write_sidecars: bool
+) -> list[tuple[SourceConfig, ShardIndex]]:
+    """The sources of a split, each with its index; one source for a plain specification."""
+    parts = [spec] if isinstance(spec, str) else list(spec)
+    if not any(isinstance(part, SourceConfig) for part in parts):
+        source = SourceConfig([str(part) for part in parts])
+        return [(source, ShardIndex.open(source.shards, name=name, write_sidecars=write_sidecars))]
+    opened = []
+    for number, part in enumerate(parts, start=1):
+        if not isinstance(part, SourceConfig):
+            raise ConfigError(f"{name} mixes sources and plain patterns", mend="write each as {shards: PATTERN}")
+        named = replace(part, name=part.name or f"source {number}")
+        index = ShardIndex.open(part.shards, name=f"{name} ({named.name})", write_sidecars=write_sidecars)
+        opened.append((named, index))
+    return opened
+
+
+def order_of(sources: list[tuple[SourceConfig, ShardIndex]], config: OrderConfig) -> Order | Mixture:
+    """The order over all samples of the sources once, or their mixture where they have weights."""
+    weights = [source.weight for source, _ in sources if source.weight is not None]
+    if not weights:
+        return Order(np.concatenate([index.sizes for _, index in sources]), config)
+    if len(weights) < len(sources):
+        without = [source.name for source, _ in sources if source.weight is None]
+        raise ConfigError(
+            f"data.train: {', '.join(without)} has no weight, others have", mend="give all sources a weight, or none"
+        )
+    names = [source.name for source, _ in sources]
+    if len(set(names)) < len(names):
+        raise ConfigError("data.train: two sources have one name", mend="give each source a name of its own")
+    return Mixture(
+        [
+            Portion(source.name, tuple(index.sizes.tolist()), weight)
+            for (source, index), weight in zip(sources, weights, strict=True)
+        ],
+        config,
+    )

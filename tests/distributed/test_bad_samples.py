@@ -1,0 +1,117 @@
+"""Bad samples under real ranks: masked without a trace in the gradient, counted, recorded, and bounded."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from webdataset.writer import TarWriter
+
+from disttrain import ClassificationTask, OptimizerConfig, ParallelConfig, ShardedDataModule, Trainer
+from disttrain.callbacks.bad_samples import quarantined
+from disttrain.models import MLP
+from disttrain.report import write_report
+from tests.support.features import write_features
+from tests.support.ranks import run_ranks
+from tests.support.shards import tar_samples
+
+FIELDS = {"features": "features.npy", "label": "cls"}
+BAD = (3, 4, 10, 17, 21)
+TOTAL = 24
+
+
+def write_damaged(folder: Path, bad: tuple[int, ...] = BAD) -> tuple[str, str]:
+    """Two shards of the same samples: one with some damaged, one without those."""
+    samples = tar_samples([write_features(folder, "whole", TOTAL)])
+    damaged, good = folder / "damaged.tar", folder / "good.tar"
+    with TarWriter(str(damaged), encoder=False) as writer, TarWriter(str(good), encoder=False) as other:
+        for number, (key, fields) in enumerate(samples):
+            is_bad = number in bad
+            writer.write({"__key__": key, **fields, **({"cls": b"none"} if is_bad else {})})
+            if not is_bad:
+                other.write({"__key__": key, **fields})
+    return str(damaged), str(good)
+
+
+def train(shard: str, global_batch_size: int, micro_batch_size: int, strategy: str, run_dir: str, budget: int) -> None:
+    """Two epochs, each of a single step over all samples, by plain SGD; then a test. Rank 0 saves the weights."""
+    torch.manual_seed(0)
+    task = ClassificationTask(
+        MLP(6, hidden=[8], out_features=3, dropout=0.0),
+        num_classes=3,
+        input="features",
+        optimizer=OptimizerConfig(name="sgd", lr=0.5, momentum=0.0, weight_decay=0.0),
+    )
+    data = ShardedDataModule(
+        train=shard,
+        val=shard,
+        test=shard,
+        fields=FIELDS,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        on_bad_sample="skip",
+        max_bad_samples=budget,
+    )
+    parallel = ParallelConfig(strategy=strategy)  # type: ignore[arg-type]
+    trainer = Trainer(run_dir=run_dir, max_epochs=2, log_every_steps=1, progress_bar=False, parallel=parallel)
+    trainer.fit(task, datamodule=data)
+    weights = {
+        name: value.full_tensor() if hasattr(value, "full_tensor") else value
+        for name, value in task.state_dict().items()
+    }
+    trainer.test(task, datamodule=data, verbose=False)
+    if trainer.is_global_zero:
+        torch.save((weights, dict(task.last_evaluation)), Path(run_dir) / "out.pt")
+
+
+def run(tmp_path: Path, name: str, ranks: int, *arguments: object) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    run_dir = tmp_path / name
+    run_ranks(ranks, train, *arguments, str(run_dir), 5, folder=tmp_path / f"logs-{name}").ok()
+    weights, metrics = torch.load(run_dir / "out.pt", weights_only=True)
+    return weights, metrics
+
+
+@pytest.mark.parametrize(("ranks", "micro", "strategy"), [(1, 24, "ddp"), (2, 4, "ddp"), (3, 8, "ddp"), (2, 3, "fsdp")])
+def test_training_and_metrics_are_those_of_the_good_samples(
+    tmp_path: Path, ranks: int, micro: int, strategy: str
+) -> None:
+    damaged, good = write_damaged(tmp_path)
+    expected, metrics = run(tmp_path, "good", 1, good, TOTAL - len(BAD), TOTAL - len(BAD), "ddp")
+    weights, found = run(tmp_path, "damaged", ranks, damaged, TOTAL, micro, strategy)
+    for name, value in expected.items():
+        assert torch.allclose(weights[name], value, rtol=0, atol=1e-6), f"{name} differs"
+    assert found == pytest.approx(metrics, abs=1e-6)
+    listed = sorted(line["key"] for line in quarantined(tmp_path / "damaged"))
+    assert listed == [f"whole-{number:04d}" for number in BAD]
+
+
+def test_skipped_samples_are_counted_in_log_record_and_report(tmp_path: Path) -> None:
+    damaged, _ = write_damaged(tmp_path)
+    run(tmp_path, "run", 2, damaged, TOTAL, 6, "ddp")
+    folder = tmp_path / "run"
+    record = json.loads((folder / "run.json").read_text())
+    assert record["bad_samples"] == 2 * len(BAD), "each epoch meets them once"
+    assert any("bad samples were met and skipped 10 times" in event["text"] for event in record["events"])
+    assert "train/bad_samples" in (folder / "metrics.csv").read_text()
+    page = write_report([folder]).read_text()
+    assert "bad samples skipped" in page
+    lines = list(quarantined(folder))
+    assert {"shard", "key", "field", "offset", "reason", "split", "epoch", "step"} <= set(lines[0])
+    assert lines[0]["reason"].startswith("field 'label' (cls): not a class number: b'none'")
+
+
+def test_a_budget_ends_all_ranks_at_one_step_with_one_error(tmp_path: Path) -> None:
+    damaged, _ = write_damaged(tmp_path)
+    said = []
+    for ranks in (1, 3):
+        folder = tmp_path / f"run-{ranks}"
+        outcome = run_ranks(ranks, train, damaged, 6, 2, "ddp", str(folder), 2, folder=tmp_path / f"logs-{ranks}")
+        assert outcome.codes == [1] * ranks, outcome.text
+        assert sum("RankError" in text for text in outcome.outputs) == ranks - 1, outcome.text
+        found = {re.findall(r"(\d) bad samples in one pass over data.train, more than", t)[-1] for t in outcome.outputs}
+        said.append((found, (folder / "metrics.csv").read_text().count("\n")))
+    assert said[0] == said[1], "another count, or another step, on 3 ranks than on 1"
+    assert said[0][0] <= {"3", "4", "5"}
