@@ -14,6 +14,7 @@ sample moves to the right end of its micro batch. Cost: without hooks no loop ov
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import count
 from typing import Any, Final
 
@@ -67,28 +68,27 @@ class BatchMaker:
             DataError: a shard cannot be read, or a sample cannot be used and is not to be skipped.
         """
         rows, size = ids.shape
-        flat = ids.ravel()
-        read, samples = self._read(flat, draws)
-        order = None
+        read, samples = self._read(ids.ravel(), draws)
         bad: list[list[BadSample]] = []
         if read.bad:
             counts, order, bad = _to_the_right(read.bad, np.full(rows, size) if counts is None else counts, size)
-            ids = flat[order].reshape(rows, size)
-        all_keys = read.keys if order is None else [read.keys[place] for place in order.tolist()]
+            ids = ids.ravel()[order].reshape(rows, size)
+            read = _reordered(read, order)
+            samples = None if samples is None else [samples[place] for place in order.tolist()]
         real = [size] * rows if counts is None else counts.tolist()
         weights = torch.ones(rows, size)
         for row, real_here in enumerate(real):
             if real_here < size:
                 weights[row, real_here:] = 0.0
-        copied = torch.from_numpy(ids.copy())
-        batches: list[Batch] = []
-        for row in range(rows):
-            here = slice(row * size, (row + 1) * size)
-            batch = self._fields(read, samples, here if order is None else order[here])
-            batch |= {KEY: all_keys[here], ID: copied[row], WEIGHT: weights[row], COUNT: int(real[row])}
-            if bad and bad[row]:
-                batch[BAD] = bad[row]
-            batches.append(batch)
+        names, columns = self._columns(read, size) if samples is None else ([], [])
+        names += [KEY, ID, WEIGHT, COUNT]
+        columns += [_cut(read.keys, size), torch.from_numpy(ids.copy()).unbind(0), weights.unbind(0), real]
+        batches: list[Batch] = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        if samples is not None:
+            batches = [self._collate(part) | own for part, own in zip(_cut(samples, size), batches, strict=True)]
+        for batch, found in zip(batches, bad, strict=False):
+            if found:
+                batch[BAD] = found
         return batches
 
     def _read(self, ids: NDArray[np.int64], draws: Draws | None) -> tuple[Samples, list[Sample] | None]:
@@ -143,32 +143,48 @@ class BatchMaker:
         reason = f" was refused by data.hooks.transform: {error}"
         return self.reader.bad_sample(sample_id, "", -1, reason, "repair the sample or remove it")
 
-    def _fields(self, read: Samples, samples: list[Sample] | None, here: slice | NDArray[np.int64]) -> Batch:
-        """The fields of one micro batch."""
-        if samples is not None:
-            mine = samples[here] if isinstance(here, slice) else [samples[place] for place in here.tolist()]
-            if self.hooks.collate is None:
-                return collate_samples(mine, self.reader.fields)
-            found = self.hooks.collate(mine)
-            if not isinstance(found, dict):
-                raise ConfigError(
-                    f"data.hooks.collate returned a {type(found).__name__}", mend="return a dictionary of fields"
-                )
-            return dict(found)
-        batch: Batch = {}
+    def _columns(self, read: Samples, size: int) -> tuple[list[str], list[Sequence[Any]]]:
+        """Names of the fields of a batch, and the values of each, one a micro batch."""
+        names: list[str] = []
+        columns: list[Sequence[Any]] = []
         for name, values in read.fields.items():
-            if isinstance(values, Tensor):
-                part: Any = values[here]
-            else:
-                part = values[here] if isinstance(here, slice) else [values[place] for place in here.tolist()]
-            if isinstance(values, Tensor) and self.reader.fields[name].pad is None:
-                batch[name] = part
-            elif isinstance(part[0], Tensor):
+            field = self.reader.fields[name]
+            if field.pad is None and isinstance(values, Tensor):
+                names.append(name)
+                columns.append(values.reshape(-1, size, *values.shape[1:]).unbind(0))
+            elif isinstance(values[0], Tensor):
                 # Whether a field's values have one shape is asked of each micro batch, not of a whole read.
-                batch |= column(name, list(part), self.reader.fields[name])
+                parts = [column(name, list(part), field) for part in _cut(values, size)]
+                names.extend(parts[0])
+                columns.extend([part[made] for part in parts] for made in parts[0])
             else:
-                batch[name] = part
-        return batch
+                names.append(name)
+                columns.append(_cut(values, size))
+        return names, columns
+
+    def _collate(self, samples: Sequence[Sample]) -> Batch:
+        if self.hooks.collate is None:
+            return collate_samples(samples, self.reader.fields)
+        found = self.hooks.collate(samples)
+        if not isinstance(found, dict):
+            raise ConfigError(
+                f"data.hooks.collate returned a {type(found).__name__}", mend="return a dictionary of fields"
+            )
+        return dict(found)
+
+
+def _cut(values: Any, size: int) -> list[Any]:
+    """A sequence in pieces of so many values."""
+    return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+def _reordered(read: Samples, order: NDArray[np.int64]) -> Samples:
+    places = order.tolist()
+    fields = {
+        name: values[order] if isinstance(values, Tensor) else [values[place] for place in places]
+        for name, values in read.fields.items()
+    }
+    return Samples(fields, [read.keys[place] for place in places], read.bad)
 
 
 def _one_by_one(read: Samples) -> list[Sample]:

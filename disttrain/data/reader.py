@@ -1,17 +1,17 @@
 """Random access to samples: from ids to decoded batches.
 
-The bytes that a batch needs are read in as few runs as possible into a single buffer (see
+The bytes that a batch needs are found in mapped files or read in as few runs as possible (see
 :mod:`disttrain.data.shard_files`); fields of a fixed size are then gathered into one array without a loop over
 samples. Reads and NumPy release the GIL, so threads suffice. A sample that lacks a field or does not decode is
 an error that names shard, key, field and byte offset, or is marked and given the values of the next good one.
-Cost: one system call a run of neighbours, one copy of the bytes.
+Cost: one copy of the bytes, and for shards that are not mapped a system call a run of neighbours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from disttrain.data.cache import CacheConfig
 from disttrain.data.decode import BadValuesError, Decoded, Field, RawValues, check_safe, decode
 from disttrain.data.draws import Draws
 from disttrain.data.index import ShardIndex
+from disttrain.data.mapped_shards import windows
 from disttrain.data.remote import shown
 from disttrain.data.shard_files import ShardFiles
 from disttrain.data.spans import Places, spans
@@ -173,13 +174,13 @@ class Reader:
         offsets, sizes = spans(self.index, self._alternatives, places)
         if (offsets < 0).any():
             raise _BadPlacesError(self._lacking(places, offsets))
-        buffer, at = self._files.read(places.shards, offsets, sizes)
+        memory, at = self._files.read(places.shards, offsets, sizes)
         at, sizes = places.in_batch_order(at), places.in_batch_order(sizes)
         out: dict[str, Decoded] = {}
         bad: dict[int, BadSample] = {}
         for column, (name, field) in enumerate(self.fields.items()):
             try:
-                raw = _cut(buffer, at[:, column], sizes[:, column])
+                raw = _cut(memory, at[:, column], sizes[:, column])
                 out[name] = decode(field, raw, draws, unsafe=self.unsafe_decoders)
             except BadValuesError as found:
                 offset = places.in_batch_order(offsets[:, column])
@@ -214,13 +215,9 @@ class Reader:
         return int(self.index.starts[shard] + places.local[row])
 
 
-def _cut(buffer: NDArray[np.uint8], at: NDArray[np.int64], sizes: NDArray[np.int64]) -> RawValues:
-    """One field's values out of the buffer that was read."""
+def _cut(memory: NDArray[np.uint8], at: NDArray[np.int64], sizes: NDArray[np.int64]) -> RawValues:
+    """One field's values out of the memory that holds them; those of one size side by side."""
     size = int(sizes[0])
     if size > 0 and bool((sizes == size).all()):
-        # Every window of `size` bytes as a row, without a copy; indexing then copies the rows wanted.
-        rows: NDArray[Any] = np.lib.stride_tricks.as_strided(
-            buffer, shape=(len(buffer) - size + 1, size), strides=(1, 1)
-        )
-        return RawValues(block=rows[at])
-    return RawValues(pieces=(buffer, at, sizes))
+        return RawValues(block=windows(memory, size)[at])
+    return RawValues(pieces=(memory, at, sizes))

@@ -1,8 +1,10 @@
-"""Reading spans of bytes from shards: sorted, joined where they are near, one ``preadv`` a run.
+"""Reading the spans of bytes that a batch needs from its shards.
 
-What lies within a few kilobytes of what is wanted is read with it, which is cheaper than another system call.
-Reads release the GIL. Open files are bounded; those of remote shards close after each read, so that the
-cache may evict them. Cost: a system call a run of neighbours.
+Local shards are mapped (see :mod:`disttrain.data.mapped_shards`). The others are read into one buffer: spans are
+sorted and joined where they are near, since what lies within a few kilobytes of what is wanted is read with it
+more cheaply than with another system call. Reads release the GIL. Open files are bounded; those of remote shards
+close after each read, so that the cache may evict them. Cost: a system call a run of neighbours, none for mapped
+shards.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import os
 import resource
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 from threading import Lock
 from typing import Final
 
@@ -18,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from disttrain.data.index import Shard
+from disttrain.data.mapped_shards import MappedShards
 from disttrain.data.remote import shown
 from disttrain.data.store import ShardStore
 from disttrain.errors import ShardError
@@ -73,6 +77,7 @@ class ShardFiles:
 
     def __init__(self, shards: Sequence[Shard], store: ShardStore) -> None:
         self._shards, self._store = shards, store
+        self._mapped = MappedShards(shards, _OPEN_FILES)
         self._files: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = Lock()
 
@@ -87,11 +92,18 @@ class ShardFiles:
             sizes: their bytes. shape (rows, columns)
 
         Returns:
-            A buffer, and where in it each span begins; shapes (bytes,) and (rows, columns).
+            Memory that holds them, of which nothing else is to be touched, and where in it each span begins; shapes
+            (bytes,) and (rows, columns).
 
         Raises:
             ShardError: a shard cannot be read, or ends before a span.
         """
+        return self._mapped.spans(shards, offsets, sizes) or self._joined(shards, offsets, sizes)
+
+    def _joined(
+        self, shards: Sequence[tuple[int, slice]], offsets: NDArray[np.int64], sizes: NDArray[np.int64]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Read spans by runs of neighbours into a buffer."""
         # One axis for all shards, so far apart that runs never join across them.
         counts = [here.stop - here.start for _, here in shards]
         shift = np.repeat(np.arange(len(counts)) * _SHARD_STRIDE, counts)
@@ -114,9 +126,8 @@ class ShardFiles:
     def _read_runs(self, shards: list[int], begins: NDArray[np.int64], at: NDArray[np.int64], view: memoryview) -> None:
         """Fill the buffer run by run: run ``i`` begins at ``begins[i]`` on the axis of all shards."""
         places, offsets = np.divmod(begins, _SHARD_STRIDE)
-        bounds = at.tolist()
         file, opened = None, -1
-        for place, offset, start, stop in zip(places.tolist(), offsets.tolist(), bounds, bounds[1:], strict=False):
+        for place, offset, (start, stop) in zip(places.tolist(), offsets.tolist(), pairwise(at.tolist()), strict=True):
             if file is None or place != opened:  # one at a time: a read may touch more shards than may be open
                 file = None  # nor may one be held while another is fetched, which may have to evict it
                 file, opened = self._file(shards[place]), place

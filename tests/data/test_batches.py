@@ -213,7 +213,9 @@ def test_a_transform_may_refuse_samples(numbered: Reader, skip: bool) -> None:
     maker = BatchMaker(numbered, HooksConfig(refuse_every_fifth), skip_bad=skip)
     ids = rows([4, 5, 6], [39, 35, 0])
     if not skip:
-        with pytest.raises(DataError, match=r"sample 'train-00005' was refused by data\.hooks\.transform: 5 is a multi"):
+        with pytest.raises(
+            DataError, match=r"sample 'train-00005' was refused by data\.hooks\.transform: 5 is a multi"
+        ):
             maker.make(ids)
         return
     first, second = maker.make(ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from disttrain.data import shard_files
+from disttrain.data import mapped_shards, shard_files
 from disttrain.data.decode import Field
 from disttrain.data.index import ShardIndex
 from disttrain.data.reader import Reader
@@ -23,6 +24,16 @@ from tests.support.shards import npy, tar_samples, write_numbered, write_shard
 
 quick = settings(derandomize=True, deadline=None, max_examples=60)
 NAMES = ("cls", "bin", "x.npy", "json")
+
+
+@pytest.fixture(scope="module", params=["mapped", "mapped, as if not in memory", "read"], autouse=True)
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test for each way of coming by bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mapped_shards, "is_on_local_disk", lambda folder: request.param != "read")
+        if "not in memory" in request.param:
+            patch.setattr(mapped_shards, "_COLD_SECONDS", -1.0)
+        yield
 
 
 @dataclass(frozen=True)
@@ -240,3 +251,19 @@ def test_an_id_out_of_range_is_an_index_error(tmp_path: Path, sample: int) -> No
     reader = Reader(ShardIndex.open(write_numbered(tmp_path, [3, 4])), {"x": Field("x.npy")})
     with pytest.raises(IndexError):
         reader.read(ids_of([sample]))
+
+
+def test_what_lies_on_a_network_is_not_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts = (("/", "overlay"), ("/data", "nfs4"), ("/data/scratch disk", "xfs"), ("/database", "ext4"))
+    monkeypatch.setattr(mapped_shards, "_mounts", lambda: mounts)
+    local = {"/": True, "/data": False, "/data/a/b": False, "/data/scratch disk/c": True, "/database": True}
+    found = {folder: mapped_shards._is_on_local_disk(folder) for folder in local}
+    assert found == local
+
+
+def test_an_empty_field_at_the_end_of_a_shard_is_read(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", [{"__key__": "a", "one.bin": b"1" * 3072, "two.bin": b""}])
+    reader = Reader(ShardIndex.open(path), {"v": Field("two.bin")})
+    os.truncate(path, 512 + 3072 + 512)  # no end block: the empty field begins where the file ends, at a page's end
+    assert (512 + 3072 + 512) % 4096 == 0
+    assert reader.read(ids_of([0])) == {"v": [b""]}
