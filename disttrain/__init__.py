@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from disttrain.callbacks import Checkpointing, EarlyStopping, SampleLedger
+    from disttrain.data.bad_samples import BadSampleError
     from disttrain.data.cache import CacheConfig
     from disttrain.data.decode import Field
+    from disttrain.data.hooks import HooksConfig
+    from disttrain.data.images import RandomResizedCrop
     from disttrain.data.index import ShardIndex
     from disttrain.data.loader import LoaderConfig
     from disttrain.data.module import ShardedDataModule, ShuffleConfig
-    from disttrain.data.splits import SourceConfig
     from disttrain.data.order import Order, OrderConfig
+    from disttrain.data.splits import SourceConfig
     from disttrain.errors import DisttrainError
     from disttrain.optim import OptimizerConfig, ScheduleConfig
     from disttrain.parallel.config import BatchPlan, ParallelConfig
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
     from disttrain.version import __version__
 
 _HOMES = {
+    "BadSampleError": "disttrain.data.bad_samples",
+    "HooksConfig": "disttrain.data.hooks",
+    "RandomResizedCrop": "disttrain.data.images",
     "BatchPlan": "disttrain.parallel.config",
     "CacheConfig": "disttrain.data.cache",
     "Checkpointing": "disttrain.callbacks",
@@ -56,6 +62,7 @@ _HOMES = {
 __all__ = [
     "DDP",
     "FSDP",
+    "BadSampleError",
     "BatchPlan",
     "CacheConfig",
     "Checkpointing",
@@ -63,11 +70,13 @@ __all__ = [
     "DisttrainError",
     "EarlyStopping",
     "Field",
+    "HooksConfig",
     "LoaderConfig",
     "OptimizerConfig",
     "Order",
     "OrderConfig",
     "ParallelConfig",
+    "RandomResizedCrop",
     "RegressionTask",
     "SampleLedger",
     "ScheduleConfig",

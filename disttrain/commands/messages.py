@@ -16,13 +16,23 @@ import lightning.pytorch as pl
 
 from disttrain.data.cache import CacheConfig
 from disttrain.data.decode import Field
+from disttrain.data.hooks import HooksConfig
 from disttrain.data.loader import LoaderConfig
 from disttrain.data.module import ShuffleConfig
 from disttrain.errors import ConfigError, DisttrainError, nearest
 from disttrain.optim import OptimizerConfig, ScheduleConfig
 from disttrain.parallel.config import ParallelConfig
 
-_CONFIGS = (OptimizerConfig, ScheduleConfig, ParallelConfig, LoaderConfig, ShuffleConfig, CacheConfig, Field)
+_CONFIGS = (
+    OptimizerConfig,
+    ScheduleConfig,
+    ParallelConfig,
+    LoaderConfig,
+    ShuffleConfig,
+    CacheConfig,
+    Field,
+    HooksConfig,
+)
 _SEE_HELP = "see --help for the settings and their types, or --print_config for all of them"
 
 
@@ -49,6 +59,12 @@ def explain(message: str, settings: Iterable[str]) -> DisttrainError:
     if optional is not None:
         path = ".".join(_keys(text[: optional.start()]))
         return ConfigError(f"{path} is {optional.group(2)!r}", mend=f"it must be {_kind(optional.group(1))}, or null")
+    function = re.search(r"expects a function or a callable class: (.*?)(?= - Expected| Given value| mend:|$)", text)
+    if function is not None:
+        return ConfigError(
+            f"{'.'.join(_keys(text[: function.start()]))}: {function.group(1)[:300]}",
+            mend="name a function, or a class with its init_args, of a module that can be imported from here",
+        )
     class_path = re.search(r"Problem with given class_path .*?(?= - Expected| mend:|$)", text)
     if class_path is not None:
         return ConfigError(class_path.group(0), mend="correct the class path; its module must be importable from here")

@@ -54,6 +54,11 @@ class BatchMaker:
         self.number = next(_NUMBERS)
         """What worker processes know this maker by."""
 
+    @property
+    def draws_numbers(self) -> bool:
+        """Whether anything in training draws random numbers for a sample."""
+        return self.hooks.transform is not None or any(field.augment for field in self.reader.fields.values())
+
     def make(
         self, ids: NDArray[np.int64], counts: NDArray[np.int64] | None = None, draws: Draws | None = None
     ) -> list[Batch]:

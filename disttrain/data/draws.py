@@ -19,16 +19,16 @@ _MASK: Final = (1 << 64) - 1
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """The random numbers of some samples in one epoch.
+    """The random numbers of some samples in their epochs.
 
     Attributes:
         seed: seed of the run.
-        epoch: epoch of the training order.
+        epochs: epoch of each sample; of its own source, where several are mixed. shape (samples,)
         ids: the samples by their ids in the index. shape (samples,)
     """
 
     seed: int
-    epoch: int
+    epochs: NDArray[np.int64]
     ids: NDArray[np.int64]
 
     def generator(self, place: int, purpose: str) -> np.random.Generator:
@@ -38,6 +38,6 @@ class Draws:
             place: which of the samples.
             purpose: ``decode`` or ``transform``; each has numbers of its own.
         """
-        key = np.array([self.seed & _MASK, self.epoch << 8 | _PURPOSES[purpose]], dtype=np.uint64)
+        key = np.array([self.seed & _MASK, int(self.epochs[place]) << 8 | _PURPOSES[purpose]], dtype=np.uint64)
         counter = np.array([0, 0, self.ids[place], 0], dtype=np.uint64)  # 2**128 numbers from the next sample's
         return np.random.Generator(np.random.Philox(key=key, counter=counter))

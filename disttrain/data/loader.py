@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from threading import Lock
 from typing import Final
 
@@ -65,14 +64,13 @@ class _Work:
     """Micro batches to read at one go.
 
     Attributes:
-        ids: gives the samples, shape (micro batches, samples); called by the thread that reads.
+        samples: gives the samples, shape (micro batches, samples), and random numbers for them, or None where
+            nothing is drawn; called by the thread that reads.
         counts: real samples of each micro batch, shape (micro batches,); None where all are.
-        draws: random numbers for samples, by ids of shape (samples,); None where nothing is drawn.
     """
 
-    ids: Callable[[], NDArray[np.int64]]
+    samples: Callable[[], tuple[NDArray[np.int64], Draws | None]]
     counts: NDArray[np.int64] | None = None
-    draws: Callable[[NDArray[np.int64]], Draws] | None = None
 
 
 class _Loader:
@@ -124,8 +122,7 @@ class _Loader:
         return batches
 
     def _load(self, work: _Work) -> list[Batch]:
-        ids = work.ids()
-        draws = None if work.draws is None else work.draws(ids.ravel())
+        ids, draws = work.samples()
         if self._pool is not None:
             batches = self._pool.make(self.maker, ids, work.counts, draws)
         else:
@@ -208,13 +205,19 @@ class TrainLoader(_Loader):
                 yield self._some(epoch, step, 1, at, at + count * self.plan.micro_batch_size)
 
     def _some(self, epoch: int, step: int, num_steps: int, low: int, high: int) -> _Work:
-        def ids() -> NDArray[np.int64]:
+        def samples() -> tuple[NDArray[np.int64], Draws | None]:
             self.reader.store.begin(step)
             with self._order_lock:  # the order keeps its last windows, which threads must not mix up
                 found = self.order.sample_ids(epoch, step, num_steps, (low, high))
-            return found.reshape(-1, self.plan.micro_batch_size)
+            ids = found.reshape(-1, self.plan.micro_batch_size)
+            if not self.maker.draws_numbers:
+                return ids, None
+            epochs = np.full(found.shape, epoch)
+            if isinstance(self.order, Mixture):
+                epochs = self.order.sample_epochs(epoch, step, num_steps, (low, high))
+            return ids, Draws(self.order.config.seed, epochs.ravel(), ids.ravel())
 
-        return _Work(ids, draws=partial(Draws, self.order.config.seed, epoch))
+        return _Work(samples)
 
 
 class EvaluationLoader(_Loader):
@@ -264,8 +267,8 @@ class EvaluationLoader(_Loader):
         return Needs(shards, first // self.micro_batch_size, last // self.micro_batch_size)
 
     def _rows(self, first: int, last: int) -> _Work:
-        def ids() -> NDArray[np.int64]:
+        def samples() -> tuple[NDArray[np.int64], None]:
             self.reader.store.begin(first)
-            return self._ids[first:last]
+            return self._ids[first:last], None
 
-        return _Work(ids, self._counts[first:last])
+        return _Work(samples, self._counts[first:last])

@@ -14,7 +14,7 @@ Cost: O(k * G) memory for the slots of a period, beside the sources' own orders.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -91,16 +91,23 @@ class Mixture:
         self, epoch: int, first_step: int, num_steps: int = 1, positions: tuple[int, int] | None = None
     ) -> Ids:
         """Ids of the samples of some steps, as :meth:`Order.sample_ids`; shape (num_steps, positions)."""
-        low, high = positions or (0, self.config.global_batch_size)
-        steps = epoch * self.steps_per_epoch + np.arange(first_step, first_step + num_steps, dtype=np.int64)
-        slots = steps[:, None] * self.config.global_batch_size + np.arange(low, high, dtype=np.int64)
-        periods, slot = np.divmod(slots, len(self._source))  # ids: (step, position)
-        out = np.empty_like(slots)
-        for i in range(len(self.portions)):
-            here = self._source[slot] == i
-            if here.any():
-                draws = periods[here] * self.quotas[i] + self._turn[slot[here]]
-                out[here] = self._starts[i] + self._draw(i, draws)
+        periods, slot = self._places(epoch, first_step, num_steps, positions)
+        out = np.empty_like(slot)
+        for i, here in self._sources(slot):
+            draws = periods[here] * self.quotas[i] + self._turn[slot[here]]
+            out[here] = self._starts[i] + self._draw(i, draws)
+        return out
+
+    def sample_epochs(
+        self, epoch: int, first_step: int, num_steps: int = 1, positions: tuple[int, int] | None = None
+    ) -> Ids:
+        """For each of :meth:`sample_ids`, the epoch of its own source that it belongs to."""
+        periods, slot = self._places(epoch, first_step, num_steps, positions)
+        out = np.empty_like(slot)
+        for i, here in self._sources(slot):
+            draws = periods[here] * self.quotas[i] + self._turn[slot[here]]
+            order = self._orders[i]
+            out[here] = draws // order.config.global_batch_size // order.steps_per_epoch
         return out
 
     def shard_needs(self, epoch: int, positions: tuple[int, int] | None = None) -> Needs:
@@ -148,6 +155,21 @@ class Mixture:
             "quotas": ":".join(str(quota) for quota in self.quotas),
             "sources": hashlib.sha256(prints.encode()).hexdigest()[:16],
         }
+
+    def _places(
+        self, epoch: int, first_step: int, num_steps: int, positions: tuple[int, int] | None
+    ) -> tuple[Ids, Ids]:
+        """Period and slot of the positions of some steps, each of shape (num_steps, positions)."""
+        low, high = positions or (0, self.config.global_batch_size)
+        steps = epoch * self.steps_per_epoch + np.arange(first_step, first_step + num_steps, dtype=np.int64)
+        slots = steps[:, None] * self.config.global_batch_size + np.arange(low, high, dtype=np.int64)
+        return np.divmod(slots, len(self._source))
+
+    def _sources(self, slot: Ids) -> Iterator[tuple[int, NDArray[np.bool_]]]:
+        """The sources that fill some slots, and which of them each fills."""
+        filled = self._source[slot]
+        for i in np.unique(filled).tolist():
+            yield i, filled == i
 
     def _draw(self, source: int, draws: Ids) -> Ids:
         """The source's samples of some draw numbers, which ascend."""

@@ -63,6 +63,11 @@ CASES = {
         ["no decoder 'npi'", "did you mean 'npy'?"],
     ),
     "pickle": (["--data.fields={{image: image.pkl, label: cls}}"], ["would have to be unpickled"]),
+    "absent transform": (
+        ["--data.hooks.transform=tests.support.hooks.AddNoises"],
+        ["data.hooks.transform: module 'tests.support.hooks' has no attribute 'AddNoises'"],
+    ),
+    "negative budget": (["--data.max_bad_samples=-1"], ["data.max_bad_samples is -1"]),
     "indivisible batch": (["--data.micro_batch_size=24"], ["use micro_batch_size 1, 2, 4, 8, 16, 32 or 64"]),
     "unknown monitor": (
         ["--early_stopping.monitor=val/los"],

@@ -84,7 +84,7 @@ def test_draws_are_keyed_by_seed_epoch_and_sample_alone(numbered: Reader) -> Non
 
     def noise(ids: Any, seed: int = 1, epoch: int = 2) -> dict[int, float]:
         found = {}
-        for batch in maker.make(ids, draws=Draws(seed, epoch, ids.ravel())):
+        for batch in maker.make(ids, draws=Draws(seed, np.full(ids.size, epoch), ids.ravel())):
             found |= dict(zip(batch[ID].tolist(), batch["noise"].tolist(), strict=True))
         return found
 

@@ -16,14 +16,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from disttrain.data import loader as loader_module
-from disttrain.data.batches import COUNT, ID, KEY, WEIGHT, Batch
+from disttrain.data.batches import COUNT, ID, KEY, WEIGHT, Batch, BatchMaker
 from disttrain.data.decode import Decoded, Field
+from disttrain.data.hooks import HooksConfig
 from disttrain.data.index import ShardIndex
 from disttrain.data.loader import EvaluationLoader, LoaderConfig, TrainLoader
+from disttrain.data.mixture import Mixture, Portion
 from disttrain.data.order import Order, OrderConfig
 from disttrain.data.reader import Reader
 from disttrain.errors import ConfigError, DataError, ShardError
 from disttrain.parallel.config import BatchPlan
+from tests.support.hooks import AddNoise
 from tests.support.shards import write_numbered, write_shard
 
 quick = settings(derandomize=True, deadline=None, max_examples=40)
@@ -244,3 +247,38 @@ def test_waiting_is_counted(reader: Reader) -> None:
 def test_settings_that_cannot_work_are_refused(arguments: dict[str, int], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         LoaderConfig(**arguments)
+
+
+def drawn(
+    reader: Reader, order: Order | Mixture, ranks: int, threads: int, epoch: int = 0
+) -> list[tuple[int, int, float]]:
+    """(step, sample, what it drew) of every sample of an epoch, over all ranks, sorted."""
+    maker, plan = BatchMaker(reader, HooksConfig(AddNoise())), BatchPlan(8, 2, ranks)
+    found = []
+    for rank in range(ranks):
+        config = LoaderConfig(threads=threads)
+        loader = TrainLoader(maker, order, plan, rank=rank, config=config, position=lambda: (epoch, 0))
+        for number, batch in enumerate(loader):
+            step = number // plan.accumulation
+            found += [(step, *one) for one in zip(batch[ID].tolist(), batch["noise"].tolist(), strict=True)]
+    return sorted(found)
+
+
+def test_augmentation_does_not_know_the_ranks_nor_the_threads(reader: Reader) -> None:
+    order = Order(reader.index.sizes, OrderConfig(8, window=9))
+    alone = drawn(reader, order, 1, 0)
+    assert len({noise for _, _, noise in alone}) == len(alone) == 72
+    assert drawn(reader, order, 2, 3) == alone
+    assert drawn(reader, order, 4, 1) == alone
+    again = {sample: noise for _, sample, noise in drawn(reader, order, 2, 1, epoch=1)}
+    assert not set(again.values()) & {noise for _, _, noise in alone}, "another epoch draws the same numbers"
+
+
+def test_a_source_that_is_repeated_is_augmented_anew_each_time(reader: Reader) -> None:
+    portions = [Portion("small", SIZES[:1], 1.0), Portion("large", SIZES[1:], 1.0)]
+    mixture = Mixture(portions, OrderConfig(8, window=9))
+    alone = drawn(reader, mixture, 1, 0)
+    small = [(sample, noise) for _, sample, noise in alone if sample < SIZES[0]]
+    assert len(small) == 36, "half of the samples come from 7"
+    assert len(set(small)) == len(small), "a sample that comes again draws the same numbers again"
+    assert drawn(reader, mixture, 4, 2) == alone
