@@ -20,7 +20,7 @@ _TRAINING = {
     "predict": "write one result for each sample, in order",
 }
 _TOOLS = {
-    "shards": "pack, index, verify and list shards",
+    "shards": "pack, index, verify, list and measure shards",
     "report": "draw the report of a run, or compare several",
 }
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 import torch
 
 from disttrain.data import foreign, values
@@ -257,7 +258,7 @@ def _image(field: Field, raw: RawValues, draws: Draws | None) -> Decoded:
             faults[place] = str(error)
             continue
         if size is None:
-            images.append(torch.from_numpy(pixels))
+            images.append(torch.from_numpy(np.ascontiguousarray(pixels)))
         else:
             batch.numpy()[place] = pixels
     if faults:

@@ -18,7 +18,7 @@ import io
 import math
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -150,7 +150,8 @@ def decode_image(
         generator: the sample's random numbers; None in evaluation.
 
     Returns:
-        RGB. uint8, shape (3, height, width)
+        RGB; a view, not contiguous: to copy it where it belongs puts the channels apart, which costs no more
+        than any copy. uint8, shape (3, height, width)
 
     Raises:
         ValueError: it is no image that can be read.
@@ -167,7 +168,8 @@ def decode_image(
     pixels = _simplejpeg(value, found, crop, factor) if picture is None else None
     if pixels is None:
         pixels = _pillow(_open(value) if picture is None else picture, found, crop, factor)
-    return _resized(pixels, size, crop.flip)
+    pixels = pixels if size is None else _resized(pixels, size)
+    return (pixels[:, ::-1] if crop.flip else pixels).transpose(2, 0, 1)
 
 
 def _factor(full: tuple[int, int], crop: Crop, size: tuple[int, int] | None) -> int:
@@ -181,16 +183,12 @@ def _factor(full: tuple[int, int], crop: Crop, size: tuple[int, int] | None) -> 
     return next((factor for factor in (8, 4, 2) if reach >= factor), 1)
 
 
-def _cut(full: tuple[int, int], crop: Crop, factor: int) -> tuple[slice, slice]:
+def _cut(crop: Crop, factor: int) -> tuple[slice, slice]:
     """The rows and columns of the crop in an image decoded at 1 / factor, to the nearest pixel."""
-
-    def scaled(edge: int, side: int) -> int:
-        # The last pixel may stand for fewer than `factor`.
-        return -(-edge // factor) if edge == side else (edge + factor // 2) // factor
-
-    bottom, right = crop.top + crop.height, crop.left + crop.width
-    rows = slice(scaled(crop.top, full[0]), scaled(bottom, full[0]))
-    return rows, slice(scaled(crop.left, full[1]), scaled(right, full[1]))
+    top, left, bottom, right = (
+        (edge + factor // 2) // factor for edge in (crop.top, crop.left, crop.top + crop.height, crop.left + crop.width)
+    )
+    return slice(top, bottom), slice(left, right)
 
 
 def _jpeg_size(value: memoryview) -> tuple[int, int] | None:
@@ -217,7 +215,7 @@ def _simplejpeg(value: memoryview, full: tuple[int, int], crop: Crop, factor: in
         return None
     if pixels.shape != (height, width, 3):
         return None
-    return pixels[_cut(full, crop, factor)]
+    return pixels[_cut(crop, factor)]
 
 
 def _open(value: memoryview) -> Image.Image:
@@ -237,7 +235,7 @@ def _pillow(picture: Image.Image, full: tuple[int, int], crop: Crop, factor: int
         if factor > 1:
             picture.draft("RGB", (full[1] // factor, full[0] // factor))
             factor = factor if picture.size != (full[1], full[0]) else 1  # Pillow may have declined
-        rows, columns = _cut(full, crop, factor)
+        rows, columns = _cut(crop, factor)
         part = picture.crop((columns.start, rows.start, columns.stop, rows.stop))
         part.info.pop("transparency", None)  # Pillow would warn that it goes with the palette
         return np.array(part.convert("RGB"))
@@ -249,11 +247,11 @@ def _unreadable(error: Exception) -> ValueError:
     return ValueError(f"not an image that Pillow reads: {str(error).split(' <_io')[0]}")
 
 
-def _resized(pixels: Pixels, size: tuple[int, int] | None, flip: bool) -> Pixels:
-    """Shape (height, width, 3) to (3, *size)."""
-    if size is None or pixels.shape[:2] == size:
-        planes: Any = np.ascontiguousarray(pixels.transpose(2, 0, 1))
-        return np.ascontiguousarray(planes[:, :, ::-1]) if flip else planes
-    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
-    resized = functional.interpolate(image, size, mode="bilinear", antialias=True)[0]
-    return (resized.flip(-1) if flip else resized).contiguous().numpy()
+def _resized(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """Shape (height, width, 3) to (*size, 3)."""
+    if pixels.shape[:2] == size:
+        return pixels
+    # torch keeps the pixels together, and is faster, only if it sees by the strides that they are (channels_last).
+    image = torch.from_numpy(np.ascontiguousarray(pixels).reshape(1, *pixels.shape)).permute(0, 3, 1, 2)
+    resized: Pixels = functional.interpolate(image, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    return resized

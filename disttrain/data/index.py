@@ -3,8 +3,9 @@
 The tables of the shards come from their sidecars or headers (see :mod:`disttrain.data.sidecar`; those of
 remote shards by ranged reads, see :mod:`disttrain.data.remote_index`) and are loaded when they are first
 needed. A data set can also be named by a JSON manifest in WebDataset's ``wids-shard-index-v1`` form. In memory:
-a few numbers a shard, plus the tables of the shards in use. Cost: a manifest is one read; a pattern needs the
-count of every shard, from the first line of its sidecar or from its headers.
+a few numbers a shard, plus the tables of the shards in use. Cost: a manifest is one read, and a look at every
+local shard; a pattern needs the count of every shard, from the first line of its sidecar or from its headers,
+several shards at a time.
 """
 
 from __future__ import annotations
@@ -13,25 +14,40 @@ import glob
 import hashlib
 import json
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import braceexpand
 import numpy as np
 
 from disttrain.data.remote import RemoteError, RemoteFile, is_remote, shown, sibling
-from disttrain.data.remote_index import describe_remote, load_remote_table, read_remote_text, together
-from disttrain.data.sidecar import ShardTable, build_table, load_table, sidecar_count, write_sidecar_file
+from disttrain.data.remote_index import REQUESTS_AT_ONCE, describe_remote, load_remote_table, read_remote_text
+from disttrain.data.sidecar import (
+    ShardTable,
+    build_sidecar,
+    build_table,
+    fitting_sidecar,
+    sidecar_count,
+    sidecar_path,
+    write_sidecar_file,
+)
+from disttrain.data.together import together
 from disttrain.errors import DataError, ShardError, nearest
 from disttrain.files import write_atomically
+from disttrain.world import detect_world
 
 MANIFEST_KIND: Final = "wids-shard-index-v1"
 _TABLES_IN_MEMORY: Final = 4096
+_MANY_SHARDS: Final = 1000
+"""From here on, opening them takes long enough to show its progress."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +82,18 @@ class ShardIndex:
     Args:
         shards: the shards, in order.
         name: what error messages call this data set.
+        write_sidecars: replace a sidecar that turns out not to fit its shard.
     """
 
-    def __init__(self, shards: Sequence[Shard], *, name: str = "data") -> None:
+    def __init__(self, shards: Sequence[Shard], *, name: str = "data", write_sidecars: bool = False) -> None:
         self.shards = tuple(shards)
         self.name = name
         self.sizes = np.array([shard.num_samples for shard in self.shards], dtype=np.int64)
         self.starts = np.concatenate(([0], np.cumsum(self.sizes)))
         self._tables: OrderedDict[int, ShardTable] = OrderedDict()
+        self._loading: dict[int, Lock] = {}  # held by the thread that loads the table of a shard
         self._lock = Lock()
+        self._write_sidecars, self._has_warned = write_sidecars, False
 
     @classmethod
     def open(cls, spec: str | Sequence[str], *, name: str = "data", write_sidecars: bool = True) -> ShardIndex:
@@ -84,51 +103,76 @@ class ShardIndex:
             spec: a brace pattern (``train-{000000..000007}.tar``), a glob (``train-*.tar``), a manifest
                 (``train.json``), or a list of these. Patterns and manifests may be URLs; a glob may not.
             name: what error messages call this data set.
-            write_sidecars: keep a sidecar beside each shard that has none (skipped where the folder is
-                read-only); those of remote shards are kept in a local folder in any case.
+            write_sidecars: keep a sidecar beside each shard that has none or a wrong one (skipped where the
+                folder is read-only); those of remote shards are kept in a local folder in any case.
 
         Raises:
             DataError: the specification names nothing, or names a file that is missing.
             ShardError: a shard cannot be read.
         """
-        shards: list[Shard] = []
+        found: list[Shard | str] = []
         for part in [spec] if isinstance(spec, str) else spec:
-            if _is_manifest(part):
-                shards.extend(read_manifest(part, name=name))
-            elif is_remote(part):
-                shards.extend(_describe_all(expand(part, name=name), name=name))
-            else:
-                shards.extend(describe_shard(path, write_sidecar=write_sidecars) for path in expand(part, name=name))
+            found.extend(read_manifest(part, name=name) if is_manifest(part) else _names(part, name=name))
+        paths = [place for place in found if isinstance(place, str)]
+        _must_be_there(paths, name=name)
+        described = iter(_describe_all(paths, name=name, write_sidecars=write_sidecars))
+        shards = [next(described) if isinstance(place, str) else place for place in found]
         if not shards:
             raise DataError(f"{name} names no shards", mend=f"set {name} to a pattern such as 'train-{{000..007}}.tar'")
-        return cls(shards, name=name)
+        return cls(shards, name=name, write_sidecars=write_sidecars)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def table(self, shard: int) -> ShardTable:
-        """The table of one shard, from its sidecar or its headers; the last few hundred stay in memory."""
+        """The table of one shard, from its sidecar or its headers; the last few thousand stay in memory."""
         with self._lock:
             found = self._tables.get(shard)
             if found is not None:
                 self._tables.move_to_end(shard)
                 return found
-        entry = self.shards[shard]
+            loading = self._loading.setdefault(shard, Lock())
+        with loading:
+            with self._lock:
+                found = self._tables.get(shard)
+            if found is not None:  # another thread had been at it
+                return found
+            table = self._load(self.shards[shard])
+            with self._lock:
+                self._tables[shard] = table
+                self._loading.pop(shard, None)
+                while len(self._tables) > _TABLES_IN_MEMORY:
+                    self._tables.popitem(last=False)
+        return table
+
+    def _load(self, entry: Shard) -> ShardTable:
         if entry.is_remote:
             table = load_remote_table(entry.path, entry.size_bytes, version=entry.version, md5=entry.md5)
         else:
-            table = load_table(entry.path)
+            found, wrong = fitting_sidecar(entry.path)
+            table = found if found is not None else build_table(entry.path)
+            if wrong:
+                self._set_right(entry.path, table, wrong)
         if len(table) != entry.num_samples:
             raise ShardError(
                 f"shard {shown(entry.path)} holds {len(table)} samples, but the index of {self.name} says"
                 f" {entry.num_samples}",
                 mend="run `disttrain shards index` on the data again",
             )
-        with self._lock:
-            self._tables[shard] = table
-            while len(self._tables) > _TABLES_IN_MEMORY:
-                self._tables.popitem(last=False)
         return table
+
+    def _set_right(self, path: str, table: ShardTable, wrong: str) -> None:
+        """Replace a sidecar that does not fit, where that is allowed, and warn of the first one."""
+        is_written = self._write_sidecars and write_sidecar_file(path, table)
+        with self._lock:
+            has_warned, self._has_warned = self._has_warned, True
+        if not has_warned:
+            warnings.warn(
+                f"sidecar {sidecar_path(path)} does not fit its shard and was not used ({wrong}): it was"
+                f" {'written anew' if is_written else 'passed over for the headers; run `disttrain shards index`'}."
+                f" Others of {self.name} will not be named",
+                stacklevel=4,
+            )
 
     def key(self, sample_id: int) -> str:
         """The key of one sample."""
@@ -152,6 +196,13 @@ def expand(pattern: str, *, name: str = "data") -> list[str]:
     Raises:
         DataError: it names nothing, or a named file does not exist.
     """
+    paths = _names(pattern, name=name)
+    _must_be_there(paths, name=name)
+    return paths
+
+
+def _names(pattern: str, *, name: str) -> list[str]:
+    """The names that a pattern stands for, of files that may be missing."""
     try:
         parts = list(braceexpand.braceexpand(pattern))
     except ValueError:
@@ -172,14 +223,20 @@ def expand(pattern: str, *, name: str = "data") -> list[str]:
             paths.extend(found)
         else:
             paths.append(part)
-    missing = [path for path in paths if not Path(path).is_file()]
+    return paths
+
+
+def _must_be_there(paths: Sequence[str], *, name: str) -> None:
+    """Raise a DataError for local files that are missing; it names the nearest that is there."""
+    local = [path for path in paths if not is_remote(path)]
+    there = together(os.path.isfile, local, quick=True)
+    missing = [path for path, is_there in zip(local, there, strict=True) if not is_there]
     if missing:
         folder = Path(missing[0]).parent
-        there = [path.name for path in folder.glob("*.tar")] if folder.is_dir() else []
-        where = nearest(Path(missing[0]).name, there) if there else f"folder {folder} holds no .tar files"
+        names = [path.name for path in folder.glob("*.tar")] if folder.is_dir() else []
+        where = nearest(Path(missing[0]).name, names) if names else f"folder {folder} holds no .tar files"
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise DataError(f"{name}: shard {missing[0]} does not exist{more}", mend=f"correct the pattern; {where}")
-    return paths
 
 
 def _path_of(place: str) -> str:
@@ -187,35 +244,41 @@ def _path_of(place: str) -> str:
     return urlsplit(place).path if is_remote(place) else place
 
 
-def _is_manifest(spec: str) -> bool:
+def is_manifest(spec: str) -> bool:
+    """Whether a specification is a manifest's path or URL."""
     return _path_of(spec).endswith(".json")
 
 
-def _describe_all(urls: Sequence[str], *, name: str) -> list[Shard]:
+def _describe_all(paths: Sequence[str], *, name: str, write_sidecars: bool) -> list[Shard]:
+    are_remote = any(map(is_remote, paths))
+    describe = partial(describe_shard, write_sidecar=write_sidecars)
+    threads = REQUESTS_AT_ONCE if are_remote else 8
     try:
-        return together(describe_shard, urls)
+        return list(together(describe, paths, threads=threads, quick=not are_remote, told=_told(name, len(paths))))
     except RemoteError as error:
         missing = "does not exist" if error.status == 404 else "cannot be read"
         raise DataError(f"{name}: a shard {missing}: {error.what}", mend=error.mend) from None
 
 
+def _told(name: str, num_shards: int) -> str:
+    """What the progress of opening shards is called; empty where it is not worth showing, or another rank shows it."""
+    return f"reading the index of {name}" if num_shards >= _MANY_SHARDS and detect_world().rank == 0 else ""
+
+
 def describe_shard(path: str, *, write_sidecar: bool = True) -> Shard:
     """Count a shard's samples, from the first line of a fresh sidecar or from its headers."""
     if is_remote(path):
-        samples, size, version = describe_remote(path)
-        return Shard(path=path, num_samples=samples, size_bytes=size, version=version)
+        there = describe_remote(path)
+        return Shard(path=path, num_samples=there.num_samples, size_bytes=there.size_bytes, version=there.version)
     size = os.stat(path).st_size
     count = sidecar_count(path)
     if count is None:
-        table = build_table(path)
-        count = len(table)
-        if write_sidecar:
-            write_sidecar_file(path, table)
+        count = len(build_sidecar(path)[0] if write_sidecar else build_table(path))
     return Shard(path=path, num_samples=count, size_bytes=size)
 
 
 def parse_manifest(path: str | Path, *, name: str = "data") -> list[Shard]:
-    """The shards that a ``wids-shard-index-v1`` manifest lists; their paths are relative to its folder.
+    """The shards that a ``wids-shard-index-v1`` manifest lists; paths are relative to its ``base``, or to its folder.
 
     Both the manifest and what it lists may be URLs.
 
@@ -225,9 +288,15 @@ def parse_manifest(path: str | Path, *, name: str = "data") -> list[Shard]:
     place = str(path)
     try:
         content: Any = json.loads(read_remote_text(place) if is_remote(place) else Path(place).read_text())
+        if content.get("datasets"):
+            raise DataError(
+                f"{name}: {shown(place)} lists other data sets under 'datasets', which are not read",
+                mend="name their manifests themselves, as a list",
+            )
+        folder = _beside(place, f"{content['base']}/") if content.get("base") else place
         return [
             Shard(
-                path=_beside(place, entry["url"]),
+                path=_beside(folder, entry["url"]),
                 num_samples=int(entry["nsamples"]),
                 size_bytes=int(entry.get("filesize", -1)),
                 md5=str(entry.get("md5sum", "")),
@@ -239,7 +308,7 @@ def parse_manifest(path: str | Path, *, name: str = "data") -> list[Shard]:
     except RemoteError as error:
         missing = "does not exist" if error.status == 404 else "cannot be read"
         raise DataError(f"{name}: the manifest {missing}: {error.what}", mend=error.mend) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{name}: {shown(place)} is not a shard manifest ({type(error).__name__}: {error})",
             mend="write one with `disttrain shards index`",
@@ -248,9 +317,11 @@ def parse_manifest(path: str | Path, *, name: str = "data") -> list[Shard]:
 
 def _beside(manifest: str, url: str) -> str:
     """Where a shard is that a manifest lists: its URL, or a place relative to the manifest's folder."""
+    if url.startswith("file:"):
+        return url2pathname(urlsplit(url).path)
     if is_remote(url):
         return url
-    return sibling(manifest, url) if is_remote(manifest) else str(Path(manifest).parent / url)
+    return sibling(manifest, url) if is_remote(manifest) else os.path.join(os.path.dirname(manifest), url)
 
 
 def read_manifest(path: str | Path, *, name: str = "data") -> list[Shard]:
@@ -261,23 +332,27 @@ def read_manifest(path: str | Path, *, name: str = "data") -> list[Shard]:
     """
     shards = parse_manifest(path, name=name)
     unknown = [number for number, shard in enumerate(shards) if shard.is_remote and shard.size_bytes < 0]
-    sizes = together(lambda number: RemoteFile(shards[number].path).size, unknown) if unknown else []
-    for number, size in zip(unknown, sizes, strict=True):
+    there = together(lambda number: RemoteFile(shards[number].path).size, unknown, threads=REQUESTS_AT_ONCE)
+    for number, size in zip(unknown, there, strict=True):
         shards[number] = replace(shards[number], size_bytes=size)
-    for shard in shards:
-        if shard.is_remote:
-            continue
-        if not Path(shard.path).is_file():
+    local = [shard for shard in shards if not shard.is_remote]
+    told = _told(name, len(local))
+    for shard, size in zip(local, together(_size_of, [s.path for s in local], quick=True, told=told), strict=True):
+        if size < 0:
             raise DataError(
                 f"{name}: shard {shard.path}, listed in {shown(str(path))}, does not exist", mend="restore it"
             )
-        size = os.stat(shard.path).st_size
         if shard.size_bytes not in (-1, size):
             raise DataError(
                 f"{name}: shard {shard.path} has {size} bytes, but {shown(str(path))} says {shard.size_bytes}",
                 mend="restore the shard, or run `disttrain shards index` again",
             )
     return shards
+
+
+def _size_of(path: str) -> int:
+    """Bytes of a local file; -1 where there is none."""
+    return os.stat(path).st_size if os.path.isfile(path) else -1
 
 
 def write_manifest(

@@ -243,7 +243,11 @@ class ShardedDataModule(pl.LightningDataModule):
                     continue
                 raise DataError(f"data.{split} names no shards", mend=f"set data.{split} to a pattern of shards")
             indexes = open_sources(spec, f"data.{split}", write_sidecars=write_sidecars)
-            index = ShardIndex([shard for _, part in indexes for shard in part.shards], name=f"data.{split}")
+            index = ShardIndex(
+                [shard for _, part in indexes for shard in part.shards],
+                name=f"data.{split}",
+                write_sidecars=write_sidecars,
+            )
             self._readers[split] = Reader(
                 index, self._declared(index), cache=self.cache_config, unsafe_decoders=self.unsafe_decoders
             )

@@ -2,33 +2,28 @@
 
 A table that was read is kept in a local folder (``$DISTTRAIN_CACHE/index``, by default under
 ``~/.cache/disttrain``) under a name made of URL, size and version, so a shard that changes is read again and an
-unchanged one never is. A remote sidecar has no date to trust it by: it must end inside the shard, and the
-headers before its first and last field must name and size them as it does. Cost: one request for what is
-known, four for a sidecar, else one a MiB of shard.
+unchanged one never is. A remote sidecar has no date to trust it by: its members must be able to lie in a tar,
+and the first, the middle and the last of them must be what the shard has there. So must those of a kept table
+whose shard has no known version. Cost: one request for what is known, five for a sidecar, else one a MiB of
+shard.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Final, TypeVar
+from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
-import numpy as np
-
 from disttrain.data.remote import RemoteError, RemoteFile, sibling
-from disttrain.data.sidecar import ShardTable, build_table, parse_sidecar, sidecar_text, split_name
-from disttrain.data.tar import header_of
+from disttrain.data.sidecar import ShardTable, build_table, misfit, parse_sidecar, sidecar_text
+from disttrain.data.stream import Stream
 from disttrain.files import write_atomically
 
-T = TypeVar("T")
-U = TypeVar("U")
-
-_REQUESTS_AT_ONCE: Final = 16
+REQUESTS_AT_ONCE: Final = 16
+"""Threads that wait for a server."""
 
 
 def cache_home() -> Path:
@@ -41,28 +36,38 @@ def cache_name(url: str, size: int, version: str) -> str:
     return hashlib.sha256(f"{url}\n{size}\n{version}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
-def together(function: Callable[[T], U], items: Iterable[T]) -> list[U]:
-    """Results of a function that waits for a server, in order, several at a time."""
-    with ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="disttrain-remote") as pool:
-        return list(pool.map(function, items))
+class Described(NamedTuple):
+    """A remote shard: its samples, bytes and version, and what became of its table.
+
+    ``state`` is ``unchanged`` where the table was known, ``written`` where it was read and is now kept, ``not
+    writable`` where it could not be.
+    """
+
+    num_samples: int
+    size_bytes: int
+    version: str
+    state: str
 
 
-def describe_remote(url: str) -> tuple[int, int, str]:
+def describe_remote(url: str, *, anew: bool = False) -> Described:
     """Samples, bytes and version of a remote shard.
+
+    Args:
+        url: where it is.
+        anew: read its headers even where a table is known.
 
     Raises:
         RemoteError: it cannot be read; with status 404 where it is missing.
         ShardError: its tar is damaged or holds no samples.
     """
     file = RemoteFile(url)
-    table = _table_of(file, _place(file, file.version))
-    return len(table), file.size, file.version
+    table, state = _table_of(file, file.version, anew=anew)
+    return Described(len(table), file.size, file.version, state)
 
 
 def load_remote_table(url: str, size: int, *, version: str = "", md5: str = "") -> ShardTable:
     """The table of a remote shard in the state that size and version (or MD5) name; errors as the above."""
-    file = RemoteFile(url, size=size, version=version)
-    return _table_of(file, _place(file, version or md5))
+    return _table_of(RemoteFile(url, size=size, version=version), version or md5)[0]
 
 
 def read_remote_text(url: str) -> str:
@@ -71,48 +76,70 @@ def read_remote_text(url: str) -> str:
     return file.read(0, file.size).decode("utf-8", "surrogateescape")
 
 
+def sidecar_url(url: str) -> str:
+    """Where a remote shard's sidecar lies."""
+    return sibling(url, f"{PurePosixPath(urlsplit(url).path).stem}.idx")
+
+
+def remote_sidecar(file: RemoteFile) -> tuple[bool, ShardTable | None]:
+    """Whether there is a sidecar beside a shard, and its table as it stands there: None where it is damaged."""
+    try:
+        text = read_remote_text(sidecar_url(file.url))
+    except RemoteError as error:
+        if error.status is not None and 400 <= error.status < 500:
+            return False, None  # servers without a right to list say 403
+        raise
+    return True, parse_sidecar(text.splitlines(), size_bytes=file.size)
+
+
+def kept_md5(url: str, size: int, version: str) -> str:
+    """The MD5 that :func:`remote_md5` found for a version of a remote file; empty where it has not been asked."""
+    try:
+        return _md5_place(url, size, version).read_text().strip() if version else ""
+    except OSError:
+        return ""
+
+
+def remote_md5(file: RemoteFile) -> str:
+    """The MD5 of a remote file, hexadecimal; it reads all bytes, and keeps what it found for a known version."""
+    digest = Stream(file, is_hashed=True).md5()
+    if file.version:
+        _keep(_md5_place(file.url, file.size, file.version), digest + "\n")
+    return digest
+
+
+def _md5_place(url: str, size: int, version: str) -> Path:
+    return cache_home() / "index" / f"{cache_name(url, size, version)}.md5"
+
+
 def _place(file: RemoteFile, state: str) -> Path:
     return cache_home() / "index" / f"{cache_name(file.url, file.size, state)}.idx"
 
 
-def _table_of(file: RemoteFile, place: Path) -> ShardTable:
-    """A table that is kept at a place, or else read and kept there."""
-    try:
-        text: str | None = place.read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError:
-        text = None
-    table = parse_sidecar(text.splitlines(), size_bytes=file.size) if text is not None else None
-    if table is not None:
-        return table
-    table = _remote_sidecar(file) or build_table(file)
+def _keep(place: Path, text: str) -> bool:
+    # A folder that cannot be written costs reading again at the next start, nothing else.
+    with suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(place, text)
+        return True
+    return False
+
+
+def _table_of(file: RemoteFile, version: str, *, anew: bool = False) -> tuple[ShardTable, str]:
+    """A table that is kept at its place, or else read and kept there; and which of it (see :class:`Described`)."""
+    place = _place(file, version)
+    table = None if anew else _kept(file, place)
+    if table is not None and (version or not misfit(table, file)):
+        return table, "unchanged"
+    beside = None if anew else remote_sidecar(file)[1]
+    table = beside if beside is not None and not misfit(beside, file) else build_table(file)
     text = sidecar_text(table)
-    if text is not None:
-        # A folder that cannot be written costs the headers again at the next start, nothing else.
-        with suppress(OSError):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(place, text)
-    return table
+    return table, "written" if text is not None and _keep(place, text) else "not writable"
 
 
-def _remote_sidecar(file: RemoteFile) -> ShardTable | None:
-    """The table of the sidecar beside a shard, if there is one and it fits."""
-    stem = PurePosixPath(urlsplit(file.url).path).stem
+def _kept(file: RemoteFile, place: Path) -> ShardTable | None:
     try:
-        text = read_remote_text(sibling(file.url, f"{stem}.idx"))
-    except RemoteError as error:
-        if error.status is not None and 400 <= error.status < 500:
-            return None  # not there; servers without a right to list say 403
-        raise
-    table = parse_sidecar(text.splitlines(), size_bytes=file.size)
-    if table is None or not len(table):
+        text = place.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
         return None
-    flat = np.where(table.offsets >= 0, table.offsets, np.iinfo(np.int64).max)
-    ends = (int(flat.argmin()), int(table.offsets.argmax()))
-    return table if all(_fits(table, place, file) for place in ends) else None
-
-
-def _fits(table: ShardTable, place: int, file: RemoteFile) -> bool:
-    sample, field = divmod(place, len(table.fields))
-    found = header_of(file, int(table.offsets[sample, field]))
-    expected = (table.keys[sample], table.fields[field])
-    return found is not None and split_name(found[0]) == expected and found[1] == int(table.sizes[sample, field])
+    return parse_sidecar(text.splitlines(), size_bytes=file.size)

@@ -2,9 +2,12 @@
 
 A sidecar is NVIDIA DALI's ``wds2idx`` text form, version 1.2 (``train-000000.idx``): existing ones serve here
 and ours serve DALI. A sample is a run of members with the same key (the path up to the first dot of its base
-name), as WebDataset groups them; dot files, directories and members without an extension are skipped. A
-sidecar that is older than its shard or points outside it is not trusted. Cost: a pass over the headers, or one
-over the sidecar's text.
+name), as WebDataset groups them; dot files, directories and members without an extension are skipped.
+
+A sidecar is trusted only where it is no older than its shard, its members can lie in a tar one after the other,
+and the shard's first, middle and last members are what it says, the last with the end block behind it. So a
+shard that was rewritten under its old date is found out too. Cost: a pass over the headers, or one over the
+sidecar's text and three reads of the shard.
 """
 
 from __future__ import annotations
@@ -19,11 +22,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from disttrain.data.tar import ByteSource, Member, scan_members, scan_source
+from disttrain.data.tar import BLOCK, ByteSource, LocalFile, Member, TarError, scan_members, scan_source
 from disttrain.errors import ShardError
 from disttrain.files import write_atomically
 
 SIDECAR_VERSION: Final = "v1.2"
+_PROBE_BYTES: Final = 64 * 1024
 _META: Final = re.compile(r"__[^/]*__(/|$)")  # WebDataset's names for what is no sample
 
 
@@ -62,8 +66,72 @@ def sidecar_path(shard: str) -> Path:
 
 def load_table(path: str) -> ShardTable:
     """A shard's table from its sidecar where that is fresh and fits, else from its headers."""
-    table = read_sidecar(path) if sidecar_is_fresh(path) else None
+    table, _ = fitting_sidecar(path)
     return table if table is not None else build_table(path)
+
+
+def fitting_sidecar(path: str) -> tuple[ShardTable | None, str]:
+    """The table in a shard's sidecar where that may be trusted; else None and what is wrong with the sidecar.
+
+    Nothing is wrong with one that is not there, or older than its shard: those are expected and made anew.
+
+    Raises:
+        ShardError: the shard cannot be opened or read.
+    """
+    if not sidecar_is_fresh(path):
+        return None, ""
+    try:
+        table = read_sidecar(path)
+    except OSError as error:
+        return None, f"it cannot be read: {error.strerror}"
+    if table is None:
+        return None, "it is damaged or points outside its shard"
+    with LocalFile(path) as file:
+        wrong = misfit(table, file)
+    return (None, wrong) if wrong else (table, "")
+
+
+def misfit(table: ShardTable, source: ByteSource) -> str:
+    """Why a table cannot be that of a tar; empty where all that is looked at is as the table says.
+
+    Looked at are the headers of its first, middle and last members, wherever the members before them end, and
+    the end block after the last.
+    """
+    present = np.flatnonzero(table.offsets >= 0)
+    present = present[np.argsort(table.offsets.ravel()[present])]
+    offsets, sizes = table.offsets.ravel()[present], table.sizes.ravel()[present]
+    starts = np.concatenate(([0], offsets[:-1] + -(-sizes[:-1] // BLOCK) * BLOCK))
+    # In the order of the bytes, all fields of a sample follow each other, and the samples are in order.
+    is_sorted = not (np.diff(present // max(1, len(table.fields))) < 0).any()
+    if not len(present) or not is_sorted or (offsets % BLOCK).any() or (offsets - starts < BLOCK).any():
+        return "no tar has its members so"
+    last = len(present) - 1
+    for place in sorted({0, last // 2, last}):
+        sample, column = divmod(int(present[place]), len(table.fields))
+        expected = Member(f"{table.keys[sample]}.{table.fields[column]}", int(offsets[place]), int(sizes[place]))
+        wrong = _differs(expected, source, int(starts[place]), to_end=place == last)
+        if wrong:
+            return wrong
+    return ""
+
+
+def _differs(expected: Member, source: ByteSource, start: int, *, to_end: bool) -> str:
+    """How what a tar holds from some place on differs from one member, and from nothing more ``to_end``."""
+    blocks = -(-expected.size // BLOCK) + 2 if to_end else 1
+    window = blocks * BLOCK if blocks * BLOCK <= _PROBE_BYTES else BLOCK
+    found: list[Member] = []
+    try:
+        for member in scan_source(source, start=start, window_bytes=window):
+            if split_name(member.name) is not None:
+                found.append(member)
+                if not to_end or len(found) > 1:
+                    break
+    except TarError as error:
+        return error.what
+    if not found or split_name(found[0].name) != split_name(expected.name) or found[0][1:] != expected[1:]:
+        there = f"{found[0].name!r} at byte {found[0].offset} of size {found[0].size}" if found else "nothing there"
+        return f"it says {expected.name!r} at byte {expected.offset} of size {expected.size}, the shard has {there}"
+    return f"it does not list {found[1].name!r} at byte {found[1].offset}" if len(found) > 1 else ""
 
 
 def build_table(shard: str | ByteSource) -> ShardTable:
@@ -106,11 +174,11 @@ def _group(members: Iterable[Member], path: str) -> dict[str, dict[str, tuple[in
 def split_name(name: str) -> tuple[str, str] | None:
     """Key and extension of a member by WebDataset's rule, or None for one that belongs to no sample."""
     name = name.removeprefix("./")
-    folder, _, base = name.rpartition("/")
+    folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     if not stem or not dot or not extension or _META.match(name):
         return None
-    return (f"{folder}/{stem}" if folder else stem), extension.lower()
+    return f"{folder}{slash}{stem}", extension.lower()
 
 
 def _table(samples: dict[str, dict[str, tuple[int, int]]]) -> ShardTable:
@@ -133,8 +201,11 @@ def sidecar_count(path: str) -> int | None:
     """Samples that a fresh sidecar claims, or None."""
     if not sidecar_is_fresh(path):
         return None
-    with open(sidecar_path(path), encoding="utf-8", errors="surrogateescape") as file:
-        version, _, count = file.readline().strip().partition(" ")
+    try:
+        with open(sidecar_path(path), encoding="utf-8", errors="surrogateescape") as file:
+            version, _, count = file.readline().strip().partition(" ")
+    except OSError:
+        return None
     return int(count) if version == SIDECAR_VERSION and count.isdigit() and int(count) > 0 else None
 
 
@@ -227,3 +298,22 @@ def write_sidecar_file(path: str, table: ShardTable) -> bool:
     except OSError:
         return False
     return text is not None
+
+
+def state_of(path: str) -> tuple[int, int, int]:
+    """What changes with a file: size, time of its content and time of its entry, which no program can set."""
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def build_sidecar(path: str) -> tuple[ShardTable, bool]:
+    """A shard's table from its headers, written as its sidecar; and whether that could be written.
+
+    Raises:
+        ShardError: as :func:`build_table`, or the shard was written to meanwhile.
+    """
+    before = state_of(path)
+    table = build_table(path)
+    if state_of(path) != before:
+        raise ShardError(f"shard {path} was written to while it was read", mend="run this when its writer is done")
+    return table, write_sidecar_file(path, table)

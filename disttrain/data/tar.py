@@ -1,22 +1,23 @@
 """The members of a tar file, read from its headers alone.
 
-Reads ustar, GNU long names and PAX headers by their 512-byte blocks, in windows of 64 KiB (1 MiB from a
-remote server), and never the contents in between, so a shard of large members costs a few reads a member.
+Reads ustar, v7, GNU long names and PAX headers by their 512-byte blocks: in windows of 64 KiB (1 MiB from a
+remote server) where members are small, a page a member where they are large, so contents are skipped.
 Any :class:`ByteSource` will do: a local file, or ranges of a remote one. It guarantees that every member
 it yields lies whole inside the file and that the archive ends with its end block; anything else is a
-:class:`~disttrain.errors.ShardError` with the offset.
+:class:`TarError` with the offset.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, Self
 
 from disttrain.errors import ShardError
 
 BLOCK: Final = 512
 _WINDOW: Final = 64 * 1024
+_PAGE: Final = 4096
 _ZEROS: Final = bytes(BLOCK)
 _REGULAR: Final = (b"0", b"\0", b"7")
 _EMPTY: Final = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, directories: no content, whatever the size says
@@ -28,6 +29,10 @@ class Member(NamedTuple):
     name: str
     offset: int
     size: int
+
+
+class TarError(ShardError):
+    """A tar that is damaged or none, whatever it was read from."""
 
 
 class ByteSource(Protocol):
@@ -49,68 +54,90 @@ class ByteSource(Protocol):
         """The bytes from an offset on; fewer than asked for only at the end."""
 
 
-class _LocalFile:
-    """An open local file as a :class:`ByteSource`."""
+class LocalFile:
+    """A local file as a :class:`ByteSource`, open until :meth:`close`; a context manager.
+
+    Raises:
+        ShardError: it cannot be opened.
+    """
 
     window_bytes = _WINDOW
 
-    def __init__(self, fd: int, name: str) -> None:
-        self._fd, self.name = fd, name
-        self.size = os.fstat(fd).st_size
+    def __init__(self, path: str) -> None:
+        try:
+            self._fd = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise ShardError(
+                f"cannot open shard {path}: {error.strerror}", mend="check the path and its permissions"
+            ) from None
+        self.name = path
+        self.size = os.fstat(self._fd).st_size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close it."""
+        os.close(self._fd)
 
     def read(self, offset: int, length: int) -> bytes:
-        return os.pread(self._fd, length, offset)
+        """The bytes from an offset on; fewer than asked for only at the end."""
+        try:
+            data = os.pread(self._fd, length, offset)
+            while len(data) < length and (more := os.pread(self._fd, length - len(data), offset + len(data))):
+                data += more  # a system call gives 2 GiB at most
+        except OSError as error:
+            raise ShardError(
+                f"shard {self.name} at byte {offset}: {error.strerror}", mend="check the disk and the file"
+            ) from None
+        return data
 
 
 def scan_members(path: str) -> Iterator[Member]:
     """The regular files of a local tar, in order.
 
     Raises:
-        ShardError: the file cannot be opened, is not a tar, is truncated, or lacks its end block.
+        ShardError: the file cannot be opened; TarError, is not a tar, is truncated, or lacks its end block.
     """
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise ShardError(
-            f"cannot open shard {path}: {error.strerror}", mend="check the path and its permissions"
-        ) from None
-    try:
-        yield from scan_source(_LocalFile(fd, path))
-    finally:
-        os.close(fd)
+    with LocalFile(path) as file:
+        yield from scan_source(file)
 
 
-def scan_source(source: ByteSource) -> Iterator[Member]:
-    """The regular files of a tar that is read from anywhere, in order; errors as :func:`scan_members`."""
-    return _Scanner(source).members()
+def scan_source(source: ByteSource, *, start: int = 0, window_bytes: int = 0) -> Iterator[Member]:
+    """The regular files of a tar that is read from anywhere, in order.
 
+    Args:
+        source: where its bytes come from.
+        start: where to begin: the end of a member's last block.
+        window_bytes: what to read at once; by default what the source finds worth while.
 
-def header_of(source: ByteSource, content: int) -> tuple[str, int] | None:
-    """Name and size in the header before a content's offset, as the plain header has them; None where there is none."""
-    header = source.read(content - BLOCK, BLOCK) if content >= BLOCK else b""
-    if len(header) < BLOCK or header == _ZEROS or not _checksum_holds(header):
-        return None
-    try:
-        return _name(header), _Scanner(source)._number(header[124:136], content - BLOCK)
-    except ShardError:
-        return None
+    Raises:
+        TarError: it is not a tar, is truncated, or lacks its end block.
+    """
+    return _Scanner(source, window_bytes or source.window_bytes).members(start)
 
 
 class _Scanner:
-    def __init__(self, source: ByteSource) -> None:
+    def __init__(self, source: ByteSource, window_bytes: int) -> None:
         self._source, self._path, self._size = source, source.name, source.size
-        self._buffer, self._at = b"", 0
+        self._buffer, self._at, self._window = b"", 0, window_bytes
 
     def _read(self, offset: int, length: int) -> bytes:
-        if not (self._at <= offset and offset + length <= self._at + len(self._buffer)):
-            self._buffer, self._at = self._source.read(offset, max(length, self._source.window_bytes)), offset
+        end = self._at + len(self._buffer)
+        if not (self._at <= offset and offset + length <= end):
+            # After a large member another one is likely, and what a window would hold of it is of no use.
+            is_far = end > 0 and offset - end > self._window // 4
+            window = min(_PAGE, self._window) if is_far else self._window
+            self._buffer, self._at = self._source.read(offset, max(length, window)), offset
         return self._buffer[offset - self._at : offset - self._at + length]
 
-    def _fail(self, what: str, offset: int, mend: str = "pack or copy the shard again") -> ShardError:
-        return ShardError(f"shard {self._path} at byte {offset}: {what}", mend=mend)
+    def _fail(self, what: str, offset: int, mend: str = "pack or copy the shard again") -> TarError:
+        return TarError(f"shard {self._path} at byte {offset}: {what}", mend=mend)
 
-    def members(self) -> Iterator[Member]:
-        position = 0
+    def members(self, position: int) -> Iterator[Member]:
         overrides: dict[str, str] = {}  # what a GNU long name or PAX header says of the next member
         globals_: dict[str, str] = {}
         while True:
@@ -138,7 +165,7 @@ class _Scanner:
                 overrides["path"] = self._read(content, size).rstrip(b"\0").decode("utf-8", "surrogateescape")
             elif kind == b"K":
                 pass  # a long link target: links carry no content of their own
-            elif kind == b"x":
+            elif kind in (b"x", b"X"):  # X is how Solaris writes it
                 overrides.update(self._pax(content, size))
             elif kind == b"g":
                 globals_.update(self._pax(content, size))

@@ -1,126 +1,221 @@
 """Every fault of a shard, where reading would stop at the first.
 
-Checked are the tar itself, its samples' keys and fields, its sidecar, and what a manifest records of it. Each
-fault is one sentence with shard, byte offset and sample key as far as they apply. A tar that is damaged is
-checked up to the damage. Cost: its headers, and all its bytes where an MD5 is recorded.
+Checked are the tar itself, its samples' keys and fields, its sidecar, what a manifest records of it and, with a
+:class:`Decoding`, the fields' contents. Each fault is one sentence with shard, byte offset, sample key and field
+as far as they apply. A tar that is damaged is checked up to the damage. Shards may be local or remote. Cost: its
+headers; all its bytes, once, where an MD5 is recorded or contents are decoded.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final, Protocol
 
 from disttrain.data.index import Shard
-from disttrain.data.sidecar import read_sidecar, sidecar_is_fresh, sidecar_path, split_name
-from disttrain.data.tar import scan_members
-from disttrain.data.write import md5_of
+from disttrain.data.remote import RemoteError, RemoteFile, shown
+from disttrain.data.remote_index import remote_sidecar, sidecar_url
+from disttrain.data.sidecar import ShardTable, read_sidecar, sidecar_is_fresh, sidecar_path, split_name
+from disttrain.data.stream import Stream, opened
+from disttrain.data.tar import ByteSource, Member, TarError, scan_source
 from disttrain.errors import ShardError, nearest
 
 Spans = dict[str, dict[str, tuple[int, int]]]
 
+_BATCH: Final = 256
+_BATCH_BYTES: Final = 2 * 2**20  # images grow tenfold when they are decoded
+_MEND: Final = "run `disttrain shards index`"
 
-def shard_faults(shard: Shard, *, fields: Sequence[str]) -> tuple[list[str], int]:
+
+class Decoding(Protocol):
+    """What can decode fields; :class:`disttrain.data.verify_decode.Decoders` does, and imports torch for it."""
+
+    def wants(self, field: str) -> bool:
+        """Whether there is a decoder for a field."""
+
+    def faults(self, field: str, values: Sequence[bytes]) -> Mapping[int, str]:
+        """Why values of a field do not decode, by their place."""
+
+
+def shard_faults(shard: Shard, *, fields: Sequence[str], decoding: Decoding | None = None) -> tuple[list[str], int]:
     """The faults of one shard and the number of its samples.
 
     Args:
         shard: a shard with what a manifest records of it: -1 or empty where nothing is.
         fields: what every sample must have; alternatives as ``jpg;png``.
+        decoding: decodes the fields' contents.
     """
-    path = shard.path
-    if not Path(path).is_file():
-        return [f"shard {path} does not exist"], 0
-    faults: list[str] = []
-    samples, is_whole = _read(path, faults)
-    faults.extend(_missing_fields(path, samples if is_whole else _without_last(samples), fields))
-    if sidecar_path(path).exists():
-        # With a damaged tar there is nothing to compare its sidecar with.
-        faults.extend(_sidecar_faults(path, samples if is_whole else None))
-    size = os.stat(path).st_size
-    if shard.size_bytes not in (-1, size):
-        faults.append(f"shard {path} has {size} bytes, but its manifest says {shard.size_bytes}")
-    elif shard.md5 and (found := md5_of(path)) != shard.md5:
-        faults.append(f"shard {path} has MD5 {found}, but its manifest says {shard.md5}")
+    if not shard.is_remote and not Path(shard.path).is_file():
+        return [f"shard {shard.path} does not exist"], 0
+    try:
+        with opened(shard.path) as file:
+            return _file_faults(shard, file, fields, decoding)
+    except ShardError as error:
+        return [_unreadable(error)], 0
+
+
+def _file_faults(
+    shard: Shard, file: ByteSource, fields: Sequence[str], decoding: Decoding | None
+) -> tuple[list[str], int]:
+    name = file.name
+    is_hashed = bool(shard.md5) and shard.size_bytes in (-1, file.size)
+    stream = Stream(file, is_hashed=is_hashed) if is_hashed or decoding is not None else None
+    found = _Samples(name, stream or file, decoding)
+    try:
+        found.read()
+    except ShardError as error:
+        return [*found.faults, _unreadable(error)], len(found.samples)
+    faults, samples, is_whole = found.faults, found.samples, found.is_whole
+    faults.extend(_missing_fields(name, samples if is_whole else _without_last(samples), fields))
+    # With a damaged tar there is nothing to compare its sidecar with.
+    faults.extend(_sidecar_faults(file, samples if is_whole else None))
+    if shard.size_bytes not in (-1, file.size):
+        faults.append(f"shard {name} has {file.size} bytes, but its manifest says {shard.size_bytes}")
+    elif is_hashed and stream is not None and (md5 := stream.md5()) != shard.md5:
+        faults.append(f"shard {name} has MD5 {md5}, but its manifest says {shard.md5}")
     if is_whole and shard.num_samples not in (-1, len(samples)):
-        faults.append(f"shard {path} holds {len(samples)} samples, but its manifest says {shard.num_samples}")
+        faults.append(f"shard {name} holds {len(samples)} samples, but its manifest says {shard.num_samples}")
     return faults, len(samples)
 
 
+def _unreadable(error: ShardError) -> str:
+    return f"shard {error.what}" if isinstance(error, RemoteError) else error.what  # begins with its URL
+
+
 def first_fields(paths: Iterable[str]) -> tuple[str, ...]:
-    """The fields of the first sample that can be read: what the others are expected to have."""
+    """The fields of the first sample that can be read: what the others are expected to have.
+
+    Raises:
+        RemoteError: a server does not answer, however often it is asked.
+    """
     for path in paths:
         samples: Spans = {}
         try:
-            for member in scan_members(path):
-                parts = split_name(member.name)
-                if parts is None:
-                    continue
-                if samples and parts[0] not in samples:
-                    break
-                samples.setdefault(parts[0], {})[parts[1]] = (member.offset, member.size)
-        except ShardError:
+            with opened(path) as file:
+                for member in scan_source(file):
+                    parts = split_name(member.name)
+                    if parts is None:
+                        continue
+                    if samples and parts[0] not in samples:
+                        break
+                    samples.setdefault(parts[0], {})[parts[1]] = (member.offset, member.size)
+        except ShardError as error:
+            if isinstance(error, RemoteError) and (error.status is None or error.status >= 500):
+                raise  # no server: to try all shards would take hours
             continue  # named when its turn comes
         for fields in samples.values():
             return tuple(fields)
     return ()
 
 
-def _read(path: str, faults: list[str]) -> tuple[Spans, bool]:
-    """The samples up to the first damage, and whether there is none."""
-    samples: Spans = {}
-    last, is_repeat = None, False
-    try:
-        for member in scan_members(path):
-            parts = split_name(member.name)
-            if parts is None:
-                continue
-            key, field = parts
-            place = f"shard {path} at byte {member.offset}: sample {key!r}"
-            if key != last:
-                is_repeat = key in samples
-                if is_repeat:
-                    faults.append(f"{place} occurs twice, apart")
-            elif not is_repeat and field in samples[key]:
-                faults.append(f"{place} has field {field!r} twice")
-            if not is_repeat:
-                samples.setdefault(key, {}).setdefault(field, (member.offset, member.size))
-            last = key
-    except ShardError as error:
-        faults.append(error.what)
-        return samples, False
-    if not samples:
-        faults.append(f"shard {path} holds no samples")
-    return samples, True
+@dataclass
+class _Samples:
+    """The samples of a shard up to the first damage, and the faults met on the way there."""
+
+    name: str
+    source: ByteSource
+    decoding: Decoding | None
+    samples: Spans = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    is_whole: bool = True
+    _waiting: dict[str, list[tuple[str, int, bytes]]] = field(default_factory=dict)  # key, offset, value, by field
+    _waiting_bytes: int = 0
+
+    def read(self) -> None:
+        """Read the shard; raises ShardError where the disk or the server fails."""
+        last, is_repeat, damage = None, False, ""
+        try:
+            for member in scan_source(self.source):
+                parts = split_name(member.name)
+                if parts is None:
+                    continue
+                key, extension = parts
+                place = f"shard {self.name} at byte {member.offset}: sample {key!r}"
+                if key != last:
+                    is_repeat = key in self.samples
+                    if is_repeat:
+                        self.faults.append(f"{place} occurs twice, apart")
+                elif not is_repeat and extension in self.samples[key]:
+                    self.faults.append(f"{place} has field {extension!r} twice")
+                if not is_repeat:
+                    self.samples.setdefault(key, {}).setdefault(extension, (member.offset, member.size))
+                last = key
+                self._take(key, extension, member)
+        except TarError as error:
+            damage = error.what
+        finally:
+            self._decode()
+        if damage:
+            self.faults.append(damage)
+            self.is_whole = False
+            return
+        if not self.samples:
+            self.faults.append(f"shard {self.name} holds no samples")
+
+    def _take(self, key: str, extension: str, member: Member) -> None:
+        """Decode a value, together with others of its field."""
+        if self.decoding is None or not self.decoding.wants(extension):
+            return
+        waiting = self._waiting.setdefault(extension, [])
+        waiting.append((key, member.offset, self.source.read(member.offset, member.size)))
+        self._waiting_bytes += member.size
+        if len(waiting) >= _BATCH or self._waiting_bytes >= _BATCH_BYTES:
+            self._decode()
+
+    def _decode(self) -> None:
+        found: list[tuple[int, str]] = []
+        for extension, waiting in self._waiting.items():
+            assert self.decoding is not None
+            reasons = self.decoding.faults(extension, [value for _, _, value in waiting])
+            for place, reason in reasons.items():
+                key, offset, _ = waiting[place]
+                what = f"shard {self.name} at byte {offset}: sample {key!r}, field {extension!r}: {reason}"
+                found.append((offset, what))
+        self.faults.extend(what for _, what in sorted(found))
+        self._waiting, self._waiting_bytes = {}, 0
 
 
 def _without_last(samples: Spans) -> Spans:
     return dict(list(samples.items())[:-1])  # the sample that the damage cut off may lack fields for that reason
 
 
-def _missing_fields(path: str, samples: Spans, fields: Sequence[str]) -> Iterator[str]:
-    present = {field for sample in samples.values() for field in sample}
+def _missing_fields(name: str, samples: Spans, fields: Sequence[str]) -> Iterator[str]:
+    present = {extension for sample in samples.values() for extension in sample}
     for wanted in fields:
-        alternatives = {field.strip().lower() for field in wanted.split(";")}
+        alternatives = {extension.strip().lower() for extension in wanted.split(";")}
         if samples and not alternatives & present:
-            yield f"shard {path}: no sample has field {wanted!r}; {nearest(wanted, present)}"
+            yield f"shard {name}: no sample has field {wanted!r}; {nearest(wanted, present)}"
             continue
         for key, sample in samples.items():
             if not alternatives & set(sample):
                 offset = next(iter(sample.values()))[0]
-                yield f"shard {path} at byte {offset}: sample {key!r} lacks field {wanted!r}, has {', '.join(sample)}"
+                yield f"shard {name} at byte {offset}: sample {key!r} lacks field {wanted!r}, has {', '.join(sample)}"
 
 
-def _sidecar_faults(path: str, samples: Spans | None) -> Iterator[str]:
-    sidecar = sidecar_path(path)
-    if not sidecar_is_fresh(path):
-        yield f"sidecar {sidecar} is older than its shard and not used: run `disttrain shards index`"
-        return
-    table = read_sidecar(path)
-    if table is None:
-        yield f"sidecar {sidecar} is damaged or points outside its shard: run `disttrain shards index`"
-        return
-    if samples is None:
-        return
+def _sidecar_faults(file: ByteSource, samples: Spans | None) -> Iterator[str]:
+    """What is wrong with the sidecar beside a shard, if it has one."""
+    if isinstance(file, RemoteFile):
+        sidecar = shown(sidecar_url(file.url))
+        is_there, table = remote_sidecar(file)
+    else:
+        path = sidecar_path(file.name)
+        sidecar, is_there = str(path), path.exists()
+        if is_there and not sidecar_is_fresh(file.name):
+            yield f"sidecar {sidecar} is older than its shard and not used: {_MEND}"
+            return
+        try:
+            table = read_sidecar(file.name) if is_there else None
+        except OSError as error:
+            yield f"sidecar {sidecar} cannot be read: {error.strerror}"
+            return
+    if is_there and table is None:
+        yield f"sidecar {sidecar} is damaged or points outside its shard: {_MEND}"
+    if table is not None and samples is not None:
+        yield from _differences(table, samples, sidecar)
+
+
+def _differences(table: ShardTable, samples: Spans, sidecar: str) -> Iterator[str]:
     claimed = table.spans()
     differing = [key for key in {**samples, **claimed} if samples.get(key) != claimed.get(key)]
     if differing:
@@ -128,11 +223,13 @@ def _sidecar_faults(path: str, samples: Spans | None) -> Iterator[str]:
         more = f" (and {len(differing) - 1} more samples)" if len(differing) > 1 else ""
         yield (
             f"sidecar {sidecar} does not fit its shard: sample {key!r} is {_words(samples.get(key))} in the shard,"
-            f" {_words(claimed.get(key))} in the sidecar{more}: run `disttrain shards index`"
+            f" {_words(claimed.get(key))} in the sidecar{more}: {_MEND}"
         )
+    elif list(claimed) != list(samples):
+        yield f"sidecar {sidecar} has the samples in another order than its shard: {_MEND}"
 
 
 def _words(fields: dict[str, tuple[int, int]] | None) -> str:
     if fields is None:
         return "absent"
-    return ", ".join(f"{field} at byte {offset} of size {size}" for field, (offset, size) in fields.items())
+    return ", ".join(f"{name} at byte {offset} of size {size}" for name, (offset, size) in fields.items())

@@ -15,10 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+from jsonargparse import ArgumentParser
 from numpy.typing import NDArray
 from torch import Tensor
 
-from disttrain.data.decode import REFUSED, BadValueError, Decoded, Field, RawValues, decode
+from disttrain.data.decode import BadValuesError, Decoded, Field, RandomResizedCrop, RawValues, check_safe, decode
 from disttrain.errors import ConfigError
 from tests.support.shards import npy
 
@@ -49,14 +50,14 @@ def tensor_of(decoded: Decoded) -> Tensor:
     return decoded
 
 
-def refused(field: Field, values: Sequence[bytes]) -> list[BadValueError]:
-    """The error that each way of giving the values raises."""
-    errors = []
+def refused(field: Field, values: Sequence[bytes]) -> list[dict[int, str]]:
+    """What each way of giving the values says of the bad ones."""
+    found = []
     for raw in ways(values):
-        with pytest.raises(BadValueError) as caught:
+        with pytest.raises(BadValuesError) as caught:
             decode(field, raw)
-        errors.append(caught.value)
-    return errors
+        found.append(caught.value.faults)
+    return found
 
 
 class Bomb:
@@ -111,6 +112,41 @@ def test_values_of_one_size_but_other_headers_become_a_list(arrays: list[NDArray
             assert ours.numpy().dtype == array.dtype
 
 
+ONE, OTHER = np.zeros((2, 3), np.float32), np.zeros((3, 2), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("field", "bad", "words"),
+    [
+        (Field("npy", shape=(2, 3)), OTHER, "shape (3, 2), but shape (2, 3) is declared"),
+        (Field("npy", shape=(2, 3)), np.zeros((2, 3, 1), np.float32), "shape (2, 3, 1), but"),
+        (Field("npy", dtype="float32"), ONE.astype(np.int32), "an array of int32, but float32 is declared"),
+        (Field("npy", pad=0.0), np.float32(1), "a single number"),
+    ],
+)
+def test_arrays_other_than_declared_are_bad_values(field: Field, bad: NDArray[Any], words: str) -> None:
+    for raw in ways([npy(ONE)] * 3):
+        assert tensor_of(decode(field, raw)).shape == (3, 2, 3)
+    for values in ([npy(bad)] * 3, [npy(ONE), npy(bad), npy(bad)]):
+        for faults in refused(field, values):
+            assert list(faults) == [place for place, value in enumerate(values) if value == npy(bad)]
+            assert all(words in what for what in faults.values()), faults
+
+
+def test_arrays_to_be_padded_come_as_they_are() -> None:
+    arrays = [np.arange(3.0), np.arange(5.0)]
+    found = decode(Field("npy", pad=-1.0), separate([npy(array) for array in arrays]))
+    assert isinstance(found, list)
+    assert [row.tolist() for row in found] == [array.tolist() for array in arrays]
+
+
+def test_the_error_tells_all_bad_values() -> None:
+    (faults,) = refused(Field("cls"), [b"1", b"cat", b"22", b""])
+    assert list(faults) == [1, 3]
+    assert "'cat'" in faults[1]
+    assert str(BadValuesError({1: "x", 3: "y"})) == "value 1: x; value 3: y"
+
+
 def test_a_decoded_batch_may_be_written_to() -> None:
     values = [npy(np.arange(3, dtype=np.float32))] * 2
     raw = np.frombuffer(b"\x01\x02" * 2, dtype=np.uint8)
@@ -124,9 +160,9 @@ def test_a_decoded_batch_may_be_written_to() -> None:
 def test_fortran_order_is_refused_unless_it_is_c_order_too() -> None:
     stream = io.BytesIO()
     np.save(stream, np.asfortranarray(np.arange(6.0).reshape(2, 3)))
-    for error in refused(Field("npy"), [stream.getvalue()] * 2):
-        assert "Fortran order" in str(error)
-        assert error.place == 0
+    for faults in refused(Field("npy"), [stream.getvalue()] * 2):
+        assert list(faults) == [0, 1]
+        assert all("Fortran order" in what for what in faults.values())
     stream = io.BytesIO()
     np.save(stream, np.asfortranarray(np.arange(3.0)))
     for raw in ways([stream.getvalue()] * 2):
@@ -138,8 +174,9 @@ def test_object_arrays_are_refused_and_not_unpickled(tmp_path: Path, count: int)
     planted = tmp_path / "planted"
     stream = io.BytesIO()
     np.save(stream, np.array([Bomb(planted)], dtype=object), allow_pickle=True)
-    for error in refused(Field("npy"), [stream.getvalue()] * count):
-        assert "Python objects" in str(error)
+    for faults in refused(Field("npy"), [stream.getvalue()] * count):
+        assert list(faults) == list(range(count))
+        assert all("Python objects" in what for what in faults.values())
     assert not planted.exists(), "code from the data has run"
 
 
@@ -189,7 +226,7 @@ SHAPED = "{'descr': '<f4', 'fortran_order': False, 'shape': %s}"
         (Field("x", decoder="tensor", dtype="float32", shape=(2, 2)), b""),
     ],
 )
-def test_garbage_is_named_by_its_place(field: Field, value: bytes) -> None:
+def test_all_garbage_is_named_by_its_places(field: Field, value: bytes) -> None:
     good = {
         "npy": GOOD_NPY,
         "cls": b"3",
@@ -198,10 +235,10 @@ def test_garbage_is_named_by_its_place(field: Field, value: bytes) -> None:
         "image": picture((2, 2)),
         "tensor": b"1234567890123456",
     }[field.kind]
-    for error in refused(field, [value]):
-        assert error.place == 0
-    errors = refused(field, [good, good, value, good])
-    assert {error.place for error in errors} == {2}, f"the place is given as {[error.place for error in errors]}, not 2"
+    for bad in ([0], [2], [0, 3], [1, 2, 3], [0, 1, 2, 3]):
+        for faults in refused(field, [value if place in bad else good for place in range(4)]):
+            assert list(faults) == bad
+            assert all(faults.values()), "nothing is said of a bad value"
 
 
 ESCAPES = [
@@ -221,8 +258,8 @@ ESCAPES = [
 
 @pytest.mark.parametrize(("field", "value"), ESCAPES)
 def test_values_that_libraries_choke_on_are_bad_values(field: Field, value: bytes) -> None:
-    for error in refused(field, [value] * 2):
-        assert error.place == 0
+    for faults in refused(field, [value] * 2):
+        assert list(faults) == [0, 1]
 
 
 def test_big_endian_arrays_are_read_or_refused() -> None:
@@ -230,7 +267,7 @@ def test_big_endian_arrays_are_read_or_refused() -> None:
     for raw in ways([npy(array)] * 2):
         try:
             found = tensor_of(decode(Field("npy"), raw))
-        except BadValueError:
+        except BadValuesError:
             continue
         np.testing.assert_array_equal(found.numpy(), np.stack([array, array]))
 
@@ -242,7 +279,7 @@ def test_damaged_arrays_are_bad_values_or_arrays() -> None:
             value[at] = byte
             for raw in ways([bytes(value)] * 2):
                 # NumPy warns of a header that Python 2 would have written.
-                with contextlib.suppress(BadValueError, UserWarning):
+                with contextlib.suppress(BadValuesError, UserWarning):
                     decode(Field("npy"), raw)
 
 
@@ -353,6 +390,11 @@ def test_resizing_keeps_what_is_where() -> None:
         ("text", "txt"),
         ("bin", "bytes"),
         ("meta.json", "json"),
+        ("clip.GIF", "image"),
+        ("meta.pkl", "pickle"),
+        ("pyd", "pickle"),
+        ("x.pth", "torch"),
+        ("pt", "torch"),
     ],
 )
 def test_the_extension_names_the_decoder(ext: str, kind: str) -> None:
@@ -363,14 +405,6 @@ def test_alternatives_are_in_lower_case() -> None:
     assert Field("JPG; png").alternatives == ("jpg", "png")
 
 
-@pytest.mark.parametrize("ext", sorted(REFUSED))
-def test_pickles_are_refused_by_extension_and_by_decoder(ext: str) -> None:
-    for make in (lambda: Field(f"model.{ext}"), lambda: Field(ext.upper()), lambda: Field("x", decoder=ext)):
-        with pytest.raises(ConfigError, match="unpickled"):
-            make()
-    assert Field(ext, decoder="bytes").kind == "bytes", "the bytes may be asked for as such"
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -379,6 +413,21 @@ def test_pickles_are_refused_by_extension_and_by_decoder(ext: str) -> None:
         ({"ext": "x", "decoder": "tensor"}, ["without dtype or shape", "shape: [3, 32, 32]"]),
         ({"ext": "x", "decoder": "tensor", "dtype": "uint8"}, ["without dtype or shape"]),
         ({"ext": "x", "decoder": "tensor", "shape": (3,)}, ["without dtype or shape"]),
+        ({"ext": "model.joblib"}, ["unpickled", "npy"]),
+        ({"ext": "x", "decoder": "dill"}, ["unpickled"]),
+        ({"ext": "cls", "pad": 0.0}, ["'cls'", "pad does not go"]),
+        ({"ext": "jpg", "pad": 0.0}, ["pad does not go"]),
+        ({"ext": "x", "decoder": "tensor", "dtype": "int8", "shape": (2,), "pad": 1.0}, ["pad and shape"]),
+        ({"ext": "npy", "shape": (2,), "pad": 1.0}, ["pad and shape"]),
+        ({"ext": "npy", "shape": (-1, 2)}, ["(-1, 2)", "pad"]),
+        ({"ext": "txt", "shape": (2,)}, ["shape does not go"]),
+        ({"ext": "json", "dtype": "int8"}, ["dtype does not go"]),
+        ({"ext": "pkl", "shape": (2,)}, ["shape does not go"]),
+        ({"ext": "npy", "backend": "simplejpeg"}, ["backend does not go"]),
+        ({"ext": "npy", "augment": RandomResizedCrop()}, ["augment does not go"]),
+        ({"ext": "jpg", "augment": RandomResizedCrop()}, ["augment but no shape"]),
+        ({"ext": "jpg", "backend": "simplejpg"}, ["'simplejpg'", "did you mean 'simplejpeg'?"]),
+        ({"ext": "jpg", "shape": (3, 0, 4)}, ["(3, height, width)"]),
     ],
 )
 def test_fields_that_cannot_work_are_refused(arguments: dict[str, Any], words: list[str]) -> None:
@@ -399,3 +448,82 @@ def test_fields_that_cannot_work_are_refused(arguments: dict[str, Any], words: l
 def test_types_and_shapes_that_cannot_work_are_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         Field(**arguments)
+
+
+PICKLE = pickle.dumps([1, {"a": 2}])
+
+
+def test_pickles_are_refused_unless_named(tmp_path: Path) -> None:
+    planted = tmp_path / "planted"
+    values = [pickle.dumps(Bomb(planted))] * 2
+    for field in (Field("pkl"), Field("meta.pyd"), Field("x", decoder="pickle"), Field("x", decoder="webdataset:pth")):
+        for unsafe in (frozenset[str](), frozenset({"npy", "torch", "webdataset:pkl"})):
+            for raw in ways(values):
+                with pytest.raises(ConfigError, match=rf"unpickled.*\n.*'{field.kind}' into data.unsafe_decoders"):
+                    decode(field, raw, unsafe=unsafe)
+    assert not planted.exists(), "code from the data has run"
+
+
+def test_pickles_that_are_named_are_read() -> None:
+    for raw in ways([PICKLE] * 2):
+        assert decode(Field("pkl"), raw, unsafe=frozenset({"pickle"})) == [[1, {"a": 2}]] * 2
+    with pytest.raises(BadValuesError) as caught:
+        decode(Field("pkl"), separate([PICKLE, b"no pickle", PICKLE, b""]), unsafe=frozenset({"pickle"}))
+    assert list(caught.value.faults) == [1, 3]
+
+
+def test_unsafe_fields_are_refused_or_warned_of_once(recwarn: pytest.WarningsRecorder) -> None:
+    safe = {"label": Field("cls"), "state": Field("pt")}
+    unsafe = {"meta": Field("pkl"), "more": Field("x", decoder="webdataset:pyd")}
+    check_safe(safe)
+    check_safe(safe, ["pickle"])
+    assert not recwarn.list
+    for allowed in ([], ["pickle"], ["webdataset:pyd"]):
+        with pytest.raises(ConfigError, match=r"data.fields.(meta|more) .*unpickled"):
+            check_safe({**safe, **unsafe}, allowed)
+    with pytest.warns(UserWarning, match=r"meta \(pickle\), more \(webdataset:pyd\)") as caught:
+        check_safe({**safe, **unsafe}, ["pickle", "webdataset:pyd"])
+    assert len(caught) == 1
+
+
+def test_decoders_that_are_not_unsafe_cannot_be_named_as_such() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'pickle'"):
+        check_safe({}, ["pickel"])
+
+
+def torch_file(value: object) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def test_torch_files_are_read_without_running_code(tmp_path: Path) -> None:
+    values = [torch_file(torch.full((2, 3), float(i))) for i in range(3)]
+    for field in (Field("pt"), Field("x.pth", shape=(2, 3), dtype="float32"), Field("pt", pad=0.0)):
+        found = tensor_of(decode(field, separate(values)))
+        assert found[:, 0, 0].tolist() == [0, 1, 2]
+    several = decode(Field("pt"), separate([torch_file(torch.zeros(2)), torch_file(torch.zeros(3))]))
+    assert isinstance(several, list)
+    assert [tuple(value.shape) for value in several] == [(2,), (3,)]
+    assert decode(Field("pt"), separate([torch_file({"a": 1})])) == [{"a": 1}]
+    planted = tmp_path / "planted"
+    bad = [torch_file(Bomb(planted)), values[0], values[0][:-9], b"", torch_file({"a": 1})]
+    (faults,) = refused(Field("pt", shape=(2, 3)), bad)
+    assert list(faults) == [0, 2, 3, 4]
+    assert "dict, but an array is declared" in faults[4]
+    assert not planted.exists(), "code from the data has run"
+
+
+def test_fields_are_built_from_yaml() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--fields", type=dict[str, Field | str])
+    text = """{
+        image: {ext: jpg, shape: [3, 8, 8], augment: {scale: [0.2, 1.0], flip: 0.0}, backend: simplejpeg},
+        tokens: {ext: npy, dtype: int64, pad: 0}, meta: json}"""
+    fields = parser.instantiate(parser.parse_args([f"--fields={text}"])).fields
+    crop = RandomResizedCrop(scale=(0.2, 1.0), flip=0.0)
+    assert fields == {
+        "image": Field("jpg", shape=(3, 8, 8), augment=crop, backend="simplejpeg"),
+        "tokens": Field("npy", dtype="int64", pad=0.0),
+        "meta": "json",
+    }

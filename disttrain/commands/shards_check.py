@@ -1,0 +1,86 @@
+"""``disttrain shards index`` and ``disttrain shards verify``: several shards at a time, with progress.
+
+``index`` raises the first fault that it meets as an error; ``verify`` prints every one as it is found and returns
+1. PyTorch is imported only where ``verify`` decodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from disttrain.commands.shards_show import count, named, summary
+from disttrain.data.index import write_manifest
+from disttrain.data.indexing import STATES, index_shards
+from disttrain.data.remote import shown
+from disttrain.data.remote_index import cache_home
+from disttrain.data.together import together
+from disttrain.data.verify import first_fields, shard_faults
+from disttrain.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from disttrain.data.verify_decode import Decoders
+
+_THREADS: Final = 8
+
+
+def index(arguments: argparse.Namespace) -> int:
+    """Write sidecars and, if asked, a manifest; returns 0."""
+    manifest: Path | None = arguments.manifest
+    if arguments.md5 and manifest is None:
+        raise ConfigError("--md5 has no manifest to go into", mend="add --manifest FILE")
+    if manifest is not None and not manifest.parent.is_dir():
+        raise DataError(f"folder {manifest.parent} does not exist", mend="make it, or correct --manifest")
+    paths = [shard.path for shard in named(arguments.data)]
+    found = index_shards(paths, manifest=manifest, md5=arguments.md5, anew=arguments.force, progress=True)
+    print("; ".join([summary(found.shards), *_told(found.sidecars, found.kept)]))
+    if found.sidecars["not writable"] or found.kept["not writable"]:
+        print("note: no sidecar where the folder is read-only or a key holds white space; headers are read instead")
+    if manifest is not None:
+        try:
+            write_manifest(manifest, found.shards, name=manifest.stem)
+        except OSError as error:
+            raise DataError(f"cannot write {manifest}: {error.strerror}", mend="choose another place") from None
+        known = sum(bool(shard.md5) for shard in found.shards) - found.num_hashed
+        hashes = {"hashed": found.num_hashed, "MD5 kept from before": known}
+        told = ", ".join(f"{number} {what}" for what, number in hashes.items() if number)
+        print(f"manifest: {manifest}{f' ({told})' if told else ''}")
+        if any(shard.is_remote and shown(shard.path) != shard.path for shard in found.shards):
+            print("note: it holds URLs with a query or a user, which may be secrets: let no one else read it")
+    return 0
+
+
+def _told(sidecars: Counter[str], kept: Counter[str]) -> Iterator[str]:
+    for what, states in (("sidecars", sidecars), (f"tables kept in {cache_home() / 'index'}", kept)):
+        if states:
+            yield f"{what}: {', '.join(f'{states[state]} {state}' for state in STATES if states[state])}"
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Print every fault; returns 1 where there is one, else 0."""
+    shards = named(arguments.data)
+    wanted = [name.strip().partition(":") for name in (arguments.fields or "").split(",") if name.strip()]
+    decoders = None if arguments.no_decode else _decoders(wanted)
+    fields = [name for name, _, _ in wanted] or first_fields(shard.path for shard in shards)
+    check = partial(shard_faults, fields=fields, decoding=decoders)
+    num_faults = num_samples = 0
+    for faults, samples in together(check, shards, threads=_THREADS, told="verifying"):
+        for fault in faults:
+            print(fault)
+        num_faults += len(faults)
+        num_samples += samples
+    for why in decoders.left_out.values() if decoders is not None else ():
+        print(f"note: not decoded: {why}")
+    print(f"{count(len(shards), 'shard')}, {count(num_samples, 'sample')}: {count(num_faults or 'no', 'fault')}")
+    return 1 if num_faults else 0
+
+
+def _decoders(wanted: Sequence[tuple[str, str, str]]) -> Decoders:
+    from disttrain.data.verify_decode import Decoders
+
+    chosen = {ext.strip().lower(): kind for names, _, kind in wanted if kind for ext in names.split(";")}
+    return Decoders(chosen)

@@ -1,0 +1,179 @@
+"""``disttrain shards ls`` and ``disttrain shards stats``: what a data set holds, for people to read.
+
+Nothing is written, but for the tables of remote shards, which are kept locally as ever. Cost: the tables of all
+shards; ``stats --classes`` also reads the classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from disttrain.data.index import Shard, ShardIndex, expand, is_manifest, parse_manifest
+from disttrain.data.remote import shown
+from disttrain.data.sidecar import ShardTable
+from disttrain.data.statistics import Sizes, Statistics, count_values, in_order
+from disttrain.data.together import together
+from disttrain.errors import DataError
+
+_UNFOLDED: Final = 100_000
+_BAR: Final = 40
+_CLASSES_SHOWN: Final = 40
+
+
+def ls(arguments: argparse.Namespace) -> int:
+    """List shards, or samples; returns 0."""
+    index = ShardIndex.open(arguments.data, write_sidecars=False)
+    if arguments.samples:
+        for shard, found in _tables(index):
+            for key, spans in found.spans().items():
+                print(_text(shown(shard.path)), _text(key), *(f"{_text(f)}:{n}" for f, (_, n) in spans.items()))
+        return 0
+    total = 0
+    table = Table(show_footer=True)
+    table.add_column("shard", footer=count(len(index.shards), "shard"), overflow="fold")
+    table.add_column("samples", footer=f"{len(index):,}", justify="right")
+    table.add_column("bytes", justify="right")
+    table.add_column("fields")
+    for shard, found in _tables(index):
+        size = _size(shard)
+        total += size
+        fields = Text(_text(", ".join(found.fields)))
+        table.add_row(Text(_text(shown(shard.path))), f"{shard.num_samples:,}", f"{size:,}", fields)
+    table.columns[2].footer = f"{total:,}"
+    _console().print(table)
+    return 0
+
+
+def stats(arguments: argparse.Namespace) -> int:
+    """Show sizes by field, histograms and classes; returns 0."""
+    index = ShardIndex.open(arguments.data, write_sidecars=False)
+    numbers = Statistics()
+    for shard, found in _tables(index):
+        numbers.add(found, _size(shard))
+    console = _console()
+    fewest, most = numbers.per_shard
+    each = f"{fewest:,} to {most:,}" if fewest < most else f"{most:,}"
+    console.print(
+        f"{summary(index.shards)}, {each} a shard\n{_bytes(numbers.shards.total)} in shards, of which"
+        f" {_bytes(numbers.samples.total)} in samples, the rest in headers and padding",
+        highlight=False,
+    )
+    table = Table()
+    table.add_column("field")
+    for title in ("samples", "smallest", "mean", "largest", "all"):
+        table.add_column(title, justify="right")
+    for name, sizes in numbers.fields.items():
+        columns = (_bytes(sizes.min), _bytes(sizes.mean), _bytes(sizes.max), _bytes(sizes.total))
+        table.add_row(Text(_text(name)), f"{sizes.count:,}", *columns)
+    console.print(table)
+    _histogram(console, "bytes of a sample", numbers.samples)
+    _histogram(console, "bytes of a shard", numbers.shards)
+    if arguments.classes:
+        _classes(console, index, tuple(numbers.fields))
+    return 0
+
+
+def _histogram(console: Console, title: str, sizes: Sizes) -> None:
+    rows = [
+        (_bytes(low) if low == high else f"{_bytes(low)} to {_bytes(high)}", number)
+        for low, high, number in sizes.histogram()
+    ]
+    _bars(console, title, rows)
+
+
+def _classes(console: Console, index: ShardIndex, fields: Sequence[str]) -> None:
+    name = next((field for field in fields if field.rpartition(".")[2] in ("cls", "index")), None)
+    if name is None:
+        raise DataError(f"the samples have no field cls, but {', '.join(fields)}", mend="leave --classes out")
+    found: Counter[str] = Counter()
+    jobs = range(len(index.shards))
+    for counts in together(lambda n: count_values(index.shards[n], index.table(n), name), jobs, told="counting"):
+        found.update(counts)
+    rows = in_order(found)
+    if len(rows) > _CLASSES_SHOWN:
+        rows = found.most_common(_CLASSES_SHOWN)
+    left_out = len(found) - len(rows)
+    which = f", the {len(rows)} most frequent" if left_out else ""
+    _bars(console, f"samples by {_text(name)}: {len(found):,} classes{which}", rows)
+
+
+def _bars(console: Console, title: str, rows: Sequence[tuple[str, int]]) -> None:
+    """Numbers with bars, as long as they are large."""
+    block = "█" if console.encoding.startswith("utf") else "#"
+    most = max((number for _, number in rows), default=1)
+    table = Table(title=Text(title), title_justify="left", title_style="bold", box=None, show_header=False)
+    table.add_column(justify="right", overflow="fold")
+    table.add_column(justify="right")
+    table.add_column(no_wrap=True)
+    for label, number in rows:
+        length = max(1, round(_BAR * number / most)) if number else 0
+        table.add_row(Text(label), f"{number:,}", block * length)
+    console.print()
+    console.print(table)
+
+
+def _tables(index: ShardIndex) -> Iterator[tuple[Shard, ShardTable]]:
+    """Each shard with its table, in order."""
+    are_local = not any(shard.is_remote for shard in index.shards)
+    tables = together(index.table, range(len(index.shards)), quick=are_local, told="reading tables")
+    return zip(index.shards, tables, strict=True)
+
+
+def _size(shard: Shard) -> int:
+    return shard.size_bytes if shard.size_bytes >= 0 else Path(shard.path).stat().st_size
+
+
+def _console() -> Console:
+    console = Console()
+    # A pipe has no width: nothing is folded or cut there.
+    return console if console.is_terminal else Console(width=_UNFOLDED)
+
+
+def _text(name: str) -> str:
+    """A name as it can be printed, also one that is not UTF-8."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _bytes(number: float) -> str:
+    """Bytes for people: three digits or so."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1000 or (unit == "B" and number < 10_000):
+            return f"{number:,.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.3g} {unit}"
+        number /= 1024
+    return f"{number:,.3g} TiB" if number < 1000 else f"{number:,.0f} TiB"
+
+
+def count(number: int | str, noun: str) -> str:
+    """A number with its noun."""
+    told = number if isinstance(number, str) else f"{number}"
+    return f"{told} {noun}" if number == 1 else f"{told} {noun}s"
+
+
+def summary(shards: Sequence[Shard]) -> str:
+    """How many shards and samples."""
+    return f"{count(len(shards), 'shard')}, {count(sum(shard.num_samples for shard in shards), 'sample')}"
+
+
+def named(specs: Sequence[str]) -> list[Shard]:
+    """The shards that patterns and manifests name; what only a manifest knows is -1 or empty for the others.
+
+    Raises:
+        DataError: they name none, or a file that is missing.
+    """
+    shards: list[Shard] = []
+    for spec in specs:
+        if is_manifest(spec):
+            shards.extend(parse_manifest(spec))
+        else:
+            shards.extend(Shard(path, -1, -1) for path in expand(spec))
+    if not shards:
+        raise DataError(f"{' '.join(map(shown, specs))} names no shards", mend="correct the pattern")
+    return shards

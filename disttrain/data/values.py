@@ -1,0 +1,258 @@
+"""The bytes of one field over a batch, and the decoders of numbers, which see the whole batch at once.
+
+Values of one size and one kind become a tensor by one reshape instead of a loop; only what does not fit so is
+looked at one by one. Every decoder lists all the bad values of a batch, by their places, in one
+:class:`BadValuesError`. Nothing is ever unpickled here.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_MAX_DIGITS: Final = 18  # of an int64
+
+Decoded = Tensor | list[Any]
+_Value = TypeVar("_Value")
+
+
+class BadValuesError(ValueError):
+    """Values that do not decode.
+
+    Args:
+        faults: what is wrong with each bad value, by its place in the batch.
+    """
+
+    def __init__(self, faults: Mapping[int, str]) -> None:
+        super().__init__(dict(faults))
+        self.faults = dict(faults)
+
+    def __str__(self) -> str:
+        return "; ".join(f"value {place}: {what}" for place, what in self.faults.items())
+
+
+class RawValues:
+    """The bytes of one field over a batch, given in one of three ways.
+
+    Args:
+        values: the bytes of each sample; made from the others when first asked for, if not given.
+        block: one array, where all have one size. uint8, shape (samples, bytes)
+        pieces: one buffer, and each sample's place in it and size. shapes (bytes,), (samples,), (samples,)
+    """
+
+    def __init__(
+        self,
+        values: Sequence[memoryview] | None = None,
+        *,
+        block: NDArray[np.uint8] | None = None,
+        pieces: tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]] | None = None,
+    ) -> None:
+        self._values = values
+        self.block = block
+        self._pieces = pieces
+
+    @property
+    def values(self) -> Sequence[memoryview]:
+        """The bytes of each sample."""
+        if self._values is None and self._pieces is not None:
+            buffer, at, sizes = self._pieces
+            view = buffer.data
+            self._values = [view[a : a + s] for a, s in zip(at.tolist(), sizes.tolist(), strict=True)]
+        elif self._values is None:
+            self._values = [memoryview(row) for row in self.block] if self.block is not None else []
+        return self._values
+
+    def aligned(self, max_bytes: int, fill: int) -> NDArray[np.uint8] | None:
+        """The values as rows of one array, filled up on the left.
+
+        Returns:
+            None where that does not pay: a value is empty or longer than ``max_bytes``.
+        """
+        if self.block is not None:
+            return self.block if 0 < self.block.shape[1] <= max_bytes else None
+        if self._pieces is None:
+            return None
+        buffer, at, sizes = self._pieces
+        width = int(sizes.max())
+        if sizes.min() == 0 or width > max_bytes:
+            return None
+        columns = np.arange(width) - width + sizes[:, None]  # byte of the value, negative where there is none
+        return np.where(columns < 0, np.uint8(fill), buffer[at[:, None] + np.maximum(columns, 0)])
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a field says of the array in each of its values.
+
+    Attributes:
+        dtype: its type, such as ``float32``; empty if any will do.
+        shape: its shape; empty if any will do.
+        ragged: the first dimension differs from value to value, so there must be one.
+    """
+
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    ragged: bool = False
+
+    def check(self, dtype: str, shape: tuple[int, ...]) -> None:
+        """Compare with the array of a value.
+
+        Raises:
+            ValueError: it is another one.
+        """
+        if self.shape and shape != self.shape:
+            raise ValueError(f"an array of shape {shape}, but shape {self.shape} is declared")
+        if self.dtype and dtype != self.dtype:
+            raise ValueError(f"an array of {dtype}, but {self.dtype} is declared")
+        if self.ragged and not shape:
+            raise ValueError("a single number, but an array of variable length is declared")
+
+    def check_value(self, value: object) -> None:
+        """The same for a value that need not be a tensor.
+
+        Raises:
+            ValueError: something is declared, and it is no tensor or another one.
+        """
+        if isinstance(value, Tensor):
+            self.check(str(value.dtype).removeprefix("torch."), tuple(value.shape))
+        elif self != _ANYTHING:
+            raise ValueError(f"a {type(value).__name__}, but an array is declared")
+
+
+_ANYTHING: Final = Declared()
+
+
+def each(
+    raw: RawValues,
+    read: Callable[[memoryview], _Value],
+    what: str = "",
+    *,
+    catch: type[Exception] | tuple[type[Exception], ...] = ValueError,
+) -> list[_Value]:
+    """Decode value by value.
+
+    Args:
+        raw: the values.
+        read: decodes one.
+        what: what a value is that raises.
+        catch: what it may raise.
+
+    Raises:
+        BadValuesError: some values have raised; the others were tried nevertheless.
+    """
+    out, faults = [], {}
+    for place, value in enumerate(raw.values):
+        try:
+            out.append(read(value))
+        except catch as error:
+            faults[place] = f"{what}: {error}" if what else str(error)
+    if faults:
+        raise BadValuesError(faults)
+    return out
+
+
+def stacked(values: list[Any]) -> Decoded:
+    """One tensor, shape (samples, ...), where all values are tensors of one type and shape; else the list itself."""
+    first = values[0] if values else None
+    if not isinstance(first, Tensor) or first.layout != torch.strided:
+        return values
+    alike = all(isinstance(v, Tensor) and v.shape == first.shape and v.dtype == first.dtype for v in values)
+    return torch.stack(values) if alike else values
+
+
+def npy(raw: RawValues, declared: Declared = _ANYTHING) -> Decoded:
+    """Arrays in NumPy's format."""
+    if raw.block is not None and (batch := _npy_block(raw.block, declared)) is not None:
+        return batch
+    return stacked(each(raw, partial(_one_npy, declared=declared)))
+
+
+def _npy_block(block: NDArray[np.uint8], declared: Declared) -> Tensor | None:
+    """Arrays with one header for all: then the batch is the block without its first columns."""
+    try:
+        shape, dtype, start = _npy_header(block[0].tobytes(), declared)
+    except ValueError:
+        return None  # one by one, to say of each value whether it is bad
+    if block.shape[1] - start != int(np.prod(shape)) * dtype.itemsize or (block[:, :start] != block[0, :start]).any():
+        return None
+    content = np.ascontiguousarray(block[:, start:])
+    return torch.from_numpy(content.view(dtype).reshape(len(content), *shape))
+
+
+def _npy_header(data: bytes, declared: Declared) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran, dtype = reader(stream)
+    except Exception as error:  # NumPy parses the header as Python, whose parser may raise almost anything
+        raise ValueError(f"not an npy array: {error}") from None
+    if min(shape, default=0) < 0:
+        raise ValueError(f"an npy array of shape {shape}")
+    if dtype.hasobject:
+        raise ValueError("an npy array of Python objects, which would have to be unpickled")
+    if dtype.kind not in "biufc" or not dtype.isnative or dtype.itemsize > 16 or dtype == np.longdouble:
+        raise ValueError(f"an npy array of type {dtype}, which torch does not know")
+    if fortran and len(shape) > 1:
+        raise ValueError("an npy array in Fortran order; save it with np.ascontiguousarray")
+    declared.check(dtype.name, shape)
+    return shape, dtype, stream.tell()
+
+
+def _one_npy(value: memoryview, declared: Declared) -> Tensor:
+    data = bytes(value)
+    shape, dtype, start = _npy_header(data, declared)
+    try:
+        return torch.from_numpy(np.frombuffer(data, dtype=dtype, offset=start).reshape(shape).copy())
+    except ValueError as error:
+        raise ValueError(f"a damaged npy array: {error}") from None
+
+
+def cls(raw: RawValues) -> Tensor:
+    """Class numbers in decimal digits."""
+    text = raw.aligned(_MAX_DIGITS, fill=ord("0"))
+    if text is not None:
+        digits = text - np.uint8(ord("0"))  # what is no digit wraps round to 10 or more
+        if (digits < 10).all():
+            return torch.from_numpy(digits @ 10 ** np.arange(digits.shape[1])[::-1])
+    return torch.tensor(each(raw, _one_cls), dtype=torch.int64)  # signs, spaces and errors: one by one
+
+
+def _one_cls(value: memoryview) -> int:
+    try:
+        return int64(int(bytes(value)))
+    except ValueError:
+        raise ValueError(f"not a class number: {bytes(value[:40])!r}") from None
+
+
+def int64(number: int) -> int:
+    """The number itself.
+
+    Raises:
+        ValueError: it takes more than 64 bits.
+    """
+    if -(2**63) <= number < 2**63:
+        return number
+    raise ValueError(f"{number} takes more than 64 bits")
+
+
+def tensor(raw: RawValues, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """Raw little-endian numbers, all of one shape."""
+    kind = np.dtype(dtype).newbyteorder("<")
+    expected = int(np.prod(shape)) * kind.itemsize
+    block = raw.block
+    if block is None or block.shape[1] != expected:
+        sizes = [len(value) for value in raw.values]
+        wrong = f"{{}} bytes, but {dtype} of shape {shape} takes {expected}"
+        if faults := {place: wrong.format(size) for place, size in enumerate(sizes) if size != expected}:
+            raise BadValuesError(faults)
+        block = np.stack([np.frombuffer(value, np.uint8) for value in raw.values])
+    return torch.from_numpy(np.ascontiguousarray(block).view(kind).reshape(len(block), *shape))
