@@ -157,11 +157,6 @@ class MappedShards:
             raise _ends_early(self._shards[shard].path, size)
 
 
-def windows(memory: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Every run of so many bytes of some memory as a row, without a copy. shape (bytes - size + 1, size)"""
-    return np.lib.stride_tricks.as_strided(memory, shape=(len(memory) - size + 1, size), strides=(1, 1))
-
-
 def _ends_early(path: str, offset: int) -> ShardError:
     return ShardError(
         f"shard {path} ends at byte {offset}, before a sample that its index lists",

@@ -21,7 +21,6 @@ from disttrain.data.cache import CacheConfig
 from disttrain.data.decode import BadValuesError, Decoded, Field, RawValues, check_safe, decode
 from disttrain.data.draws import Draws
 from disttrain.data.index import ShardIndex
-from disttrain.data.mapped_shards import windows
 from disttrain.data.remote import shown
 from disttrain.data.shard_files import ShardFiles
 from disttrain.data.spans import Places, spans
@@ -180,7 +179,7 @@ class Reader:
         bad: dict[int, BadSample] = {}
         for column, (name, field) in enumerate(self.fields.items()):
             try:
-                raw = _cut(memory, at[:, column], sizes[:, column])
+                raw = RawValues(pieces=(memory, at[:, column], sizes[:, column]))
                 out[name] = decode(field, raw, draws, unsafe=self.unsafe_decoders)
             except BadValuesError as found:
                 offset = places.in_batch_order(offsets[:, column])
@@ -213,11 +212,3 @@ class Reader:
         row = int(np.flatnonzero(places.order == place)[0])
         shard = next(shard for shard, here in places.shards if row < here.stop)
         return int(self.index.starts[shard] + places.local[row])
-
-
-def _cut(memory: NDArray[np.uint8], at: NDArray[np.int64], sizes: NDArray[np.int64]) -> RawValues:
-    """One field's values out of the memory that holds them; those of one size side by side."""
-    size = int(sizes[0])
-    if size > 0 and bool((sizes == size).all()):
-        return RawValues(block=windows(memory, size)[at])
-    return RawValues(pieces=(memory, at, sizes))

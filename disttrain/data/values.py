@@ -40,35 +40,58 @@ class BadValuesError(ValueError):
 
 
 class RawValues:
-    """The bytes of one field over a batch, given in one of three ways.
+    """The bytes of one field over a batch.
 
     Args:
-        values: the bytes of each sample; made from the others when first asked for, if not given.
-        block: one array, where all have one size. uint8, shape (samples, bytes)
-        pieces: one buffer, and each sample's place in it and size. shapes (bytes,), (samples,), (samples,)
+        values: the bytes of each sample; or, instead,
+        pieces: memory that holds them, and each one's place in it and size; nothing else of it is touched.
+            shapes (bytes,), (samples,), (samples,)
     """
 
     def __init__(
         self,
         values: Sequence[memoryview] | None = None,
         *,
-        block: NDArray[np.uint8] | None = None,
         pieces: tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]] | None = None,
     ) -> None:
         self._values = values
-        self.block = block
         self._pieces = pieces
+        self.size: int | None = None
+        """Bytes of each value, where they are in memory and have one size; else None."""
+        if pieces is not None:
+            _, _, sizes = pieces
+            size = int(sizes[0])
+            self.size = size if size > 0 and bool((sizes == size).all()) else None
 
     @property
     def values(self) -> Sequence[memoryview]:
         """The bytes of each sample."""
-        if self._values is None and self._pieces is not None:
-            buffer, at, sizes = self._pieces
-            view = buffer.data
+        if self._values is None:
+            assert self._pieces is not None
+            memory, at, sizes = self._pieces
+            view = memory.data
             self._values = [view[a : a + s] for a, s in zip(at.tolist(), sizes.tolist(), strict=True)]
-        elif self._values is None:
-            self._values = [memoryview(row) for row in self.block] if self.block is not None else []
         return self._values
+
+    def first(self, size: int) -> bytes:
+        """The first bytes of the first value, which is in memory."""
+        assert self._pieces is not None
+        memory, at, _ = self._pieces
+        return bytes(memory[at[0] : at[0] + size])
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Some bytes of each value, where they have one size, gathered into new memory, pinned where CUDA is in use.
+
+        Returns:
+            uint8, shape (samples, stop - start).
+        """
+        assert self._pieces is not None
+        memory, at, _ = self._pieces
+        width = stop - start
+        # Every run of so many bytes as a row, without a copy: the rows wanted are then the only ones copied.
+        rows = _writable(memory).as_strided((len(memory) - width + 1, width), (1, 1))
+        out = torch.empty((len(at), width), dtype=torch.uint8, pin_memory=_has_cuda())
+        return torch.index_select(rows, 0, torch.from_numpy(at + start), out=out)
 
     def aligned(self, max_bytes: int, fill: int) -> NDArray[np.uint8] | None:
         """The values as rows of one array, filled up on the left.
@@ -76,16 +99,33 @@ class RawValues:
         Returns:
             None where that does not pay: a value is empty or longer than ``max_bytes``.
         """
-        if self.block is not None:
-            return self.block if 0 < self.block.shape[1] <= max_bytes else None
         if self._pieces is None:
             return None
-        buffer, at, sizes = self._pieces
+        memory, at, sizes = self._pieces
         width = int(sizes.max())
         if sizes.min() == 0 or width > max_bytes:
             return None
         columns = np.arange(width) - width + sizes[:, None]  # byte of the value, negative where there is none
-        return np.where(columns < 0, np.uint8(fill), buffer[at[:, None] + np.maximum(columns, 0)])
+        return np.where(columns < 0, np.uint8(fill), memory[at[:, None] + np.maximum(columns, 0)])
+
+
+def _has_cuda() -> bool:
+    """Whether this process uses CUDA already: a worker process is not to start it."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+class _Alias:
+    """Memory of an array under another name, which keeps the array alive."""
+
+    def __init__(self, memory: NDArray[np.uint8]) -> None:
+        address, _ = memory.__array_interface__["data"]
+        self.__array_interface__ = {"data": (address, False), "shape": memory.shape, "typestr": "|u1", "version": 3}
+        self._memory = memory
+
+
+def _writable(memory: NDArray[np.uint8]) -> Tensor:
+    """An array as a tensor that is only read. PyTorch has no read-only tensors and warns of arrays that are."""
+    return torch.from_numpy(np.asarray(_Alias(memory)))
 
 
 @dataclass(frozen=True)
@@ -170,20 +210,23 @@ def stacked(values: list[Any]) -> Decoded:
 
 def npy(raw: RawValues, declared: Declared = _ANYTHING) -> Decoded:
     """Arrays in NumPy's format."""
-    if raw.block is not None and (batch := _npy_block(raw.block, declared)) is not None:
+    if raw.size is not None and (batch := _alike_npy(raw, raw.size, declared)) is not None:
         return batch
     return stacked(each(raw, partial(_one_npy, declared=declared)))
 
 
-def _npy_block(block: NDArray[np.uint8], declared: Declared) -> Tensor | None:
-    """Arrays with one header for all: then the batch is the block without its first columns."""
+def _alike_npy(raw: RawValues, size: int, declared: Declared) -> Tensor | None:
+    """Arrays with one header for all: then the batch is what follows it in each."""
     try:
-        shape, dtype, start = _npy_header(block[0].tobytes(), declared)
+        shape, dtype, start = _npy_header(raw.first(size), declared)
     except ValueError:
         return None  # one by one, to say of each value whether it is bad
-    if block.shape[1] - start != int(np.prod(shape)) * dtype.itemsize or (block[:, :start] != block[0, :start]).any():
+    if start == size:
+        return None  # arrays without elements
+    headers = raw.columns(0, start).numpy()
+    if size - start != int(np.prod(shape)) * dtype.itemsize or (headers != headers[0]).any():
         return None
-    content = np.ascontiguousarray(block[:, start:])
+    content = raw.columns(start, size).numpy()
     return torch.from_numpy(content.view(dtype).reshape(len(content), *shape))
 
 
@@ -248,11 +291,12 @@ def tensor(raw: RawValues, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """Raw little-endian numbers, all of one shape."""
     kind = np.dtype(dtype).newbyteorder("<")
     expected = int(np.prod(shape)) * kind.itemsize
-    block = raw.block
-    if block is None or block.shape[1] != expected:
+    if raw.size != expected or not expected:
         sizes = [len(value) for value in raw.values]
         wrong = f"{{}} bytes, but {dtype} of shape {shape} takes {expected}"
         if faults := {place: wrong.format(size) for place, size in enumerate(sizes) if size != expected}:
             raise BadValuesError(faults)
         block = np.stack([np.frombuffer(value, np.uint8) for value in raw.values])
-    return torch.from_numpy(np.ascontiguousarray(block).view(kind).reshape(len(block), *shape))
+    else:
+        block = raw.columns(0, expected).numpy()
+    return torch.from_numpy(block.view(kind).reshape(len(block), *shape))

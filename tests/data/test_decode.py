@@ -36,8 +36,10 @@ def separate(values: Sequence[bytes]) -> RawValues:
 
 
 def block(values: Sequence[bytes]) -> RawValues:
-    """The values as the reader gives them where all have one size."""
-    return RawValues(block=np.stack([np.frombuffer(value, dtype=np.uint8) for value in values]))
+    """The values as the reader gives them where all have one size: side by side in a buffer."""
+    size = len(values[0])
+    buffer = np.frombuffer(b"".join(values), dtype=np.uint8)
+    return RawValues(pieces=(buffer, np.arange(len(values)) * size, np.full(len(values), size)))
 
 
 def ways(values: Sequence[bytes]) -> list[RawValues]:
