@@ -21,6 +21,7 @@ _TRAINING = {
 }
 _TOOLS = {
     "shards": "pack, index, verify, list and measure shards",
+    "parity": "show that a recipe trains the same in several layouts",
     "report": "draw the report of a run, or compare several",
 }
 
@@ -66,6 +67,10 @@ def _dispatch(arguments: list[str]) -> int:
         from disttrain.commands import shards
 
         return shards.main(rest)
+    if name == "parity":
+        from disttrain.commands import parity
+
+        return parity.main(rest)
     if name == "report":
         from disttrain.commands import report
 

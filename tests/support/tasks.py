@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from disttrain import ClassificationTask, OptimizerConfig
 
@@ -19,3 +24,42 @@ class BatchNormDigits(ClassificationTask):
             nn.Linear(72, 10),
         )
         super().__init__(model, num_classes=10, scale=1 / 16, optimizer=OptimizerConfig(name="sgd", lr=0.05))
+
+
+class PlainDigits(ClassificationTask):
+    """Digits by a small network without kinks, trained by SGD; what the planted mistakes below are made in."""
+
+    def __init__(self, lr: float = 0.05) -> None:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
+        super().__init__(model, num_classes=10, scale=1 / 16, optimizer=OptimizerConfig(name="sgd", lr=lr))
+
+
+class RankDependentDigits(PlainDigits):
+    """A planted mistake: the loss depends on the rank."""
+
+    def losses(self, outputs: Any, batch: Any) -> Tensor:
+        return super().losses(outputs, batch) * (1.0 + 0.1 * self.global_rank)
+
+
+class UnkeyedDropoutDigits(PlainDigits):
+    """A planted mistake: dropout that draws from NumPy."""
+
+    def forward(self, batch: Any) -> Any:
+        keep = torch.from_numpy((np.random.random(10) > 0.3).astype(np.float32))
+        return super().forward(batch) * (keep if self.training else 1.0)
+
+
+class MeanOfMeansDigits(pl.LightningModule):
+    """A planted mistake: a weighted loss that is averaged over each micro batch by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        losses = nn.functional.cross_entropy(self.model(batch["image"] / 16.0), batch["label"], reduction="none")
+        weights = 1.0 + batch["label"].float()
+        return (losses * weights).sum() / weights.sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05)

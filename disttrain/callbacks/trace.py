@@ -1,0 +1,136 @@
+"""A trace of a run for comparing it with others: per step loss, gradient norm and weights, and what was drawn.
+
+Written to ``<run_dir>/trace``: ``steps.jsonl`` (loss over the global batch and norm of the gradient as the optimizer
+saw it), ``weights-000012.pt`` after each step (the whole parameters and buffers, by name), and ``rank-00000.json``
+a rank: which random number generators that are not keyed its training drew from. Cost: the weights are
+gathered and written every step, so this is for short runs of models that fit one process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from disttrain.callbacks.find import find_callback
+from disttrain.callbacks.step_log import StepLog
+from disttrain.parallel.gradients import gradient_norm
+from disttrain.tasks.base import Task
+
+FOLDER = "trace"
+
+
+class StepTrace(Callback):
+    """Writes the trace of a run.
+
+    Args:
+        stop_at: step after which the run ends, with the schedule that it has; -1 for where it ends by itself.
+        kill_at: step before which every rank kills itself, once; -1 for never.
+    """
+
+    def __init__(self, stop_at: int = -1, kill_at: int = -1) -> None:
+        self._stop_at, self._kill_at = stop_at, kill_at
+        self._folder = Path()
+        self._drawn: set[str] = set()
+        self._before: dict[str, str] = {}
+        self._loss: Tensor | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the weights that the run starts from."""
+        self._folder = Path(trainer.default_root_dir) / FOLDER
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._write_weights(trainer, pl_module)
+        if trainer.is_global_zero:
+            norms = [name for name, m in pl_module.named_modules() if isinstance(m, _BatchNorm)]
+            about = {"batch_norms": norms, "is_task": isinstance(pl_module, Task)}
+            (self._folder / "about.json").write_text(json.dumps(about))
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the generators before a micro batch; die where that was asked for."""
+        boundary = batch_idx % trainer.accumulate_grad_batches == 0
+        marker = self._folder / f"killed-{trainer.global_rank:05d}"
+        if boundary and trainer.global_step == self._kill_at and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._before = _generators(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Record a step where one has ended."""
+        after = _generators(pl_module)
+        fresh = {name for name, state in after.items() if self._before.get(name) not in (None, state)} - self._drawn
+        if fresh:
+            self._drawn |= fresh
+            path = self._folder / f"rank-{trainer.global_rank:05d}.json"
+            path.write_text(json.dumps(sorted(self._drawn)))
+        if isinstance(outputs, dict) and isinstance(outputs.get("loss"), Tensor):
+            loss = outputs["loss"].detach().double()
+            self._loss = loss if self._loss is None else self._loss + loss
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        norm = float(gradient_norm(pl_module.parameters()))
+        line = {"step": trainer.global_step, "loss": self._step_loss(trainer, pl_module), "grad_norm": norm}
+        self._write_weights(trainer, pl_module)
+        if trainer.is_global_zero:
+            with open(self._folder / "steps.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        if trainer.global_step == self._stop_at:
+            trainer.should_stop = True  # on every rank, at the same step
+
+    def _step_loss(self, trainer: pl.Trainer, module: pl.LightningModule) -> float:
+        """The loss of a step over all ranks; of a module that is no task, the mean over its micro batches."""
+        local, self._loss = self._loss, None
+        log = find_callback(trainer, StepLog)
+        if isinstance(module, Task) and log is not None:
+            return log.latest.get("train/loss", float("nan"))
+        if local is None:
+            return float("nan")
+        return float(trainer.strategy.reduce(local, reduce_op="mean"))
+
+    def _write_weights(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Gather and write parameters and buffers. A collective where they are sharded."""
+        weights = {name: _whole(parameter) for name, parameter in module.named_parameters()}
+        buffers = {f"buffer {name}": _whole(buffer) for name, buffer in module.named_buffers()}
+        if trainer.is_global_zero:
+            path = self._folder / f"weights-{trainer.global_step:06d}.pt"
+            torch.save(weights | buffers, path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), path)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
+
+
+def _generators(module: pl.LightningModule) -> dict[str, str]:
+    """The states of the generators that disttrain does not key, by name, as hashes."""
+    states: dict[str, bytes] = {
+        "Python's random": pickle.dumps(random.getstate()),
+        "numpy.random": pickle.dumps(np.random.get_state()),
+    }
+    for name, inner in module.named_modules():
+        for attribute, value in vars(inner).items():
+            if isinstance(value, torch.Generator):
+                states[f"the torch.Generator {'.'.join(filter(None, (name, attribute)))}"] = bytes(
+                    value.get_state().tolist()
+                )
+            elif isinstance(value, np.random.Generator):
+                state = value.bit_generator.state
+                states[f"the numpy Generator {'.'.join(filter(None, (name, attribute)))}"] = repr(state).encode()
+    return {name: hashlib.blake2b(state, digest_size=8).hexdigest() for name, state in states.items()}

@@ -1,0 +1,108 @@
+"""``disttrain parity``: does a recipe train the same in every layout? On this machine, with the recipe's own data.
+
+Runs a few steps of it in each layout, compares samples, losses, gradient norms, weights and metrics with those of the
+first, and prints a table, what differed first and why it may, and two pictures. Exit code 0 where all layouts agree as
+they should, 1 where one does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Final
+
+from disttrain.errors import ConfigError
+
+_TOLERANCE: Final = 1e-5
+
+
+def main(argv: list[str]) -> int:
+    """Run the comparison.
+
+    Args:
+        argv: the arguments that follow ``disttrain parity``; those it does not know go to ``disttrain fit``.
+
+    Returns:
+        0 where all layouts agree, 1 where one differs.
+
+    Raises:
+        ConfigError: a layout or a number is none.
+        ParityError: a run failed.
+    """
+    arguments, more = _parser().parse_known_args(argv)
+    from disttrain.parity.layouts import parse_layouts
+
+    layouts = parse_layouts(arguments.layouts)
+    if arguments.steps < 1:
+        raise ConfigError(f"--steps is {arguments.steps}", mend="use at least 1")
+    if not 0 <= arguments.tolerance < 1:
+        raise ConfigError(f"--tolerance is {arguments.tolerance}", mend="use a small number, such as 1e-5")
+    if not Path(arguments.config).is_file():
+        raise ConfigError(f"{arguments.config} does not exist", mend="correct --config")
+    reduction = ["--trainer.parallel.reduction", arguments.reduction] if arguments.reduction else []
+    out = Path(arguments.out)
+    if out.exists() and not (out / "parity.json").exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} holds something else than a comparison", mend="choose another folder with --out")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / "parity.json").write_text("{}")
+
+    from disttrain.parity.compare import DIFFERENT, SAME, compare  # here: --help and mistakes need no torch
+    from disttrain.parity.launch import Runs
+    from disttrain.parity.show import draw_pictures, print_comparisons, write_json
+
+    runs = Runs(("--config", arguments.config, *more, *reduction), out, arguments.steps, arguments.kill)
+    print(
+        f"disttrain parity: {arguments.steps} steps in {len(layouts)} layouts, the first is the reference", flush=True
+    )
+    traces = []
+    for layout in layouts:
+        traces.append(runs.run(layout))
+        print(f"  {layout.name}: done", flush=True)
+    compared = [compare(traces[0], trace, arguments.tolerance) for trace in traces[1:]]
+    wanted = {SAME} if arguments.reduction == "tree" else {SAME, "within tolerance"}
+    if any(comparison.verdict == DIFFERENT for comparison in compared):
+        # A run that does not even repeat itself differs for another reason than its layout.
+        again = compare(traces[0], runs.run(layouts[0], f"{layouts[0].name}-again"), arguments.tolerance)
+    else:
+        again = None
+    print_comparisons(traces[0], compared, again, tolerance=arguments.tolerance)
+    pictures = draw_pictures(traces, compared, out)
+    write_json(out / "parity.json", traces[0], compared, again)
+    print("pictures: " + ", ".join(str(path) for path in pictures))
+    failed = [comparison.name for comparison in compared if comparison.verdict not in wanted]
+    if failed:
+        need = "the same bits" if arguments.reduction == "tree" else f"a tolerance of {arguments.tolerance:g}"
+        print(f"FAILED: {', '.join(failed)} does not keep to {need}")
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="disttrain parity",
+        description="Run a recipe for a few steps in several layouts on this machine, and compare order, losses,"
+        " gradients, weights and metrics with those of the first. Further arguments are overrides of the recipe, as"
+        " for disttrain fit.",
+        epilog="Exit code 0 where all layouts agree, 1 where one differs, 2 for a mistake.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="the recipe's YAML")
+    parser.add_argument(
+        "--layouts",
+        default="1,2xddp,2xfsdp",
+        help="such as 1,2xddp,4xfsdp,2x2hsdp, with @SIZE for another micro batch size; the first is the reference (default: %(default)s)",
+    )
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each run (default: %(default)s)")
+    parser.add_argument(
+        "--reduction", choices=("fast", "tree"), help="how gradients are summed; with tree, all bits must be equal"
+    )
+    parser.add_argument("--kill", action="store_true", help="kill every run half-way and resume it")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=_TOLERANCE,
+        help="largest max|w - w'| / max|w| that counts as rounding (default: %(default)g)",
+    )
+    parser.add_argument("--out", default="runs/parity", help="folder to write to (default: %(default)s)")
+    return parser

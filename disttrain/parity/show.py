@@ -1,0 +1,94 @@
+"""How a comparison is told: a table, two pictures, and JSON.
+
+The pictures are the losses of all layouts over each other, and the distance of each layout's weights from the
+reference's after each step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from disttrain.files import write_atomically
+from disttrain.parity.compare import DIFFERENT, SAME, Comparison
+from disttrain.parity.traces import Trace
+from disttrain.report.draw import MAX_LINES, Line, Picture, draw
+
+
+def print_comparisons(
+    reference: Trace, compared: Sequence[Comparison], again: Comparison | None, *, tolerance: float
+) -> None:
+    """Print the table, and for each layout that differs what did so first and why it may.
+
+    Args:
+        reference: the run that others were compared with.
+        compared: the others.
+        again: the reference run once more, where that was needed.
+        tolerance: what counts as rounding.
+    """
+    table = Table(title=f"disttrain parity: {len(reference.steps)} steps, compared with {reference.name}")
+    for head in ("layout", "verdict"):
+        table.add_column(head)
+    for head in ("weights", "loss", "gradient norm", "metrics"):
+        table.add_column(head, justify="right")
+    for one in compared:
+        table.add_row(one.name, one.verdict, *map(_number, (one.weights, one.loss, one.grad_norm, one.metrics)))
+    console = Console()
+    console.print(table)
+    console.print(
+        "weights: max|w - w'| / max|w| after the last step; loss, norm: largest relative difference of a step"
+    )
+    for one in compared:
+        if one.verdict == SAME:
+            continue
+        what = f"beyond {tolerance:g} first" if one.verdict == DIFFERENT else "the last bits, first"
+        console.print(f"{one.name}: {what} {one.first}", highlight=False)
+        if one.verdict == DIFFERENT:
+            for number, cause in enumerate(_causes(one, again), start=1):
+                console.print(f"  likely cause {number}: {cause}", highlight=False)
+
+
+def draw_pictures(traces: Sequence[Trace], compared: Sequence[Comparison], out: Path) -> list[Path]:
+    """Draw losses and distances into a folder."""
+    losses = tuple(
+        Line(trace.name, [(step, values["loss"]) for step, values in trace.steps.items()], color)
+        for color, trace in enumerate(traces[:MAX_LINES])
+    )
+    apart = tuple(
+        Line(one.name, list(one.distances.items()), color + 1) for color, one in enumerate(compared[: MAX_LINES - 1])
+    )
+    pictures = [
+        Picture("loss", "Training loss by layout", "loss", losses),
+        Picture("distance", f"Distance of the weights from {traces[0].name}", "max|w - w'| / max|w|", apart),
+    ]
+    paths = [out / f"{picture.name}.png" for picture in pictures]
+    for path, picture in zip(paths, pictures, strict=True):
+        path.write_bytes(draw(picture))
+    return paths
+
+
+def write_json(path: Path, reference: Trace, compared: Sequence[Comparison], again: Comparison | None) -> None:
+    """Write all figures, for programs."""
+    content = {
+        "reference": reference.name,
+        "steps": len(reference.steps),
+        "repeats_itself": None if again is None else again.verdict,
+        "layouts": [dataclasses.asdict(one) | {"causes": _causes(one, again)} for one in compared],
+    }
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def _causes(one: Comparison, again: Comparison | None) -> list[str]:
+    causes = list(one.causes)
+    if one.verdict == DIFFERENT and again is not None and again.verdict == DIFFERENT:
+        causes.insert(0, "not the layout: the reference run, repeated, differs from itself as well")
+    return causes
+
+
+def _number(value: float) -> str:
+    return "0" if value == 0 else f"{value:.1e}"

@@ -1,0 +1,104 @@
+"""``disttrain parity`` on real runs: it passes what is the same, and finds planted mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from disttrain.commands import parity
+from disttrain.errors import ConfigError
+from disttrain.parity.launch import ParityError
+
+
+def write_config(folder: Path, digits: Path, task: str, **model: Any) -> str:
+    config = {
+        "model": {"class_path": task, "init_args": model},
+        "data": {
+            **{split: str(digits / f"{split}.json") for split in ("train", "test")},
+            "fields": {"image": "image.npy", "label": "cls"},
+            "global_batch_size": 32,
+            "micro_batch_size": 8,
+        },
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+def run(folder: Path, config: str, *more: str) -> tuple[int, dict[str, Any]]:
+    out = folder / "out"
+    code = parity.main(["--config", config, "--out", str(out), *more])
+    found: dict[str, Any] = json.loads((out / "parity.json").read_text())
+    for name in ("loss", "distance"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    return code, found
+
+
+@pytest.mark.slow
+def test_layouts_that_agree(tmp_path: Path, digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path, digits, "tests.support.tasks.PlainDigits")
+    more = ("--layouts", "1,2xddp,2xfsdp", "--steps", "6", "--kill", "--tolerance", "1e-6")
+    code, found = run(tmp_path, config, *more)
+    text = capsys.readouterr().out
+    assert code == 0, text
+    assert [layout["verdict"] for layout in found["layouts"]] == ["within tolerance"] * 2
+    assert found["steps"] == 6
+    for name in ("1", "2xddp", "2xfsdp"):
+        assert list((tmp_path / "out" / name / "trace").glob("killed-*")), f"{name} was not killed"
+
+
+PLANTED = {
+    "rank-dependent code": ("RankDependentDigits", "1,2xddp", "rank-dependent code"),
+    "unkeyed dropout": ("UnkeyedDropoutDigits", "1,2xddp", "unkeyed randomness: training draws from numpy.random"),
+    "batch norm": ("BatchNormDigits", "1,2xddp", "batch normalization (model.1)"),
+    "mean of means": ("MeanOfMeansDigits", "1,1@32", "a mean of means"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_mistakes_are_found(
+    tmp_path: Path, digits: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task, layouts, cause = PLANTED[name]
+    config = write_config(tmp_path, digits, f"tests.support.tasks.{task}")
+    test = ("--data.test", "null") if task == "MeanOfMeansDigits" else ()
+    code, found = run(tmp_path, config, "--layouts", layouts, "--steps", "4", *test)
+    text = capsys.readouterr().out
+    assert code == 1, text
+    (layout,) = found["layouts"]
+    assert layout["verdict"] == "differs"
+    assert any(cause in said for said in layout["causes"]), layout["causes"]
+    assert found["repeats_itself"] is not None
+    assert f"FAILED: {layout['name']}" in text
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_quoted(tmp_path: Path, digits: Path) -> None:
+    config = write_config(tmp_path, digits, "tests.support.tasks.PlainDigits", lr=-1.0)
+    with pytest.raises(ParityError, match=r"layout 1 failed with exit code 2: disttrain: error: .*lr"):
+        parity.main(["--config", config, "--out", str(tmp_path / "out"), "--layouts", "1,2xddp"])
+
+
+def test_mistakes_on_the_command_line(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("{}")
+    folder = tmp_path / "full"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("")
+    cases = {
+        "is no layout": ["--layouts", "1,2xdpp"],
+        "--steps is 0": ["--steps", "0"],
+        "--tolerance is 2.0": ["--tolerance", "2"],
+        "holds something else": ["--out", str(folder)],
+    }
+    for said, more in cases.items():
+        with pytest.raises(ConfigError, match=said):
+            parity.main(["--config", str(config), *more])
+    with pytest.raises(ConfigError, match="does not exist"):
+        parity.main(["--config", str(tmp_path / "other.yaml")])
+    assert (folder / "thesis.tex").exists()

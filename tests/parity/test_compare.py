@@ -1,0 +1,157 @@
+"""What a comparison says of two traces, written by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from disttrain.parity.compare import CLOSE, DIFFERENT, SAME, compare
+from disttrain.parity.traces import Trace
+
+Edit = Callable[[dict[str, Any]], None]
+
+
+def write(folder: Path, name: str, edit: Edit = lambda run: None) -> Trace:
+    """A run of three steps; ``edit`` changes what it leaves behind."""
+    weights: dict[int, dict[str, Tensor]] = {
+        step: {"a": torch.full((2, 2), 1.0 + step), "b": torch.full((3,), 0.5), "buffer count": torch.tensor(step)}
+        for step in range(4)
+    }
+    run: dict[str, Any] = {
+        "weights": weights,
+        "steps": {step: {"step": step, "loss": 2.0 / step, "grad_norm": 1.0 * step} for step in (1, 2, 3)},
+        "samples": {step: [f"s{step}{place}" for place in range(4)] for step in (0, 1, 2)},
+        "about": {"batch_norms": [], "is_task": True},
+        "drawn": [],
+        "result": {"test/accuracy": 0.5},
+    }
+    edit(run)
+    here = folder / name
+    (here / "trace").mkdir(parents=True)
+    (here / "ledger").mkdir()
+    for step, values in run["weights"].items():
+        torch.save(values, here / "trace" / f"weights-{step:06d}.pt")
+    (here / "trace" / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in run["steps"].values()))
+    (here / "trace" / "about.json").write_text(json.dumps(run["about"]))
+    (here / "trace" / "rank-00000.json").write_text(json.dumps(run["drawn"]))
+    lines = [
+        json.dumps({"epoch": 0, "step": step, "first_position": 0, "keys": keys})
+        for step, keys in run["samples"].items()
+    ]
+    (here / "ledger" / "rank-00000.jsonl").write_text("\n".join(lines))
+    (here / "run.json").write_text(json.dumps({"result": run["result"]}))
+    return Trace(name, here)
+
+
+def shift(step: int, name: str, by: float) -> Edit:
+    def edit(run: dict[str, Any]) -> None:
+        for later in range(step, 4):
+            run["weights"][later][name] = run["weights"][later][name] + by
+
+    return edit
+
+
+def test_equal_runs_are_the_same_to_the_bit(tmp_path: Path) -> None:
+    found = compare(write(tmp_path, "one"), write(tmp_path, "two"), 1e-6)
+    assert (found.verdict, found.weights, found.loss, found.first, found.causes) == (SAME, 0.0, 0.0, "", ())
+    assert found.distances == {0: 0.0, 1: 0.0, 2: 0.0, 3: 0.0}
+
+
+def test_rounding_is_within_tolerance_and_named(tmp_path: Path) -> None:
+    found = compare(write(tmp_path, "one"), write(tmp_path, "two", shift(2, "a", 1e-6)), 1e-5)
+    assert found.verdict == CLOSE
+    assert found.first.startswith("after step 2, a is off by ")
+    assert found.weights == pytest.approx(1e-6 / 4, rel=0.2), "max|w - w'| over max|w| = 4"
+
+
+def test_the_first_parameter_beyond_the_tolerance_is_named(tmp_path: Path) -> None:
+    def edit(run: dict[str, Any]) -> None:
+        shift(1, "a", 1e-6)(run)
+        shift(2, "b", 0.1)(run)
+
+    found = compare(write(tmp_path, "one"), write(tmp_path, "two", edit), 1e-5)
+    assert found.verdict == DIFFERENT
+    assert found.first.startswith("after step 2, b is off by 3.3e-02")
+
+
+def cause_of(tmp_path: Path, edit: Edit, both: Edit = lambda run: None) -> str:
+    def change(run: dict[str, Any]) -> None:
+        both(run)
+        edit(run)
+
+    found = compare(write(tmp_path, "one", both), write(tmp_path, "two", change), 1e-5)
+    assert found.verdict == DIFFERENT
+    return found.causes[0]
+
+
+def test_other_samples(tmp_path: Path) -> None:
+    def edit(run: dict[str, Any]) -> None:
+        run["samples"][1] = ["x"]
+        shift(2, "a", 0.1)(run)
+
+    assert cause_of(tmp_path, edit).startswith("another order of samples")
+
+
+def test_other_initial_weights(tmp_path: Path) -> None:
+    assert cause_of(tmp_path, shift(0, "a", 0.1)).startswith("other initial weights")
+
+
+def test_draws_from_generators_that_are_not_keyed(tmp_path: Path) -> None:
+    def edit(run: dict[str, Any]) -> None:
+        run["steps"][1]["loss"] = 3.0
+        run["drawn"] = ["numpy.random"]
+
+    assert cause_of(tmp_path, edit).startswith("unkeyed randomness: training draws from numpy.random")
+
+
+def test_another_loss_in_the_first_step(tmp_path: Path) -> None:
+    def edit(run: dict[str, Any]) -> None:
+        run["steps"][1]["loss"] = 3.0
+
+    assert cause_of(tmp_path, edit).startswith("rank-dependent code or unkeyed randomness")
+
+
+def test_another_gradient_of_the_same_loss(tmp_path: Path) -> None:
+    def edit(run: dict[str, Any]) -> None:
+        run["steps"][1]["grad_norm"] = 3.0
+
+    assert cause_of(tmp_path, edit).startswith("rank-dependent code in the backward pass")
+
+
+def test_a_mean_of_means(tmp_path: Path) -> None:
+    def both(run: dict[str, Any]) -> None:
+        run["about"]["is_task"] = False
+
+    assert cause_of(tmp_path, shift(2, "a", 0.1), both).startswith("a mean of means")
+
+
+def test_running_statistics(tmp_path: Path) -> None:
+    def both(run: dict[str, Any]) -> None:
+        run["about"]["batch_norms"] = ["model.1"]
+
+    def edit(run: dict[str, Any]) -> None:
+        run["weights"][3]["buffer count"] = torch.tensor(9)
+
+    assert cause_of(tmp_path, edit, both).startswith("batch normalization (model.1)")
+
+
+def test_runs_of_different_lengths(tmp_path: Path) -> None:
+    def edit(run: dict[str, Any]) -> None:
+        del run["steps"][3]
+
+    found = compare(write(tmp_path, "one"), write(tmp_path, "two", edit), 1e-5)
+    assert (found.verdict, found.first) == (DIFFERENT, "two did 2 steps, one 3")
+
+
+def test_only_the_metrics(tmp_path: Path) -> None:
+    def edit(run: dict[str, Any]) -> None:
+        run["result"]["test/accuracy"] = 0.75
+
+    found = compare(write(tmp_path, "one"), write(tmp_path, "two", edit), 1e-5)
+    assert (found.verdict, found.first, found.metrics) == (DIFFERENT, "only the metrics", 0.25)
