@@ -1,41 +1,89 @@
-"""One result a sample, in the plain order, at any world size.
+"""One result a sample, in the plain order, the same files at any world size, and never twice.
 
-Each rank holds a contiguous run of the plain order and writes it to a part of its own; rank 0 joins the parts
-in rank order and publishes the file atomically. A line is a JSON object with the sample's key first.
+Each rank holds a contiguous run of the plain order. It keeps its results in parts, one for each output file that
+they belong to; at the end each file is joined from its parts by one rank, and rank 0 gives the whole its name
+(:mod:`disttrain.callbacks.prediction_files`). What is checked before: nothing is there yet. And after: every
+sample that was delivered has one result, in order. Cost: results go to the CPU after each micro batch.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import groupby, pairwise
+from typing import IO, Any, NamedTuple, TypeVar
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
-from disttrain.data.batches import KEY
-from disttrain.parallel.agree import raise_together
+from disttrain.callbacks.prediction_files import Output, Workshop, write_piece
+from disttrain.callbacks.prediction_formats import Column, Columns, Tar, make_format, to_column
+from disttrain.data.batches import COUNT, ID, KEY
+from disttrain.data.index import Shard
+from disttrain.data.module import sharded_data
+from disttrain.errors import DataError
+from disttrain.parallel.agree import is_distributed, raise_together
+
+T = TypeVar("T")
+
+
+class _Told(NamedTuple):
+    """What a rank tells the others.
+
+    Attributes:
+        rows: how many results it has for each output file.
+        first: the first of its samples, -1 where it has none.
+        last: the last of them.
+        delivered: how many samples it was given.
+        summary: what its format has to say of them.
+    """
+
+    rows: dict[int, int]
+    first: int
+    last: int
+    delivered: int
+    summary: bytes
 
 
 class PredictionWriter(Callback):
-    """Writes predictions as JSON lines.
+    """Writes what a module's ``predict_step`` returns: names to one value a sample, or a tensor.
 
     Args:
-        path: the file to write.
+        output: where to, and as what.
+
+    Raises:
+        ConfigError: the format needs a library that is missing.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: IO[str] | None = None
+    def __init__(self, output: Output) -> None:
+        self.output = output
+        self.notes: list[str] = []
+        """What was written, in lines for the user; on rank 0, once it is done."""
+        self._workshop: Workshop | None = None
+        self._part: IO[bytes] | None = None
+        self._begin()
 
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open this rank's part."""
+    def _begin(self) -> None:
+        self._format = make_format(self.output.format)
+        self._rows: dict[int, int] = {}  # results by output file
+        self._first, self._last = -1, -1
+        self._delivered = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse an output that exists, and make the hidden folder. A collective."""
+        if stage != "predict":
+            return
+        self._begin()
+        self._workshop = Workshop(self.output, _gather(os.urandom(4).hex())[0])
+        with raise_together(), self._on_disk():
+            if trainer.is_global_zero:
+                self.output.check()
+                self._workshop.open()
         with raise_together():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._part(trainer.global_rank), "w")
+            self._workshop.check()
 
     def on_predict_batch_end(
         self,
@@ -46,34 +94,150 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write a micro batch."""
-        assert self._file is not None
-        columns = {
-            name: values.tolist() if isinstance(values, torch.Tensor) else values for name, values in outputs.items()
-        }
-        for row in range(len(columns[KEY])):
-            line = {"key" if name == KEY else name: values[row] for name, values in columns.items()}
-            self._file.write(json.dumps(line) + "\n")
+        """Keep the results of a micro batch."""
+        count = batch[COUNT]
+        if not count:
+            return
+        keys, ids = batch[KEY][:count], batch[ID][:count].tolist()
+        if any(one >= two for one, two in zip([self._last, *ids], ids, strict=False)):
+            raise DataError(f"sample {ids[0]} comes after sample {self._last}", mend="predict in the plain order")
+        self._first, self._last = (ids[0] if self._first < 0 else self._first), ids[-1]
+        columns = _columns(outputs, len(batch[KEY]), count, type(pl_module).__name__)
+        begin = 0
+        for number, group in groupby(ids, self.output.file_of):
+            here = slice(begin, begin + len(list(group)))
+            piece = self._format.piece(keys[here], {name: column[here] for name, column in columns.items()})
+            with self._on_disk():
+                write_piece(self._open(number, trainer.global_rank), piece)
+            self._rows[number] = self._rows.get(number, 0) + here.stop - begin
+            begin = here.stop
+        self._delivered += count
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Join the parts."""
-        assert self._file is not None
-        self._file.close()
-        trainer.strategy.barrier("predictions")
-        with raise_together():
+        """Join the files, check them, and publish them. A collective."""
+        assert self._workshop is not None
+        with raise_together(), self._on_disk():
+            self._close()
+        told = _gather(_Told(self._rows, self._first, self._last, self._delivered, self._format.summary()))
+        rows = {number: sum(rank.rows.get(number, 0) for rank in told) for rank in told for number in rank.rows}
+        with raise_together(), self._on_disk():
+            _check(told, sum(rows.values()), trainer)
+            self._format.settle([rank.summary for rank in told])
+            made: list[Shard] = []
+            for number in sorted(rows):
+                if number % trainer.world_size == trainer.global_rank:
+                    pieces = self._workshop.pieces(number, [r for r, rank in enumerate(told) if number in rank.rows])
+                    shard = self._format.join(pieces, rows[number], self._workshop.file(number))
+                    made += [] if shard is None else [shard]
+        shards = sorted((shard for part in _gather(made) for shard in part), key=lambda shard: shard.path)
+        renamed = sum(_gather(self._format.renamed if isinstance(self._format, Tar) else 0))
+        with raise_together(), self._on_disk():
             if trainer.is_global_zero:
-                self._join(trainer.world_size)
+                self._workshop.publish(shards)
+                self.notes = self._report(rows, renamed, trainer)
 
-    def _join(self, num_ranks: int) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        parts = [self._part(rank) for rank in range(num_ranks)]
-        with open(temporary, "wb") as whole:
-            for part in parts:
-                with open(part, "rb") as file:
-                    shutil.copyfileobj(file, whole)
-        os.replace(temporary, self.path)
-        for part in parts:
-            part.unlink()
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Close this rank's part; the next prediction removes it."""
+        self._close()
 
-    def _part(self, rank: int) -> Path:
-        return self.path.with_name(f".{self.path.name}.part-{rank:05d}")
+    def _report(self, rows: dict[int, int], renamed: int, trainer: pl.Trainer) -> list[str]:
+        total, output = sum(rows.values()), self.output
+        files = f" in {len(rows):,} {output.format} file{'s' * (len(rows) > 1)}" if output.samples_per_file else ""
+        notes = [f"wrote {total:,} results to {output.path}{files}"]
+        if (missing := _expected(trainer, total) - total) > 0:
+            notes.append(f"{missing:,} bad samples were skipped and have no result")
+        if renamed:
+            notes.append(
+                f"{renamed:,} results got a number behind their key, which other samples of their tar have too"
+            )
+        return notes
+
+    def _open(self, number: int, rank: int) -> IO[bytes]:
+        """The part for an output file; results come in order, so an earlier file's is done."""
+        assert self._workshop is not None
+        if self._part is None or number not in self._rows:
+            self._close()
+            self._part = self._workshop.part(number, rank)
+        return self._part
+
+    def _close(self) -> None:
+        if self._part is not None:
+            self._part.close()
+            self._part = None
+
+    @contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"predictions cannot be written to {self.output.path}: {error.strerror or error}",
+                mend="check the permissions and the space left there, or let --output name another place",
+            ) from None
+
+
+def _columns(outputs: Any, size: int, count: int, module: str) -> Columns:
+    """The outputs for the real samples, by name; ``count`` of ``size`` are real, from the left."""
+    if isinstance(outputs, torch.Tensor):
+        outputs = {"output": outputs}
+    if not isinstance(outputs, Mapping):
+        raise DataError(
+            f"predict_step of {module} returned a {type(outputs).__name__}",
+            mend="return a tensor, or a dictionary of names to one value a sample",
+        )
+    columns: dict[str, Column] = {}
+    for name, values in outputs.items():
+        has_rows = hasattr(values, "__len__") and not isinstance(values, str | bytes | Mapping) and _ndim(values) != 0
+        rows = len(values) if has_rows else -1
+        if rows not in (size, count):
+            what = f"{rows} value{'s' * (rows != 1)}" if has_rows else f"a {type(values).__name__}"
+            raise DataError(
+                f"output {name!r} of {module} is {what} for {count} samples", mend="return one value a sample"
+            )
+        if name != KEY:
+            columns[str(name)] = to_column(values)[:count]
+    return columns
+
+
+def _ndim(values: Any) -> int | None:
+    return getattr(values, "ndim", None)
+
+
+def _check(told: list[_Told], total: int, trainer: pl.Trainer) -> None:
+    """Every sample that was delivered has one result, and only bad ones that may be skipped were not delivered.
+
+    Raises:
+        DataError: not so.
+    """
+    delivered, expected = sum(rank.delivered for rank in told), _expected(trainer, total)
+    spans = [(rank.first, rank.last) for rank in told if rank.rows]
+    data = sharded_data(trainer)
+    may_skip = data is None or data.skip_bad
+    if (
+        any(one[1] >= two[0] for one, two in pairwise(spans))
+        or total != delivered
+        or total > expected
+        or (total < expected and not may_skip)
+    ):
+        raise DataError(
+            f"{expected} samples were to be predicted; {delivered} were delivered and have {total} results, of samples"
+            f" {', '.join(f'{first} to {last}' for first, last in spans)}: not one each",
+            mend="nothing was written; this is a fault of the loader or of the module",
+        )
+    if not total:
+        raise DataError("no sample is left that could be predicted", mend="see what was skipped, and repair it")
+
+
+def _expected(trainer: pl.Trainer, total: int) -> int:
+    """Samples to predict, as far as that is known: as many as were predicted otherwise."""
+    data = sharded_data(trainer)
+    return len(data.reader("predict").index) if data is not None else total
+
+
+def _gather(value: T) -> list[T]:
+    """A value of every rank, in rank order. A collective."""
+    if not is_distributed():
+        return [value]
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, value)
+    return told

@@ -24,6 +24,8 @@ from rich.table import Table
 from disttrain.callbacks.bad_samples import FOLDER
 from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.early_stopping import EarlyStopping
+from disttrain.callbacks.prediction_files import SAMPLES_PER_FILE, Output
+from disttrain.callbacks.prediction_formats import FormatName
 from disttrain.callbacks.predictions import PredictionWriter
 from disttrain.commands.messages import explain, own_error
 from disttrain.data.module import ShardedDataModule
@@ -110,7 +112,7 @@ class TrainingCLI(LightningCLI):
                 help="which weights: best, last, or a checkpoint's or run folder's path",
             )
         if subcommand == "predict":
-            parser.add_argument("--output", default=None, help="file to write; RUN_DIR/predictions.jsonl by default")
+            _add_output_arguments(parser)
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -161,13 +163,22 @@ class TrainingCLI(LightningCLI):
 
     def predict(self) -> None:
         """Write one result a sample, in order."""
-        output = Path(self._get(self.config, "output") or self.trainer.run_dir / "predictions.jsonl")
-        self.trainer.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]
+        names = ("output", "format", "samples_per_file", "overwrite")
+        path, format, samples_per_file, overwrite = (self._get(self.config, name) for name in names)
+        output = Output.choose(
+            self.trainer.run_dir, path=path, format=format, samples_per_file=samples_per_file, overwrite=overwrite
+        )
+        writer = PredictionWriter(output)
+        self.trainer.connect()
+        with raise_together():
+            if self.trainer.is_global_zero:
+                output.check()
+        self.trainer.callbacks.append(writer)  # type: ignore[attr-defined]
         self.trainer.predict(
             self.model, datamodule=self.datamodule, ckpt_path=self._checkpoint(), return_predictions=False
         )
         if self.trainer.is_global_zero:
-            _say([f"wrote {output}"])
+            _say(writer.notes)
 
     def _evaluate(self, which: str) -> None:
         run = self.trainer.validate if which == "validate" else self.trainer.test
@@ -205,6 +216,24 @@ def run(argv: list[str]) -> int:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
     return 0
+
+
+def _add_output_arguments(parser: LightningArgumentParser) -> None:
+    parser.add_argument(
+        "--output",
+        type=str | None,
+        default=None,
+        help="where to: one file, if it ends in .jsonl, .parquet or .tar, or else a folder of files; by default"
+        " RUN_DIR/predictions.jsonl, or the folder RUN_DIR/predictions for another --format",
+    )
+    parser.add_argument("--format", type=FormatName | None, default=None, help="what to write: jsonl, parquet or tar")
+    parser.add_argument(
+        "--samples_per_file",
+        type=int | None,
+        default=None,
+        help=f"samples of each file in a folder; {SAMPLES_PER_FILE} by default",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace predictions that exist")
 
 
 def _write_config(run_dir: Path, text: str) -> None:
