@@ -285,7 +285,7 @@ def test_parquet(tmp_path: Path) -> None:
 
 def test_a_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(DataError, match="pip install pyarrow"):
+    with pytest.raises(DataError, match=r"pip install 'disttrain\[parquet\]'"):
         open_source(write(tmp_path / "t.parquet", ""), target="y").load()
 
 
