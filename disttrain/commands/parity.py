@@ -91,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--layouts",
         default="1,2xddp,2xfsdp",
-        help="such as 1,2xddp,4xfsdp,2x2hsdp, with @SIZE for another micro batch size; the first is the reference (default: %(default)s)",
+        help="such as 1,2xddp,4xfsdp,2x2hsdp, with @SIZE for another micro batch size; the first is the reference"
+        " (default: %(default)s)",
     )
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each run (default: %(default)s)")
     parser.add_argument(

@@ -243,7 +243,9 @@ def _read_parquet(path: Path) -> _Table:
         arrow: Any = importlib.import_module("pyarrow")
         parquet: Any = importlib.import_module("pyarrow.parquet")
     except ImportError:
-        raise DataError(f"{path}: Parquet needs pyarrow, which is missing", mend="pip install 'disttrain[parquet]'") from None
+        raise DataError(
+            f"{path}: Parquet needs pyarrow, which is missing", mend="pip install 'disttrain[parquet]'"
+        ) from None
     try:
         content = parquet.read_table(path)
     except (arrow.ArrowException, OSError) as error:

@@ -12,6 +12,9 @@ from typing import Literal
 from disttrain.errors import ConfigError
 
 StrategyName = Literal["ddp", "fsdp"]
+ReductionName = Literal["fast", "tree"]
+ReduceTypeName = Literal["fp32", "bf16"]
+RecomputeName = Literal["none", "blocks"]
 
 
 @dataclass(frozen=True)
@@ -75,18 +78,80 @@ class ParallelConfig:
         find_unused_parameters: let DDP search for parameters that took no part in a forward pass.
         reshard_after_forward: let FSDP free the gathered parameters after the forward pass (less memory,
             one more all-gather in the backward pass).
+        reduction: ``fast`` (sums in the order that the communication library chooses) or ``tree`` (one fixed order
+            over the micro batches of the global batch: the weights have the same bits on any number of ranks).
+        reduce_dtype: type in which gradients travel between ranks: ``fp32`` (their own) or ``bf16`` (half the bytes,
+            two to three digits). Micro batches are added in their own type either way.
+        replicate: copies of the sharded model, FSDP only: each is sharded over ``shard`` ranks. -1 derives it.
+        shard: ranks over which FSDP shards each copy. -1 derives it from the number of ranks.
+        activation_checkpointing: ``none`` or ``blocks`` (the model's blocks keep their inputs alone and run again in
+            the backward pass: less memory, one more forward pass, the same bits).
     """
 
     strategy: StrategyName = "ddp"
     bucket_mib: int = 25
     find_unused_parameters: bool = False
     reshard_after_forward: bool = True
+    reduction: ReductionName = "fast"
+    reduce_dtype: ReduceTypeName = "fp32"
+    replicate: int = 1
+    shard: int = -1
+    activation_checkpointing: RecomputeName = "none"
 
     def __post_init__(self) -> None:
         if self.strategy not in ("ddp", "fsdp"):
             raise ConfigError(f"parallel.strategy is {self.strategy!r}", mend="set it to 'ddp' or 'fsdp'")
         if self.bucket_mib < 1:
             raise ConfigError(f"parallel.bucket_mib is {self.bucket_mib}", mend="set it to at least 1 (MiB)")
+        if self.reduction not in ("fast", "tree"):
+            raise ConfigError(f"parallel.reduction is {self.reduction!r}", mend="set it to 'fast' or 'tree'")
+        if self.reduce_dtype not in ("fp32", "bf16"):
+            raise ConfigError(f"parallel.reduce_dtype is {self.reduce_dtype!r}", mend="set it to 'fp32' or 'bf16'")
+        if self.reduce_dtype == "bf16" and self.reduction == "tree":
+            raise ConfigError(
+                "parallel.reduction is tree, and parallel.reduce_dtype is bf16, which rounds each rank's sum",
+                mend="set reduce_dtype to fp32, or reduction to fast",
+            )
+        if self.activation_checkpointing not in ("none", "blocks"):
+            raise ConfigError(
+                f"parallel.activation_checkpointing is {self.activation_checkpointing!r}",
+                mend="set it to 'none' or 'blocks'",
+            )
+        if self.reduction == "tree" and self.find_unused_parameters:
+            raise ConfigError(
+                "parallel.reduction is tree, which needs a gradient of every parameter, and"
+                " parallel.find_unused_parameters is true",
+                mend="freeze what is not used and set find_unused_parameters to false, or reduction to fast",
+            )
+        for name, degree in (("replicate", self.replicate), ("shard", self.shard)):
+            if degree != -1 and degree < 1:
+                raise ConfigError(f"parallel.{name} is {degree}", mend="set it to at least 1, or to -1 to derive it")
+        if self.replicate == self.shard == -1:
+            raise ConfigError("parallel.replicate and parallel.shard are both -1", mend="set one of them")
+        if self.strategy == "ddp" and (self.replicate, self.shard) != (1, -1):
+            raise ConfigError(
+                "parallel.replicate and parallel.shard are for fsdp, and parallel.strategy is ddp",
+                mend="set parallel.strategy to fsdp, or leave both out",
+            )
+
+    def degrees(self, num_ranks: int) -> tuple[int, int]:
+        """Copies of the model and ranks that share one, for a number of ranks: ``replicate x shard = num_ranks``.
+
+        Raises:
+            ConfigError: they do not fit the ranks; the message lists what does.
+        """
+        replicate = num_ranks // self.shard if self.replicate == -1 else self.replicate
+        shard = num_ranks // replicate if self.shard == -1 and replicate else self.shard
+        if replicate * shard == num_ranks and (shard > 1 or num_ranks == 1):
+            return replicate, shard
+        fits = [f"{num_ranks // s} x {s}" for s in divisors(num_ranks) if s > 1 or num_ranks == 1]
+        without_shards = replicate * shard == num_ranks
+        ranks = f"{num_ranks} rank{'s' * (num_ranks > 1)}"
+        raise ConfigError(
+            f"parallel.replicate {self.replicate} x parallel.shard {self.shard} "
+            + (f"leaves nothing to shard on {ranks}" if without_shards else f"is not {ranks}"),
+            mend=f"use replicate x shard of {_or(fits)}" + (", or parallel.strategy: ddp" if without_shards else ""),
+        )
 
 
 def divisors(n: int) -> list[int]:
@@ -99,4 +164,8 @@ def _listed(numbers: list[int]) -> str:
     shown = [str(n) for n in numbers]
     if len(shown) > 12:
         shown = [*shown[:6], "...", *shown[-5:]]
+    return _or(shown)
+
+
+def _or(shown: list[str]) -> str:
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"

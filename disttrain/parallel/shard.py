@@ -41,7 +41,7 @@ def shard_module(
 
     Args:
         module: whose parameters to shard.
-        mesh: one-dimensional mesh of the data-parallel ranks.
+        mesh: the data-parallel ranks: one axis to shard over, or two, copies first.
         reshard_after_forward: free gathered parameters after the forward pass.
         forward_methods: methods besides ``forward`` that run the module.
     """
@@ -52,7 +52,7 @@ def shard_module(
     fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward)
     for name in forward_methods:
         register_fsdp_forward_method(module, name)
-    if dist.get_backend(mesh.get_group()) == "gloo":
+    if dist.get_backend(mesh.get_group(mesh.ndim - 1)) == "gloo":
         # gloo lacks the PREMUL_SUM reduction by which FSDP2 averages; sums are divided afterwards instead.
         for inner in module.modules():
             if isinstance(inner, FSDPModule):

@@ -2,8 +2,9 @@
 
 Both take their ranks from the launcher and run on CUDA with NCCL and on the CPU with gloo. The module is
 wrapped from outside; nothing is asked of it. Weights are rank 0's at the start whatever the seeds. Under
-both, gradients of a step are reduced once, at its last micro batch. DDP's bucket layout is settled before
-the first step, so that a resumed run reduces in the same order as one that was never interrupted.
+both, gradients of a step are reduced once, at its last micro batch: in the library's order, or in one tree over the
+micro batches (:mod:`disttrain.parallel.summation`). DDP's bucket layout is settled before the first step, so that a
+resumed run reduces in the same order as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -14,57 +15,99 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.checkpoint.state import CheckpointMixin
 from disttrain.parallel.config import ParallelConfig
+from disttrain.parallel.fsdp_internals import fsdp_modules, parameter_name, take_unreduced, trained_parameters
+from disttrain.parallel.narrow import NarrowReduceScatter, install_narrow_hook
+from disttrain.parallel.recompute import checkpoint_blocks
+from disttrain.parallel.reduction import BucketHook, Exchange, TreeReduceScatter
 from disttrain.parallel.shard import shard_module
+from disttrain.parallel.summation import SummationMixin
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
-class DDP(CheckpointMixin, DDPStrategy):
+class DDP(CheckpointMixin, SummationMixin, DDPStrategy):
     """Every rank holds the whole model; gradients are averaged in buckets while the backward pass runs.
 
     Args:
-        config: bucket size and the search for unused parameters.
+        config: bucket size, the search for unused parameters, the order of sums.
     """
 
     def __init__(self, config: ParallelConfig | None = None) -> None:
-        config = config or ParallelConfig(strategy="ddp")
+        self.config = config or ParallelConfig(strategy="ddp")
+        self._hook: BucketHook | None = None
         super().__init__(
-            bucket_cap_mb=config.bucket_mib,
-            find_unused_parameters=config.find_unused_parameters,
+            bucket_cap_mb=self.config.bucket_mib,
+            find_unused_parameters=self.config.find_unused_parameters,
             gradient_as_bucket_view=True,
         )
 
     def configure_ddp(self) -> None:
         """Wrap the module; one rank alone has nothing to reduce and stays unwrapped."""
+        module = self.lightning_module
+        assert module is not None
+        if self.config.activation_checkpointing == "blocks":
+            checkpoint_blocks(module)
+        sums = self._start_tree(module.trainer) if self.config.reduction == "tree" else None
         if self.world_size == 1:
             return
         super().configure_ddp()
         assert isinstance(self.model, DistributedDataParallel)
-        if not self._ddp_kwargs["find_unused_parameters"]:
+        if sums is not None:
+            # The hook's collectives come from a thread of their own, so they have a group of their own.
+            exchange = Exchange(dist.new_group(), self.global_rank)
+            self._hook = BucketHook(sums, [parameter for _, parameter in self._trained()], exchange)
+            self._hook.install(self.model)
+            return
+        if not self.config.find_unused_parameters:
             _settle_buckets(self.model)
+        if self.config.reduce_dtype == "bf16":
+            install_narrow_hook(self.model)
+
+    def teardown(self) -> None:
+        """End what reduces gradients."""
+        if self._hook is not None:
+            self._hook.close()
+        super().teardown()
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        assert self.lightning_module is not None
+        return [(name, p) for name, p in self.lightning_module.named_parameters() if p.requires_grad]
+
+    def _take(self, parameter: nn.Parameter) -> Tensor | None:
+        gradient, parameter.grad = parameter.grad, None
+        return gradient
+
+    def _reduced(self, parameters: list[tuple[str, nn.Parameter]]) -> None:
+        if self._hook is not None:
+            self._hook.release()
+        else:
+            self._finish_alone([(name, parameter.grad) for name, parameter in parameters])
 
 
-class FSDP(CheckpointMixin, DDPStrategy):
+class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
     """Parameters, gradients and optimizer state are sharded over the ranks (PyTorch's FSDP2).
 
     Args:
-        config: what to reshard.
+        config: over which ranks to shard, what to reshard, the order of sums.
     """
 
     def __init__(self, config: ParallelConfig | None = None) -> None:
-        self._config = config or ParallelConfig(strategy="fsdp")
+        self.config = config or ParallelConfig(strategy="fsdp")
         self._mesh: DeviceMesh | None = None
+        self._scatters: list[TreeReduceScatter] = []
         super().__init__()
 
     def setup(self, trainer: pl.Trainer) -> None:
@@ -82,12 +125,19 @@ class FSDP(CheckpointMixin, DDPStrategy):
             _sync_module_states(self.model)
             module = self.lightning_module
             assert module is not None
+            if fitting and self.config.activation_checkpointing == "blocks":
+                checkpoint_blocks(module)
             shard_module(
                 module,
                 self._data_parallel_mesh(),
-                reshard_after_forward=self._config.reshard_after_forward,
+                reshard_after_forward=self.config.reshard_after_forward,
                 forward_methods=[name for name in _STEPS if is_overridden(name, module)],
             )
+            if self.config.reduce_dtype == "bf16":
+                for unit in fsdp_modules(module):
+                    unit.set_custom_reduce_scatter(NarrowReduceScatter())
+        if fitting and self.config.reduction == "tree":
+            self._reduce_in_tree(trainer)
         if fitting:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -105,9 +155,45 @@ class FSDP(CheckpointMixin, DDPStrategy):
             self.model.set_requires_gradient_sync(True)
 
     def _data_parallel_mesh(self) -> DeviceMesh:
+        """The ranks, on one axis or, with copies, on two."""
         if self._mesh is None:
-            self._mesh = init_device_mesh(self.root_device.type, (self.world_size,), mesh_dim_names=("shard",))
+            replicate, shard = self.config.degrees(self.world_size)
+            kind = self.root_device.type
+            if replicate > 1:
+                self._mesh = init_device_mesh(kind, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+            else:
+                self._mesh = init_device_mesh(kind, (shard,), mesh_dim_names=("shard",))
         return self._mesh
+
+    def _reduce_in_tree(self, trainer: pl.Trainer) -> None:
+        """Give every sharded unit a reduce-scatter that sums in the order of the tree and does not divide."""
+        sums, (replicas, shards) = self._start_tree(trainer), self.config.degrees(self.world_size)
+        exchange, rank, first = Exchange(_world(), self.global_rank), self.global_rank, 0
+        self._scatters.clear()
+        assert self.model is not None
+        for unit in fsdp_modules(self.model):
+            numbers = range(first, first + len(trained_parameters(unit)))
+            first = numbers.stop
+            scatter = TreeReduceScatter(sums, numbers, exchange, replicas=replicas, shards=shards, rank=rank)
+            unit.set_custom_reduce_scatter(scatter)
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+            self._scatters.append(scatter)
+
+    def _trained(self) -> list[tuple[str, Any]]:
+        assert self.model is not None
+        records = [record for unit in fsdp_modules(self.model) for record in trained_parameters(unit)]
+        return [(parameter_name(record), record) for record in records]
+
+    def _take(self, parameter: Any) -> Tensor | None:
+        return take_unreduced(parameter)
+
+    def _reduced(self, parameters: list[tuple[str, Any]]) -> None:
+        for scatter in self._scatters:
+            scatter.release()
+        if self.world_size == 1:  # FSDP2 calls no reduce-scatter then
+            grads = [(name, record.sharded_param.grad) for name, record in parameters]
+            self._finish_alone([(name, None if grad is None else grad.to_local()) for name, grad in grads])
 
 
 def build_strategy(config: ParallelConfig) -> DDP | FSDP:
@@ -130,6 +216,12 @@ def _settle_buckets(model: DistributedDataParallel) -> None:
     model.reducer._rebuild_buckets()
     for parameter in parameters:
         parameter.grad = None
+
+
+def _world() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
 
 
 Strategy = DDP | FSDP

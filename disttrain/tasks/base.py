@@ -4,12 +4,12 @@ A subclass writes :meth:`Task.forward`, :meth:`Task.losses` (one loss a sample o
 metrics, and nothing about ranks. The base sees to it that
 
 - a step's gradient is that of ``sum(w_i * loss_i) / sum(w_i)`` over the *global* batch: micro batches add
-  weighted sums, the weights are summed over ranks once a step (while the backward pass runs), and one
+  weighted sums, the weights are gathered from the ranks once a step (while the backward pass runs), and one
   division follows. A mean of the micro batches' means would be another gradient whenever their weights differ.
 - an evaluation metric is that of all samples, each counted once: padding has weight 0 and is cut off before
   the metrics see it, and every rank runs the same number of forward passes.
 
-Cost: one reduction of two numbers and one pass over the gradients a step; the device is never waited for.
+Cost: one gathering of two numbers a micro batch and one pass over the gradients a step; the device is never waited for.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from disttrain.data.module import sharded_data
 from disttrain.errors import DataError, nearest
 from disttrain.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
 from disttrain.parallel.agree import is_distributed
+from disttrain.parallel.collectives import all_gather_single
 from disttrain.parallel.gradients import clip_gradient_norm, gradient_norm, scale_gradients
 from disttrain.tasks.metrics import WeightedMean
 
@@ -53,7 +54,8 @@ class Task(pl.LightningModule):
         """Norm of the last step's gradient before clipping, where it was taken. float64 scalar."""
         self.last_evaluation: dict[str, float] = {}
         """The metrics of the last validation or test, by the name they are logged under."""
-        self._step_sums: Tensor | None = None  # [sum of weighted losses, sum of weights] of this rank and step
+        self._step_sums: list[Tensor] = []  # [sum of weighted losses, sum of weights] of this step's micro batches
+        self._all_sums: Tensor | None = None  # the same of all ranks, by rank
         self._log_sums: Tensor | None = None  # the same over all ranks and the steps since the last log
         self._pending: dist.Work | None = None
         self._nominal = 1.0
@@ -92,10 +94,9 @@ class Task(pl.LightningModule):
         """Weighted sum of a micro batch's losses, scaled so that the reduced gradient is a fixed multiple."""
         outputs = self(batch)
         total, weight = self._weighted(outputs, batch)
-        sums = torch.stack((total.detach().double(), weight.double()))
-        self._step_sums = sums if self._step_sums is None else self._step_sums + sums
+        self._step_sums.append(torch.stack((total.detach().double(), weight.double())))
         if not self.trainer.fit_loop._should_accumulate():
-            self._reduce_sums()
+            self._gather_sums()
         # Lightning divides by the accumulation and the strategies by the ranks; a nominal weight keeps the
         # scale of the gradients near that of a mean until the true weight is known.
         self._nominal = float(self._nominal_weight(batch))
@@ -103,16 +104,17 @@ class Task(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide the summed gradient by the global batch's weight."""
-        assert self._step_sums is not None
+        assert self._all_sums is not None
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
-        weight = self._step_sums[1]
+        # One sum over all micro batches in one order: the same bits, whoever ran them.
+        sums, self._all_sums = self._all_sums.sum(dim=0), None
+        weight = sums[1]
         # A step whose weights are all zero has no gradient; 0/0 would poison the weights.
         factor = torch.where(weight > 0, self._nominal / weight.clamp(min=1e-30), torch.zeros_like(weight))
         scale_gradients(self.parameters(), factor)
-        self._log_sums = self._step_sums if self._log_sums is None else self._log_sums + self._step_sums
-        self._step_sums = None
+        self._log_sums = sums if self._log_sums is None else self._log_sums + sums
 
     def configure_gradient_clipping(
         self,
@@ -125,7 +127,8 @@ class Task(pl.LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             self.grad_norm = gradient_norm(self.parameters())
         elif gradient_clip_val:
-            self.grad_norm = clip_gradient_norm(self.parameters(), float(gradient_clip_val))
+            ordered = getattr(self.trainer.strategy, "reduction", "fast") == "tree"
+            self.grad_norm = clip_gradient_norm(self.parameters(), float(gradient_clip_val), ordered=ordered)
 
     def take_train_loss(self) -> Tensor | None:
         """The loss over the global batches since this was last called; float64 scalar, the same on all ranks."""
@@ -188,11 +191,14 @@ class Task(pl.LightningModule):
         """A fixed guess at the weight of a global batch: its number of samples."""
         return int(batch[WEIGHT].shape[0]) * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-    def _reduce_sums(self) -> None:
-        """Start to sum this step's losses and weights over the ranks, while the backward pass runs."""
+    def _gather_sums(self) -> None:
+        """Start to gather this step's losses and weights from the ranks, while the backward pass runs."""
+        own = torch.stack(self._step_sums)
+        self._step_sums.clear()
+        self._all_sums = own
         if is_distributed():
-            assert self._step_sums is not None
-            self._pending = dist.all_reduce(self._step_sums, async_op=True)
+            self._all_sums = own.new_empty(own.shape[0] * dist.get_world_size(), 2)
+            self._pending = all_gather_single(self._all_sums, own, async_op=True)
 
     def _reset(self, split: str) -> None:
         if split not in self.evaluation:

@@ -88,11 +88,58 @@ def test_the_messages_say_what_works(sizes: tuple[int, int, int], message: str) 
     [
         ({"strategy": "dp"}, "parallel.strategy is 'dp'"),
         ({"bucket_mib": 0}, "parallel.bucket_mib is 0"),
+        ({"activation_checkpointing": "all"}, "parallel.activation_checkpointing is 'all'"),
+        ({"reduce_dtype": "fp16"}, "parallel.reduce_dtype is 'fp16'"),
+        ({"reduce_dtype": "bf16", "reduction": "tree"}, "which rounds each rank's sum"),
+        ({"reduction": "trie"}, "parallel.reduction is 'trie'"),
+        ({"reduction": "tree", "find_unused_parameters": True}, "needs a gradient of every parameter"),
+        ({"strategy": "fsdp", "replicate": 0}, "parallel.replicate is 0"),
+        ({"strategy": "fsdp", "shard": -2}, "parallel.shard is -2"),
+        ({"strategy": "fsdp", "replicate": -1}, "parallel.replicate and parallel.shard are both -1"),
+        ({"replicate": 2}, "are for fsdp, and parallel.strategy is ddp"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         ParallelConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("replicate", "shard", "ranks", "expected"),
+    [
+        (1, -1, 1, (1, 1)),
+        (1, -1, 6, (1, 6)),
+        (2, -1, 6, (2, 3)),
+        (-1, 2, 6, (3, 2)),
+        (2, 3, 6, (2, 3)),
+        (-1, 1, 1, (1, 1)),
+    ],
+)
+def test_degrees_are_derived_from_the_ranks(replicate: int, shard: int, ranks: int, expected: tuple[int, int]) -> None:
+    assert ParallelConfig(strategy="fsdp", replicate=replicate, shard=shard).degrees(ranks) == expected
+
+
+@quick
+@given(st.integers(-1, 7), st.integers(-1, 7), st.integers(1, 12))
+def test_degrees_fit_or_those_that_do_are_listed(replicate: int, shard: int, ranks: int) -> None:
+    if 0 in (replicate, shard) or replicate == shard == -1:
+        return
+    config = ParallelConfig(strategy="fsdp", replicate=replicate, shard=shard)
+    fits = [(ranks // s, s) for s in divisors(ranks) if s > 1 or ranks == 1]
+    wanted = [(c, s) for c, s in fits if replicate in (-1, c) and shard in (-1, s)]
+    if wanted:
+        assert [config.degrees(ranks)] == wanted
+        return
+    with pytest.raises(ConfigError) as caught:
+        config.degrees(ranks)
+    offered = [(int(a), int(b)) for a, b in re.findall(r"(\d+) x (\d+)", caught.value.mend)]
+    assert offered == fits, str(caught.value)
+
+
+def test_nothing_to_shard_is_refused() -> None:
+    with pytest.raises(ConfigError, match="leaves nothing to shard on 4 ranks") as caught:
+        ParallelConfig(strategy="fsdp", replicate=4).degrees(4)
+    assert caught.value.mend == "use replicate x shard of 2 x 2 or 1 x 4, or parallel.strategy: ddp"
 
 
 def test_configurations_are_frozen_values() -> None:

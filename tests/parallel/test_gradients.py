@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from disttrain.parallel.gradients import clip_gradient_norm, gradient_norm, local_gradients, scale_gradients
+from disttrain.parallel import gradients
+from disttrain.parallel.gradients import (
+    clip_gradient_norm,
+    gradient_norm,
+    local_gradients,
+    ordered_gradient_norm,
+    scale_gradients,
+)
 
 quick = settings(derandomize=True, deadline=None, max_examples=60)
 TYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -58,9 +65,40 @@ def test_the_norm_is_that_of_torch() -> None:
     assert float(gradient_norm(parameters(*grads))) == pytest.approx(float(theirs), rel=1e-6)
 
 
+@quick
+@given(st.integers(0, 999), shapes, types)
+def test_the_ordered_norm_is_the_norm(seed: int, sizes: list[tuple[int, ...]], kinds: list[torch.dtype]) -> None:
+    grads = parameters(*grads_of(seed, sizes, kinds), None)
+    norm = ordered_gradient_norm(grads)
+    assert (norm.dtype, norm.shape) == (torch.float64, ())
+    assert float(norm) == pytest.approx(float(gradient_norm(grads)), rel=1e-12)
+
+
+@quick
+@given(st.integers(0, 999), st.integers(1, 40), st.integers(0, 70), st.integers(1, 7), st.integers(1, 500))
+def test_the_ordered_norm_sums_rows_alike_wherever_they_lie(
+    seed: int, num_rows: int, width: int, ranks: int, at_a_time: int
+) -> None:
+    grad = grads_of(seed, [(num_rows, width)], [torch.float32])[0]
+    share = -(-num_rows // ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        whole = gradients._own_rows(grad, 0, num_rows)
+        patch.setitem(gradients._ROWS_ELEMENTS, "cpu", at_a_time)
+        parts = [gradients._own_rows(grad, rank, share) for rank in range(ranks)]
+    assert torch.equal(torch.cat(parts)[:num_rows], whole)
+    np.testing.assert_allclose(whole, (grad.double() ** 2).sum(1), rtol=1e-12)
+
+
+def test_the_ordered_norm_changes_no_gradient() -> None:
+    double = parameters(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
+    assert float(ordered_gradient_norm(double)) == 5
+    assert double[0].grad is not None
+    assert double[0].grad.tolist() == [[3, 4]]
+
+
 def test_without_gradients_the_norm_is_zero_and_nothing_happens() -> None:
     for nothing in ([], parameters(None, None)):
-        assert float(gradient_norm(nothing)) == 0
+        assert float(gradient_norm(nothing)) == float(ordered_gradient_norm(nothing)) == 0
         assert float(clip_gradient_norm(nothing, 1.0)) == 0
         scale_gradients(nothing, torch.tensor(2.0))
         assert local_gradients(nothing) == []

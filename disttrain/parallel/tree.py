@@ -1,0 +1,113 @@
+"""The one binary tree in which the gradients of a step's micro batches are added.
+
+The leaves are the micro batches of a global batch, numbered ``rank * accumulation + position on the rank``; the
+tree depends on their number alone (a node of n leaves has the largest power of two below n on its left). A rank
+holds a contiguous run of leaves, and so some whole nodes: it adds those up by itself and the rest is added over
+the ranks. Whoever adds, the same pairs are added, so the sum has the same bits for every number of ranks.
+
+Cost: nothing; these are decisions, made once. A rank holds at most ``log2(accumulation) + 1`` partial sums at a
+time. With powers of two it ends with one; with other numbers with a few, and sends each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+Node = tuple[int, int]
+"""A run of micro batches, ``[first, end)``, that the tree adds up before it adds anything else."""
+
+
+def split(node: Node) -> int:
+    """Where a node of two leaves or more is divided into its left and right part."""
+    first, end = node
+    return first + (1 << ((end - first - 1).bit_length() - 1))
+
+
+def nodes_within(first: int, end: int, num_leaves: int) -> tuple[Node, ...]:
+    """The largest nodes of the tree that lie in ``[first, end)``, left to right. They fill it."""
+
+    def inside(node: Node) -> list[Node]:
+        if first <= node[0] and node[1] <= end:
+            return [node]
+        if node[1] <= first or end <= node[0]:
+            return []
+        middle = split(node)
+        return inside((node[0], middle)) + inside((middle, node[1]))
+
+    return tuple(inside((0, num_leaves)))
+
+
+def merges(nodes: Sequence[Node], num_leaves: int) -> tuple[int, ...]:
+    """For nodes that arrive left to right: how often, after each, the newest two partial sums become one."""
+    open_nodes: list[Node] = []
+    counts = []
+    for node in nodes:
+        open_nodes.append(node)
+        count = 0
+        while len(open_nodes) > 1 and _is_node((open_nodes[-2][0], open_nodes[-1][1]), num_leaves):
+            right = open_nodes.pop()
+            open_nodes[-1] = (open_nodes[-1][0], right[1])
+            count += 1
+        counts.append(count)
+    return tuple(counts)
+
+
+@dataclass(frozen=True)
+class TreePlan:
+    """Who adds what in a step.
+
+    Attributes:
+        num_ranks: ranks among which the micro batches are divided.
+        accumulation: micro batches of each rank.
+        sent: for each rank, how many partial sums it ends with.
+        own_merges: for each rank and each of its micro batches, how many additions follow it there.
+        joint_merges: for each of all ranks' partial sums, by rank, how many additions follow it.
+    """
+
+    num_ranks: int
+    accumulation: int
+    sent: tuple[int, ...]
+    own_merges: tuple[tuple[int, ...], ...]
+    joint_merges: tuple[int, ...]
+
+    @property
+    def num_leaves(self) -> int:
+        """Micro batches of a step, over all ranks."""
+        return self.num_ranks * self.accumulation
+
+    @property
+    def scale_exponent(self) -> int:
+        """The gradients are scaled by ``2 ** -scale_exponent``: exact, and near a mean of the micro batches."""
+        return (self.num_leaves - 1).bit_length()
+
+
+@cache
+def plan_tree(num_ranks: int, accumulation: int) -> TreePlan:
+    """The plan for a number of ranks and of micro batches on each."""
+    total = num_ranks * accumulation
+    runs = [(rank * accumulation, (rank + 1) * accumulation) for rank in range(num_ranks)]
+    held = [nodes_within(first, end, total) for first, end in runs]
+    return TreePlan(
+        num_ranks=num_ranks,
+        accumulation=accumulation,
+        sent=tuple(len(nodes) for nodes in held),
+        own_merges=tuple(merges([(i, i + 1) for i in range(first, end)], total) for first, end in runs),
+        joint_merges=merges([node for nodes in held for node in nodes], total),
+    )
+
+
+def _is_node(node: Node, num_leaves: int) -> bool:
+    at = (0, num_leaves)
+    while at != node:
+        if at[1] - at[0] <= 1:
+            return False
+        middle = split(at)
+        if node[1] <= middle:
+            at = (at[0], middle)
+        elif node[0] >= middle:
+            at = (middle, at[1])
+        else:
+            return False
+    return True
