@@ -51,7 +51,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(
         [
             *(f"data.{name}" for name in ("tar", "index", "order", "samples", "write", "tables", "sources", "pack")),
-            *(f"data.{name}" for name in ("mixture", "remote", "remote_index", "sidecar")),
+            *(f"data.{name}" for name in ("mixture", "remote", "remote_index", "sidecar", "transport")),
             *(f"data.{name}" for name in ("indexing", "statistics", "stream", "together")),
             "data.verify",
             "metrics_file",
@@ -74,6 +74,7 @@ LAYERS: dict[str, int] = {
             "data.hooks",
             "data.shard_files",
             "data.mapped_shards",
+            "data.bus_errors",
             "data.spans",
             "data.workers",
             "data.verify_decode",

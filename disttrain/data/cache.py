@@ -107,21 +107,26 @@ class ShardCache:
             ShardError: it is not what the index says.
             DataError: there is no room for it.
         """
-        while True:
-            fd = self._opened(shard)
-            if fd is None:
-                fd = self._fetch(shard, None)
-            if fd is not None:
-                return fd
+        with self._disk(shard):
+            while True:
+                fd = self._opened(shard)
+                if fd is None:
+                    fd = self._fetch(shard, None)
+                if fd is not None:
+                    return fd
 
     def prefetch(self, shard: Shard, steps: float) -> bool:
         """Fetch a shard that is needed in so many steps, if that evicts none that is needed as soon.
+
+        It is also left for later where all that is needed before it would fill the cache: it would be evicted again.
 
         Returns:
             Whether it is here, or was when another fetched it; False where there is no room yet.
         """
         if self.holds(shard):
             return True
+        if self._plans.need_more(self.config.max_bytes - shard.size_bytes, steps):
+            return False
         fd = self._fetch(shard, steps)
         if fd is not None:
             os.close(fd)
@@ -149,12 +154,18 @@ class ShardCache:
         return None
 
     def _fetch(self, shard: Shard, steps: float | None) -> int | None:
-        """Download a shard; None where another has done so, or (with ``steps``) there is no room yet."""
+        """Download a shard, or wait for whoever does; None where that failed, or (with ``steps``) lacks room yet."""
         part = self.directory / f"{name_of(shard)}.part"
         fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         is_mine = False
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)  # waits for whoever is fetching it
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                # Shared with whoever fetches it and then reads it: no reader holds up another.
+                fcntl.flock(fd, fcntl.LOCK_SH)
+                kept, fd = (fd, -1) if is_at(fd, self._place(shard)) else (None, fd)
+                return kept
             is_mine = is_at(fd, part)
             if not is_mine or self.holds(shard) or not self._reserve(fd, shard, steps):
                 return None
@@ -178,8 +189,7 @@ class ShardCache:
         while True:
             with self._alone():
                 if self._make_room(shard.size_bytes, steps):
-                    with self._disk(shard):
-                        os.posix_fallocate(fd, 0, shard.size_bytes)
+                    os.posix_fallocate(fd, 0, shard.size_bytes)
                     return True
             if steps is not None:
                 return False
@@ -244,21 +254,23 @@ class ShardCache:
             chunk = memoryview(remote.read(offset, _CHUNK_BYTES))
             if shard.md5:
                 digest.update(chunk)
-            with self._disk(shard):
-                while chunk:
-                    written = os.pwrite(fd, chunk, offset)
-                    chunk, offset = chunk[written:], offset + written  # noqa: PLW2901
+            while chunk:
+                written = os.pwrite(fd, chunk, offset)
+                chunk, offset = chunk[written:], offset + written  # noqa: PLW2901
         if shard.md5 and digest.hexdigest() != shard.md5:
             raise ShardError(
                 f"shard {remote.name} has MD5 {digest.hexdigest()}, but its manifest says {shard.md5}",
-                mend="upload the shard again, or run `disttrain shards index --md5` again",
+                mend="upload the shard again, or write its manifest anew with `disttrain shards index --md5`; a proxy"
+                " may also serve an old copy",
             )
-        with self._disk(shard):
-            # A node that loses power must not find a shard of the right length full of zeros.
-            os.fdatasync(fd)
+        if not shard.md5:
+            remote.confirm()
+        # A node that loses power must not find a shard of the right length full of zeros.
+        os.fdatasync(fd)
 
     @contextmanager
     def _disk(self, shard: Shard) -> Iterator[None]:
+        """What the operating system says of the folder, in words."""
         try:
             yield
         except OSError as error:

@@ -255,7 +255,7 @@ class EvaluationLoader(_Loader):
             pieces = _growing(0, len(self._ids), self._micro_batches_a_read())
             yield from self._run(self._rows(row, row + size) for row, size in pieces)
         finally:
-            self.reader.store.finish()
+            self.reader.store.finish(again=True)
 
     def _needs(self) -> Needs:
         """Which micro batch is the first to need a shard, and which the last."""

@@ -6,9 +6,10 @@ at once and releases the GIL meanwhile. While the data is not in the page cache 
 takes), a read first asks the kernel for all its pages, so that the disk works on many at a time, and waits for
 them without the GIL.
 
-A mapped file that is cut off, or whose disk fails, kills the process with SIGBUS where a read would give an error.
-So its length is checked before each use, and what lies on a network file system, where that may happen at any
-time, is not mapped. Cost: a descriptor a shard; where it is warm, a fifth of a ``pread``.
+A mapped file that is cut off, or whose disk fails, raises SIGBUS where a read would give an error. So its length is
+checked before each use; what happens after that is caught (:mod:`disttrain.data.bus_errors`) and is an error of the
+read; and what lies on a network file system, where it may happen at any time, is not mapped. Cost: a descriptor a
+shard; where it is warm, a fifth of a ``pread``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from disttrain.data import bus_errors
 from disttrain.data.index import Shard
 from disttrain.errors import ShardError
 
@@ -98,6 +100,22 @@ class MappedShards:
         self._fetch(shards, maps, space, at, offsets, sizes)
         return space, at
 
+    def check(self, shards: Sequence[tuple[int, slice]], faults: int) -> None:
+        """See whether memory has failed since a count of faults, after everything was used that it was given for.
+
+        Raises:
+            ShardError: it has, so that what was read may be zeros.
+        """
+        if bus_errors.faults() == faults:
+            return
+        with self._lock:
+            maps = {shard: self._maps.pop(shard) for shard, _ in shards if shard in self._maps}
+        for shard, (found, _) in maps.items():
+            if found.size() < len(found):
+                raise _ends_early(self._shards[shard].path, found.size())
+        names = ", ".join(self._shards[shard].path for shard in list(maps)[:3])
+        raise ShardError(f"reading {names} failed", mend="check the disk and the files")
+
     def _fetch(
         self,
         shards: Sequence[tuple[int, slice]],
@@ -123,7 +141,7 @@ class MappedShards:
 
     def _may_be_mapped(self, shard: int) -> bool:
         entry = self._shards[shard]
-        return not entry.is_remote and is_on_local_disk(os.path.dirname(entry.path))
+        return not entry.is_remote and bus_errors.can_guard() and is_on_local_disk(os.path.dirname(entry.path))
 
     def _map(self, shard: int) -> tuple[mmap.mmap, int]:
         with self._lock:
@@ -135,6 +153,7 @@ class MappedShards:
             mapped.madvise(mmap.MADV_RANDOM)  # a touch brings its page, not its neighbourhood
             view: NDArray[Any] = np.frombuffer(mapped, np.uint8)
             found = self._maps[shard] = mapped, int(view.__array_interface__["data"][0])
+            bus_errors.watch(*found)
             while len(self._maps) > self._most:
                 self._maps.popitem(last=False)  # unmapped when its last user is gone
             return found

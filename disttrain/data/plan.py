@@ -3,7 +3,9 @@
 Each reading process keeps a plan in the cache's folder: for every shard that it will read the first and the
 last step that needs it, and the step where it stands. Any process can then tell how far off the next use of
 a shard is for all of them. A plan is locked by its owner for as long as it lives; one that can be locked
-belonged to a process that is gone, and is removed. Cost: 48 bytes a shard and process; standing somewhere
+belonged to a process that is gone, and is removed. The plans of all readers of a process stand side by side;
+what a reader will need again, nobody knows when, it needs :data:`FAR` steps from now: later than anything that is
+planned, but sooner than what nobody needs. Cost: 56 bytes a shard and process; standing somewhere
 else is one write of 8 bytes; plans of others are read once and then only their first 8 bytes.
 """
 
@@ -21,7 +23,10 @@ from numpy.typing import NDArray
 
 from disttrain.data.order import Needs
 
-_RECORD: Final = np.dtype([("name", "S32"), ("first", "<i8"), ("last", "<i8")])
+FAR: Final = 2**62
+"""Steps until what will be needed again, but in no step that is known."""
+
+_RECORD: Final = np.dtype([("name", "S32"), ("first", "<i8"), ("last", "<i8"), ("bytes", "<i8")])
 _HEAD_BYTES: Final = 8
 
 
@@ -33,14 +38,18 @@ class Plan:
         names: the file names of the shards, by number.
         needs: which of them are needed when.
         step: where the process stands.
+        sizes: bytes of the shards, by number; left out, they count as nothing.
     """
 
-    def __init__(self, directory: Path, names: Sequence[str], needs: Needs, step: int) -> None:
+    def __init__(
+        self, directory: Path, names: Sequence[str], needs: Needs, step: int, sizes: Sequence[int] = ()
+    ) -> None:
         self.needs = needs
         self.step = step
         records = np.empty(len(needs.shards), dtype=_RECORD)
         records["name"] = np.array([names[shard] for shard in needs.shards.tolist()], dtype="S32")
         records["first"], records["last"] = needs.first, needs.last
+        records["bytes"] = np.array(sizes, dtype=np.int64)[needs.shards] if len(sizes) else 0
         records.sort(order="name")
         self.path = directory / f"{os.getpid()}-{secrets.token_hex(4)}.plan"
         temporary = self.path.with_suffix(".new")
@@ -76,14 +85,26 @@ class Plans:
         wanted = np.array(names, dtype="S32")
         until = np.full(len(names), np.inf)
         for now, body in self._read():
-            low = np.searchsorted(body["name"], wanted, side="left")
-            high = np.searchsorted(body["name"], wanted, side="right")
-            for place in np.flatnonzero(high > low).tolist():
-                records = body[low[place] : high[place]]
-                ahead = records["first"][records["last"] >= now]
-                if len(ahead):
-                    until[place] = min(until[place], max(0, int(ahead.min()) - now))
+            ahead = np.where(body["last"] >= now, np.maximum(body["first"] - now, 0), np.inf)
+            low, high = (np.searchsorted(body["name"], wanted, side=side) for side in ("left", "right"))
+            # The least of each run of records of one name; one more, as a run may begin at the end.
+            least = np.minimum.reduceat(np.append(ahead, np.inf), np.stack((low, high), axis=1).ravel())[::2]
+            until = np.where(high > low, np.minimum(until, least), until)
         return until
+
+    def need_more(self, num_bytes: int, steps: float) -> bool:
+        """Whether the shards that some process needs in fewer steps than that have more bytes."""
+        ahead = [np.empty(0, dtype=_RECORD)]
+        for now, body in self._read():
+            needed = body[(body["last"] >= now) & (body["first"] - now < steps)]
+            is_new = np.ones(len(needed), dtype=bool)
+            is_new[1:] = needed["name"][1:] != needed["name"][:-1]  # they are sorted by name
+            ahead.append(needed[is_new])
+            if ahead[-1]["bytes"].sum() > num_bytes:
+                return True
+        records = np.concatenate(ahead)
+        _, which = np.unique(records["name"], return_index=True)  # ranks need the same ones
+        return bool(records["bytes"][which].sum() > num_bytes)
 
     def _read(self) -> list[tuple[int, NDArray[np.void]]]:
         """Where each process stands, and its plan's records."""

@@ -173,6 +173,12 @@ class Reader:
         offsets, sizes = spans(self.index, self._alternatives, places)
         if (offsets < 0).any():
             raise _BadPlacesError(self._lacking(places, offsets))
+        with self._files.reading(places.shards):
+            return self._read(places, offsets, sizes, draws)
+
+    def _read(
+        self, places: Places, offsets: NDArray[np.int64], sizes: NDArray[np.int64], draws: Draws | None
+    ) -> dict[str, Decoded]:
         memory, at = self._files.read(places.shards, offsets, sizes)
         at, sizes = places.in_batch_order(at), places.in_batch_order(sizes)
         out: dict[str, Decoded] = {}

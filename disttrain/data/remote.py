@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
+from disttrain.data.transport import AttemptError, NoLibraryError, describe, fetch, tells_state
 from disttrain.errors import ConfigError, ShardError
 
 T = TypeVar("T")
@@ -28,16 +28,9 @@ WINDOW_BYTES: Final = 2**20
 """What a header scan reads at once: a request costs about as long as a megabyte."""
 
 _URL: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
+_URL_IN_TEXT: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^\s'\"<>)]+")
 _HTTP: Final = ("http", "https")
-_CONTENT_RANGE: Final = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
-_WAITING_HELPS: Final = frozenset({408, 425, 429})
-_NO_CREDENTIALS: Final = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
-_MENDS: Final = {
-    0: "check the server and the network, then run again: it will resume",
-    401: "give credentials that may read it",
-    403: "give credentials that may read it (some servers also say so of a file that is not there)",
-    404: "correct the URL, or upload the file",
-}
+_WAIT: Final = "check the server and the network, then run again: it will resume"
 
 
 @dataclass(frozen=True)
@@ -81,14 +74,6 @@ class RemoteError(ShardError):
         self.status = status
 
 
-class _AttemptError(Exception):
-    """One attempt that failed, in words; ``again`` where another may succeed."""
-
-    def __init__(self, what: str, *, again: bool, status: int | None = None) -> None:
-        super().__init__(what)
-        self.again, self.status = again, status
-
-
 @dataclass(eq=False)
 class RemoteFile:
     """A remote file of known size, read by ranges. Safe to use from several threads.
@@ -116,7 +101,7 @@ class RemoteFile:
         # Its own generator: the global one belongs to the run, whose numbers must not depend on the network.
         self._random = random.Random()
         if self.size < 0:
-            self.size, self.version = self._try(self._describe)
+            self.size, self.version = self._try(lambda: describe(self.url, self.retry.timeout_seconds))
 
     @property
     def name(self) -> str:
@@ -132,54 +117,61 @@ class RemoteFile:
         stop = min(offset + length, self.size)
         return self._try(lambda: self._read(offset, stop)) if stop > offset else b""
 
+    def confirm(self) -> None:
+        """Ask whether the file is still the one whose size and version are known here.
+
+        Over HTTP every read does so, and nothing is asked.
+
+        Raises:
+            RemoteError: it was replaced, or cannot be asked for.
+        """
+        if not tells_state(self.url):
+            self._try(lambda: self._same_state(*describe(self.url, self.retry.timeout_seconds)))
+
+    def _same_state(self, size: int, version: str) -> None:
+        if size != self.size or (self.version and version and version != self.version):
+            what = f"it has {size} bytes, not {self.size}" if size != self.size else "it is another of the same size"
+            raise AttemptError(
+                f"the file was replaced: {what}",
+                again=False,
+                mend="start again once its upload is done, to index it anew; write its manifest anew, if it has one",
+            )
+
+    def _read(self, start: int, stop: int) -> bytes:
+        answer = fetch(self.url, start, stop, self.retry.timeout_seconds)
+        if answer.total is not None:
+            self._same_state(answer.total, answer.version)
+            self.version = self.version or answer.version  # all reads are of one state
+        if len(answer.body) != stop - start:
+            raise AttemptError(f"{len(answer.body)} bytes came for bytes {start}-{stop - 1}", again=True)
+        return answer.body
+
     def _try(self, attempt: Callable[[], T]) -> T:
         started = time.monotonic()
         for number in range(1, self.retry.attempts + 1):
             try:
                 return attempt()
-            except _AttemptError as failed:
-                wait = self.retry.wait_seconds(number, self._random.random())
+            except AttemptError as failed:
+                wait = max(self.retry.wait_seconds(number, self._random.random()), failed.after_seconds)
                 spent = time.monotonic() - started
                 over = number == self.retry.attempts or spent + wait > self.retry.budget_seconds
                 if over or not failed.again:
                     raise self._error(failed, number, spent) from None
+            except NoLibraryError as error:
+                raise ConfigError(f"{self.name} cannot be read: {error}", mend=error.mend) from None
             self.sleep(wait)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def _error(self, failed: _AttemptError, attempts: int, seconds: float) -> RemoteError:
+    def _error(self, failed: AttemptError, attempts: int, seconds: float) -> RemoteError:
         tries = "1 attempt" if attempts == 1 else f"{attempts} attempts in {seconds:.1f} s"
         status = f"HTTP {failed.status}: " if failed.status is not None else ""
-        mend = _MENDS.get(failed.status or 0, _MENDS[0])
-        if str(failed).startswith(_NO_CREDENTIALS):
-            mend = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_S3_ANON=true for a public bucket"
+        # What a library says may hold the URL as it is.
+        what = _URL_IN_TEXT.sub(lambda found: shown(found[0]), str(failed))
         return RemoteError(
-            f"{self.name}: {status}{failed} ({tries}; credentials: {credential_source(self.url)})",
-            mend=mend,
+            f"{self.name}: {status}{what} ({tries}; credentials: {credential_source(self.url)})",
+            mend=failed.mend or _WAIT,
             status=failed.status,
         )
-
-    def _describe(self) -> tuple[int, str]:
-        if _is_http(self.url):
-            # Not HEAD: a signed URL allows one method only, and this also proves that ranges work.
-            answer = _http_get(self.url, 0, 1, self.retry.timeout_seconds)
-            return answer.total, answer.version
-        info = _call(self.url, "info", self.retry.timeout_seconds)
-        return int(info["size"]), str(info.get("ETag") or info.get("etag") or "").strip('"')
-
-    def _read(self, start: int, stop: int) -> bytes:
-        if _is_http(self.url):
-            answer = _http_get(self.url, start, stop, self.retry.timeout_seconds)
-            if answer.total != self.size or (self.version and answer.version and answer.version != self.version):
-                raise _AttemptError(
-                    f"the file was replaced while it was read ({answer.total} bytes, was {self.size})", again=False
-                )
-            self.version = self.version or answer.version  # all reads are of one state
-            body = answer.body
-        else:
-            body = _call(self.url, "cat_file", self.retry.timeout_seconds, start=start, end=stop)
-        if len(body) != stop - start:
-            raise _AttemptError(f"{len(body)} bytes came for bytes {start}-{stop - 1}", again=True)
-        return body
 
 
 def is_remote(path: str) -> bool:
@@ -191,7 +183,10 @@ def shown(url: str) -> str:
     """A URL as messages may show it: without a password, and without a query, which may hold a signature."""
     if not is_remote(url):
         return url
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # a host in brackets that do not match
+        return f"{url.partition('://')[0]}://..."
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit(
         (parts.scheme, host, parts.path, "...", "") if parts.query else (parts.scheme, host, parts.path, "", "")
@@ -206,10 +201,13 @@ def sibling(url: str, name: str) -> str:
 
 def credential_source(url: str) -> str:
     """Where the credentials for a URL come from, in words; never what they are."""
-    scheme, env = urlsplit(url).scheme.lower(), os.environ
+    parts, env = urlsplit(url), os.environ
+    scheme = parts.scheme.lower()
     if scheme in _HTTP:
-        return "user name in the URL" if "@" in urlsplit(url).netloc else "anonymous"
+        return "user name in the URL" if "@" in parts.netloc else "query of the URL" if parts.query else "anonymous"
     if scheme in ("s3", "s3a"):
+        if env.get("FSSPEC_S3_ANON", "").lower() in ("true", "1"):
+            return "anonymous (FSSPEC_S3_ANON)"
         for name in ("FSSPEC_S3_KEY", "AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE"):
             if env.get(name):
                 return f"environment {name}"
@@ -222,134 +220,11 @@ def credential_source(url: str) -> str:
                 return f"{env.get(name, usual)}{profile}"
         return "none found in the environment or ~/.aws; the machine's own role, if it has one"
     if scheme in ("gs", "gcs"):
+        for name in ("FSSPEC_GS_TOKEN", "FSSPEC_GCS_TOKEN"):
+            if env.get(name):
+                return f"anonymous ({name})" if env[name] == "anon" else f"environment {name}"
         if env.get("GOOGLE_APPLICATION_CREDENTIALS"):
             return "environment GOOGLE_APPLICATION_CREDENTIALS"
         usual = "~/.config/gcloud/application_default_credentials.json"
         return usual if Path(usual).expanduser().is_file() else "none found; the machine's own account, or anonymous"
     return "as fsspec is configured"
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What a server said to a range request: the file's whole size, its version and the bytes."""
-
-    total: int
-    version: str
-    body: bytes
-
-
-_FILESYSTEMS: dict[tuple[int, str, float], Any] = {}
-_LOCK: Final = Lock()
-
-
-def _is_http(url: str) -> bool:
-    return urlsplit(url).scheme.lower() in _HTTP
-
-
-def _filesystem(url: str, timeout: float) -> Any:
-    """fsspec's file system for a URL: one a process, since fsspec's own cache holds one for every thread."""
-    scheme = urlsplit(url).scheme.lower()
-    with _LOCK:
-        key = (os.getpid(), scheme, timeout)
-        if key not in _FILESYSTEMS:
-            options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-            if scheme in ("s3", "s3a"):
-                # Attempts are counted here, once.
-                limits = {"connect_timeout": timeout, "read_timeout": timeout}
-                options["config_kwargs"] = {"retries": {"max_attempts": 0}, **limits}
-            try:
-                import fsspec
-
-                found = fsspec.filesystem(scheme, **options)
-            except ImportError as error:
-                raise ConfigError(
-                    f"{shown(url)} cannot be read: {error}", mend="run `pip install 'disttrain[cloud]'`"
-                ) from None
-            except ValueError as error:
-                raise ConfigError(f"{shown(url)} cannot be read: {error}", mend="use http, https, s3 or gs") from None
-            if scheme in ("s3", "s3a"):
-                found.retries = 1
-            _FILESYSTEMS[key] = found
-        return _FILESYSTEMS[key]
-
-
-def _call(url: str, method: str, timeout: float, **arguments: Any) -> Any:
-    """A method of fsspec's file system, its failures told apart."""
-    system = _filesystem(url, timeout)
-    try:
-        if system.async_impl:
-            from fsspec.asyn import sync
-
-            return sync(system.loop, getattr(system, f"_{method}"), url, timeout=timeout, **arguments)
-        return getattr(system, method)(url, **arguments)
-    except Exception as error:  # each library raises its own kinds
-        raise _failed(error) from None
-
-
-def _failed(error: Exception) -> _AttemptError:
-    """What one attempt's exception says, whichever library raised it."""
-    status = _status_of(error)
-    if status is None and isinstance(error, FileNotFoundError):
-        status = 404
-    if status is None and isinstance(error, PermissionError):
-        status = 403
-    kind = type(error).__name__
-    text = str(error).strip()
-    refused = kind in (*_NO_CREDENTIALS, "InvalidURL", "NonHttpUrlClientError")
-    again = not refused and (status is None or status >= 500 or status in _WAITING_HELPS)
-    return _AttemptError(f"{kind}: {text}" if text else kind, again=again, status=status)
-
-
-def _status_of(error: BaseException | None) -> int | None:
-    """The HTTP status in an exception or in what caused it."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if isinstance(response, dict):
-            found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        elif type(error).__module__ == "aiohttp.http_exceptions":
-            found = None  # its code is made up: 400 for a connection that was cut
-        else:
-            found = getattr(error, "status", None) or getattr(error, "code", None)
-        if isinstance(found, int) and 100 <= found < 600:
-            return found
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _http_get(url: str, start: int, stop: int, timeout: float) -> _Answer:
-    system = _filesystem(url, timeout)
-    from fsspec.asyn import sync
-
-    try:
-        status, headers, body = sync(system.loop, _http_request, system, url, start, stop, timeout)
-    except Exception as error:  # aiohttp's, asyncio's and the operating system's
-        raise _failed(error) from None
-    version = headers.get("ETag", "").removeprefix("W/").strip('"')
-    found = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
-    if status == 416 and found and int(found[3]) <= start:  # the file ends before
-        return _Answer(int(found[3]), version, b"")
-    if status == 200:
-        raise _AttemptError("the server ignores range requests and sends the whole file", again=False, status=status)
-    if status != 206:
-        raise _AttemptError("the server refuses", again=status >= 500 or status in _WAITING_HELPS, status=status)
-    if found is None or found[1] is None:
-        raise _AttemptError(f"Content-Range {headers.get('Content-Range')!r} makes no sense", again=True, status=status)
-    first, last, total = int(found[1]), int(found[2]), int(found[3])
-    if first != start or last != min(stop, total) - 1:
-        raise _AttemptError(f"bytes {first}-{last} came for bytes {start}-{stop - 1}", again=True, status=status)
-    if len(body) != last - first + 1:
-        raise _AttemptError(f"{len(body)} bytes came for bytes {start}-{stop - 1}", again=True, status=status)
-    return _Answer(total, version, body)
-
-
-async def _http_request(system: Any, url: str, start: int, stop: int, timeout: float) -> tuple[int, Any, bytes]:
-    import aiohttp
-
-    session = await system.set_session()
-    # identity: a compressed body has no bytes at these places
-    headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-    limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
-    async with session.get(system.encode_url(url), headers=headers, timeout=limits) as response:
-        # The body of anything else is of no use, and may be a whole shard.
-        body = await response.read() if response.status == 206 else b""
-        return response.status, response.headers, body

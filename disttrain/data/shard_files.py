@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 import resource
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from threading import Lock
 from typing import Final
@@ -20,6 +21,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from disttrain.data import bus_errors
 from disttrain.data.index import Shard
 from disttrain.data.mapped_shards import MappedShards
 from disttrain.data.remote import shown
@@ -81,10 +83,23 @@ class ShardFiles:
         self._files: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = Lock()
 
+    @contextmanager
+    def reading(self, shards: Sequence[tuple[int, slice]]) -> Iterator[None]:
+        """A block that reads spans and uses their memory.
+
+        Raises:
+            ShardError: a shard was cut off, or its disk failed, in the meantime.
+        """
+        faults = bus_errors.faults()
+        try:
+            yield
+        finally:
+            self._mapped.check(shards, faults)  # before what zeros in place of a sample may have raised
+
     def read(
         self, shards: Sequence[tuple[int, slice]], offsets: NDArray[np.int64], sizes: NDArray[np.int64]
     ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """Read spans of bytes.
+        """Read spans of bytes, within :meth:`reading`.
 
         Args:
             shards: each shard and the range of rows that lie in it.

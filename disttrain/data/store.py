@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from threading import Condition, Thread
 from typing import Final
 
@@ -17,7 +18,7 @@ import numpy as np
 from disttrain.data.cache import CacheConfig, ShardCache, name_of
 from disttrain.data.index import Shard
 from disttrain.data.order import Needs
-from disttrain.data.plan import Plan
+from disttrain.data.plan import FAR, Plan
 from disttrain.data.remote import shown
 from disttrain.errors import ConfigError, DataError, DisttrainError
 
@@ -50,6 +51,7 @@ class ShardStore:
             )
         self._cache = ShardCache(config) if largest is not None else None
         self._ahead: _Ahead | None = None
+        self._resting: Plan | None = None
         self._begun: deque[int] = deque(maxlen=_READS_AT_ONCE)
         self._warned = False
 
@@ -69,17 +71,19 @@ class ShardStore:
 
     def follow(self, needs: Needs, step: int) -> None:
         """Fetch ahead and evict by a new plan, from a step on."""
-        self.finish()
-        if self._cache is not None:
-            self._warn_if_small(self._cache.config, needs)
-            self._begun.clear()
-            try:
-                self._ahead = _Ahead(self._cache, self._shards, needs, step)
-            except OSError as error:
-                raise DataError(
-                    f"the cache folder {self._cache.directory} cannot be written: {error.strerror}",
-                    mend="free space in it, or set data.cache.directory to another folder",
-                ) from None
+        if self._cache is None:
+            return
+        self._warn_if_small(self._cache.config, needs)
+        self._begun.clear()
+        try:
+            ahead = _Ahead(self._cache, self._shards, needs, step)
+        except OSError as error:
+            raise DataError(
+                f"the cache folder {self._cache.directory} cannot be written: {error.strerror}",
+                mend="free space in it, or set data.cache.directory to another folder",
+            ) from None
+        self.finish()  # after the new plan is there, or a shard of both might go in between
+        self._ahead = ahead
 
     def _warn_if_small(self, config: CacheConfig, needs: Needs) -> None:
         """Warn, once, of a cache that cannot hold what a single step draws from: it would be fetched each time."""
@@ -103,11 +107,22 @@ class ShardStore:
             self._begun.append(step)
             self._ahead.stand_at(self._begun[0])
 
-    def finish(self) -> None:
-        """The plan is no more."""
+    def finish(self, *, again: bool = False) -> None:
+        """The plan is no more.
+
+        Args:
+            again: another plan will need its shards, such as the next validation: they stay while there is
+                something that nobody needs, and go before anything that is planned.
+        """
+        resting, self._resting = self._resting, None
         if self._ahead is not None:
+            if again:
+                with suppress(OSError):  # then they are fetched again, nothing else
+                    self._resting = self._ahead.rest()
             self._ahead.close()
             self._ahead = None
+        if resting is not None:
+            resting.close()
 
 
 class _Ahead:
@@ -117,17 +132,31 @@ class _Ahead:
         self._cache = cache
         remote = np.array([shard.is_remote for shard in shards])[needs.shards]
         needs = Needs(needs.shards[remote], needs.first[remote], needs.last[remote])
-        self._plan = Plan(cache.directory, [name_of(shard) for shard in shards], needs, step)
+        self._shards, self._changed, self._closed = shards, Condition(), False
+        self._plan = self._plan_of(needs, step)
+        self._lasts, self._let_go = np.sort(needs.last), 0
         order = np.argsort(needs.first, kind="stable")
         self._todo = deque(zip(*(part[order].tolist() for part in needs), strict=True))
-        self._shards, self._changed, self._closed = shards, Condition(), False
         for number in range(cache.config.prefetch_threads):
             Thread(target=self._work, name=f"disttrain-prefetch-{number}", daemon=True).start()
 
     def stand_at(self, step: int) -> None:
         with self._changed:
             self._plan.stand_at(step)
-            self._changed.notify_all()
+            let_go = int(np.searchsorted(self._lasts, step))
+            if let_go != self._let_go:  # not at each step: to look for room costs milliseconds
+                self._let_go = let_go
+                self._changed.notify_all()
+
+    def rest(self) -> Plan:
+        """A plan that needs the same shards, some time."""
+        shards = np.unique(self._plan.needs.shards)
+        some_time = np.full(len(shards), FAR, dtype=np.int64)
+        return self._plan_of(Needs(shards, some_time, some_time), 0)
+
+    def _plan_of(self, needs: Needs, step: int) -> Plan:
+        names = [name_of(shard) for shard in self._shards]
+        return Plan(self._cache.directory, names, needs, step, [shard.size_bytes for shard in self._shards])
 
     def close(self) -> None:
         with self._changed:

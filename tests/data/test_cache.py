@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import random
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +26,6 @@ from disttrain.data.store import ShardStore
 from disttrain.data.write import md5_of
 from disttrain.errors import ConfigError, DataError, ShardError
 from disttrain.parallel.config import BatchPlan
-from tests.support.ranks import run_ranks
 from tests.support.servers import RangeServer, range_server
 from tests.support.shards import write_numbered
 
@@ -110,6 +105,40 @@ def test_eviction_follows_the_plan(server: RangeServer, tmp_path: Path) -> None:
     assert not cache.prefetch(shards[5], np.inf), "what is needed no sooner evicts nothing"
     assert held(cache, shards) == [1, 2, 3]
     plan.close()
+
+
+def test_what_the_next_validation_needs_goes_after_what_nobody_needs(server: RangeServer, tmp_path: Path) -> None:
+    shards = shards_of(server)
+    config = config_of(4, shards[0], tmp_path / "c")
+    training, validation = ShardStore(shards, config), ShardStore(shards, config)
+    cache = ShardCache(config)
+
+    def read(store: ShardStore, *numbers: int) -> list[int]:
+        for number in numbers:
+            fd = store.open(number)
+            assert fd is not None
+            os.close(fd)
+        return held(cache, shards)
+
+    training.follow(needs_of((0, 0, 9), (1, 20, 29), (2, 40, 10**9)), 0)
+    assert read(training, 0, 7) == [0, 7]  # nobody needs shard 7
+    validation.follow(needs_of((5, 0, 0), (6, 1, 1)), 0)
+    assert len(list((tmp_path / "c").glob("*.plan"))) == 2, "a validation drops the plan of the training"
+    assert read(validation, 5, 6) == [0, 5, 6, 7]
+    validation.finish(again=True)
+    assert len(list((tmp_path / "c").glob("*.plan"))) == 2
+
+    assert read(training, 1) == [0, 1, 5, 6], "what nobody needs goes first"
+    assert read(training, 2) in ([0, 1, 2, 5], [0, 1, 2, 6]), "then what the next validation needs"
+    fetched = len(server.requests)
+    validation.follow(needs_of((5, 0, 0), (6, 1, 1)), 0)
+    assert read(validation, 5, 6) == [0, 1, 5, 6], "then what the training needs last"
+    assert len(server.requests) == fetched + 2, "of two shards one was still there"
+    validation.finish(again=True)
+    assert read(training, 2) in ([0, 1, 2, 5], [0, 1, 2, 6])
+    validation.finish()
+    training.finish()
+    assert not list((tmp_path / "c").glob("*.plan"))
 
 
 def test_a_shard_that_is_read_is_never_evicted(server: RangeServer, tmp_path: Path) -> None:
@@ -209,72 +238,6 @@ def test_settings_that_cannot_work(field: str, value: Any) -> None:
         CacheConfig(**{field: value})
 
 
-CHILD = """
-import sys
-from disttrain.data import cache
-from disttrain.data.index import Shard
-cache._CHUNK_BYTES = 1000
-url, size, version, directory = sys.argv[1:]
-cache.ShardCache(cache.CacheConfig(directory)).open(Shard(url, 10, int(size), version=version))
-"""
-
-
-def test_killed_in_the_middle_of_a_download(server: RangeServer, tmp_path: Path) -> None:
-    shards = shards_of(server)
-    reached = Event()
-    server.on_request = lambda name, range_: reached.set() if range_.startswith("bytes=5000-") else None
-    server.fail("train-000.tar", *[""] * 6, "stall")  # after its size and five pieces
-    arguments = [shards[0].path, str(shards[0].size_bytes), shards[0].version, str(tmp_path / "c")]
-    child = subprocess.Popen([sys.executable, "-c", CHILD, *arguments])
-    assert reached.wait(60)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    [left] = (tmp_path / "c").glob("*.part")
-    assert left.stat().st_size == shards[0].size_bytes
-    assert not list((tmp_path / "c").glob("*.tar"))
-
-    cache = ShardCache(config_of(1, shards[0], tmp_path / "c"))
-    take(cache, shards[1], server)
-    assert not left.exists(), "what the dead one left takes room"
-    take(cache, shards[0], server)
-
-
-def read_all(url: str, home: str, directory: str, num_shards: float) -> None:
-    """Read all samples of eight shards in an order of one's own, through a shared cache; check every one."""
-    os.environ["DISTTRAIN_CACHE"] = home  # the server that ranks are forked from has an older environment
-    index = ShardIndex.open(f"{url}/train-{{000..007}}.tar")
-    rank = int(os.environ["RANK"])
-    config = config_of(num_shards, index.shards[0], Path(directory))
-    reader = Reader(index, {"x": Field("x.npy")}, cache=config)
-    ids = list(range(80))
-    random.Random(rank).shuffle(ids)
-    for first in range(0, 80, 5):
-        some = np.array(ids[first : first + 5])
-        assert reader.read(some)["x"][:, 0].tolist() == some.tolist()
-        used = sum(path.stat().st_size for path in Path(directory).iterdir() if path.suffix in (".tar", ".part"))
-        assert used <= config.max_bytes, f"{used} of {config.max_bytes} bytes"
-
-
-def test_four_processes_fetch_each_shard_once(server: RangeServer, tmp_path: Path, cache_home: Path) -> None:
-    sizes = {shard.path.rpartition("/")[2]: shard.size_bytes for shard in shards_of(server)}
-    server.bytes_served.clear()
-    run_ranks(4, read_all, server.url, str(cache_home), str(tmp_path / "c"), 8, folder=tmp_path / "logs").ok()
-    fetched = {name: served - 5 for name, served in server.bytes_served.items()}  # each process asks for its size
-    assert fetched == sizes
-
-
-def test_four_processes_share_a_cache_smaller_than_all(server: RangeServer, tmp_path: Path, cache_home: Path) -> None:
-    shards = shards_of(server)
-    directory = tmp_path / "c"
-    cache = ShardCache(config_of(3, shards[0], directory))
-    fd = cache.open(shards[5])
-    whole = [range_ for name, range_ in server.requests if name == "train-005.tar"]
-    run_ranks(4, read_all, server.url, str(cache_home), str(directory), 3, folder=tmp_path / "logs").ok()
-    again = [range_ for name, range_ in server.requests if name == "train-005.tar"][len(whole) :]
-    assert again == ["bytes=0-0"] * 4, "a shard that is held was fetched again"
-    os.close(fd)
-
-
 def batches_of(index: ShardIndex, threads: int, cache: CacheConfig | None, position: tuple[int, int]) -> list[Any]:
     reader = Reader(index, {"x": Field("x.npy")}, cache=cache)
     order = Order(index.sizes, OrderConfig(8, seed=1, lanes=2, window=16))
@@ -304,7 +267,9 @@ def test_the_loaders_read_the_same_from_afar(server: RangeServer, tmp_path: Path
     def evaluated(index: ShardIndex) -> list[list[str]]:
         reader = Reader(index, {"x": Field("x.npy")}, cache=config)
         loaders = [EvaluationLoader(reader, micro_batch_size=7, num_ranks=3, rank=rank) for rank in range(3)]
-        return [batch["__key__"] for loader in loaders for batch in loader]
+        keys = [batch["__key__"] for loader in loaders for batch in loader]
+        reader.store.finish()
+        return keys
 
     assert evaluated(there) == evaluated(local)
     assert not list((tmp_path / "c").glob("*.plan"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from disttrain.data.mixture import Mixture, Portion
 from disttrain.data.order import Needs, Order, OrderConfig
-from disttrain.data.plan import Plan, Plans
+from disttrain.data.plan import FAR, Plan, Plans
 
 quick = settings(derandomize=True, deadline=None, max_examples=60)
 
@@ -90,6 +91,43 @@ def test_the_plan_of_a_process_that_is_gone_does_not_count(tmp_path: Path) -> No
     os.close(plan._fd)  # what the kernel does for it
     assert Plans(tmp_path).steps_until(["a" * 32]).tolist() == [np.inf]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_will_be_needed_some_time(tmp_path: Path) -> None:
+    names = [letter * 32 for letter in "abc"]
+    plans = [Plan(tmp_path, names, needs_of((0, 10**12, 10**12)), 0), Plan(tmp_path, names, needs_of((1, FAR, FAR)), 0)]
+    planned, some_time, never = Plans(tmp_path).steps_until(names).tolist()
+    assert planned < some_time < never == np.inf
+    for plan in plans:
+        plan.close()
+
+
+@quick
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 30), st.integers(0, 9)), max_size=12), max_size=3),
+    st.lists(st.integers(0, 30), min_size=3, max_size=3),
+    st.integers(0, 20),
+)
+def test_plans_by_brute_force(rows: list[list[tuple[int, int, int]]], stands: list[int], steps: int) -> None:
+    names, sizes = [letter * 32 for letter in "fbdace"], [1, 2, 4, 8, 16, 32]
+    until = [np.inf] * 6
+    with tempfile.TemporaryDirectory() as folder:
+        made = []
+        for own, now in zip(rows, stands, strict=False):
+            needs = Needs(
+                *np.array([(s, first, first + long) for s, first, long in own], dtype=np.int64).reshape(-1, 3).T
+            )
+            made.append(Plan(Path(folder), names, needs, now, sizes))
+            for shard, first, long in own:
+                if first + long >= now:
+                    until[shard] = min(until[shard], max(0, first - now))
+        plans = Plans(Path(folder))
+        assert plans.steps_until(names).tolist() == until
+        needed = sum(size for size, when in zip(sizes, until, strict=True) if when < steps)
+        assert plans.need_more(needed - 1, steps) or not needed
+        assert not plans.need_more(needed, steps)
+        for plan in made:
+            plan.close()
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import builtins
+import gc
 import importlib
 import importlib.util
 import json
 import random
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 
 from disttrain.commands import shards as shards_command
-from disttrain.data import remote
+from disttrain.data import transport
 from disttrain.data.decode import Field
 from disttrain.data.index import ShardIndex, describe_shard, parse_manifest, write_manifest
 from disttrain.data.reader import Reader
@@ -72,11 +74,32 @@ def test_passing_faults_are_tried_again(server: RangeServer, fault: str) -> None
     assert len(server.faults["x.bin"]) == 0, "a fault was not met"
 
 
+@pytest.mark.parametrize("fault", ["status:500", "cut", "short"])
+def test_a_fault_that_passed_keeps_nothing_alive(server: RangeServer, fault: str) -> None:
+    """Callers hold locked files in their variables, and others wait for these."""
+
+    class Held:
+        pass
+
+    def read() -> weakref.ref[Held]:
+        held = Held()
+        assert file.read(100, 1000) == CONTENT[100:1100]
+        return weakref.ref(held)
+
+    file = RemoteFile(f"{server.url}/x.bin", QUICK)
+    server.fail("x.bin", fault)
+    gc.disable()
+    try:
+        assert read()() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize(
     ("fault", "words", "status"),
     [
         ("status:500", "HTTP 500: the server refuses", 500),
-        ("cut", "ClientPayloadError", None),
+        ("cut", "the connection was cut in the middle of the answer", None),
         ("short", "500 bytes came for bytes 100-1099", 206),
         ("wrong range", "bytes 101-1100 came for bytes 100-1099", 206),
     ],
@@ -102,7 +125,7 @@ def test_lasting_faults_are_errors(server: RangeServer, fault: str, words: str, 
         ("status:404", "HTTP 404"),
         ("status:403", "HTTP 403"),
         ("no range", "ignores range requests"),
-        ("other version", "was replaced while it was read"),
+        ("other version", "the file was replaced: it is another of the same size"),
     ],
 )
 def test_what_waiting_does_not_mend_is_tried_once(server: RangeServer, fault: str, words: str) -> None:
@@ -120,7 +143,7 @@ def test_a_silent_server_is_a_cut_connection(server: RangeServer) -> None:
     server.fail("x.bin", "stall")
     assert file.read(0, 10) == CONTENT[:10]
     server.fail("x.bin", "stall", "stall")
-    with pytest.raises(RemoteError, match=r"[Tt]imeout"):
+    with pytest.raises(RemoteError, match=r"the server was silent for 0.1 s \(2 attempts"):
         file.read(0, 10)
 
 
@@ -163,7 +186,7 @@ def test_settings_that_cannot_work(field: str, value: Any) -> None:
 
 
 def test_no_server_is_an_error() -> None:
-    with pytest.raises(RemoteError, match=r"ClientConnect.*4 attempts"):
+    with pytest.raises(RemoteError, match=r"the connection was refused \(4 attempts"):
         RemoteFile("http://127.0.0.1:9/x.tar", QUICK)
 
 
@@ -174,6 +197,7 @@ def test_urls_and_what_messages_show_of_them() -> None:
     assert not is_remote("data:x.tar")
     assert shown("https://me:secret@h:8/a/x.tar?X-Amz-Signature=secret") == "https://h:8/a/x.tar?..."
     assert shown("a/b?.tar") == "a/b?.tar"
+    assert shown("http://me:secret@[::1/x.tar?secret") == "http://..."
 
 
 def test_where_credentials_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +222,7 @@ def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
             raise ImportError("no module fsspec")
         return usual(name, *arguments, **options)
 
-    monkeypatch.setattr(remote, "_FILESYSTEMS", {})
+    monkeypatch.setattr(transport, "_FILESYSTEMS", {})
     monkeypatch.setattr(builtins, "__import__", without_fsspec)
     with pytest.raises(ConfigError, match=r"pip install 'disttrain\[cloud\]'"):
         RemoteFile("gs://bucket/x.tar")
@@ -216,8 +240,10 @@ def test_no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setattr(remote, "_FILESYSTEMS", {})
-    with pytest.raises(RemoteError, match=r"NoCredentialsError.*1 attempt; credentials: none found") as error:
+    monkeypatch.setattr(transport, "_FILESYSTEMS", {})
+    with pytest.raises(
+        RemoteError, match=r"there are no credentials: Unable to locate.*1 attempt; credentials: none found"
+    ) as error:
         RemoteFile("s3://bucket/x.tar", QUICK)
     assert "AWS_ACCESS_KEY_ID" in error.value.mend
 
@@ -261,7 +287,7 @@ def test_a_sidecar_beside_the_shard_serves(server: RangeServer, monkeypatch: pyt
     write_sidecar_file(path, build_table(path))
     index = ShardIndex.open(f"{server.url}/train-000.tar")
     same_index(index, ShardIndex.open(path))
-    assert server.bytes_served["train-000.tar"] == 1 + 2 * 512, "the size and two headers"
+    assert server.bytes_served["train-000.tar"] < 10 * 512, "its size and a few headers"
 
 
 @pytest.mark.parametrize("fault", ["stale", "of a larger shard", "damaged", "status:403"])
@@ -325,8 +351,8 @@ def test_the_command_lists_remote_shards(server: RangeServer, capsys: pytest.Cap
     url = f"{server.url}/train-{{000..001}}.tar"
     assert shards_command.main(["ls", url]) == 0
     assert "2 shards" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="is remote; this subcommand reads local shards"):
-        shards_command.main(["verify", url])
+    assert shards_command.main(["verify", url]) == 0
+    assert "2 shards, 11 samples: no faults" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
@@ -357,7 +383,7 @@ def test_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         host, port = server.get_host_and_port()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        monkeypatch.setattr(remote, "_FILESYSTEMS", {})
+        monkeypatch.setattr(transport, "_FILESYSTEMS", {})
         client = importlib.import_module("boto3").client("s3")
         client.create_bucket(Bucket="shards")
         for path in paths:

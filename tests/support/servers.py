@@ -1,25 +1,31 @@
-"""Servers on the loopback interface: a small one over HTTP that can be told to fail, and nginx."""
+"""Servers on the loopback interface: a small one over HTTP that can be told to fail, nginx with any configuration,
+a small one that speaks Google Cloud Storage's JSON, and moto's S3."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
+import importlib.util
+import json
 import re
 import shutil
 import socket
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Lock, Thread
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 Fault = str
 """``status:500`` (any), ``cut`` (half the body), ``short`` (a whole answer of half the bytes), ``wrong range``,
-``no range`` (200 and the whole file), ``stall`` (no answer until the server is closed), ``other version``."""
+``no range`` (200 and the whole file), ``stall`` (no answer until the server is closed), ``other version``, or
+nothing: a right answer."""
 
 
 class RangeServer(ThreadingHTTPServer):
@@ -27,8 +33,8 @@ class RangeServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, folder: Path, handler: type[BaseHTTPRequestHandler] | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), handler or _Handler)
         self.folder = folder
         self.faults: dict[str, deque[Fault]] = {}
         self.bytes_served: Counter[str] = Counter()
@@ -115,16 +121,81 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, status: int, body: bytes, length: int | None = None, **headers: str) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.send_header("Accept-Ranges", "bytes")
         for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
         self.wfile.write(body)
 
 
+class _GcsHandler(_Handler):
+    """Google Cloud Storage's JSON: an object's metadata, its bytes by ranges, and listings.
+
+    A bucket is a folder; objects have their MD5 and a generation that changes with the contents.
+    """
+
+    def do_GET(self) -> None:
+        """Answer one request; the name that faults go by is that of the object."""
+        parts = urlsplit(self.path)
+        place = re.fullmatch(r"/(?:download/)?storage/v1/b/([^/]+)/o(?:/(.+))?", parts.path)
+        assert place, f"unknown request {self.path}"
+        bucket, name = self.server.folder / unquote(place[1]), unquote(place[2] or "")
+        query = parse_qs(parts.query)
+        media = query.get("alt") == ["media"]
+        if not media:
+            self.server.requests.append((name, "metadata"))
+        fault = self.server.next_fault(name or query.get("prefix", [""])[0])
+        path = bucket / name
+        if fault.startswith("status:"):
+            self._error(int(fault.removeprefix("status:")), "Invalid Credentials" if fault.endswith("401") else "no")
+        elif not bucket.is_dir():
+            self._error(404, "The specified bucket does not exist.")
+        elif not name:
+            prefix = query.get("prefix", [""])[0]
+            found = [_gcs_object(bucket, p) for p in sorted(bucket.rglob("*")) if p.is_file()]
+            self._json({"items": [item for item in found if item["name"].startswith(prefix)]})
+        elif not path.is_file():
+            self._error(404, f"No such object: {place[1]}/{name}")
+        elif media:
+            self._range(name, path.read_bytes(), self.headers.get("Range", ""), fault)
+        else:
+            self._json(_gcs_object(bucket, path))
+
+    def _error(self, status: int, message: str) -> None:
+        self._json({"error": {"code": status, "message": message}}, status)
+
+    def _json(self, content: Any, status: int = 200) -> None:
+        self._answer(status, json.dumps(content).encode(), **{"Content-Type": "application/json"})
+
+
+def _gcs_object(bucket: Path, path: Path) -> dict[str, str]:
+    digest = hashlib.md5(path.read_bytes(), usedforsecurity=False)
+    return {
+        "kind": "storage#object",
+        "name": str(path.relative_to(bucket)),
+        "size": str(path.stat().st_size),
+        "md5Hash": digest.hexdigest(),
+        "generation": str(int(digest.hexdigest()[:12], 16)),
+        "etag": f"etag-{digest.hexdigest()[:8]}",
+    }
+
+
 @contextmanager
 def range_server(folder: Path) -> Iterator[RangeServer]:
     """The small server over a folder."""
-    server = RangeServer(folder)
+    with _served(RangeServer(folder)) as server:
+        yield server
+
+
+@contextmanager
+def gcs_server(folder: Path) -> Iterator[RangeServer]:
+    """Google Cloud Storage as its emulators speak it, over a folder of buckets; for ``STORAGE_EMULATOR_HOST``."""
+    with _served(RangeServer(folder, _GcsHandler)) as server:
+        yield server
+
+
+@contextmanager
+def _served(server: RangeServer) -> Iterator[RangeServer]:
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:
@@ -136,12 +207,84 @@ def range_server(folder: Path) -> Iterator[RangeServer]:
         thread.join()
 
 
-NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+S3 = all(importlib.util.find_spec(name) for name in ("moto", "flask", "s3fs"))
+"""Whether there is a server that speaks S3, and a client."""
+
+
+@dataclass
+class S3Server:
+    """moto's S3 server, and what it was asked for."""
+
+    url: str
+    requests: list[tuple[str, str, str]] = field(default_factory=list)
+    """Method, path and range of each request."""
+
+    def upload(self, folder: Path, bucket: str) -> None:
+        """Put all files of a folder into a new bucket."""
+        client = self._client()
+        client.create_bucket(Bucket=bucket)
+        for path in sorted(folder.iterdir()):
+            client.upload_file(str(path), bucket, path.name)
+        client.close()
+        self.requests.clear()
+
+    def check_credentials(self, check: bool) -> None:
+        """Whether to refuse unknown credentials from now on."""
+        requests = importlib.import_module("requests")
+        requests.post(f"{self.url}/moto-api/reset-auth", data=b"0" if check else b"inf").close()
+
+    def _client(self) -> Any:
+        keys = dict.fromkeys(("aws_access_key_id", "aws_secret_access_key"), "testing")
+        return importlib.import_module("boto3").client(
+            "s3", endpoint_url=self.url, region_name="us-east-1", verify=False, **keys
+        )
 
 
 @contextmanager
-def nginx_server(folder: Path, scratch: Path) -> Iterator[str]:
-    """A real nginx over a folder; gives its address."""
+def s3_server() -> Iterator[S3Server]:
+    """moto's S3 server; for ``AWS_ENDPOINT_URL``."""
+    moto = importlib.import_module("moto.moto_server.werkzeug_app")
+    application = moto.DomainDispatcherApplication(moto.create_backend_app)
+
+    def counted(environ: dict[str, Any], start_response: Any) -> Any:
+        server.requests.append((environ["REQUEST_METHOD"], environ["PATH_INFO"], environ.get("HTTP_RANGE", "")))
+        return application(environ, start_response)
+
+    silent = type("Silent", (moto.MotoRequestHandler,), {"log": lambda *_: None})
+    serving = importlib.import_module("werkzeug.serving")
+    running = serving.make_server("127.0.0.1", 0, counted, threaded=True, request_handler=silent)
+    server = S3Server(f"http://127.0.0.1:{running.server_port}")
+    thread = Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.check_credentials(False)
+        running.shutdown()
+        running.server_close()
+        thread.join()
+
+
+NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+OPENSSL = shutil.which("openssl")
+_SETPRIV = shutil.which("setpriv")
+_WITH_ME = [_SETPRIV, "--pdeathsig", "TERM", "--"] if _SETPRIV else []
+"""Ends what follows when these tests are killed."""
+
+
+@contextmanager
+def nginx_server(
+    folder: Path, scratch: Path, *, http: str = "", server: str = "", certificate: Path | None = None
+) -> Iterator[str]:
+    """A real nginx over a folder; gives its address.
+
+    Args:
+        folder: what it serves where ``server`` says nothing else.
+        scratch: for its files.
+        http: directives for its ``http`` block.
+        server: directives for its ``server`` block.
+        certificate: a PEM file of key and certificate; without one it speaks plain HTTP.
+    """
     assert NGINX is not None
     port = _free_port()
     scratch.mkdir(parents=True, exist_ok=True)
@@ -149,33 +292,44 @@ def nginx_server(folder: Path, scratch: Path) -> Iterator[str]:
     temporary = "\n".join(
         f"{kind}_temp_path {scratch}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
+    tls = f"ssl_certificate {certificate}; ssl_certificate_key {certificate};" if certificate else ""
     config.write_text(
         f"daemon off; master_process off; pid {scratch}/pid; error_log {scratch}/error.log;\n"
-        f"events {{}}\nhttp {{ access_log {scratch}/access.log; {temporary}\n"
-        f"server {{ listen 127.0.0.1:{port}; root {folder}; }} }}\n"
+        f"events {{}}\nhttp {{ access_log {scratch}/access.log; {temporary}\n{http}\n"
+        f"server {{ listen 127.0.0.1:{port}{' ssl' if tls else ''}; root {folder}; {tls}\n{server}\n}} }}\n"
     )
-    command = [NGINX, "-c", str(config), "-p", str(scratch), "-e", str(scratch / "error.log")]
+    command = [*_WITH_ME, NGINX, "-c", str(config), "-p", str(scratch), "-e", str(scratch / "error.log")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        _await_answer(f"http://127.0.0.1:{port}/", process)
-        yield f"http://127.0.0.1:{port}"
+        _await_listening(port, process, scratch / "error.log")
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait()
 
 
-def _await_answer(url: str, process: subprocess.Popen[bytes]) -> None:
+def make_certificate(place: Path, name: str = "IP:127.0.0.1", days: int = 2) -> Path:
+    """A PEM file of a key and a certificate that it signed itself, made out to a name such as ``DNS:example.org``."""
+    assert OPENSSL is not None
+    certificate = place.with_suffix(".crt")
+    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", str(days)]
+    told = ["-subj", "/CN=disttrain tests", "-addext", f"subjectAltName={name}"]
+    command = [OPENSSL, "req", "-x509", *kind, *told, "-keyout", str(place), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    with open(place, "a") as file:
+        file.write(certificate.read_text())
+    return place
+
+
+def _await_listening(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + 20
     while True:
         try:
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        except urllib.error.HTTPError as error:
-            error.close()
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
             return
         except OSError:
-            assert process.poll() is None, f"the server ended with {process.returncode}"
-            assert time.monotonic() < deadline, f"no answer from {url}"
+            assert process.poll() is None, f"the server ended with {process.returncode}: {log.read_text()}"
+            assert time.monotonic() < deadline, f"nobody listens on port {port}"
             time.sleep(0.02)
 
 

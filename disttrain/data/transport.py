@@ -1,0 +1,314 @@
+"""One attempt to ask a server for some bytes of a file, and what its failure means.
+
+:func:`describe` and :func:`fetch` go through fsspec's file systems; over HTTP the request is made here, so that
+status, ``Content-Range`` and ``ETag`` are seen. Every failure becomes an :class:`AttemptError`: in words, with
+the status where one is known, and whether another attempt may succeed. The retries that the libraries make on their
+own are switched off, so attempts are counted in one place. Cost: one request; two to describe a file on GCS.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import ssl
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from threading import Lock
+from typing import Any, Final
+
+_HTTP: Final = ("http", "https")
+_S3: Final = ("s3", "s3a")
+_GCS: Final = ("gs", "gcs")
+_CONTENT_RANGE: Final = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
+_WAITING_HELPS: Final = frozenset({408, 425, 429})
+_SMALL_BYTES: Final = 2**16
+_NO_CREDENTIALS: Final = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError")
+_BAD_URLS: Final = ("InvalidURL", "InvalidUrlClientError", "NonHttpUrlClientError", "TooManyRedirects")
+_BUGS: Final = (ImportError, AttributeError, NameError, TypeError)
+_NO_TLS: Final = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "RECORD_LAYER_FAILURE")
+_IN_WORDS: Final = {
+    "ClientPayloadError": "the connection was cut in the middle of the answer",
+    "IncompleteReadError": "the connection was cut in the middle of the answer",
+    "ResponseStreamingError": "the connection was cut in the middle of the answer",
+    "ServerDisconnectedError": "the connection was cut before the answer",
+    "ClientOSError": "the connection was cut before the answer",
+    "ClientConnectionResetError": "the connection was cut before the answer",
+    "ConnectionClosedError": "the connection was cut before the answer",
+    "ClientConnectorDNSError": "the name of the host is not known",
+}
+_MENDS: Final = {
+    200: "serve the files by a server that answers range requests, as nginx, S3 and GCS do",
+    400: "check the URL, and renew the credentials if they are temporary",
+    401: "give credentials that may read it",
+    403: "give credentials that may read it (some servers also say so of a file that is not there)",
+    404: "correct the URL, or upload the file",
+    410: "correct the URL, or upload the file",
+}
+
+
+class AttemptError(Exception):
+    """One attempt that failed, in words.
+
+    Attributes:
+        again: whether another may succeed.
+        status: the HTTP status, where one is known.
+        mend: how to mend it, where that is more than waiting.
+        after_seconds: how long the server asks to be left alone.
+    """
+
+    def __init__(
+        self, what: str, *, again: bool, status: int | None = None, mend: str = "", after_seconds: float = 0.0
+    ) -> None:
+        super().__init__(what)
+        self.again, self.status, self.after_seconds = again, status, after_seconds
+        self.mend = mend or _MENDS.get(status or 0, "")
+
+
+class NoLibraryError(Exception):
+    """URLs of this kind cannot be opened here; ``mend`` says what would help."""
+
+    def __init__(self, what: str, *, mend: str) -> None:
+        super().__init__(what)
+        self.mend = mend
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server said to one request.
+
+    Attributes:
+        body: the bytes.
+        total: the size of the whole file; None where the answer does not tell.
+        version: what identifies the contents, or empty.
+    """
+
+    body: bytes
+    total: int | None = None
+    version: str = ""
+
+
+def tells_state(url: str) -> bool:
+    """Whether every answer tells size and version of the file that it comes from."""
+    return _scheme(url) in _HTTP
+
+
+def describe(url: str, timeout: float) -> tuple[int, str]:
+    """Size and version of a file; ``timeout`` is how many seconds a connection may be silent.
+
+    Raises:
+        AttemptError: the server does not say.
+        NoLibraryError: the library for such URLs is not installed, or there is none.
+    """
+    if tells_state(url):
+        # Not HEAD: a signed URL allows one method only, and this also proves that ranges work.
+        answer = _http_get(url, 0, 1, timeout)
+        return answer.total or 0, answer.version
+    info = _call(url, "info", timeout)
+    if info.get("type") == "directory":
+        raise AttemptError("it is a folder", again=False, status=404)
+    version = info.get("generation") or info.get("ETag") or info.get("etag") or ""
+    return int(info["size"]), str(version).strip('"')
+
+
+def fetch(url: str, start: int, stop: int, timeout: float) -> Answer:
+    """The bytes ``[start, stop)``, which must lie inside the file; errors as those of :func:`describe`."""
+    if tells_state(url):
+        return _http_get(url, start, stop, timeout)
+    return Answer(_call(url, "cat_file", timeout, start=start, end=stop))
+
+
+def _scheme(url: str) -> str:
+    return url.partition("://")[0].lower()
+
+
+_FILESYSTEMS: dict[tuple[int, str, float], Any] = {}
+_LOCK: Final = Lock()
+
+
+def _filesystem(url: str, timeout: float) -> Any:
+    """fsspec's file system for a URL: one a process, since fsspec's own cache holds one for every thread."""
+    scheme = _scheme(url)
+    with _LOCK:
+        key = (os.getpid(), scheme, timeout)
+        if key not in _FILESYSTEMS:
+            _FILESYSTEMS[key] = _new_filesystem(scheme, timeout)
+        return _FILESYSTEMS[key]
+
+
+def _new_filesystem(scheme: str, timeout: float) -> Any:
+    if scheme in _GCS:
+        # Its support of zonal buckets asks over gRPC, at each read, of what kind the bucket is.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    try:
+        import fsspec
+
+        kind = fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        raise NoLibraryError(str(error), mend="run `pip install 'disttrain[cloud]'`") from None
+    except ValueError as error:
+        raise NoLibraryError(str(error), mend="use http, https, s3 or gs") from None
+    options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+    if scheme in _S3:
+        limits = {"connect_timeout": timeout, "read_timeout": timeout}
+        found = kind(**options, config_kwargs={"retries": {"max_attempts": 0}, **limits})
+        found.retries = 1
+    elif scheme in _GCS:
+        import aiohttp
+
+        if os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"].lower() == "false":  # also where it was imported before
+            kind = importlib.import_module("gcsfs.core").GCSFileSystem
+        limit = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
+        found = kind(**options, requests_timeout=limit)
+        once = getattr(kind._request, "__wrapped__", None)
+        if once is not None:  # without the decorator that tries six times
+            found._request = partial(once, found)
+    else:
+        found = kind(**options)
+    return found
+
+
+def _call(url: str, method: str, timeout: float, **arguments: Any) -> Any:
+    """A method of fsspec's file system, its failures told apart."""
+    try:
+        system = _filesystem(url, timeout)
+        if not system.async_impl:
+            return getattr(system, method)(url, **arguments)
+        from fsspec.asyn import sync
+
+        # Those set above bound the silence; of others only the whole can be bounded.
+        whole = None if _scheme(url) in (*_S3, *_GCS) else timeout
+        return sync(system.loop, getattr(system, f"_{method}"), url, timeout=whole, **arguments)
+    except NoLibraryError:
+        raise
+    except Exception as error:  # each library raises its own kinds
+        raise _failed(error, timeout) from None
+
+
+def _failed(error: Exception, timeout: float) -> AttemptError:
+    """What one attempt's exception says, whichever library raised it."""
+    status = _status_of(error)
+    _let_go(error)
+    kind, text = type(error).__name__, " ".join(str(error).split())
+    if status is None and isinstance(error, FileNotFoundError):
+        status = 404
+    # gcsfs says it so.
+    if status is None and (isinstance(error, PermissionError) or text.startswith("Forbidden")):
+        status = 403
+    if "CERTIFICATE_VERIFY_FAILED" in text or "certificate verify failed" in text:
+        return _untrusted(text)
+    if any(sign in text for sign in _NO_TLS):
+        mend = "correct the port, or use http:// if it is meant to be open"
+        return AttemptError("the server does not speak TLS there", again=False, mend=mend)
+    if kind in _NO_CREDENTIALS:
+        mend = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_S3_ANON=true for a public bucket"
+        return AttemptError(f"there are no credentials: {text}", again=False, mend=mend)
+    may_pass = kind not in _BAD_URLS and not isinstance(error, _BUGS)
+    again = may_pass and (status is None or status >= 500 or status in _WAITING_HELPS)
+    if kind == "TooManyRedirects":
+        what = "it redirects without end"
+    elif status is not None and status >= 400:
+        # A library names the file in its own way; of the bucket it says something new.
+        what = f"the server refuses: {text}" if status != 404 or "bucket" in text else "it is not there"
+    elif isinstance(error, TimeoutError) or "Timeout" in kind:
+        what = f"the server was silent for {timeout:g} s"
+    elif kind in ("ClientConnectorError", "EndpointConnectionError"):
+        refused = "refused" in text or isinstance(getattr(error, "os_error", None), ConnectionRefusedError)
+        what = "the connection was refused" if refused else f"there is no connection: {text}"
+    else:
+        what = _IN_WORDS.get(kind) or (f"{kind}: {text}" if text else kind)
+    return AttemptError(what, again=again, status=status)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Drop the tracebacks of an exception and of its causes.
+
+    fsspec's frames refer to it as it to them, so until a garbage collection it would keep all callers' variables
+    alive, and with them locked files.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
+def _untrusted(text: str) -> AttemptError:
+    """A certificate that does not verify, and why."""
+    found = re.search(r"certificate verify failed:? ?([^(\"'\]]*[^(\"'\] ])?", text)
+    why = (found[1] or "").rstrip(". ") if found else ""
+    mend = (
+        "if it is to be trusted, name a PEM file with it, or with the authority's that signed it, in SSL_CERT_FILE"
+        " (for s3 in AWS_CA_BUNDLE)"
+    )
+    if "expired" in why:
+        mend = "renew the server's certificate, and check this machine's clock"
+    elif "ostname mismatch" in why or "IP address mismatch" in why:
+        mend = "use the host name that the certificate is made out to"
+    return AttemptError(f"the server's certificate is not trusted: {why or text}", again=False, mend=mend)
+
+
+def _status_of(error: BaseException | None) -> int | None:
+    """The HTTP status in an exception or in what caused it."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        elif type(error).__module__ == "aiohttp.http_exceptions":
+            found = None  # its code is made up: 400 for a connection that was cut
+        else:
+            found = error.status if hasattr(error, "status") else getattr(error, "code", None)
+        if isinstance(found, int) and 100 <= found < 600:
+            return found
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _http_get(url: str, start: int, stop: int, timeout: float) -> Answer:
+    system = _filesystem(url, timeout)
+    from fsspec.asyn import sync
+
+    try:
+        status, headers, body = sync(system.loop, _http_request, system, url, start, stop, timeout)
+    except Exception as error:  # aiohttp's, asyncio's and the operating system's
+        raise _failed(error, timeout) from None
+    version = headers.get("ETag", "").removeprefix("W/").strip('"')
+    found = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
+    if status == 416 and found and int(found[3]) <= start:  # the file ends before
+        return Answer(b"", int(found[3]), version)
+    if status == 200:
+        raise AttemptError("the server ignores range requests and sends the whole file", again=False, status=status)
+    if status != 206:
+        again = status >= 500 or status in _WAITING_HELPS
+        after = headers.get("Retry-After", "")
+        what = "it is not there" if status in (404, 410) else "the server refuses"
+        seconds = float(after) if after.isdecimal() else 0.0
+        raise AttemptError(what, again=again, status=status, after_seconds=seconds)
+    if found is None or found[1] is None:
+        raise AttemptError(f"Content-Range {headers.get('Content-Range')!r} makes no sense", again=True, status=status)
+    first, last, total = int(found[1]), int(found[2]), int(found[3])
+    if first != start or last != min(stop, total) - 1:
+        raise AttemptError(f"bytes {first}-{last} came for bytes {start}-{stop - 1}", again=True, status=status)
+    if len(body) != last - first + 1:
+        raise AttemptError(f"{len(body)} bytes came for bytes {start}-{stop - 1}", again=True, status=status)
+    return Answer(body, total, version)
+
+
+async def _http_request(system: Any, url: str, start: int, stop: int, timeout: float) -> tuple[int, Any, bytes]:
+    import aiohttp
+
+    session = await system.set_session()
+    # identity: a compressed body has no bytes at these places
+    headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
+    trusted = _trusted(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+    async with session.get(system.encode_url(url), headers=headers, timeout=limits, ssl=trusted) as response:
+        # The body of anything else is of no use, and may be a whole shard; a small one is read so that the connection
+        # serves again.
+        is_small = response.content_length is not None and response.content_length <= _SMALL_BYTES
+        body = await response.read() if response.status == 206 or is_small else b""
+        return response.status, response.headers, body
+
+
+@lru_cache(maxsize=4)
+def _trusted(file: str | None, folder: str | None) -> ssl.SSLContext:
+    """The authorities that OpenSSL trusts, by its two variables as they are now: aiohttp reads them when imported."""
+    return ssl.create_default_context()
