@@ -241,7 +241,10 @@ def _must_be_there(paths: Sequence[str], *, name: str) -> None:
 
 def _path_of(place: str) -> str:
     """A path, or that of a URL without its query."""
-    return urlsplit(place).path if is_remote(place) else place
+    try:
+        return urlsplit(place).path if is_remote(place) else place
+    except ValueError as error:
+        raise DataError(f"{place} is no URL: {error}", mend="correct it") from None
 
 
 def is_manifest(spec: str) -> bool:
@@ -288,6 +291,8 @@ def parse_manifest(path: str | Path, *, name: str = "data") -> list[Shard]:
     place = str(path)
     try:
         content: Any = json.loads(read_remote_text(place) if is_remote(place) else Path(place).read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__} instead of names and values")
         if content.get("datasets"):
             raise DataError(
                 f"{name}: {shown(place)} lists other data sets under 'datasets', which are not read",

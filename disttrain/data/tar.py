@@ -148,7 +148,7 @@ class _Scanner:
                 what = "the end block is missing" if not header else "a header is cut off"
                 if position == 0:
                     what = "the file is empty" if not header else "not a tar file"
-                raise self._fail(f"{what}; the file ends at byte {self._size}", position)
+                raise self._fail(what if not self._size else f"{what}; the file ends at byte {self._size}", position)
             if not _checksum_holds(header):
                 what = "not a tar file (a compressed one must be unpacked)" if position == 0 else "a damaged header"
                 raise self._fail(what, position)
