@@ -262,7 +262,7 @@ def test_verify_of_files_that_are_no_shards(tmp_path: Path, run: Run) -> None:
     code, lines = run("verify", tmp_path / "*.tar")
     assert code == 1
     assert lines == [
-        f"shard {tmp_path}/a.tar at byte 0: the file is empty; the file ends at byte 0",
+        f"shard {tmp_path}/a.tar at byte 0: the file is empty",
         f"shard {tmp_path}/b.tar at byte 0: not a tar file (a compressed one must be unpacked)",
         f"shard {tmp_path}/c.tar holds no samples",
         "3 shards, 0 samples: 3 faults",
