@@ -84,13 +84,14 @@ class MappedShards:
             The memory that holds them all, most of which is not to be touched, and where in it each span begins;
             None where a shard cannot be mapped.
         """
-        if not all(self._may_be_mapped(shard) for shard, _ in shards):
-            return None
         ends = offsets + sizes
         at, maps = np.empty_like(offsets), []
         low, high = np.iinfo(np.int64).max, 0
         for shard, here in shards:
-            found, address = self._map(shard)
+            entry = self._map(shard)
+            if entry is None:
+                return None
+            found, address = entry
             self._check(shard, found, int(ends[here].max()))
             at[here] = offsets[here] + address
             maps.append(found)
@@ -143,12 +144,15 @@ class MappedShards:
         entry = self._shards[shard]
         return not entry.is_remote and bus_errors.can_guard() and is_on_local_disk(os.path.dirname(entry.path))
 
-    def _map(self, shard: int) -> tuple[mmap.mmap, int]:
+    def _map(self, shard: int) -> tuple[mmap.mmap, int] | None:
+        """A mapping and its address; None where the shard may not be mapped."""
         with self._lock:
             found = self._maps.get(shard)
             if found is not None:
                 self._maps.move_to_end(shard)
                 return found
+            if not self._may_be_mapped(shard):
+                return None
             mapped = self._opened(self._shards[shard].path)
             mapped.madvise(mmap.MADV_RANDOM)  # a touch brings its page, not its neighbourhood
             view: NDArray[Any] = np.frombuffer(mapped, np.uint8)

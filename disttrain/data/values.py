@@ -88,10 +88,14 @@ class RawValues:
         assert self._pieces is not None
         memory, at, _ = self._pieces
         width = stop - start
-        # Every run of so many bytes as a row, without a copy: the rows wanted are then the only ones copied.
-        rows = _writable(memory).as_strided((len(memory) - width + 1, width), (1, 1))
-        out = torch.empty((len(at), width), dtype=torch.uint8, pin_memory=_has_cuda())
-        return torch.index_select(rows, 0, torch.from_numpy(at + start), out=out)
+        # Every run of so many bytes is seen as a row, without a copy: the rows wanted are the only ones copied.
+        if _has_cuda():
+            rows = _writable(memory).as_strided((len(memory) - width + 1, width), (1, 1))
+            out = torch.empty((len(at), width), dtype=torch.uint8, pin_memory=True)
+            return torch.index_select(rows, 0, torch.from_numpy(at + start), out=out)
+        # By NumPy, which starts no threads of its own: where cores are busy, PyTorch's wait for each other.
+        runs: NDArray[Any] = np.ndarray((len(memory) - width + 1,), dtype=f"V{width}", buffer=memory, strides=(1,))
+        return torch.from_numpy(runs[at + start].view(np.uint8).reshape(len(at), width))
 
     def aligned(self, max_bytes: int, fill: int) -> NDArray[np.uint8] | None:
         """The values as rows of one array, filled up on the left.
