@@ -2,8 +2,8 @@
 
 Claim: from the same plain tars, disttrain's loader delivers shuffled batches faster than a Python loop can
 ``pread`` the payloads, since it gathers them from mapped files, and at many times the rate of webdataset's
-recommended pipeline; and it starts in the middle of an epoch as fast as at its beginning. Its first batch waits for the index of every shard
-that it draws from, which webdataset does without.
+recommended pipeline; and it starts in the middle of an epoch as fast as at its beginning. Its first batch waits
+for the index of every shard that it draws from, which webdataset does without.
 
 Method: samples of 800 random bytes and a class number below 1,000 lie in shards of 1,000, in the page cache. A
 repeat runs every contender once, rates over a whole epoch in batches of 256; the order rotates from repeat to
