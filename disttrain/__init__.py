@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from disttrain.optim import OptimizerConfig, ScheduleConfig
     from disttrain.parallel.config import BatchPlan, ParallelConfig
     from disttrain.parallel.strategies import DDP, FSDP
+    from disttrain.parallel.tensor import ShardedDropout
     from disttrain.tasks import ClassificationTask, RegressionTask, Task
     from disttrain.trainer import Trainer
     from disttrain.version import __version__
@@ -52,6 +53,7 @@ _HOMES = {
     "ScheduleConfig": "disttrain.optim",
     "ShardIndex": "disttrain.data.index",
     "ShardedDataModule": "disttrain.data.module",
+    "ShardedDropout": "disttrain.parallel.tensor",
     "ShuffleConfig": "disttrain.data.module",
     "SourceConfig": "disttrain.data.splits",
     "Task": "disttrain.tasks",
@@ -82,6 +84,7 @@ __all__ = [
     "ScheduleConfig",
     "ShardIndex",
     "ShardedDataModule",
+    "ShardedDropout",
     "ShuffleConfig",
     "SourceConfig",
     "Task",

@@ -22,6 +22,7 @@ from disttrain.data.batches import BAD
 from disttrain.data.module import sharded_data
 from disttrain.errors import DataError
 from disttrain.parallel.agree import raise_together
+from disttrain.parallel.ranks import data_ranks
 
 FOLDER = "quarantine"
 
@@ -126,7 +127,7 @@ class BadSamples(Callback):
 
     def _note(self, trainer: pl.Trainer, split: str, batch: Any) -> None:
         bad: list[BadSample] = batch.get(BAD, []) if isinstance(batch, dict) else []
-        if not bad:
+        if not bad or not data_ranks(trainer).leads:
             return
         self._unsummed[split] = self._unsummed.get(split, 0) + len(bad)
         fresh = [sample for sample in bad if (sample.shard, sample.key) not in self._seen]

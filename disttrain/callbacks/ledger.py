@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from disttrain.data.batches import KEY
+from disttrain.parallel.ranks import data_ranks
 
 
 class SampleLedger(Callback):
@@ -27,7 +28,9 @@ class SampleLedger(Callback):
         self._file: IO[str] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open this rank's file."""
+        """Open this rank's file, if the rank speaks for its samples."""
+        if not data_ranks(trainer).leads:
+            return
         folder = Path(trainer.default_root_dir) / "ledger"
         folder.mkdir(parents=True, exist_ok=True)
         self._file = open(folder / f"rank-{trainer.global_rank:05d}.jsonl", "a", buffering=1)
@@ -36,9 +39,10 @@ class SampleLedger(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Write one micro batch."""
-        assert self._file is not None
+        if self._file is None:
+            return
         accumulation = trainer.accumulate_grad_batches
-        index = trainer.global_rank * accumulation + batch_idx % accumulation
+        index = data_ranks(trainer).rank * accumulation + batch_idx % accumulation
         line = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,

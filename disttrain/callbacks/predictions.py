@@ -26,6 +26,7 @@ from disttrain.data.index import Shard
 from disttrain.data.module import sharded_data
 from disttrain.errors import DataError
 from disttrain.parallel.agree import is_distributed, raise_together
+from disttrain.parallel.ranks import data_ranks
 
 T = TypeVar("T")
 
@@ -96,7 +97,7 @@ class PredictionWriter(Callback):
     ) -> None:
         """Keep the results of a micro batch."""
         count = batch[COUNT]
-        if not count:
+        if not count or not data_ranks(trainer).leads:
             return
         keys, ids = batch[KEY][:count], batch[ID][:count].tolist()
         if any(one >= two for one, two in zip([self._last, *ids], ids, strict=False)):

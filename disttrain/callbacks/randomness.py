@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from disttrain.parallel.randomness import seed_micro_batch
+from disttrain.parallel.ranks import data_ranks
 
 
 class KeyedRandomness(Callback):
@@ -25,5 +26,5 @@ class KeyedRandomness(Callback):
     ) -> None:
         """Key the generators by step and by the micro batch's index in the global batch."""
         accumulation = trainer.accumulate_grad_batches
-        index = trainer.global_rank * accumulation + batch_idx % accumulation
+        index = data_ranks(trainer).rank * accumulation + batch_idx % accumulation
         seed_micro_batch(self.seed, trainer.global_step, index, pl_module.device)

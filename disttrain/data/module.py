@@ -29,6 +29,7 @@ from disttrain.data.workers import WorkerPool
 from disttrain.errors import CheckpointError, ConfigError, DataError, DisttrainError
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.config import BatchPlan
+from disttrain.parallel.ranks import data_ranks
 from disttrain.world import detect_world
 
 
@@ -293,17 +294,17 @@ class ShardedDataModule(pl.LightningDataModule):
         return self.trainer.current_epoch, micro_batches // self.plan.accumulation
 
     def _num_ranks(self) -> int:
-        return self.trainer.world_size if self.trainer is not None else detect_world().size
+        return data_ranks(self.trainer).size if self.trainer is not None else detect_world().size
 
     def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer is not None else detect_world().rank
+        return data_ranks(self.trainer).rank if self.trainer is not None else detect_world().rank
 
     @staticmethod
     def _set_accumulation(trainer: pl.Trainer, accumulation: int) -> None:
         if trainer.accumulate_grad_batches not in (1, accumulation):
             raise ConfigError(
                 f"accumulate_grad_batches is {trainer.accumulate_grad_batches}, but global_batch_size and"
-                f" micro_batch_size on {trainer.world_size} ranks make it {accumulation}",
+                f" micro_batch_size on {data_ranks(trainer).size} data-parallel ranks make it {accumulation}",
                 mend="leave accumulate_grad_batches out; it is derived",
             )
         trainer.accumulate_grad_batches = accumulation

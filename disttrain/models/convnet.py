@@ -9,8 +9,12 @@ now and then choose another gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.parallel import ParallelStyle
 
 
 class ConvNet(nn.Module):
@@ -46,6 +50,13 @@ class ConvNet(nn.Module):
         self.head = nn.Sequential(
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(before, num_classes)
         )
+
+    def tensor_plan(self) -> dict[str, ParallelStyle]:
+        """What tensor parallelism divides: the linear layer, by inputs. Convolutions stay whole on every rank."""
+        from torch.distributed.tensor import Replicate
+        from torch.distributed.tensor.parallel import RowwiseParallel
+
+        return {"head.3": RowwiseParallel(input_layouts=Replicate())}
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images, shape (samples, channels, height, width), to logits, shape (samples, num_classes)."""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.parallel import ParallelStyle
 
 
 class MLP(nn.Module):
@@ -27,6 +31,19 @@ class MLP(nn.Module):
         for before, after in pairwise(sizes):
             layers += [nn.Linear(before, after), nn.ReLU(), nn.Dropout(dropout)]
         self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], out_features))
+
+    def tensor_plan(self) -> dict[str, ParallelStyle]:
+        """How tensor parallelism divides the layers: in pairs, the first by outputs and the second by inputs."""
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+        from disttrain.parallel.tensor import ShardedDropout
+
+        plan: dict[str, ParallelStyle] = {}
+        for first in range(0, len(self.layers) - 3, 6):  # linear, ReLU, dropout, linear, ReLU, dropout, ...
+            plan[f"layers.{first}"] = ColwiseParallel()
+            plan[f"layers.{first + 2}"] = ShardedDropout(-1)
+            plan[f"layers.{first + 3}"] = RowwiseParallel()
+        return plan
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map inputs, shape (samples, in_features), to outputs, shape (samples, out_features)."""

@@ -6,8 +6,9 @@ or an error that lists the sizes that work; nothing is rounded down silently.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from disttrain.errors import ConfigError
 
@@ -67,6 +68,19 @@ class BatchPlan:
         return self.rank_batch_size // self.micro_batch_size
 
 
+class Degrees(NamedTuple):
+    """How many ranks each axis of the mesh has; their product is the number of ranks."""
+
+    replicate: int
+    shard: int
+    tensor: int
+
+    @property
+    def data(self) -> int:
+        """Parts into which a global batch is cut: the ranks of a tensor group take the same one."""
+        return self.replicate * self.shard
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """How the model is spread over the ranks. It names no hardware: ranks come from the launcher.
@@ -84,6 +98,8 @@ class ParallelConfig:
             two to three digits). Micro batches are added in their own type either way.
         replicate: copies of the sharded model, FSDP only: each is sharded over ``shard`` ranks. -1 derives it.
         shard: ranks over which FSDP shards each copy. -1 derives it from the number of ranks.
+        tensor: ranks that share the work of each layer, FSDP only, by the model's ``tensor_plan()``: neighbours in
+            the numbering of ranks, who see the same samples. -1 derives it.
         activation_checkpointing: ``none`` or ``blocks`` (the model's blocks keep their inputs alone and run again in
             the backward pass: less memory, one more forward pass, the same bits).
     """
@@ -96,6 +112,7 @@ class ParallelConfig:
     reduce_dtype: ReduceTypeName = "fp32"
     replicate: int = 1
     shard: int = -1
+    tensor: int = 1
     activation_checkpointing: RecomputeName = "none"
 
     def __post_init__(self) -> None:
@@ -117,40 +134,62 @@ class ParallelConfig:
                 f"parallel.activation_checkpointing is {self.activation_checkpointing!r}",
                 mend="set it to 'none' or 'blocks'",
             )
+        if self.reduction == "tree" and self.tensor != 1:
+            raise ConfigError(
+                "parallel.reduction is tree, and parallel.tensor divides the sums inside a layer, whose order follows"
+                " from it",
+                mend="set reduction to fast, or tensor to 1",
+            )
         if self.reduction == "tree" and self.find_unused_parameters:
             raise ConfigError(
                 "parallel.reduction is tree, which needs a gradient of every parameter, and"
                 " parallel.find_unused_parameters is true",
                 mend="freeze what is not used and set find_unused_parameters to false, or reduction to fast",
             )
-        for name, degree in (("replicate", self.replicate), ("shard", self.shard)):
+        axes = {"replicate": self.replicate, "shard": self.shard, "tensor": self.tensor}
+        for name, degree in axes.items():
             if degree != -1 and degree < 1:
                 raise ConfigError(f"parallel.{name} is {degree}", mend="set it to at least 1, or to -1 to derive it")
-        if self.replicate == self.shard == -1:
-            raise ConfigError("parallel.replicate and parallel.shard are both -1", mend="set one of them")
-        if self.strategy == "ddp" and (self.replicate, self.shard) != (1, -1):
+        derived = [f"parallel.{name}" for name, degree in axes.items() if degree == -1]
+        if len(derived) > 1:
+            mend = "set one of them" if len(derived) == 2 else "set two of them"
+            raise ConfigError(f"{' and '.join(derived)} are {'both' if len(derived) == 2 else 'all'} -1", mend=mend)
+        if self.strategy == "ddp" and (self.replicate, self.shard, self.tensor) != (1, -1, 1):
             raise ConfigError(
-                "parallel.replicate and parallel.shard are for fsdp, and parallel.strategy is ddp",
-                mend="set parallel.strategy to fsdp, or leave both out",
+                "parallel.replicate, parallel.shard and parallel.tensor are for fsdp, and parallel.strategy is ddp",
+                mend="set parallel.strategy to fsdp, or leave them out",
             )
 
-    def degrees(self, num_ranks: int) -> tuple[int, int]:
-        """Copies of the model and ranks that share one, for a number of ranks: ``replicate x shard = num_ranks``.
+    def degrees(self, num_ranks: int) -> Degrees:
+        """The sizes of the axes for a number of ranks.
 
         Raises:
             ConfigError: they do not fit the ranks; the message lists what does.
         """
-        replicate = num_ranks // self.shard if self.replicate == -1 else self.replicate
-        shard = num_ranks // replicate if self.shard == -1 and replicate else self.shard
-        if replicate * shard == num_ranks and (shard > 1 or num_ranks == 1):
-            return replicate, shard
-        fits = [f"{num_ranks // s} x {s}" for s in divisors(num_ranks) if s > 1 or num_ranks == 1]
-        without_shards = replicate * shard == num_ranks
+        if self.strategy == "ddp":
+            return Degrees(num_ranks, 1, 1)
+        wanted = (self.replicate, self.shard, self.tensor)
+        known = math.prod(degree for degree in wanted if degree != -1)
+        found = Degrees(*(num_ranks // known if degree == -1 else degree for degree in wanted))
+        fills = math.prod(found) == num_ranks
+        if fills and (found.shard > 1 or found.data == 1):
+            return found
+        # Offer what keeps the tensor axis, where that is possible at all.
+        tensors = [found.tensor] if found.tensor and num_ranks % found.tensor == 0 else divisors(num_ranks)
+        with_tensor = tensors != [1]
+        fits = [
+            f"{data // shard} x {shard}" + f" x {tensor}" * with_tensor
+            for tensor, data in ((tensor, num_ranks // tensor) for tensor in tensors)
+            for shard in divisors(data)
+            if shard > 1 or data == 1
+        ]
+        names = ("replicate", "shard", "tensor")[: 2 + with_tensor]
+        said = " x ".join(f"parallel.{name} {degree}" for name, degree in zip(names, wanted, strict=False))
         ranks = f"{num_ranks} rank{'s' * (num_ranks > 1)}"
         raise ConfigError(
-            f"parallel.replicate {self.replicate} x parallel.shard {self.shard} "
-            + (f"leaves nothing to shard on {ranks}" if without_shards else f"is not {ranks}"),
-            mend=f"use replicate x shard of {_or(fits)}" + (", or parallel.strategy: ddp" if without_shards else ""),
+            f"{said} " + (f"leaves nothing to shard on {ranks}" if fills else f"is not {ranks}"),
+            mend=f"use {' x '.join(names)} of {_or(fits)}"
+            + (", or parallel.strategy: ddp" if fills and not with_tensor else ""),
         )
 
 

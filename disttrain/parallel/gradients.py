@@ -46,14 +46,14 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     for parameter in parameters:
         grad = parameter.grad
         if isinstance(grad, DTensor):
-            sharded.setdefault(grad.device_mesh, (grad, []))[1].append(grad.to_local())
+            sharded.setdefault((grad.device_mesh, grad.placements), (grad, []))[1].append(grad.to_local())
         elif grad is not None:
             replicated.append(grad)
     parts = [_square_sum(replicated)] if replicated else []
     for example, tensors in sharded.values():
         total = _square_sum(tensors)
         for axis, placement in enumerate(example.placements):
-            if placement.is_shard():
+            if not placement.is_replicate():  # is_shard() does not know of strided shards
                 dist.all_reduce(total, group=example.device_mesh.get_group(axis))
         parts.append(total)
     if not parts:

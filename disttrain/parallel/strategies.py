@@ -30,10 +30,12 @@ from disttrain.checkpoint.state import CheckpointMixin
 from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.fsdp_internals import fsdp_modules, parameter_name, take_unreduced, trained_parameters
 from disttrain.parallel.narrow import NarrowReduceScatter, install_narrow_hook
+from disttrain.parallel.ranks import DataRanks, divide_ranks
 from disttrain.parallel.recompute import checkpoint_blocks
 from disttrain.parallel.reduction import BucketHook, Exchange, TreeReduceScatter
 from disttrain.parallel.shard import shard_module
 from disttrain.parallel.summation import SummationMixin
+from disttrain.parallel.tensor import apply_tensor_plan
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
@@ -107,8 +109,16 @@ class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
     def __init__(self, config: ParallelConfig | None = None) -> None:
         self.config = config or ParallelConfig(strategy="fsdp")
         self._mesh: DeviceMesh | None = None
+        self.data_ranks: DataRanks | None = None
+        """This rank's place among those that divide the data; known once the ranks have met."""
         self._scatters: list[TreeReduceScatter] = []
         super().__init__()
+
+    def setup_environment(self) -> None:
+        """Join the other ranks, and find this rank's place on the mesh."""
+        super().setup_environment()
+        if self.data_ranks is None:
+            self.data_ranks = divide_ranks(self.config.degrees(self.world_size), self.global_rank)
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Move, synchronize and shard the module, then set up its optimizers."""
@@ -125,11 +135,14 @@ class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
             _sync_module_states(self.model)
             module = self.lightning_module
             assert module is not None
+            mesh = self._mesh_of_ranks()
+            if mesh.mesh_dim_names and "tensor" in mesh.mesh_dim_names:
+                apply_tensor_plan(module, mesh["tensor"])
             if fitting and self.config.activation_checkpointing == "blocks":
                 checkpoint_blocks(module)
             shard_module(
                 module,
-                self._data_parallel_mesh(),
+                _without_tensor(mesh),
                 reshard_after_forward=self.config.reshard_after_forward,
                 forward_methods=[name for name in _STEPS if is_overridden(name, module)],
             )
@@ -154,20 +167,17 @@ class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
         finally:
             self.model.set_requires_gradient_sync(True)
 
-    def _data_parallel_mesh(self) -> DeviceMesh:
-        """The ranks, on one axis or, with copies, on two."""
+    def _mesh_of_ranks(self) -> DeviceMesh:
+        """All ranks, on an axis to shard over and those of copies and of tensor groups that are longer than one."""
         if self._mesh is None:
-            replicate, shard = self.config.degrees(self.world_size)
-            kind = self.root_device.type
-            if replicate > 1:
-                self._mesh = init_device_mesh(kind, (replicate, shard), mesh_dim_names=("replicate", "shard"))
-            else:
-                self._mesh = init_device_mesh(kind, (shard,), mesh_dim_names=("shard",))
+            degrees = self.config.degrees(self.world_size)._asdict()
+            axes = {name: degree for name, degree in degrees.items() if name == "shard" or degree > 1}
+            self._mesh = init_device_mesh(self.root_device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
         return self._mesh
 
     def _reduce_in_tree(self, trainer: pl.Trainer) -> None:
         """Give every sharded unit a reduce-scatter that sums in the order of the tree and does not divide."""
-        sums, (replicas, shards) = self._start_tree(trainer), self.config.degrees(self.world_size)
+        sums, (replicas, shards, _) = self._start_tree(trainer), self.config.degrees(self.world_size)
         exchange, rank, first = Exchange(_world(), self.global_rank), self.global_rank, 0
         self._scatters.clear()
         assert self.model is not None
@@ -216,6 +226,14 @@ def _settle_buckets(model: DistributedDataParallel) -> None:
     model.reducer._rebuild_buckets()
     for parameter in parameters:
         parameter.grad = None
+
+
+def _without_tensor(mesh: DeviceMesh) -> DeviceMesh:
+    """The axes of a mesh along which the data are divided."""
+    names = mesh.mesh_dim_names or ()
+    if "tensor" not in names:
+        return mesh
+    return mesh["replicate", "shard"] if "replicate" in names else mesh["shard"]
 
 
 def _world() -> dist.ProcessGroup:

@@ -133,7 +133,10 @@ def likely_causes(reference: Trace, other: Trace, tolerance: float) -> list[str]
             " own micro batches; use GroupNorm or LayerNorm, or synchronized batch norms"
         )
     if not causes:
-        causes.append("a kernel that is not deterministic, or rounding that the model amplifies (ReLU, max pooling)")
+        causes.append(
+            "a kernel that is not deterministic, or rounding that the model amplifies (ReLU, max pooling) or that Adam"
+            " scales up, where a gradient is nothing else (the bias of attention's keys)"
+        )
     return causes
 
 

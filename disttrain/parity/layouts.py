@@ -1,4 +1,4 @@
-"""Layouts as they are written on the command line: ``1``, ``2xddp``, ``4xfsdp``, ``2x2hsdp``, ``1@64``.
+"""Layouts as they are written on the command line: ``1``, ``2xddp``, ``4xfsdp``, ``2x2hsdp``, ``2x2tp``, ``1@64``.
 
 A layout is a number of ranks, a strategy, and behind an @ a micro batch size where it is not the recipe's. No torch
 is loaded here.
@@ -20,11 +20,13 @@ class Layout:
         name: as it was written.
         num_ranks: processes.
         settings: what the command line of a run says for it, beside the number of processes.
+        exact: whether ``reduction: tree`` gives it the bits of other layouts; tensor parallelism rounds otherwise.
     """
 
     name: str
     num_ranks: int
     settings: tuple[str, ...] = ()
+    exact: bool = True
 
 
 def parse_layouts(text: str) -> list[Layout]:
@@ -46,12 +48,12 @@ def parse_layout(text: str) -> Layout:
     Raises:
         ConfigError: it is none.
     """
-    found = re.fullmatch(r"(\d+)(?:x(?:(\d+)x?)?(ddp|fsdp|hsdp))?(?:@(\d+))?", text)
+    found = re.fullmatch(r"(\d+)(?:x(?:(\d+)x?)?(ddp|fsdp|hsdp|tp))?(?:@(\d+))?", text)
     if found is None:
         raise _none(text)
     micro = ("--data.micro_batch_size", found[4]) if found[4] else ()
     ranks, second, strategy = int(found[1]), found[2], found[3]
-    if ranks < 1 or (second is not None and int(second) < 1) or (second is not None) != (strategy == "hsdp"):
+    if ranks < 1 or (second is not None and int(second) < 1) or (second is not None) != (strategy in ("hsdp", "tp")):
         raise _none(text)
     if strategy is None:
         if ranks > 1:
@@ -60,12 +62,19 @@ def parse_layout(text: str) -> Layout:
     if strategy == "hsdp":
         degrees = ("--trainer.parallel.replicate", str(ranks), "--trainer.parallel.shard", second)
         return Layout(text, ranks * int(second), ("--trainer.parallel.strategy", "fsdp", *degrees, *micro))
+    if strategy == "tp":
+        assert second is not None
+        # The sums inside a layer are cut, so that no tree makes them the same to the bit.
+        fsdp = ("--trainer.parallel.strategy", "fsdp", "--trainer.parallel.reduction", "fast")
+        settings = (*fsdp, "--trainer.parallel.tensor", second, *micro)
+        return Layout(text, ranks * int(second), settings, exact=False)
     return Layout(text, ranks, ("--trainer.parallel.strategy", strategy, *micro))
 
 
 def _none(text: str) -> ConfigError:
     return ConfigError(
         f"{text!r} is no layout",
-        mend="write 1, RANKSxddp, RANKSxfsdp, or COPIESxRANKShsdp (each copy sharded over so many ranks), and @SIZE"
-        " behind it for another micro batch size",
+        mend="write 1, RANKSxddp, RANKSxfsdp, COPIESxRANKShsdp (each copy sharded over so many ranks) or PARTSxRANKStp"
+        " (FSDP over so many parts of the data, each shared by so many ranks), and @SIZE behind it for another micro"
+        " batch size",
     )

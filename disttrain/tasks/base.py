@@ -29,9 +29,9 @@ from disttrain.data.batches import COUNT, KEY, WEIGHT, Batch
 from disttrain.data.module import sharded_data
 from disttrain.errors import DataError, nearest
 from disttrain.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
-from disttrain.parallel.agree import is_distributed
 from disttrain.parallel.collectives import all_gather_single
 from disttrain.parallel.gradients import clip_gradient_norm, gradient_norm, scale_gradients
+from disttrain.parallel.ranks import data_ranks
 from disttrain.tasks.metrics import WeightedMean
 
 LOSS = "loss"
@@ -100,7 +100,7 @@ class Task(pl.LightningModule):
         # Lightning divides by the accumulation and the strategies by the ranks; a nominal weight keeps the
         # scale of the gradients near that of a mean until the true weight is known.
         self._nominal = float(self._nominal_weight(batch))
-        return total * (self.trainer.accumulate_grad_batches * self.trainer.world_size / self._nominal)
+        return total * (self.trainer.accumulate_grad_batches * data_ranks(self.trainer).size / self._nominal)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide the summed gradient by the global batch's weight."""
@@ -189,23 +189,28 @@ class Task(pl.LightningModule):
 
     def _nominal_weight(self, batch: Batch) -> int:
         """A fixed guess at the weight of a global batch: its number of samples."""
-        return int(batch[WEIGHT].shape[0]) * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return int(batch[WEIGHT].shape[0]) * self.trainer.accumulate_grad_batches * data_ranks(self.trainer).size
 
     def _gather_sums(self) -> None:
         """Start to gather this step's losses and weights from the ranks, while the backward pass runs."""
         own = torch.stack(self._step_sums)
         self._step_sums.clear()
         self._all_sums = own
-        if is_distributed():
-            self._all_sums = own.new_empty(own.shape[0] * dist.get_world_size(), 2)
-            self._pending = all_gather_single(self._all_sums, own, async_op=True)
+        ranks = data_ranks(self.trainer)
+        if ranks.size > 1:
+            self._all_sums = own.new_empty(own.shape[0] * ranks.size, 2)
+            self._pending = all_gather_single(self._all_sums, own, group=ranks.group, async_op=True)
 
     def _reset(self, split: str) -> None:
         if split not in self.evaluation:
             metrics = {LOSS: WeightedMean(), **self.build_metrics()}
             self.evaluation[split] = nn.ModuleDict(metrics).to(self.device)
+        group = data_ranks(self.trainer).group
         for metric in self._metrics(split).values():
             metric.reset()
+            for inner in metric.modules():
+                if isinstance(inner, Metric) and group is not None:
+                    inner.process_group = group
 
     def _metrics(self, split: str) -> dict[str, Metric]:
         group = self.evaluation[split]

@@ -96,7 +96,12 @@ def test_the_messages_say_what_works(sizes: tuple[int, int, int], message: str) 
         ({"strategy": "fsdp", "replicate": 0}, "parallel.replicate is 0"),
         ({"strategy": "fsdp", "shard": -2}, "parallel.shard is -2"),
         ({"strategy": "fsdp", "replicate": -1}, "parallel.replicate and parallel.shard are both -1"),
+        ({"strategy": "fsdp", "tensor": -1}, "parallel.shard and parallel.tensor are both -1"),
+        ({"strategy": "fsdp", "replicate": -1, "tensor": -1}, "parallel.shard and parallel.tensor are all -1"),
+        ({"strategy": "fsdp", "tensor": 0}, "parallel.tensor is 0"),
+        ({"strategy": "fsdp", "tensor": 2, "reduction": "tree"}, "parallel.tensor divides the sums inside a layer"),
         ({"replicate": 2}, "are for fsdp, and parallel.strategy is ddp"),
+        ({"tensor": 2}, "are for fsdp, and parallel.strategy is ddp"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(arguments: dict[str, Any], words: str) -> None:
@@ -105,35 +110,56 @@ def test_settings_that_cannot_work_are_refused(arguments: dict[str, Any], words:
 
 
 @pytest.mark.parametrize(
-    ("replicate", "shard", "ranks", "expected"),
+    ("degrees", "ranks", "expected"),
     [
-        (1, -1, 1, (1, 1)),
-        (1, -1, 6, (1, 6)),
-        (2, -1, 6, (2, 3)),
-        (-1, 2, 6, (3, 2)),
-        (2, 3, 6, (2, 3)),
-        (-1, 1, 1, (1, 1)),
+        ((1, -1, 1), 1, (1, 1, 1)),
+        ((1, -1, 1), 6, (1, 6, 1)),
+        ((2, -1, 1), 6, (2, 3, 1)),
+        ((-1, 2, 1), 6, (3, 2, 1)),
+        ((2, 3, 1), 6, (2, 3, 1)),
+        ((-1, 1, 1), 1, (1, 1, 1)),
+        ((1, -1, 2), 6, (1, 3, 2)),
+        ((1, -1, 2), 2, (1, 1, 2)),
+        ((-1, 2, 2), 8, (2, 2, 2)),
+        ((2, 2, -1), 8, (2, 2, 2)),
     ],
 )
-def test_degrees_are_derived_from_the_ranks(replicate: int, shard: int, ranks: int, expected: tuple[int, int]) -> None:
-    assert ParallelConfig(strategy="fsdp", replicate=replicate, shard=shard).degrees(ranks) == expected
+def test_degrees_are_derived_from_the_ranks(
+    degrees: tuple[int, int, int], ranks: int, expected: tuple[int, int, int]
+) -> None:
+    replicate, shard, tensor = degrees
+    config = ParallelConfig(strategy="fsdp", replicate=replicate, shard=shard, tensor=tensor)
+    assert config.degrees(ranks) == expected
+    assert config.degrees(ranks).data == expected[0] * expected[1]
+
+
+def test_ddp_copies_the_model_to_every_rank() -> None:
+    assert ParallelConfig().degrees(6) == (6, 1, 1)
 
 
 @quick
-@given(st.integers(-1, 7), st.integers(-1, 7), st.integers(1, 12))
-def test_degrees_fit_or_those_that_do_are_listed(replicate: int, shard: int, ranks: int) -> None:
-    if 0 in (replicate, shard) or replicate == shard == -1:
+@given(st.integers(-1, 7), st.integers(-1, 7), st.integers(-1, 4), st.integers(1, 12))
+def test_degrees_fit_or_those_that_do_are_listed(replicate: int, shard: int, tensor: int, ranks: int) -> None:
+    asked = (replicate, shard, tensor)
+    if 0 in asked or asked.count(-1) > 1:
         return
-    config = ParallelConfig(strategy="fsdp", replicate=replicate, shard=shard)
-    fits = [(ranks // s, s) for s in divisors(ranks) if s > 1 or ranks == 1]
-    wanted = [(c, s) for c, s in fits if replicate in (-1, c) and shard in (-1, s)]
+    config = ParallelConfig(strategy="fsdp", replicate=replicate, shard=shard, tensor=tensor)
+    fits = [
+        (ranks // t // s, s, t)
+        for t in divisors(ranks)
+        for s in divisors(ranks // t)
+        if s > 1 or ranks == t  # copies that share nothing are DDP's
+    ]
+    wanted = [fit for fit in fits if all(degree in (-1, given) for degree, given in zip(asked, fit, strict=True))]
     if wanted:
         assert [config.degrees(ranks)] == wanted
         return
     with pytest.raises(ConfigError) as caught:
         config.degrees(ranks)
-    offered = [(int(a), int(b)) for a, b in re.findall(r"(\d+) x (\d+)", caught.value.mend)]
-    assert offered == fits, str(caught.value)
+    offered = re.findall(r"(\d+) x (\d+)(?: x (\d+))?", caught.value.mend)
+    assert offered, str(caught.value)
+    for copies, parts, layers in offered:
+        assert (int(copies), int(parts), int(layers or 1)) in fits, str(caught.value)
 
 
 def test_nothing_to_shard_is_refused() -> None:

@@ -26,8 +26,14 @@ def test_what_a_layout_means(text: str, ranks: int, words: str) -> None:
     assert parse_layout(text) == expected
 
 
+def test_tensor_parallelism_is_compared_without_the_tree() -> None:
+    fsdp = ("--trainer.parallel.strategy", "fsdp", "--trainer.parallel.reduction", "fast")
+    assert parse_layout("2x2tp") == Layout("2x2tp", 4, (*fsdp, "--trainer.parallel.tensor", "2"), exact=False)
+
+
 @pytest.mark.parametrize(
-    "text", ["", "2", "0", "0xddp", "2xdpp", "2x2ddp", "2x2", "4xhsdp", "2x0hsdp", "x", "2xddp4", "1@", "@8"]
+    "text",
+    ["", "2", "0", "0xddp", "2xdpp", "2x2ddp", "2x2", "4xhsdp", "2x0hsdp", "4xtp", "2x0tp", "x", "2xddp4", "1@", "@8"],
 )
 def test_what_is_no_layout(text: str) -> None:
     with pytest.raises(ConfigError, match="is no layout"):
