@@ -62,12 +62,15 @@ def main(argv: list[str]) -> int:
     for layout in layouts:
         traces.append(runs.run(layout))
         print(f"  {layout.name}: done", flush=True)
-    tolerances = [arguments.tolerance * (1 if layout.exact else _LOOSER) for layout in layouts]
+    alike = [layout.tensor == layouts[0].tensor for layout in layouts]
+    tolerances = [arguments.tolerance * (1 if same else _LOOSER) for same in alike]
     compared = [
         compare(traces[0], trace, tolerance) for trace, tolerance in zip(traces[1:], tolerances[1:], strict=True)
     ]
     tree = arguments.reduction == "tree"
-    wanted = {layout.name: {SAME} if tree and layout.exact else {SAME, CLOSE} for layout in layouts}
+    wanted = {
+        layout.name: {SAME} if tree and same else {SAME, CLOSE} for layout, same in zip(layouts, alike, strict=True)
+    }
     if any(comparison.verdict == DIFFERENT for comparison in compared):
         # A run that does not even repeat itself differs for another reason than its layout.
         again = compare(traces[0], runs.run(layouts[0], f"{layouts[0].name}-again"), arguments.tolerance)
@@ -104,16 +107,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--reduction",
         choices=("fast", "tree"),
-        help="how gradients are summed; with tree, all bits must be equal, but for layouts with tensor parallelism,"
-        " which are compared as without it",
+        help="how gradients are summed; with tree, all bits must be equal, but for layouts with another tensor degree"
+        " than the first",
     )
     parser.add_argument("--kill", action="store_true", help="kill every run half-way and resume it")
     parser.add_argument(
         "--tolerance",
         type=float,
         default=_TOLERANCE,
-        help="largest max|w - w'| / max|w| that counts as rounding, ten times that for tensor"
-        " parallelism (default: %(default)g)",
+        help="largest max|w - w'| / max|w| that counts as rounding, ten times that for another"
+        " tensor degree (default: %(default)g)",
     )
     parser.add_argument("--out", default="runs/parity", help="folder to write to (default: %(default)s)")
     return parser

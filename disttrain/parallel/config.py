@@ -134,12 +134,6 @@ class ParallelConfig:
                 f"parallel.activation_checkpointing is {self.activation_checkpointing!r}",
                 mend="set it to 'none' or 'blocks'",
             )
-        if self.reduction == "tree" and self.tensor != 1:
-            raise ConfigError(
-                "parallel.reduction is tree, and parallel.tensor divides the sums inside a layer, whose order follows"
-                " from it",
-                mend="set reduction to fast, or tensor to 1",
-            )
         if self.reduction == "tree" and self.find_unused_parameters:
             raise ConfigError(
                 "parallel.reduction is tree, which needs a gradient of every parameter, and"

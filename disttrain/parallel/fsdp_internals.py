@@ -36,9 +36,8 @@ def take_unreduced(record: Any) -> Tensor | None:
     gradient: Tensor | None = record.unsharded_accumulated_grad
     if gradient is not None:
         record.unsharded_accumulated_grad = None
-        return gradient
-    parameter = getattr(record, "_unsharded_param", None)
-    gradient = None if parameter is None else parameter.grad
-    if parameter is not None:
-        parameter.grad = None
-    return gradient
+    elif (parameter := getattr(record, "_unsharded_param", None)) is not None:
+        gradient, parameter.grad = parameter.grad, None
+    # Of a tensor group's parameter, this rank's part, summed over the group where that is still to be done.
+    inner: Tensor | None = None if gradient is None else record._get_grad_inner_tensor(gradient)
+    return inner

@@ -9,7 +9,7 @@ for the device.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -99,40 +99,73 @@ def _square_sum(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64)).square().sum()
 
 
+class _Layout(NamedTuple):
+    """How a gradient is divided: its rows over a group, and before that the whole over a tensor group."""
+
+    rows: dist.ProcessGroup | None
+    tensor: dist.ProcessGroup | None
+
+
 def _gathered_rows(grads: list[Tensor]) -> list[Tensor]:
-    """The sum of squares of each row of each gradient, in float64, on every rank. A collective."""
+    """The sum of squares of each row of each gradient, in float64, on every rank. A collective.
+
+    Of a gradient that a tensor group divides, those of each part's rows, one part after the other.
+    """
     found: list[Tensor] = [torch.empty(0)] * len(grads)
-    by_group: dict[dist.ProcessGroup | None, list[int]] = {}
+    by_layout: dict[_Layout, list[int]] = {}
     for place, grad in enumerate(grads):
-        by_group.setdefault(_sharding_group(grad), []).append(place)
-    for group, places in by_group.items():
-        rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        by_layout.setdefault(_layout(grad), []).append(place)
+    for layout, places in by_layout.items():
+        rank, size = _place_in(layout.rows)
         counts = [_num_rows(grads[place]) for place in places]
         shares = [-(-count // size) for count in counts]  # as torch.chunk deals rows
         own = [_own_rows(grads[place], rank, share) for place, share in zip(places, shares, strict=True)]
-        flat = torch.cat(own)
-        if group is not None:
-            gathered = flat.new_empty(size * flat.numel())
-            all_gather_single(gathered, flat, group=group)
-            flat = gathered
-        parts = torch.split(flat.view(size, -1), shares, dim=1)
-        for place, count, part in zip(places, counts, parts, strict=True):
-            found[place] = part.reshape(-1)[:count]
+        parts = torch.split(_gathered(torch.cat(own), layout.rows), shares, dim=1)
+        rows = [part.reshape(-1)[:count] for count, part in zip(counts, parts, strict=True)]
+        if layout.tensor is not None:
+            every_part = _gathered(torch.cat(rows), layout.tensor)
+            rows = [part.reshape(-1) for part in torch.split(every_part, counts, dim=1)]
+        for place, values in zip(places, rows, strict=True):
+            found[place] = values
     return found
 
 
-def _sharding_group(grad: Tensor) -> dist.ProcessGroup | None:
+def _gathered(own: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """A vector of every rank of a group, shape (ranks, elements). A collective of the group."""
+    size = _place_in(group)[1]
+    if size == 1:
+        return own.view(1, -1)
+    gathered = own.new_empty(size * own.numel())
+    all_gather_single(gathered, own, group=group)
+    return gathered.view(size, -1)
+
+
+def _place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+
+def _layout(grad: Tensor) -> _Layout:
     """The ranks over which the rows of a gradient are, or may be, divided."""
     if not isinstance(grad, DTensor):
-        return dist.group.WORLD if is_distributed() else None
-    sharded = [axis for axis, placement in enumerate(grad.placements) if placement.is_shard()]
-    if len(sharded) != 1 or not grad.placements[sharded[0]].is_shard(0):
+        return _Layout(dist.group.WORLD if is_distributed() else None, None)
+    names = grad.device_mesh.mesh_dim_names or ()
+    divided = [axis for axis, placement in enumerate(grad.placements) if not placement.is_replicate()]
+    tensor = [axis for axis in divided if names and names[axis] == "tensor"]
+    rows = [axis for axis in divided if axis not in tensor]
+    if len(rows) != 1 or getattr(grad.placements[rows[0]], "dim", None) != 0:
         raise NotImplementedError(f"the ordered norm needs gradients sharded by rows, not {grad.placements}")
-    return grad.device_mesh.get_group(sharded[0])
+    group = grad.device_mesh.get_group
+    return _Layout(group(rows[0]), group(tensor[0]) if tensor else None)
 
 
 def _num_rows(grad: Tensor) -> int:
-    return grad.shape[0] if grad.ndim else 1
+    """Rows over all ranks of the group that divides them; with a tensor group, of the largest part."""
+    rows = grad.shape[0] if grad.ndim else 1
+    if isinstance(grad, DTensor):
+        for placement, name in zip(grad.placements, grad.device_mesh.mesh_dim_names or (), strict=False):
+            if name == "tensor" and placement.is_shard(0):
+                rows = -(-rows // grad.device_mesh[name].size())
+    return rows
 
 
 def _own_rows(grad: Tensor, rank: int, share: int) -> Tensor:

@@ -30,7 +30,7 @@ from disttrain.checkpoint.state import CheckpointMixin
 from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.fsdp_internals import fsdp_modules, parameter_name, take_unreduced, trained_parameters
 from disttrain.parallel.narrow import NarrowReduceScatter, install_narrow_hook
-from disttrain.parallel.ranks import DataRanks, divide_ranks
+from disttrain.parallel.ranks import DataRanks, data_ranks, divide_ranks
 from disttrain.parallel.recompute import checkpoint_blocks
 from disttrain.parallel.reduction import BucketHook, Exchange, TreeReduceScatter
 from disttrain.parallel.shard import shard_module
@@ -178,7 +178,8 @@ class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
     def _reduce_in_tree(self, trainer: pl.Trainer) -> None:
         """Give every sharded unit a reduce-scatter that sums in the order of the tree and does not divide."""
         sums, (replicas, shards, _) = self._start_tree(trainer), self.config.degrees(self.world_size)
-        exchange, rank, first = Exchange(_world(), self.global_rank), self.global_rank, 0
+        ranks = data_ranks(trainer)
+        exchange, rank, first = Exchange(ranks.group or _world(), ranks.rank), ranks.rank, 0
         self._scatters.clear()
         assert self.model is not None
         for unit in fsdp_modules(self.model):
@@ -201,7 +202,7 @@ class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
     def _reduced(self, parameters: list[tuple[str, Any]]) -> None:
         for scatter in self._scatters:
             scatter.release()
-        if self.world_size == 1:  # FSDP2 calls no reduce-scatter then
+        if data_ranks(self._trainer()).size == 1:  # FSDP2 calls no reduce-scatter then
             grads = [(name, record.sharded_param.grad) for name, record in parameters]
             self._finish_alone([(name, None if grad is None else grad.to_local()) for name, grad in grads])
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from disttrain.errors import ConfigError
 from disttrain.parallel.config import ParallelConfig, ReductionName
 from disttrain.parallel.gradients import scale_gradients
+from disttrain.parallel.ranks import data_ranks
 from disttrain.parallel.reduction import PartialSums
 from disttrain.parallel.tree import plan_tree
 
@@ -70,14 +71,14 @@ class SummationMixin(_Base):
                 f"parallel.reduction is tree, and trainer.precision is {trainer.precision}",
                 mend="use bf16-mixed or 32-true, whose gradients are float32, or set parallel.reduction to fast",
             )
-        self._sums = PartialSums(self.global_rank)
+        self._sums = PartialSums(data_ranks(trainer).rank)
         return self._sums
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Run a backward pass whose starting value does not depend on the layout."""
         if self._sums is not None:
             accumulation = self._trainer().accumulate_grad_batches
-            plan = plan_tree(self.world_size, accumulation)
+            plan = plan_tree(data_ranks(self._trainer()).size, accumulation)
             if self._sums.count == 0:
                 self._sums.start(plan)
             # Lightning has divided the loss by the accumulation; this makes it up, exactly.

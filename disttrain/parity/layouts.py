@@ -20,13 +20,13 @@ class Layout:
         name: as it was written.
         num_ranks: processes.
         settings: what the command line of a run says for it, beside the number of processes.
-        exact: whether ``reduction: tree`` gives it the bits of other layouts; tensor parallelism rounds otherwise.
+        tensor: ranks that share each layer. It cuts the sums inside a layer, so that rounding depends on it.
     """
 
     name: str
     num_ranks: int
     settings: tuple[str, ...] = ()
-    exact: bool = True
+    tensor: int = 1
 
 
 def parse_layouts(text: str) -> list[Layout]:
@@ -64,10 +64,8 @@ def parse_layout(text: str) -> Layout:
         return Layout(text, ranks * int(second), ("--trainer.parallel.strategy", "fsdp", *degrees, *micro))
     if strategy == "tp":
         assert second is not None
-        # The sums inside a layer are cut, so that no tree makes them the same to the bit.
-        fsdp = ("--trainer.parallel.strategy", "fsdp", "--trainer.parallel.reduction", "fast")
-        settings = (*fsdp, "--trainer.parallel.tensor", second, *micro)
-        return Layout(text, ranks * int(second), settings, exact=False)
+        settings = ("--trainer.parallel.strategy", "fsdp", "--trainer.parallel.tensor", second, *micro)
+        return Layout(text, ranks * int(second), settings, tensor=int(second))
     return Layout(text, ranks, ("--trainer.parallel.strategy", strategy, *micro))
 
 

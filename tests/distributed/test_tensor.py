@@ -122,6 +122,21 @@ def test_killed_and_resumed_in_other_layouts(sentences: Path, tmp_path: Path, al
     assert not differing(straight, final_weights(killed))
 
 
+@pytest.mark.parametrize("sequence_parallel", ["false", "true"])
+def test_the_tree_gives_one_tensor_degree_the_same_bits(
+    sentences: Path, tmp_path: Path, sequence_parallel: str
+) -> None:
+    more = ("--model.optimizer", ADAMW, "--trainer.gradient_clip_norm", "0.5", "--trainer.max_steps", "6")
+    parallel = "{strategy: fsdp, tensor: 2, reduction: tree}"
+    for name, ranks, killed in (("two", 2, []), ("four", 4, kill(5))):
+        words = (*more, "--model.sequence_parallel", sequence_parallel)
+        if killed:
+            fit(tmp_path / name, sentences, ranks, parallel, *words, *killed)
+        fit(tmp_path / name, sentences, ranks, parallel, *words).ok()
+    different = differing(final_weights(tmp_path / "two"), final_weights(tmp_path / "four"))
+    assert not different, f"other bits in {different}"
+
+
 def test_predictions_are_written_once(sentences: Path, tmp_path: Path, alone: Path) -> None:
     written = []
     for ranks, parallel in ((1, "{strategy: ddp}"), (4, "{strategy: fsdp, tensor: 2}")):

@@ -99,7 +99,6 @@ def test_the_messages_say_what_works(sizes: tuple[int, int, int], message: str) 
         ({"strategy": "fsdp", "tensor": -1}, "parallel.shard and parallel.tensor are both -1"),
         ({"strategy": "fsdp", "replicate": -1, "tensor": -1}, "parallel.shard and parallel.tensor are all -1"),
         ({"strategy": "fsdp", "tensor": 0}, "parallel.tensor is 0"),
-        ({"strategy": "fsdp", "tensor": 2, "reduction": "tree"}, "parallel.tensor divides the sums inside a layer"),
         ({"replicate": 2}, "are for fsdp, and parallel.strategy is ddp"),
         ({"tensor": 2}, "are for fsdp, and parallel.strategy is ddp"),
     ],

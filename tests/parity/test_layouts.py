@@ -26,9 +26,9 @@ def test_what_a_layout_means(text: str, ranks: int, words: str) -> None:
     assert parse_layout(text) == expected
 
 
-def test_tensor_parallelism_is_compared_without_the_tree() -> None:
-    fsdp = ("--trainer.parallel.strategy", "fsdp", "--trainer.parallel.reduction", "fast")
-    assert parse_layout("2x2tp") == Layout("2x2tp", 4, (*fsdp, "--trainer.parallel.tensor", "2"), exact=False)
+def test_a_layout_with_tensor_parallelism() -> None:
+    settings = ("--trainer.parallel.strategy", "fsdp", "--trainer.parallel.tensor", "2")
+    assert parse_layout("3x2tp") == Layout("3x2tp", 6, settings, tensor=2)
 
 
 @pytest.mark.parametrize(
