@@ -34,8 +34,7 @@ def replaced(name: str, content: bytes) -> Members:
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
-    monkeypatch.setenv("DISTTRAIN_CACHE", str(tmp_path / "cache"))
+def server(tmp_path: Path, cache_home: Path) -> Iterator[RangeServer]:
     with range_server(tmp_path) as running:
         yield running
 
