@@ -113,7 +113,7 @@ class MappedShards:
             maps = {shard: self._maps.pop(shard) for shard, _ in shards if shard in self._maps}
         for shard, (found, _) in maps.items():
             if found.size() < len(found):
-                raise _ends_early(self._shards[shard].path, found.size())
+                raise ends_early(self._shards[shard].path, found.size())
         names = ", ".join(self._shards[shard].path for shard in list(maps)[:3])
         raise ShardError(f"reading {names} failed", mend="check the disk and the files")
 
@@ -168,22 +168,28 @@ class MappedShards:
             with open(path, "rb") as file:
                 return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except ValueError:
-            raise _ends_early(path, 0) from None
+            raise ends_early(path, 0) from None
         except OSError as error:
-            raise ShardError(
-                f"cannot open shard {path}: {error.strerror}", mend="restore it; it was there when the run started"
-            ) from None
+            raise cannot_open(path, error) from None
 
     def _check(self, shard: int, found: mmap.mmap, end: int) -> None:
         size = min(found.size(), len(found))
         if size < end:
-            raise _ends_early(self._shards[shard].path, size)
+            raise ends_early(self._shards[shard].path, size)
 
 
-def _ends_early(path: str, offset: int) -> ShardError:
+def ends_early(path: str, offset: int) -> ShardError:
+    """The error of a shard that was cut off after it was indexed."""
     return ShardError(
         f"shard {path} ends at byte {offset}, before a sample that its index lists",
         mend="restore the shard and run `disttrain shards index` again",
+    )
+
+
+def cannot_open(path: str, error: OSError) -> ShardError:
+    """The error of a shard that is not there any more, or may not be read."""
+    return ShardError(
+        f"cannot open shard {path}: {error.strerror}", mend="restore it; it was there when the run started"
     )
 
 

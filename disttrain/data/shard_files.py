@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from disttrain.data import bus_errors
 from disttrain.data.index import Shard
-from disttrain.data.mapped_shards import MappedShards
+from disttrain.data.mapped_shards import MappedShards, cannot_open, ends_early
 from disttrain.data.remote import shown
 from disttrain.data.store import ShardStore
 from disttrain.errors import ShardError
@@ -43,9 +43,7 @@ class _OpenShard:
         try:
             self.fd = os.open(path, os.O_RDONLY) if fd is None else fd
         except OSError as error:
-            raise ShardError(
-                f"cannot open shard {path}: {error.strerror}", mend="restore it; it was there when the run started"
-            ) from None
+            raise cannot_open(path, error) from None
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):
@@ -62,10 +60,7 @@ class _OpenShard:
             if count == len(buffer):
                 return
             if count == 0:
-                raise ShardError(
-                    f"shard {self.path} ends at byte {offset}, before a sample that its index lists",
-                    mend="restore the shard and run `disttrain shards index` again",
-                )
+                raise ends_early(self.path, offset)
             buffer, offset = buffer[count:], offset + count
 
 
