@@ -86,11 +86,21 @@ def _file_faults(
     faults.extend(_sidecar_faults(file, samples if is_whole else None))
     if shard.size_bytes not in (-1, file.size):
         faults.append(f"shard {name} has {file.size} bytes, but its manifest says {shard.size_bytes}")
-    elif is_hashed and stream is not None and (md5 := stream.md5()) != shard.md5:
-        faults.append(f"shard {name} has MD5 {md5}, but its manifest says {shard.md5}")
+    elif is_hashed and stream is not None:
+        faults.extend(_md5_faults(stream, shard))
     if is_whole and shard.num_samples not in (-1, len(samples)):
         faults.append(f"shard {name} holds {len(samples)} samples, but its manifest says {shard.num_samples}")
     return faults, len(samples)
+
+
+def _md5_faults(stream: Stream, shard: Shard) -> Iterator[str]:
+    try:
+        md5 = stream.md5()
+    except ShardError as error:  # what was found before is told nevertheless
+        yield _unreadable(error)
+        return
+    if md5 != shard.md5:
+        yield f"shard {stream.name} has MD5 {md5}, but its manifest says {shard.md5}"
 
 
 def _unreadable(error: ShardError) -> str:
@@ -211,7 +221,11 @@ def _sidecar_faults(file: ByteSource, samples: Spans | None) -> Iterator[str]:
     """What is wrong with the sidecar beside a shard, if it has one."""
     if isinstance(file, RemoteFile):
         sidecar = shown(sidecar_url(file.url))
-        is_there, table = remote_sidecar(file)
+        try:
+            is_there, table = remote_sidecar(file)
+        except RemoteError as error:
+            yield f"sidecar {error.what}"  # begins with its URL
+            return
     else:
         path = sidecar_path(file.name)
         sidecar, is_there = str(path), path.exists()
