@@ -275,7 +275,7 @@ class ShardCache:
             yield
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            what = "is on a full disk" if full else f"cannot be written: {error.strerror}"
+            what = "is on a full disk" if full else f"cannot be read or written: {error.strerror}"
             raise DataError(
                 f"the cache folder {self.directory} {what}; shard {shown(shard.path)} of {shard.size_bytes} bytes"
                 " was not fetched",

@@ -183,6 +183,14 @@ def test_a_full_disk_is_named(server: RangeServer, tmp_path: Path, monkeypatch: 
     assert not list((tmp_path / "c").glob("*.part"))
 
 
+def test_a_copy_that_cannot_be_opened_is_named(server: RangeServer, tmp_path: Path) -> None:
+    shard = shards_of(server)[0]
+    cache = ShardCache(config_of(8, shard, tmp_path / "c"))
+    (tmp_path / "c" / f"{name_of(shard)}.tar").symlink_to(f"{name_of(shard)}.tar")
+    with pytest.raises(DataError, match=r"/c cannot be read or written: Too many levels .*/train-000.tar of \d+ bytes"):
+        cache.open(shard)
+
+
 def test_a_cache_smaller_than_a_shard_is_refused(server: RangeServer, tmp_path: Path) -> None:
     shards = shards_of(server)
     with pytest.raises(ConfigError, match=r"cache.max_gib .* less than shard http://.*/train-000.tar of \d+ bytes"):
