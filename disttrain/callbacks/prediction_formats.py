@@ -226,7 +226,7 @@ class Tar(Format):
         return write_shard(in_order, np.arange(num_samples, dtype=np.int64), path, lambda _: None)
 
     def _samples(self, pieces: Pieces) -> Iterator[Sample]:
-        used: set[str] = set()
+        used: dict[str, int] = {}
         for piece in pieces:
             at = 0
             while at < len(piece):
@@ -239,13 +239,15 @@ class Tar(Format):
                 at += size
                 yield Sample(self._distinct(key, used), fields)
 
-    def _distinct(self, key: str, used: set[str]) -> str:
-        name, number = key, 1
+    def _distinct(self, key: str, used: dict[str, int]) -> str:
+        """A name that is not used; those in use come with the last number that was tried behind them."""
+        name, number = key, used.get(key, 1)
         while name in used:
             number += 1
             name = f"{key}-{number}"
         self.renamed += name != key
-        used.add(name)
+        used[name] = 1
+        used[key] = number  # the lower ones are in use for good: a key that all shards have costs no search each time
         return name
 
     @staticmethod
