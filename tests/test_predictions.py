@@ -165,6 +165,29 @@ def test_a_parquet_column_has_one_type_over_all_files(tmp_path: Path) -> None:
     assert tables[1].to_pylist() == [{"key": "k2", "a": "text", "b": 0.5, "c": [1], "d": None, "e": [[1], [1]]}]
 
 
+@pytest.mark.parametrize(
+    ("values", "kind", "expected"),
+    [
+        ([torch.tensor([1]), torch.tensor([0.5])], "list<element: double>", [[1.0], [0.5]]),
+        ([torch.tensor([1.5]), torch.tensor([0.1], dtype=torch.float64)], "list<element: double>", [[1.5], [0.1]]),
+        ([np.float32(1), 0.1], "double", [1.0, 0.1]),
+        ([np.int8(1), None, 300], "int64", [1, None, 300]),
+    ],
+)
+def test_parquet_rounds_nothing_where_types_are_mixed(
+    tmp_path: Path, values: list[Any], kind: str, expected: list[Any]
+) -> None:
+    keys = [f"{number}" for number in range(len(values))]
+    table = parquet.read_table(join(Parquet(), (keys, {"x": values}), path=tmp_path / "x.parquet"))
+    assert (str(table.schema.field("x").type), table["x"].to_pylist()) == (kind, expected)
+
+
+def test_parquet_refuses_numbers_that_the_type_of_all_batches_would_round(tmp_path: Path) -> None:
+    parts = [(["a"], {"x": np.array([2**53 + 1])}), (["b"], {"x": np.array([0.5])})]
+    with pytest.raises(DataError, match=r"changes its type between batches.* 9007199254740993"):
+        join(Parquet(), *parts, path=tmp_path / "x.parquet")
+
+
 def test_parquet_row_groups_end_by_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("disttrain.callbacks.prediction_formats._GROUP_ROWS", 4)
     parts = [([f"{start + row}" for row in range(3)], {"x": np.arange(3) + start}) for start in range(0, 15, 3)]
@@ -222,6 +245,7 @@ class Other:
         ("jsonl", {"key": [1]}, "an output is called 'key'"),
         ("parquet", {"z": np.array([1j])}, "output 'z' cannot be written to Parquet"),
         ("parquet", {"z": [Other()]}, "output 'z' cannot be written to Parquet"),
+        ("parquet", {"z": [np.datetime64(1, "s"), 0.5]}, "output 'z' cannot be written to Parquet"),
         ("parquet", {"z": [2**70]}, "output 'z' cannot be written to Parquet"),
         ("parquet", {"key": [1]}, "an output is called 'key'"),
         ("tar", {"z": [Other()]}, "output 'z' cannot be written to a tar: Other"),
@@ -233,7 +257,7 @@ class Other:
 )
 def test_outputs_that_a_format_cannot_hold_are_named(name: FormatName, columns: Columns, words: str) -> None:
     with pytest.raises(DataError, match=words):
-        make_format(name).piece(["a"], columns)
+        make_format(name).piece(["a", "b"][: len(next(iter(columns.values())))], columns)
 
 
 def test_types_that_do_not_go_together_are_refused_by_parquet() -> None:

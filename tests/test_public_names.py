@@ -55,6 +55,7 @@ LAYERS: dict[str, int] = {
             *(f"data.{name}" for name in ("mixture", "remote", "remote_index", "sidecar", "transport")),
             *(f"data.{name}" for name in ("indexing", "statistics", "stream", "together")),
             "data.verify",
+            "data.verify_keys",
             "metrics_file",
             "parallel.config",
             "parallel.tree",

@@ -120,7 +120,7 @@ class Parquet(Format):
         arrow = self._arrow
         arrays = {}
         for name, column in {"key": list(keys), **columns}.items():
-            with _refusing(name, "Parquet", arrow.ArrowException, ValueError):
+            with _refusing(name, "Parquet", arrow.ArrowException, TypeError, ValueError):
                 arrays[name] = self._array(column)
         table = arrow.table(arrays)
         self._unify([table.schema])
@@ -143,11 +143,13 @@ class Parquet(Format):
         with open(path, "wb") as file:
             with self._parquet.ParquetWriter(file, self._schema) as writer:
                 for tables in self._groups(pieces):
-                    whole = self._arrow.concat_tables(
-                        [self._schema.empty_table(), *tables], promote_options="permissive"
-                    )
+                    whole = self._joined(tables)
                     writer.write_table(whole.combine_chunks(), row_group_size=max(1, len(whole)))
             _to_disk(file)
+
+    def _joined(self, tables: Sequence[Any]) -> Any:
+        with self._one_type():
+            return self._arrow.concat_tables([self._schema.empty_table(), *tables], promote_options="permissive")
 
     def _groups(self, pieces: Pieces) -> Iterator[list[Any]]:
         group: list[Any] = []
@@ -166,8 +168,13 @@ class Parquet(Format):
         known = [] if self._schema is None else [self._schema]
         if not known and not schemas:
             return
-        try:
+        with self._one_type():
             self._schema = self._arrow.unify_schemas([*known, *schemas], promote_options="permissive")
+
+    @contextmanager
+    def _one_type(self) -> Iterator[None]:
+        try:
+            yield
         except self._arrow.ArrowException as error:
             raise DataError(
                 f"an output changes its type between batches, which Parquet cannot hold: {error}",
@@ -181,7 +188,9 @@ class Parquet(Format):
             first = next((value for value in values if isinstance(value, np.ndarray)), None)
             if first is None:
                 return arrow.array(values)
-            kind = arrow.from_numpy_dtype(first.dtype)
+            # Of all, not of the first: 0.5 after a 1 would become 0.
+            numbers = [np.asarray(value) for value in values if isinstance(value, np.ndarray | int | float)]
+            kind = arrow.from_numpy_dtype(np.result_type(*(value.dtype for value in numbers)))
             for _ in range(first.ndim):
                 kind = arrow.list_(kind)
             return arrow.array([value.tolist() if isinstance(value, np.ndarray) else value for value in values], kind)
@@ -226,7 +235,7 @@ class Tar(Format):
         return write_shard(in_order, np.arange(num_samples, dtype=np.int64), path, lambda _: None)
 
     def _samples(self, pieces: Pieces) -> Iterator[Sample]:
-        used: set[str] = set()
+        used: dict[str, int] = {}
         for piece in pieces:
             at = 0
             while at < len(piece):
@@ -239,13 +248,15 @@ class Tar(Format):
                 at += size
                 yield Sample(self._distinct(key, used), fields)
 
-    def _distinct(self, key: str, used: set[str]) -> str:
-        name, number = key, 1
+    def _distinct(self, key: str, used: dict[str, int]) -> str:
+        """A name that is not used; those in use come with the last number that was tried behind them."""
+        name, number = key, used.get(key, 1)
         while name in used:
             number += 1
             name = f"{key}-{number}"
         self.renamed += name != key
-        used.add(name)
+        used[name] = 1
+        used[key] = number  # the lower ones are in use for good: a key that all shards have costs no search each time
         return name
 
     @staticmethod

@@ -12,11 +12,10 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby, pairwise
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from disttrain.callbacks.prediction_files import Output, Workshop, write_piece
@@ -25,10 +24,8 @@ from disttrain.data.batches import COUNT, ID, KEY
 from disttrain.data.index import Shard
 from disttrain.data.module import sharded_data
 from disttrain.errors import DataError
-from disttrain.parallel.agree import is_distributed, raise_together
+from disttrain.parallel.agree import gather, raise_together
 from disttrain.parallel.ranks import data_ranks
-
-T = TypeVar("T")
 
 
 class _Told(NamedTuple):
@@ -78,7 +75,7 @@ class PredictionWriter(Callback):
         if stage != "predict":
             return
         self._begin()
-        self._workshop = Workshop(self.output, _gather(os.urandom(4).hex())[0])
+        self._workshop = Workshop(self.output, gather(os.urandom(4).hex())[0])
         with raise_together(), self._on_disk():
             if trainer.is_global_zero:
                 self.output.check()
@@ -119,7 +116,7 @@ class PredictionWriter(Callback):
         assert self._workshop is not None
         with raise_together(), self._on_disk():
             self._close()
-        told = _gather(_Told(self._rows, self._first, self._last, self._delivered, self._format.summary()))
+        told = gather(_Told(self._rows, self._first, self._last, self._delivered, self._format.summary()))
         rows = {number: sum(rank.rows.get(number, 0) for rank in told) for rank in told for number in rank.rows}
         with raise_together(), self._on_disk():
             _check(told, sum(rows.values()), trainer)
@@ -130,8 +127,8 @@ class PredictionWriter(Callback):
                     pieces = self._workshop.pieces(number, [r for r, rank in enumerate(told) if number in rank.rows])
                     shard = self._format.join(pieces, rows[number], self._workshop.file(number))
                     made += [] if shard is None else [shard]
-        shards = sorted((shard for part in _gather(made) for shard in part), key=lambda shard: shard.path)
-        renamed = sum(_gather(self._format.renamed if isinstance(self._format, Tar) else 0))
+        shards = sorted((shard for part in gather(made) for shard in part), key=lambda shard: shard.path)
+        renamed = sum(gather(self._format.renamed if isinstance(self._format, Tar) else 0))
         with raise_together(), self._on_disk():
             if trainer.is_global_zero:
                 self._workshop.publish(shards)
@@ -233,12 +230,3 @@ def _expected(trainer: pl.Trainer, total: int) -> int:
     """Samples to predict, as far as that is known: as many as were predicted otherwise."""
     data = sharded_data(trainer)
     return len(data.reader("predict").index) if data is not None else total
-
-
-def _gather(value: T) -> list[T]:
-    """A value of every rank, in rank order. A collective."""
-    if not is_distributed():
-        return [value]
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, value)
-    return told

@@ -134,7 +134,8 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="name every fault of a data set",
         description="Check every shard: truncation, a missing end block, keys that occur twice, missing fields, fields"
         " that do not decode, a stale or wrong sidecar, and what a manifest records (size, samples, MD5). Names all"
-        " faults, each with shard, byte offset, sample key and field. Exit code 0 without faults, 1 with.",
+        " faults, each with shard, byte offset, sample key and field, and notes keys that several shards hold. Exit"
+        " code 0 without faults, 1 with.",
     )
     parser.add_argument("data", metavar="PATTERN|MANIFEST", nargs="+", help=_DATA_HELP)
     parser.add_argument(

@@ -1,7 +1,7 @@
 """``disttrain shards index`` and ``disttrain shards verify``: several shards at a time, with progress.
 
-``index`` raises the first fault that it meets as an error; ``verify`` prints every one as it is found and returns
-1. PyTorch is imported only where ``verify`` decodes.
+``index`` raises the first fault that it meets as an error; ``verify`` prints every one as it is found, then keys
+that several shards hold, and returns 1 where there are faults. PyTorch is imported only where ``verify`` decodes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from disttrain.data.remote import shown
 from disttrain.data.remote_index import cache_home
 from disttrain.data.together import together
 from disttrain.data.verify import first_fields, shard_faults
+from disttrain.data.verify_keys import Keys
 from disttrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from disttrain.data.verify_decode import Decoders
 
 _THREADS: Final = 8
+_REPEATS_SHOWN: Final = 5
 
 
 def index(arguments: argparse.Namespace) -> int:
@@ -66,17 +68,32 @@ def verify(arguments: argparse.Namespace) -> int:
     wanted = [name.strip().partition(":") for name in (arguments.fields or "").split(",") if name.strip()]
     decoders = None if arguments.no_decode else _decoders(wanted)
     fields = [name for name, _, _ in wanted] or first_fields(shard.path for shard in shards)
-    check = partial(shard_faults, fields=fields, decoding=decoders)
+    keys = Keys(shards)
+
+    def check(number: int) -> tuple[list[str], int]:
+        return shard_faults(shards[number], fields=fields, decoding=decoders, tell_keys=partial(keys.add, number))
+
     num_faults = num_samples = 0
-    for faults, samples in together(check, shards, threads=_THREADS, told="verifying"):
+    for faults, samples in together(check, range(len(shards)), threads=_THREADS, told="verifying"):
         for fault in faults:
             print(fault)
         num_faults += len(faults)
         num_samples += samples
+    _print_repeats(keys)
     for why in decoders.left_out.values() if decoders is not None else ():
         print(f"note: not decoded: {why}")
     print(f"{count(len(shards), 'shard')}, {count(num_samples, 'sample')}: {count(num_faults or 'no', 'fault')}")
     return 1 if num_faults else 0
+
+
+def _print_repeats(keys: Keys) -> None:
+    """Name some keys that several shards hold: no fault, as shards may count from 0 each, but often not meant."""
+    repeats, total = keys.repeats(_REPEATS_SHOWN)
+    for key, first, second in repeats:
+        there = "which is named twice" if first.path == second.path else f"and in shard {shown(second.path)}"
+        print(f"note: key {key!r} is in shard {shown(first.path)}, {there}")
+    if total > len(repeats):
+        print(f"note: {count(total, 'key')} in all are in more than one shard")
 
 
 def _decoders(wanted: Sequence[tuple[str, str, str]]) -> Decoders:

@@ -2,10 +2,11 @@
 
 Touching a page of a mapped file that is not there any more raises SIGBUS, which kills. For the files that
 disttrain has mapped it is caught instead: the rest of the mapping is replaced by zeros, so that the copy which
-met it comes to its end, and it is counted. Whoever reads compares the count before and after, and raises where
-it has changed. A SIGBUS anywhere else goes to whoever handled it before. Python runs in the handler, which is sound
-here because such a fault comes from a plain copy, that holds no lock of the interpreter or of the allocator.
-Linux with a C library of 64 bits; elsewhere nothing may be mapped. Cost: none until it happens.
+met it comes to its end, and the mapping is marked as torn. Whoever reads looks at the marks of the mappings that it
+used afterwards, whichever thread met the fault. A SIGBUS anywhere else goes to whoever handled it before. Python
+runs in the handler, which is sound here because such a fault comes from a plain copy, that holds no lock of the
+interpreter or of the allocator. Linux with a C library of 64 bits; elsewhere nothing may be mapped. Cost: none until
+it happens.
 """
 
 from __future__ import annotations
@@ -36,12 +37,26 @@ class _Action(ctypes.Structure):
     )
 
 
+class Stretch:
+    """The memory of a mapping, as long as that lives.
+
+    Attributes:
+        begin: its first address.
+        end: the address after its last page.
+        is_torn: whether a fault was caught in it, so that some of it is zeros by now.
+    """
+
+    __slots__ = ("begin", "end", "is_torn")
+
+    def __init__(self, begin: int, end: int) -> None:
+        self.begin, self.end, self.is_torn = begin, end, False
+
+
 class _Guard:
-    """The handler, the stretches of memory that it is for, and how often it was called."""
+    """The handler, and the stretches of memory that it is for."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self._stretches: dict[int, int] = {}  # end by begin
+        self._stretches: dict[int, Stretch] = {}  # by where they begin
         self._lock = Lock()
         self._before = _Action()
         self._libc = ctypes.CDLL(None, use_errno=True)
@@ -54,18 +69,24 @@ class _Guard:
         action = _Action(handler=ctypes.cast(self._entry, ctypes.c_void_p).value, flags=_SIGINFO)
         self._libc.sigaction(int(signal.SIGBUS), ctypes.byref(action), ctypes.byref(self._before))
 
-    def watch(self, mapped: mmap.mmap, address: int) -> None:
+    def watch(self, mapped: mmap.mmap, address: int) -> Stretch:
+        stretch = Stretch(address, address + -(-len(mapped) // mmap.PAGESIZE) * mmap.PAGESIZE)
         with self._lock:
-            self._stretches[address] = address + -(-len(mapped) // mmap.PAGESIZE) * mmap.PAGESIZE
-        weakref.finalize(mapped, self._stretches.pop, address, None)
+            self._stretches[address] = stretch
+        weakref.finalize(mapped, self._forget, stretch)
+        return stretch
+
+    def _forget(self, stretch: Stretch) -> None:
+        if self._stretches.get(stretch.begin) is stretch:  # else another mapping has been given the address
+            del self._stretches[stretch.begin]
 
     def _handle(self, number: int, info: int, context: int) -> None:
         address = ctypes.c_void_p.from_address(info + _ADDRESS_OFFSET).value or 0
-        for begin, end in list(self._stretches.items()):
-            if begin <= address < end:
+        for stretch in list(self._stretches.values()):
+            if stretch.begin <= address < stretch.end:
+                stretch.is_torn = True  # before there are zeros, which another thread may meet without a fault
                 page = address // mmap.PAGESIZE * mmap.PAGESIZE
-                self._libc.mmap(page, end - page, mmap.PROT_READ, _FIXED_ANONYMOUS, -1, 0)
-                self.count += 1
+                self._libc.mmap(page, stretch.end - page, mmap.PROT_READ, _FIXED_ANONYMOUS, -1, 0)
                 return
         self._libc.sigaction(number, ctypes.byref(self._before), None)  # and the fault comes again
 
@@ -79,19 +100,17 @@ def can_guard() -> bool:
     return sys.platform == "linux" and ctypes.sizeof(ctypes.c_void_p) == 8
 
 
-def watch(mapped: mmap.mmap, address: int) -> None:
+def watch(mapped: mmap.mmap, address: int) -> Stretch:
     """Catch faults of a mapping, for as long as it lives.
 
     Args:
         mapped: a file, mapped for reading.
         address: where it begins in memory.
+
+    Returns:
+        Its memory, which tells whether a fault was caught there.
     """
     with _first:
         if not _guards:
             _guards.append(_Guard())
-    _guards[0].watch(mapped, address)
-
-
-def faults() -> int:
-    """How many faults have been caught in this process so far."""
-    return _guards[0].count if _guards else 0
+    return _guards[0].watch(mapped, address)

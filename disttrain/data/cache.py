@@ -45,7 +45,7 @@ class CacheConfig:
         max_gib: bound on its size, in GiB. What the windows of a node's lanes span should fit: less is
             correct, but fetches shards again and again.
         prefetch_threads: downloads ahead of the reading, for each rank; 0 fetches a shard when it is read.
-        retry: how long a download is tried.
+        retry: how long a server is tried, for shards and for their index.
     """
 
     directory: str = ""
@@ -275,7 +275,7 @@ class ShardCache:
             yield
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            what = "is on a full disk" if full else f"cannot be written: {error.strerror}"
+            what = "is on a full disk" if full else f"cannot be read or written: {error.strerror}"
             raise DataError(
                 f"the cache folder {self.directory} {what}; shard {shown(shard.path)} of {shard.size_bytes} bytes"
                 " was not fetched",

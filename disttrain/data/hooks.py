@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from disttrain.data.decode import Field
+from disttrain.data.values import Decoded, stacked
 from disttrain.errors import DataError
 
 Sample = dict[str, Any]
@@ -73,15 +74,12 @@ def column(name: str, values: Sequence[Any], field: Field | None = None) -> dict
     return {name: stack(values)}
 
 
-def stack(values: list[Any]) -> Tensor | list[Any]:
+def stack(values: list[Any]) -> Decoded:
     """Tensors of one shape and type as one, numbers as a tensor, all else as it is."""
     first = values[0]
-    if isinstance(first, Tensor):
-        alike = all(isinstance(v, Tensor) and v.shape == first.shape and v.dtype == first.dtype for v in values)
-        return torch.stack(values) if alike else values
     if isinstance(first, (bool, int, float, np.number)) and all(type(v) is type(first) for v in values):
         return torch.tensor(values)
-    return values
+    return stacked(values)
 
 
 def pad_tensors(name: str, values: Sequence[Any], fill: float) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from urllib.request import url2pathname
 import braceexpand
 import numpy as np
 
-from disttrain.data.remote import RemoteError, RemoteFile, is_remote, shown, sibling
+from disttrain.data.remote import DEFAULT_RETRY, RemoteError, RemoteFile, RetryConfig, is_remote, shown, sibling
 from disttrain.data.remote_index import REQUESTS_AT_ONCE, describe_remote, load_remote_table, read_remote_text
 from disttrain.data.sidecar import (
     ShardTable,
@@ -83,9 +83,17 @@ class ShardIndex:
         shards: the shards, in order.
         name: what error messages call this data set.
         write_sidecars: replace a sidecar that turns out not to fit its shard.
+        retry: how long a server is asked for the table of a shard.
     """
 
-    def __init__(self, shards: Sequence[Shard], *, name: str = "data", write_sidecars: bool = False) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        *,
+        name: str = "data",
+        write_sidecars: bool = False,
+        retry: RetryConfig = DEFAULT_RETRY,
+    ) -> None:
         self.shards = tuple(shards)
         self.name = name
         self.sizes = np.array([shard.num_samples for shard in self.shards], dtype=np.int64)
@@ -93,10 +101,17 @@ class ShardIndex:
         self._tables: OrderedDict[int, ShardTable] = OrderedDict()
         self._loading: dict[int, Lock] = {}  # held by the thread that loads the table of a shard
         self._lock = Lock()
-        self._write_sidecars, self._has_warned = write_sidecars, False
+        self._write_sidecars, self._has_warned, self._retry = write_sidecars, False, retry
 
     @classmethod
-    def open(cls, spec: str | Sequence[str], *, name: str = "data", write_sidecars: bool = True) -> ShardIndex:
+    def open(
+        cls,
+        spec: str | Sequence[str],
+        *,
+        name: str = "data",
+        write_sidecars: bool = True,
+        retry: RetryConfig = DEFAULT_RETRY,
+    ) -> ShardIndex:
         """The index of the shards that a specification names.
 
         Args:
@@ -105,6 +120,7 @@ class ShardIndex:
             name: what error messages call this data set.
             write_sidecars: keep a sidecar beside each shard that has none or a wrong one (skipped where the
                 folder is read-only); those of remote shards are kept in a local folder in any case.
+            retry: how long a server is asked.
 
         Raises:
             DataError: the specification names nothing, or names a file that is missing.
@@ -112,14 +128,14 @@ class ShardIndex:
         """
         found: list[Shard | str] = []
         for part in [spec] if isinstance(spec, str) else spec:
-            found.extend(read_manifest(part, name=name) if is_manifest(part) else _names(part, name=name))
+            found.extend(read_manifest(part, name=name, retry=retry) if is_manifest(part) else _names(part, name=name))
         paths = [place for place in found if isinstance(place, str)]
         _must_be_there(paths, name=name)
-        described = iter(_describe_all(paths, name=name, write_sidecars=write_sidecars))
+        described = iter(_describe_all(paths, name=name, write_sidecars=write_sidecars, retry=retry))
         shards = [next(described) if isinstance(place, str) else place for place in found]
         if not shards:
             raise DataError(f"{name} names no shards", mend=f"set {name} to a pattern such as 'train-{{000..007}}.tar'")
-        return cls(shards, name=name, write_sidecars=write_sidecars)
+        return cls(shards, name=name, write_sidecars=write_sidecars, retry=retry)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -147,7 +163,9 @@ class ShardIndex:
 
     def _load(self, entry: Shard) -> ShardTable:
         if entry.is_remote:
-            table = load_remote_table(entry.path, entry.size_bytes, version=entry.version, md5=entry.md5)
+            table = load_remote_table(
+                entry.path, entry.size_bytes, version=entry.version, md5=entry.md5, retry=self._retry
+            )
         else:
             found, wrong = fitting_sidecar(entry.path)
             table = found if found is not None else build_table(entry.path)
@@ -252,9 +270,9 @@ def is_manifest(spec: str) -> bool:
     return _path_of(spec).endswith(".json")
 
 
-def _describe_all(paths: Sequence[str], *, name: str, write_sidecars: bool) -> list[Shard]:
+def _describe_all(paths: Sequence[str], *, name: str, write_sidecars: bool, retry: RetryConfig) -> list[Shard]:
     are_remote = any(map(is_remote, paths))
-    describe = partial(describe_shard, write_sidecar=write_sidecars)
+    describe = partial(describe_shard, write_sidecar=write_sidecars, retry=retry)
     threads = REQUESTS_AT_ONCE if are_remote else 8
     try:
         return list(together(describe, paths, threads=threads, quick=not are_remote, told=_told(name, len(paths))))
@@ -268,10 +286,10 @@ def _told(name: str, num_shards: int) -> str:
     return f"reading the index of {name}" if num_shards >= _MANY_SHARDS and detect_world().rank == 0 else ""
 
 
-def describe_shard(path: str, *, write_sidecar: bool = True) -> Shard:
+def describe_shard(path: str, *, write_sidecar: bool = True, retry: RetryConfig = DEFAULT_RETRY) -> Shard:
     """Count a shard's samples, from the first line of a fresh sidecar or from its headers."""
     if is_remote(path):
-        there = describe_remote(path)
+        there = describe_remote(path, retry=retry)
         return Shard(path=path, num_samples=there.num_samples, size_bytes=there.size_bytes, version=there.version)
     size = os.stat(path).st_size
     count = sidecar_count(path)
@@ -280,7 +298,7 @@ def describe_shard(path: str, *, write_sidecar: bool = True) -> Shard:
     return Shard(path=path, num_samples=count, size_bytes=size)
 
 
-def parse_manifest(path: str | Path, *, name: str = "data") -> list[Shard]:
+def parse_manifest(path: str | Path, *, name: str = "data", retry: RetryConfig = DEFAULT_RETRY) -> list[Shard]:
     """The shards that a ``wids-shard-index-v1`` manifest lists; paths are relative to its ``base``, or to its folder.
 
     Both the manifest and what it lists may be URLs.
@@ -290,7 +308,7 @@ def parse_manifest(path: str | Path, *, name: str = "data") -> list[Shard]:
     """
     place = str(path)
     try:
-        content: Any = json.loads(read_remote_text(place) if is_remote(place) else Path(place).read_text())
+        content: Any = json.loads(read_remote_text(place, retry) if is_remote(place) else Path(place).read_text())
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__} instead of names and values")
         if content.get("datasets"):
@@ -329,15 +347,15 @@ def _beside(manifest: str, url: str) -> str:
     return sibling(manifest, url) if is_remote(manifest) else os.path.join(os.path.dirname(manifest), url)
 
 
-def read_manifest(path: str | Path, *, name: str = "data") -> list[Shard]:
+def read_manifest(path: str | Path, *, name: str = "data", retry: RetryConfig = DEFAULT_RETRY) -> list[Shard]:
     """The shards of a manifest as :func:`parse_manifest`, or a DataError where one is missing or of another size.
 
     Remote shards are taken at their word, so that a hundred thousand of them cost no requests: one that is
     missing or of another size is an error when it is fetched. Only a size that is not listed is asked for.
     """
-    shards = parse_manifest(path, name=name)
+    shards = parse_manifest(path, name=name, retry=retry)
     unknown = [number for number, shard in enumerate(shards) if shard.is_remote and shard.size_bytes < 0]
-    there = together(lambda number: RemoteFile(shards[number].path).size, unknown, threads=REQUESTS_AT_ONCE)
+    there = together(lambda number: RemoteFile(shards[number].path, retry).size, unknown, threads=REQUESTS_AT_ONCE)
     for number, size in zip(unknown, there, strict=True):
         shards[number] = replace(shards[number], size_bytes=size)
     local = [shard for shard in shards if not shard.is_remote]

@@ -19,6 +19,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from threading import Lock
 from typing import Any, Final
@@ -61,6 +62,21 @@ class _Space:
         self._maps = maps
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Mapped:
+    """A shard in memory.
+
+    Attributes:
+        shard: its number in the index.
+        file: the mapping.
+        memory: where that is, and whether it has failed.
+    """
+
+    shard: int
+    file: mmap.mmap
+    memory: bus_errors.Stretch
+
+
 class MappedShards:
     """The local shards of an index, mapped as they are needed. Safe to use from several threads.
 
@@ -71,14 +87,25 @@ class MappedShards:
 
     def __init__(self, shards: Sequence[Shard], most: int) -> None:
         self._shards, self._most = shards, most
-        self._maps: OrderedDict[int, tuple[mmap.mmap, int]] = OrderedDict()  # with their addresses
+        self._maps: OrderedDict[int, Mapped] = OrderedDict()
         self._lock = Lock()
         self._is_cold = False
 
     def spans(
-        self, shards: Sequence[tuple[int, slice]], offsets: NDArray[np.int64], sizes: NDArray[np.int64]
+        self,
+        shards: Sequence[tuple[int, slice]],
+        offsets: NDArray[np.int64],
+        sizes: NDArray[np.int64],
+        *,
+        used: list[Mapped],
     ) -> Spans | None:
-        """Where spans of bytes lie in memory; arguments and errors as of :meth:`ShardFiles.read`.
+        """Where spans of bytes lie in memory; arguments and errors as of :data:`disttrain.data.shard_files.Read`.
+
+        Args:
+            shards: each shard and the range of rows that lie in it.
+            offsets: where the spans begin in their shard. shape (rows, columns)
+            sizes: their bytes. shape (rows, columns)
+            used: takes up what is to be given to :meth:`check`.
 
         Returns:
             The memory that holds them all, most of which is not to be touched, and where in it each span begins;
@@ -91,7 +118,8 @@ class MappedShards:
             entry = self._map(shard)
             if entry is None:
                 return None
-            found, address = entry
+            used.append(entry)  # before anything of it is touched
+            found, address = entry.file, entry.memory.begin
             self._check(shard, found, int(ends[here].max()))
             at[here] = offsets[here] + address
             maps.append(found)
@@ -101,20 +129,19 @@ class MappedShards:
         self._fetch(shards, maps, space, at, offsets, sizes)
         return space, at
 
-    def check(self, shards: Sequence[tuple[int, slice]], faults: int) -> None:
-        """See whether memory has failed since a count of faults, after everything was used that it was given for.
+    def check(self, used: Sequence[Mapped]) -> None:
+        """See whether memory that was used has failed, after the last use of it.
 
         Raises:
             ShardError: it has, so that what was read may be zeros.
         """
-        if bus_errors.faults() == faults:
+        torn = [entry for entry in used if entry.memory.is_torn]
+        if not torn:
             return
-        with self._lock:
-            maps = {shard: self._maps.pop(shard) for shard, _ in shards if shard in self._maps}
-        for shard, (found, _) in maps.items():
-            if found.size() < len(found):
-                raise _ends_early(self._shards[shard].path, found.size())
-        names = ", ".join(self._shards[shard].path for shard in list(maps)[:3])
+        for entry in torn:
+            if entry.file.size() < len(entry.file):
+                raise ends_early(self._shards[entry.shard].path, entry.file.size())
+        names = ", ".join(self._shards[entry.shard].path for entry in torn[:3])
         raise ShardError(f"reading {names} failed", mend="check the disk and the files")
 
     def _fetch(
@@ -144,20 +171,21 @@ class MappedShards:
         entry = self._shards[shard]
         return not entry.is_remote and bus_errors.can_guard() and is_on_local_disk(os.path.dirname(entry.path))
 
-    def _map(self, shard: int) -> tuple[mmap.mmap, int] | None:
-        """A mapping and its address; None where the shard may not be mapped."""
+    def _map(self, shard: int) -> Mapped | None:
+        """A mapping that is whole; None where the shard may not be mapped."""
         with self._lock:
             found = self._maps.get(shard)
-            if found is not None:
+            if found is not None and not found.memory.is_torn:
                 self._maps.move_to_end(shard)
                 return found
             if not self._may_be_mapped(shard):
                 return None
+            self._maps.pop(shard, None)
             mapped = self._opened(self._shards[shard].path)
             mapped.madvise(mmap.MADV_RANDOM)  # a touch brings its page, not its neighbourhood
             view: NDArray[Any] = np.frombuffer(mapped, np.uint8)
-            found = self._maps[shard] = mapped, int(view.__array_interface__["data"][0])
-            bus_errors.watch(*found)
+            memory = bus_errors.watch(mapped, int(view.__array_interface__["data"][0]))
+            found = self._maps[shard] = Mapped(shard, mapped, memory)
             while len(self._maps) > self._most:
                 self._maps.popitem(last=False)  # unmapped when its last user is gone
             return found
@@ -168,22 +196,28 @@ class MappedShards:
             with open(path, "rb") as file:
                 return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except ValueError:
-            raise _ends_early(path, 0) from None
+            raise ends_early(path, 0) from None
         except OSError as error:
-            raise ShardError(
-                f"cannot open shard {path}: {error.strerror}", mend="restore it; it was there when the run started"
-            ) from None
+            raise cannot_open(path, error) from None
 
     def _check(self, shard: int, found: mmap.mmap, end: int) -> None:
         size = min(found.size(), len(found))
         if size < end:
-            raise _ends_early(self._shards[shard].path, size)
+            raise ends_early(self._shards[shard].path, size)
 
 
-def _ends_early(path: str, offset: int) -> ShardError:
+def ends_early(path: str, offset: int) -> ShardError:
+    """The error of a shard that was cut off after it was indexed."""
     return ShardError(
         f"shard {path} ends at byte {offset}, before a sample that its index lists",
         mend="restore the shard and run `disttrain shards index` again",
+    )
+
+
+def cannot_open(path: str, error: OSError) -> ShardError:
+    """The error of a shard that is not there any more, or may not be read."""
+    return ShardError(
+        f"cannot open shard {path}: {error.strerror}", mend="restore it; it was there when the run started"
     )
 
 

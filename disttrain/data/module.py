@@ -243,11 +243,13 @@ class ShardedDataModule(pl.LightningDataModule):
                 if split == "val" and stage == "fit":
                     continue
                 raise DataError(f"data.{split} names no shards", mend=f"set data.{split} to a pattern of shards")
-            indexes = open_sources(spec, f"data.{split}", write_sidecars=write_sidecars)
+            retry = self.cache_config.retry
+            indexes = open_sources(spec, f"data.{split}", write_sidecars=write_sidecars, retry=retry)
             index = ShardIndex(
                 [shard for _, part in indexes for shard in part.shards],
                 name=f"data.{split}",
                 write_sidecars=write_sidecars,
+                retry=retry,
             )
             self._readers[split] = Reader(
                 index, self._declared(index), cache=self.cache_config, unsafe_decoders=self.unsafe_decoders

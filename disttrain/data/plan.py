@@ -39,6 +39,9 @@ class Plan:
         needs: which of them are needed when.
         step: where the process stands.
         sizes: bytes of the shards, by number; left out, they count as nothing.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
     """
 
     def __init__(
@@ -54,10 +57,15 @@ class Plan:
         self.path = directory / f"{os.getpid()}-{secrets.token_hex(4)}.plan"
         temporary = self.path.with_suffix(".new")
         self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
-        with open(self._fd, "wb", closefd=False) as file:
-            file.write(step.to_bytes(_HEAD_BYTES, "little") + records.tobytes())
-        os.replace(temporary, self.path)  # nobody sees it unlocked or in part
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            with open(self._fd, "wb", closefd=False) as file:
+                file.write(step.to_bytes(_HEAD_BYTES, "little") + records.tobytes())
+            os.replace(temporary, self.path)  # nobody sees it unlocked or in part
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            os.close(self._fd)
+            raise
 
     def stand_at(self, step: int) -> None:
         """Tell the other processes where this one stands."""

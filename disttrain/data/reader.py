@@ -21,6 +21,7 @@ from disttrain.data.cache import CacheConfig
 from disttrain.data.decode import BadValuesError, Decoded, Field, RawValues, check_safe, decode
 from disttrain.data.draws import Draws
 from disttrain.data.index import ShardIndex
+from disttrain.data.mapped_shards import Spans
 from disttrain.data.remote import shown
 from disttrain.data.shard_files import ShardFiles
 from disttrain.data.spans import Places, spans
@@ -173,13 +174,13 @@ class Reader:
         offsets, sizes = spans(self.index, self._alternatives, places)
         if (offsets < 0).any():
             raise _BadPlacesError(self._lacking(places, offsets))
-        with self._files.reading(places.shards):
-            return self._read(places, offsets, sizes, draws)
+        with self._files.reading() as read:
+            return self._values(places, read(places.shards, offsets, sizes), offsets, sizes, draws)
 
-    def _read(
-        self, places: Places, offsets: NDArray[np.int64], sizes: NDArray[np.int64], draws: Draws | None
+    def _values(
+        self, places: Places, there: Spans, offsets: NDArray[np.int64], sizes: NDArray[np.int64], draws: Draws | None
     ) -> dict[str, Decoded]:
-        memory, at = self._files.read(places.shards, offsets, sizes)
+        memory, at = there
         at, sizes = places.in_batch_order(at), places.in_batch_order(sizes)
         out: dict[str, Decoded] = {}
         bad: dict[int, BadSample] = {}

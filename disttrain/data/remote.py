@@ -66,6 +66,9 @@ class RetryConfig:
         return longest * (0.5 + 0.5 * chance)
 
 
+DEFAULT_RETRY: Final = RetryConfig()
+
+
 class RemoteError(ShardError):
     """A remote file that cannot be read; ``status`` is the last HTTP status, where one is known."""
 

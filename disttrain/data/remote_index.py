@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
-from disttrain.data.remote import RemoteError, RemoteFile, sibling
+from disttrain.data.remote import DEFAULT_RETRY, RemoteError, RemoteFile, RetryConfig, sibling
 from disttrain.data.sidecar import ShardTable, build_table, misfit, parse_sidecar, sidecar_text
 from disttrain.data.stream import Stream
 from disttrain.files import write_atomically
@@ -49,30 +49,33 @@ class Described(NamedTuple):
     state: str
 
 
-def describe_remote(url: str, *, anew: bool = False) -> Described:
+def describe_remote(url: str, *, anew: bool = False, retry: RetryConfig = DEFAULT_RETRY) -> Described:
     """Samples, bytes and version of a remote shard.
 
     Args:
         url: where it is.
         anew: read its headers even where a table is known.
+        retry: how long to try.
 
     Raises:
         RemoteError: it cannot be read; with status 404 where it is missing.
         ShardError: its tar is damaged or holds no samples.
     """
-    file = RemoteFile(url)
+    file = RemoteFile(url, retry)
     table, state = _table_of(file, file.version, anew=anew)
     return Described(len(table), file.size, file.version, state)
 
 
-def load_remote_table(url: str, size: int, *, version: str = "", md5: str = "") -> ShardTable:
+def load_remote_table(
+    url: str, size: int, *, version: str = "", md5: str = "", retry: RetryConfig = DEFAULT_RETRY
+) -> ShardTable:
     """The table of a remote shard in the state that size and version (or MD5) name; errors as the above."""
-    return _table_of(RemoteFile(url, size=size, version=version), version or md5)[0]
+    return _table_of(RemoteFile(url, retry, size=size, version=version), version or md5)[0]
 
 
-def read_remote_text(url: str) -> str:
+def read_remote_text(url: str, retry: RetryConfig = DEFAULT_RETRY) -> str:
     """The text of a remote file."""
-    file = RemoteFile(url)
+    file = RemoteFile(url, retry)
     return file.read(0, file.size).decode("utf-8", "surrogateescape")
 
 
@@ -84,7 +87,7 @@ def sidecar_url(url: str) -> str:
 def remote_sidecar(file: RemoteFile) -> tuple[bool, ShardTable | None]:
     """Whether there is a sidecar beside a shard, and its table as it stands there: None where it is damaged."""
     try:
-        text = read_remote_text(sidecar_url(file.url))
+        text = read_remote_text(sidecar_url(file.url), file.retry)
     except RemoteError as error:
         if error.status is not None and 400 <= error.status < 500:
             return False, None  # servers without a right to list say 403

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import resource
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from threading import Lock
@@ -21,9 +21,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from disttrain.data import bus_errors
 from disttrain.data.index import Shard
-from disttrain.data.mapped_shards import MappedShards
+from disttrain.data.mapped_shards import Mapped, MappedShards, Spans, cannot_open, ends_early
 from disttrain.data.remote import shown
 from disttrain.data.store import ShardStore
 from disttrain.errors import ShardError
@@ -34,6 +33,14 @@ _OPEN_FILES: Final = min(4096, _FILE_LIMIT // 4) if _FILE_LIMIT > 0 else 4096  #
 _JOIN_GAP_BYTES: Final = 8 * 1024
 _SHARD_STRIDE: Final = 2**45
 
+Shards = Sequence[tuple[int, slice]]
+"""Each shard and the range of rows that lie in it."""
+Read = Callable[[Shards, NDArray[np.int64], NDArray[np.int64]], Spans]
+"""Reads spans of bytes: from their shards, where they begin there and their bytes, the latter two of shape (rows,
+columns), to memory that holds them, of which nothing else is to be touched, and where in it each span begins; shapes
+(bytes,) and (rows, columns). It raises a :class:`~disttrain.errors.ShardError` where a shard cannot be read, or ends
+before a span."""
+
 
 class _OpenShard:
     """A file descriptor that closes with its last user, so that no thread reads from a reused number."""
@@ -43,9 +50,7 @@ class _OpenShard:
         try:
             self.fd = os.open(path, os.O_RDONLY) if fd is None else fd
         except OSError as error:
-            raise ShardError(
-                f"cannot open shard {path}: {error.strerror}", mend="restore it; it was there when the run started"
-            ) from None
+            raise cannot_open(path, error) from None
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):
@@ -62,10 +67,7 @@ class _OpenShard:
             if count == len(buffer):
                 return
             if count == 0:
-                raise ShardError(
-                    f"shard {self.path} ends at byte {offset}, before a sample that its index lists",
-                    mend="restore the shard and run `disttrain shards index` again",
-                )
+                raise ends_early(self.path, offset)
             buffer, offset = buffer[count:], offset + count
 
 
@@ -84,40 +86,24 @@ class ShardFiles:
         self._lock = Lock()
 
     @contextmanager
-    def reading(self, shards: Sequence[tuple[int, slice]]) -> Iterator[None]:
-        """A block that reads spans and uses their memory.
+    def reading(self) -> Iterator[Read]:
+        """A block that reads spans, by what it is given, and uses their memory.
 
         Raises:
             ShardError: a shard was cut off, or its disk failed, in the meantime.
         """
-        faults = bus_errors.faults()
+        used: list[Mapped] = []
+
+        def read(shards: Shards, offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> Spans:
+            found = self._mapped.spans(shards, offsets, sizes, used=used)
+            return found or self._joined(shards, offsets, sizes)
+
         try:
-            yield
+            yield read
         finally:
-            self._mapped.check(shards, faults)  # before what zeros in place of a sample may have raised
+            self._mapped.check(used)  # before what zeros in place of a sample may have raised
 
-    def read(
-        self, shards: Sequence[tuple[int, slice]], offsets: NDArray[np.int64], sizes: NDArray[np.int64]
-    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """Read spans of bytes, within :meth:`reading`.
-
-        Args:
-            shards: each shard and the range of rows that lie in it.
-            offsets: where the spans begin in their shard. shape (rows, columns)
-            sizes: their bytes. shape (rows, columns)
-
-        Returns:
-            Memory that holds them, of which nothing else is to be touched, and where in it each span begins; shapes
-            (bytes,) and (rows, columns).
-
-        Raises:
-            ShardError: a shard cannot be read, or ends before a span.
-        """
-        return self._mapped.spans(shards, offsets, sizes) or self._joined(shards, offsets, sizes)
-
-    def _joined(
-        self, shards: Sequence[tuple[int, slice]], offsets: NDArray[np.int64], sizes: NDArray[np.int64]
-    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    def _joined(self, shards: Shards, offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> Spans:
         """Read spans by runs of neighbours into a buffer."""
         # One axis for all shards, so far apart that runs never join across them.
         counts = [here.stop - here.start for _, here in shards]

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from disttrain.data.index import ShardIndex
 from disttrain.data.mixture import Mixture, Portion
 from disttrain.data.order import Order, OrderConfig
+from disttrain.data.remote import DEFAULT_RETRY, RetryConfig
 from disttrain.errors import ConfigError
 
 Shards = str | Sequence[str]
@@ -37,19 +39,20 @@ class SourceConfig:
 
 
 def open_sources(
-    spec: Shards | Sequence[SourceConfig], name: str, *, write_sidecars: bool
+    spec: Shards | Sequence[SourceConfig], name: str, *, write_sidecars: bool, retry: RetryConfig = DEFAULT_RETRY
 ) -> list[tuple[SourceConfig, ShardIndex]]:
-    """The sources of a split, each with its index; one source for a plain specification."""
+    """The sources of a split, each with its index; one source for a plain specification. ``retry`` is for servers."""
+    open_index = partial(ShardIndex.open, write_sidecars=write_sidecars, retry=retry)
     parts = [spec] if isinstance(spec, str) else list(spec)
     if not any(isinstance(part, SourceConfig) for part in parts):
         source = SourceConfig([str(part) for part in parts])
-        return [(source, ShardIndex.open(source.shards, name=name, write_sidecars=write_sidecars))]
+        return [(source, open_index(source.shards, name=name))]
     opened = []
     for number, part in enumerate(parts, start=1):
         if not isinstance(part, SourceConfig):
             raise ConfigError(f"{name} mixes sources and plain patterns", mend="write each as {shards: PATTERN}")
         named = replace(part, name=part.name or f"source {number}")
-        index = ShardIndex.open(part.shards, name=f"{name} ({named.name})", write_sidecars=write_sidecars)
+        index = open_index(part.shards, name=f"{name} ({named.name})")
         opened.append((named, index))
     return opened
 

@@ -8,7 +8,7 @@ headers; all its bytes, once, where an MD5 is recorded or contents are decoded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
@@ -38,25 +38,36 @@ class Decoding(Protocol):
         """Why values of a field do not decode, by their place."""
 
 
-def shard_faults(shard: Shard, *, fields: Sequence[str], decoding: Decoding | None = None) -> tuple[list[str], int]:
+def shard_faults(
+    shard: Shard,
+    *,
+    fields: Sequence[str],
+    decoding: Decoding | None = None,
+    tell_keys: Callable[[Collection[str]], None] | None = None,
+) -> tuple[list[str], int]:
     """The faults of one shard and the number of its samples.
 
     Args:
         shard: a shard with what a manifest records of it: -1 or empty where nothing is.
         fields: what every sample must have; alternatives as ``jpg;png``.
         decoding: decodes the fields' contents.
+        tell_keys: is called with the keys, each once, of a shard that could be opened.
     """
     if not shard.is_remote and not Path(shard.path).is_file():
         return [f"shard {shard.path} does not exist"], 0
     try:
         with opened(shard.path) as file:
-            return _file_faults(shard, file, fields, decoding)
+            return _file_faults(shard, file, fields, decoding, tell_keys)
     except ShardError as error:
         return [_unreadable(error)], 0
 
 
 def _file_faults(
-    shard: Shard, file: ByteSource, fields: Sequence[str], decoding: Decoding | None
+    shard: Shard,
+    file: ByteSource,
+    fields: Sequence[str],
+    decoding: Decoding | None,
+    tell_keys: Callable[[Collection[str]], None] | None,
 ) -> tuple[list[str], int]:
     name = file.name
     is_hashed = bool(shard.md5) and shard.size_bytes in (-1, file.size)
@@ -66,17 +77,30 @@ def _file_faults(
         found.read()
     except ShardError as error:
         return [*found.faults, _unreadable(error)], len(found.samples)
+    finally:
+        if tell_keys is not None:
+            tell_keys(found.samples)
     faults, samples, is_whole = found.faults, found.samples, found.is_whole
     faults.extend(_missing_fields(name, samples if is_whole else _without_last(samples), fields))
     # With a damaged tar there is nothing to compare its sidecar with.
     faults.extend(_sidecar_faults(file, samples if is_whole else None))
     if shard.size_bytes not in (-1, file.size):
         faults.append(f"shard {name} has {file.size} bytes, but its manifest says {shard.size_bytes}")
-    elif is_hashed and stream is not None and (md5 := stream.md5()) != shard.md5:
-        faults.append(f"shard {name} has MD5 {md5}, but its manifest says {shard.md5}")
+    elif is_hashed and stream is not None:
+        faults.extend(_md5_faults(stream, shard))
     if is_whole and shard.num_samples not in (-1, len(samples)):
         faults.append(f"shard {name} holds {len(samples)} samples, but its manifest says {shard.num_samples}")
     return faults, len(samples)
+
+
+def _md5_faults(stream: Stream, shard: Shard) -> Iterator[str]:
+    try:
+        md5 = stream.md5()
+    except ShardError as error:  # what was found before is told nevertheless
+        yield _unreadable(error)
+        return
+    if md5 != shard.md5:
+        yield f"shard {stream.name} has MD5 {md5}, but its manifest says {shard.md5}"
 
 
 def _unreadable(error: ShardError) -> str:
@@ -197,7 +221,11 @@ def _sidecar_faults(file: ByteSource, samples: Spans | None) -> Iterator[str]:
     """What is wrong with the sidecar beside a shard, if it has one."""
     if isinstance(file, RemoteFile):
         sidecar = shown(sidecar_url(file.url))
-        is_there, table = remote_sidecar(file)
+        try:
+            is_there, table = remote_sidecar(file)
+        except RemoteError as error:
+            yield f"sidecar {error.what}"  # begins with its URL
+            return
     else:
         path = sidecar_path(file.name)
         sidecar, is_there = str(path), path.exists()

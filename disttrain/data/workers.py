@@ -62,7 +62,7 @@ class MakerSpec:
     name: str
     fields: Mapping[str, Field]
     hooks: HooksConfig
-    cache: CacheConfig | None
+    cache: CacheConfig
     unsafe_decoders: tuple[str, ...]
     skip_bad: bool
 
@@ -82,7 +82,7 @@ class MakerSpec:
 
     def build(self) -> BatchMaker:
         """A maker of the same batches."""
-        index = ShardIndex(self.shards, name=self.name)
+        index = ShardIndex(self.shards, name=self.name, retry=self.cache.retry)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the trainer has warned already
             reader = Reader(index, self.fields, cache=self.cache, unsafe_decoders=self.unsafe_decoders)

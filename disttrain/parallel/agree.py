@@ -2,22 +2,35 @@
 
 A rank that fails alone leaves its peers waiting in their next collective. :func:`raise_together` lets every
 rank say how a fallible part went and raises on all of them, or on none. It is a collective of the default
-group: every rank must call it. Cost: one small all-gather; call it where something may fail, never per step.
+group, as is :func:`gather`: every rank must call it. Cost: one small all-gather; call it where something may fail,
+never per step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from disttrain.errors import DisttrainError, RankError
 
+T = TypeVar("T")
+
 
 def is_distributed() -> bool:
     """Whether a process group of more than one rank is up."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def gather(value: T) -> list[T]:
+    """A value of every rank, which must pickle, in rank order. A collective."""
+    if not is_distributed():
+        return [value]
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, value)
+    return told
 
 
 @contextmanager
@@ -34,9 +47,8 @@ def raise_together() -> Iterator[None]:
     except Exception as error:
         own = error
     if is_distributed():
-        told: list[str | None] = [None] * dist.get_world_size()
         what = None if own is None else str(own) if isinstance(own, DisttrainError) else f"{type(own).__name__}: {own}"
-        dist.all_gather_object(told, what)
+        told = gather(what)
         failed = [rank for rank, text in enumerate(told) if text is not None]
         if failed and (own is None or what in told[: dist.get_rank()]):
             raise RankError(f"rank {', '.join(map(str, failed))} failed: {told[failed[0]]}")

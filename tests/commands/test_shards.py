@@ -45,7 +45,7 @@ def write_tar(path: Path, names: list[str], content: bytes = b"1") -> None:
 
 
 def write_plain(path: Path, num_samples: int = 3) -> None:
-    write_tar(path, [f"{i:03}.{ext}" for i in range(num_samples) for ext in ("cls", "txt")])
+    write_tar(path, [f"{path.stem}/{i:03}.{ext}" for i in range(num_samples) for ext in ("cls", "txt")])
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ def test_verify_names_every_fault(tmp_path: Path, run: Run) -> None:
         f"shard {shard[3]} holds 3 samples, but its manifest says 4",
         f"shard {shard[4]} does not exist",
         f"sidecar {idx[6]} is older than its shard and not used: {mend}",
-        f"sidecar {idx[7]} does not fit its shard: sample '000' is cls at byte 512 of size 1,"
+        f"sidecar {idx[7]} does not fit its shard: sample 't-7/000' is cls at byte 512 of size 1,"
         f" txt at byte 1536 of size 1 in the shard, cls at byte 512 of size 1, txt at byte 1537 of size 1"
         f" in the sidecar: {mend}",
         f"sidecar {idx[8]} is damaged or points outside its shard: {mend}",
@@ -231,6 +231,23 @@ def test_verify_names_every_fault(tmp_path: Path, run: Run) -> None:
     assert [line.split()[1] for line in by_md5] == [shard[3], shard[5]], text
     assert lines[-1] == f"9 shards, {4 + 2 + 4 + 3 + 0 + 4 * 4} samples: 14 faults", text
     assert code == 1
+
+
+def test_verify_names_keys_of_several_shards(tmp_path: Path, run: Run) -> None:
+    for name, numbers in (("a", range(4)), ("b", range(3, 9)), ("c", range(20, 22))):
+        write_tar(tmp_path / f"{name}.tar", [f"{number}.cls" for number in numbers])
+    code, lines = run("verify", tmp_path / "?.tar")
+    assert (code, lines) == (
+        0,
+        [
+            f"note: key '3' is in shard {tmp_path}/a.tar, and in shard {tmp_path}/b.tar",
+            "3 shards, 12 samples: no faults",
+        ],
+    )
+    write_tar(tmp_path / "c.tar", [f"{number}.cls" for number in range(2, 9)])
+    code, lines = run("verify", tmp_path / "?.tar")
+    assert lines[1] == f"note: key '2' is in shard {tmp_path}/a.tar, and in shard {tmp_path}/c.tar"
+    assert lines[5:] == ["note: 7 keys in all are in more than one shard", "3 shards, 17 samples: no faults"]
 
 
 def test_verify_decodes(tmp_path: Path, run: Run) -> None:
@@ -283,7 +300,7 @@ def test_ls(data: Path, run: Run) -> None:
     assert f"{data}/t-[bold].tar" in run("ls", data / "t-[bold].tar")[1][3], "not taken for a style"
     (data / "t-[bold].tar").rename(data / "t-0.tar")
     code, lines = run("ls", data / "t-0.tar", "--samples")
-    assert lines == [f"{data}/t-0.tar 000 cls:1 txt:1", f"{data}/t-0.tar 001 cls:1 txt:1"]
+    assert lines == [f"{data}/t-0.tar t-0/000 cls:1 txt:1", f"{data}/t-0.tar t-0/001 cls:1 txt:1"]
 
 
 def test_stats(data: Path, run: Run) -> None:
@@ -332,7 +349,9 @@ def test_remote_shards(data: Path, run: Run, monkeypatch: pytest.MonkeyPatch, tm
         assert lines[0] == f"4 shards, 12 samples; sidecars: 1 unchanged; {kept}: 3 unchanged"
         assert lines[1] == f"manifest: {manifest} (1 hashed, 3 MD5 kept from before)"
         assert run("verify", pattern) == (0, ["3 shards, 9 samples: no faults"])
-        assert run("verify", f"{server.url}/t.json", manifest) == (0, ["7 shards, 21 samples: no faults"])
+        code, lines = run("verify", f"{server.url}/t.json", manifest)
+        assert (code, lines[-1]) == (0, "7 shards, 21 samples: no faults")
+        assert lines[0] == f"note: key 't-0/000' is in shard {server.url}/t-0.tar, which is named twice"
         assert "2 shards, 5 samples, 2 to 3 a shard" in run("stats", f"{server.url}/t-{{0..1}}.tar", "--classes")[1]
         assert run("ls", pattern)[1][-2].split("│")[1].strip() == "3 shards"
 

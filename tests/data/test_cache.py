@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -16,55 +15,20 @@ import pytest
 from disttrain.data import cache as cache_module
 from disttrain.data.cache import CacheConfig, ShardCache, name_of
 from disttrain.data.decode import Field
-from disttrain.data.index import Shard, ShardIndex, describe_shard
+from disttrain.data.index import Shard, ShardIndex
 from disttrain.data.loader import EvaluationLoader, LoaderConfig, TrainLoader
 from disttrain.data.order import Needs, Order, OrderConfig
 from disttrain.data.plan import Plan
 from disttrain.data.reader import Reader
-from disttrain.data.remote import RemoteError, RetryConfig
+from disttrain.data.remote import RemoteError
 from disttrain.data.store import ShardStore
 from disttrain.data.write import md5_of
 from disttrain.errors import ConfigError, DataError, ShardError
 from disttrain.parallel.config import BatchPlan
-from tests.support.servers import RangeServer, range_server
-from tests.support.shards import write_numbered
+from tests.support.caches import QUICK, config_of, shards_of, take
+from tests.support.servers import RangeServer
 
-QUICK = RetryConfig(attempts=3, base_seconds=0.0)
-GIB = 2**30
-
-
-@pytest.fixture(autouse=True)
-def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test keeps what it fetches for itself."""
-    monkeypatch.setenv("DISTTRAIN_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RangeServer]:
-    """Eight shards of 10 samples, all of one size."""
-    folder = tmp_path / "served"
-    folder.mkdir()
-    write_numbered(folder, [10] * 8)
-    with range_server(folder) as running:
-        yield running
-
-
-def shards_of(server: RangeServer) -> list[Shard]:
-    return [describe_shard(f"{server.url}/train-{number:03d}.tar") for number in range(8)]
-
-
-def config_of(num_shards: float, shard: Shard, directory: Path, **more: Any) -> CacheConfig:
-    """A cache for so many shards."""
-    options: dict[str, Any] = {"retry": QUICK, "prefetch_threads": 0, **more}
-    return CacheConfig(str(directory), num_shards * shard.size_bytes / GIB, **options)
-
-
-def take(cache: ShardCache, shard: Shard, server: RangeServer) -> None:
-    """Read a shard through the cache, and let it go."""
-    fd = cache.open(shard)
-    assert os.pread(fd, 2**20, 0) == (server.folder / Path(shard.path).name).read_bytes()
-    os.close(fd)
+pytestmark = pytest.mark.usefixtures("cache_home")
 
 
 def held(cache: ShardCache, shards: list[Shard]) -> list[int]:
@@ -217,6 +181,14 @@ def test_a_full_disk_is_named(server: RangeServer, tmp_path: Path, monkeypatch: 
     with pytest.raises(DataError, match=r"is on a full disk; shard .*/train-000.tar of \d+ bytes was not fetched"):
         cache.open(shard)
     assert not list((tmp_path / "c").glob("*.part"))
+
+
+def test_a_copy_that_cannot_be_opened_is_named(server: RangeServer, tmp_path: Path) -> None:
+    shard = shards_of(server)[0]
+    cache = ShardCache(config_of(8, shard, tmp_path / "c"))
+    (tmp_path / "c" / f"{name_of(shard)}.tar").symlink_to(f"{name_of(shard)}.tar")
+    with pytest.raises(DataError, match=r"/c cannot be read or written: Too many levels .*/train-000.tar of \d+ bytes"):
+        cache.open(shard)
 
 
 def test_a_cache_smaller_than_a_shard_is_refused(server: RangeServer, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -18,51 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from disttrain.data.cache import CacheConfig, ShardCache
+from disttrain.data.cache import ShardCache
 from disttrain.data.decode import Field
-from disttrain.data.index import Shard, ShardIndex, describe_shard
+from disttrain.data.index import ShardIndex
 from disttrain.data.reader import Reader
-from disttrain.data.remote import RetryConfig
+from tests.support.caches import config_of, shards_of, take
 from tests.support.ranks import run_ranks
-from tests.support.servers import RangeServer, range_server
-from tests.support.shards import write_numbered
+from tests.support.servers import RangeServer
 
-QUICK = RetryConfig(attempts=3, base_seconds=0.0)
-GIB = 2**30
-
-
-@pytest.fixture(autouse=True)
-def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test keeps what it fetches for itself."""
-    monkeypatch.setenv("DISTTRAIN_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RangeServer]:
-    """Eight shards of 10 samples, all of one size."""
-    folder = tmp_path / "served"
-    folder.mkdir()
-    write_numbered(folder, [10] * 8)
-    with range_server(folder) as running:
-        yield running
-
-
-def shards_of(server: RangeServer) -> list[Shard]:
-    return [describe_shard(f"{server.url}/train-{number:03d}.tar") for number in range(8)]
-
-
-def config_of(num_shards: float, shard: Shard, directory: Path, **more: Any) -> CacheConfig:
-    """A cache for so many shards."""
-    options: dict[str, Any] = {"retry": QUICK, "prefetch_threads": 0, **more}
-    return CacheConfig(str(directory), num_shards * shard.size_bytes / GIB, **options)
-
-
-def take(cache: ShardCache, shard: Shard, server: RangeServer) -> None:
-    """Read a shard through the cache, and let it go."""
-    fd = cache.open(shard)
-    assert os.pread(fd, 2**20, 0) == (server.folder / Path(shard.path).name).read_bytes()
-    os.close(fd)
+pytestmark = pytest.mark.usefixtures("cache_home")
 
 
 def test_a_reader_does_not_hold_up_those_that_waited_for_the_same_fetch(

@@ -27,8 +27,7 @@ def paths(tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def server(tmp_path: Path, paths: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
-    monkeypatch.setenv("DISTTRAIN_CACHE", str(tmp_path / "cache"))
+def server(tmp_path: Path, paths: list[str], cache_home: Path) -> Iterator[RangeServer]:
     with range_server(tmp_path / "data") as running:
         yield running
 

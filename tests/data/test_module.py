@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,16 @@ import lightning.pytorch as pl
 import pytest
 
 from disttrain.data.batches import COUNT, ID, KEY
+from disttrain.data.cache import CacheConfig
 from disttrain.data.decode import Field
 from disttrain.data.index import ShardIndex, write_manifest
 from disttrain.data.loader import EvaluationLoader, LoaderConfig
 from disttrain.data.module import ShardedDataModule, ShuffleConfig, sharded_data
+from disttrain.data.remote import RetryConfig
 from disttrain.errors import CheckpointError, ConfigError, DataError
 from disttrain.trainer import Trainer
+from tests.support.caches import shards_of
+from tests.support.servers import RangeServer
 from tests.support.shards import write_numbered
 
 
@@ -99,6 +105,23 @@ def test_without_a_trainer(folder: Path) -> None:
     data.setup("predict")
     assert keys(data.predict_dataloader()) == keys(data.test_dataloader()), "the test shards are predicted by default"
     assert len(data.reader("val").index) == 13
+
+
+@pytest.mark.parametrize("asked", ["pattern", "manifest", "sizes", "table"])
+def test_servers_are_asked_as_often_as_the_cache_is_to(
+    server: RangeServer, tmp_path: Path, cache_home: Path, asked: str
+) -> None:
+    shards = shards_of(server)
+    shutil.rmtree(cache_home)  # or the tables are known
+    spec, sized = str(server.folder / "m.json"), 1 if asked == "table" else -1
+    write_manifest(Path(spec), [replace(shard, size_bytes=sized * shard.size_bytes) for shard in shards], name="train")
+    if asked in ("pattern", "manifest"):
+        spec = f"{server.url}/train-{{000..007}}.tar" if asked == "pattern" else f"{server.url}/m.json"
+    server.fail("m.json", *["status:500"] * 9)
+    server.fail("train-000.tar", *["status:500"] * 9)
+    cache = CacheConfig(str(tmp_path / "c"), retry=RetryConfig(attempts=3, base_seconds=0))
+    with pytest.raises(DataError, match=r"HTTP 500: .*\(3 attempts in"):
+        module(tmp_path, train=spec, val=None, cache=cache).setup("fit")
 
 
 def test_each_stage_opens_its_own_shards_only(folder: Path) -> None:

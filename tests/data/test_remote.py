@@ -31,13 +31,7 @@ from tests.support.shards import write_numbered, write_shard
 
 QUICK = RetryConfig(attempts=4, base_seconds=0.0, timeout_seconds=20)
 CONTENT = bytes(range(256)) * 40
-
-
-@pytest.fixture(autouse=True)
-def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test keeps what it fetches for itself."""
-    monkeypatch.setenv("DISTTRAIN_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache_home")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from disttrain.data import cache as cache_module
 from disttrain.data import transport
 from disttrain.data.cache import CacheConfig, ShardCache
 from disttrain.data.index import ShardIndex, describe_shard
-from disttrain.data.remote import RemoteError, RemoteFile, RetryConfig
+from disttrain.data.remote import RemoteError, RemoteFile
 from disttrain.errors import DataError
 from tests.support.servers import (
     NGINX,
@@ -32,26 +32,10 @@ from tests.support.servers import (
 from tests.support.shards import write_numbered
 from tests.support.streams import QUICK, assert_same, names
 
+pytestmark = pytest.mark.usefixtures("without_waits")
 needs_gcs = pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="gcsfs is not installed")
 needs_openssl = pytest.mark.skipif(NGINX is None or OPENSSL is None, reason="nginx or openssl is not installed")
 needs_s3 = pytest.mark.skipif(not S3, reason="moto[server] and s3fs are not installed")
-
-
-@pytest.fixture(autouse=True)
-def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test keeps what it fetches for itself, and waits for nothing between attempts."""
-    monkeypatch.setenv("DISTTRAIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(RetryConfig, "wait_seconds", lambda self, failed, chance: 0.0)
-    monkeypatch.setattr(transport, "_FILESYSTEMS", {})
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Four shards of 45 samples in all."""
-    path = tmp_path / "served"
-    path.mkdir()
-    write_numbered(path, [12, 9, 14, 10])
-    return path
 
 
 @pytest.fixture

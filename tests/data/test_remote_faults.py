@@ -17,7 +17,7 @@ import pytest
 from disttrain.data import transport
 from disttrain.data.cache import CacheConfig, ShardCache
 from disttrain.data.index import Shard, ShardIndex, describe_shard, write_manifest
-from disttrain.data.remote import RemoteError, RemoteFile, RetryConfig
+from disttrain.data.remote import RemoteError, RemoteFile
 from disttrain.data.write import md5_of
 from disttrain.errors import DataError, ShardError
 from tests.support.servers import (
@@ -31,25 +31,9 @@ from tests.support.servers import (
 from tests.support.shards import write_numbered
 from tests.support.streams import QUICK, assert_same, names, stream
 
+pytestmark = pytest.mark.usefixtures("without_waits")
 needs_nginx = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
 needs_openssl = pytest.mark.skipif(NGINX is None or OPENSSL is None, reason="nginx or openssl is not installed")
-
-
-@pytest.fixture(autouse=True)
-def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test keeps what it fetches for itself, and waits for nothing between attempts."""
-    monkeypatch.setenv("DISTTRAIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(RetryConfig, "wait_seconds", lambda self, failed, chance: 0.0)
-    monkeypatch.setattr(transport, "_FILESYSTEMS", {})
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Four shards of 45 samples in all."""
-    path = tmp_path / "served"
-    path.mkdir()
-    write_numbered(path, [12, 9, 14, 10])
-    return path
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,7 @@ def test_the_numbers_of_shards(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
-    monkeypatch.setenv("DISTTRAIN_CACHE", str(tmp_path / "cache"))
+def server(tmp_path: Path, cache_home: Path) -> Iterator[RangeServer]:
     with range_server(tmp_path) as running:
         yield running
 

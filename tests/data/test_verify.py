@@ -34,8 +34,7 @@ def replaced(name: str, content: bytes) -> Members:
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
-    monkeypatch.setenv("DISTTRAIN_CACHE", str(tmp_path / "cache"))
+def server(tmp_path: Path, cache_home: Path) -> Iterator[RangeServer]:
     with range_server(tmp_path) as running:
         yield running
 
@@ -166,6 +165,34 @@ def test_a_server_that_fails_halfway_is_named_after_what_was_found(tmp_path: Pat
     assert [fault.partition(" (1 attempt")[0] for fault in faults] == [
         f"shard {server.url}/a.tar at byte 512: sample '0', field 'cls': not a class number: b'cat'",
         f"shard {server.url}/a.tar: HTTP 403: the server refuses",
+    ]
+
+
+@pytest.mark.usefixtures("without_waits")
+def test_a_server_that_fails_at_the_sidecar_is_named_after_what_was_found(tmp_path: Path, server: RangeServer) -> None:
+    write_tar(tmp_path / "a.tar", [("0.cls", b"1"), ("1.txt", b"1")])
+    server.fail("a.idx", *["status:500"] * 9)
+    faults, samples = shard_faults(Shard(f"{server.url}/a.tar", -1, -1), fields=("cls",))
+    assert samples == 2
+    assert [fault.partition(" (8 attempts")[0] for fault in faults] == [
+        f"shard {server.url}/a.tar at byte 1536: sample '1' lacks field 'cls', has txt",
+        f"sidecar {server.url}/a.idx: HTTP 500: the server refuses",
+    ]
+
+
+def test_a_server_that_fails_while_the_rest_is_hashed_is_named_after_what_was_found(
+    tmp_path: Path, server: RangeServer
+) -> None:
+    path = Path(write_tar(tmp_path / "a.tar", [("0.txt", b"1")]))
+    path.write_bytes(path.read_bytes() + bytes(9 * 2**20))
+    wanted = f"bytes={4 * 2**20}-"
+    server.on_request = lambda name, range_: server.fail("a.tar", "status:403") if range_.startswith(wanted) else None
+    faults, samples = shard_faults(Shard(f"{server.url}/a.tar", 2, -1, md5="0" * 32), fields=("cls",))
+    assert samples == 1
+    assert [fault.partition(" (1 attempt")[0].partition(";")[0] for fault in faults] == [
+        f"shard {server.url}/a.tar: no sample has field 'cls'",
+        f"shard {server.url}/a.tar: HTTP 403: the server refuses",
+        f"shard {server.url}/a.tar holds 1 samples, but its manifest says 2",
     ]
 
 

@@ -1,0 +1,101 @@
+"""Keys that occur in more than one shard, of a data set of any size.
+
+Within a shard a key is unique, or it is a fault; over shards it need not be, but where it is not meant so, data is
+there twice, or in two splits. Of each key only a hash of 64 bits is kept. Hashes that occur twice are looked up in
+their shards again, so that no key is named that only shares its hash. Cost: 8 bytes a key, as much again to
+sort them; for the keys that are named, the headers of their shards once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from threading import Lock
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from disttrain.data.index import Shard
+from disttrain.data.sidecar import split_name
+from disttrain.data.stream import opened
+from disttrain.data.tar import scan_source
+from disttrain.errors import ShardError
+
+
+class Repeat(NamedTuple):
+    """A key, the first shard that holds it, and the next one that does."""
+
+    key: str
+    first: Shard
+    second: Shard
+
+
+class Keys:
+    """The keys of some shards, as hashes. Safe to use from several threads.
+
+    Args:
+        shards: all shards.
+    """
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards = shards
+        self._hashes: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)] * len(shards)
+        self._lock = Lock()
+
+    def add(self, number: int, keys: Collection[str]) -> None:
+        """Take up the keys of a shard, none of which is there twice."""
+        hashes = _hashes(keys)
+        with self._lock:
+            self._hashes[number] = hashes
+
+    def repeats(self, most: int) -> tuple[list[Repeat], int]:
+        """Keys that several shards hold.
+
+        Args:
+            most: how many are looked up.
+
+        Returns:
+            those, in the order of the shards, and how many keys there are in all.
+        """
+        whole = np.sort(np.concatenate(self._hashes)) if self._hashes else np.empty(0, dtype=np.int64)
+        repeated = np.unique(whole[1:][whole[1:] == whole[:-1]])
+        del whole
+        named: list[Repeat] = []
+        total = len(repeated)
+        keys_of = lru_cache(maxsize=2 * most)(self._keys_of)
+        for value, first, second in self._places(repeated):
+            if len(named) == most:
+                break
+            key = keys_of(first).get(value)
+            if key is not None and key == keys_of(second).get(value):
+                named.append(Repeat(key, self._shards[first], self._shards[second]))
+            else:
+                total -= 1  # two keys of one hash, or a shard that cannot be read any more
+        return named, total
+
+    def _places(self, repeated: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
+        """Each hash that is repeated, and the numbers of the first two shards that have it."""
+        unseen, told = -1, -2
+        seen_in = np.full(len(repeated), unseen, dtype=np.int64)
+        for number, hashes in enumerate(self._hashes if len(repeated) else ()):
+            at = np.minimum(np.searchsorted(repeated, hashes), len(repeated) - 1)
+            at = at[repeated[at] == hashes]
+            for place in at[seen_in[at] >= 0].tolist():
+                yield int(repeated[place]), int(seen_in[place]), number
+            seen_in[at] = np.where(seen_in[at] == unseen, number, told)
+
+    def _keys_of(self, number: int) -> dict[int, str]:
+        """The keys of a shard by their hashes, up to where it is damaged."""
+        found: dict[int, str] = {}
+        with suppress(ShardError), opened(self._shards[number].path) as file:
+            for member in scan_source(file):
+                if (parts := split_name(member.name)) is not None:
+                    found[hash(parts[0])] = parts[0]
+        return found
+
+
+def _hashes(keys: Collection[str]) -> NDArray[np.int64]:
+    # Python's own: 64 bits that are as good as random, the same within a process, at a few nanoseconds a key.
+    return np.fromiter(map(hash, keys), dtype=np.int64, count=len(keys))
