@@ -1,20 +1,23 @@
-"""Runs of one recipe on this machine, one layout after the other, in processes as torchrun starts them.
+"""Runs of one recipe on this machine, one layout after the other, in one process a rank, as torchrun would start them.
 
 Each rank has one thread, because sums of several threads depend on how many there are. Output goes to a file a rank.
 Where a run is to be killed, its ranks kill themselves before a step and the same command is started again, which
-resumes. Cost: a run of a few steps a layout, and the start of its processes.
+resumes. Cost: a run of a few steps a layout. Ranks are forked from a server that has imported disttrain and run none
+of it, so that libraries are loaded once and not once a rank.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +27,8 @@ from disttrain.parity.traces import Trace
 
 _GRACE_SECONDS: Final = 10.0
 _POLL_SECONDS: Final = 0.1
+_CONTEXT: Final = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["disttrain.commands.training"])
 
 
 class ParityError(DisttrainError):
@@ -65,16 +70,15 @@ class Runs:
             )
         return Trace(name, run_dir)
 
-    def _command(self, layout: Layout, run_dir: Path) -> list[str]:
-        command = [sys.executable, "-m", "disttrain", "fit", *self.arguments, *layout.settings]
-        command += ["--trainer.run_dir", str(run_dir)]
-        command += ["--trainer.log_every_steps", "1", "--trainer.progress_bar", "false"]
-        command += ["--trainer.callbacks+=disttrain.callbacks.ledger.SampleLedger"]
+    def _arguments(self, layout: Layout, run_dir: Path) -> list[str]:
+        words = ["fit", *self.arguments, *layout.settings, "--trainer.run_dir", str(run_dir)]
+        words += ["--trainer.log_every_steps", "1", "--trainer.progress_bar", "false"]
+        words += ["--trainer.callbacks+=disttrain.callbacks.ledger.SampleLedger"]
         trace = {"class_path": "disttrain.callbacks.trace.StepTrace", "init_args": self._trace_settings()}
-        command += [f"--trainer.callbacks+={json.dumps(trace)}"]
+        words += [f"--trainer.callbacks+={json.dumps(trace)}"]
         if self.kill:
-            command += [f"--checkpoint.every_steps={max(1, self.steps // 4)}"]
-        return command
+            words += [f"--checkpoint.every_steps={max(1, self.steps // 4)}"]
+        return words
 
     def _trace_settings(self) -> dict[str, int]:
         return {"stop_at": self.steps, "kill_at": self.steps // 2 if self.kill else -1}
@@ -82,44 +86,58 @@ class Runs:
     def _start(self, layout: Layout, run_dir: Path) -> list[int]:
         """Start all ranks and wait for them; once one has failed, the others have a few seconds."""
         run_dir.mkdir(parents=True, exist_ok=True)
-        port = _free_port()
-        processes = []
+        port, words = _free_port(), self._arguments(layout, run_dir)
+        processes: list[BaseProcess] = []
         try:
             for rank in range(layout.num_ranks):
-                with open(_log(run_dir, rank), "ab") as log:
-                    processes.append(
-                        subprocess.Popen(
-                            self._command(layout, run_dir),
-                            env=_environment(rank, layout.num_ranks, port),
-                            stdin=subprocess.DEVNULL,
-                            stdout=log,
-                            stderr=subprocess.STDOUT,
-                        )
-                    )
+                environment = _environment(rank, layout.num_ranks, port)
+                arguments = (words, environment, str(_log(run_dir, rank)))
+                processes.append(_CONTEXT.Process(target=_run_rank, args=arguments))
+                processes[-1].start()
             return _wait(processes)
         finally:
             for process in processes:
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
+                process.kill()
+                process.join()
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+def _run_rank(words: list[str], environment: dict[str, str], log: str) -> None:
+    """One rank of a run, in its own process."""
+    os.environ.clear()
+    os.environ.update(environment)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(out, descriptor)
+    import torch
+
+    from disttrain.cli import main
+
+    torch.set_num_threads(1)
+    code = 1
+    try:
+        code = main(words)
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _wait(processes: Sequence[BaseProcess]) -> list[int]:
+    """Exit codes; once one rank has failed, the others have a few seconds."""
     patience = _GRACE_SECONDS
-    while any(process.poll() is None for process in processes):
-        waiting = next(process for process in processes if process.poll() is None)
-        try:
-            waiting.wait(_POLL_SECONDS)
-        except subprocess.TimeoutExpired:
-            if any(process.poll() for process in processes):
-                patience -= _POLL_SECONDS
+    while alive := [process for process in processes if process.is_alive()]:
+        failed = any(process.exitcode not in (0, None) for process in processes)
+        alive[0].join(_POLL_SECONDS)
+        if failed:
+            patience -= _POLL_SECONDS
         if patience < 0:
-            for process in processes:
-                if process.poll() is None:
-                    process.kill()
-            for process in processes:
-                process.wait()
-    return [process.wait() for process in processes]
+            for process in alive:
+                process.kill()
+                process.join()
+    return [process.exitcode or 0 for process in processes]
 
 
 def _environment(rank: int, size: int, port: int) -> dict[str, str]:
