@@ -12,6 +12,7 @@ import yaml
 from disttrain.commands import parity
 from disttrain.errors import ConfigError
 from disttrain.parity.launch import ParityError
+from tests.support.language import write_sentences
 
 
 def write_config(folder: Path, digits: Path, task: str, **model: Any) -> str:
@@ -49,6 +50,33 @@ def test_layouts_that_agree(tmp_path: Path, digits: Path, capsys: pytest.Capture
     assert found["steps"] == 6
     for name in ("1", "2xddp", "2xfsdp"):
         assert list((tmp_path / "out" / name / "trace").glob("killed-*")), f"{name} was not killed"
+
+
+@pytest.mark.slow
+def test_a_transformer_has_the_same_bits_in_every_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_sentences(tmp_path / "sentences")
+    config = {
+        "model": {
+            "class_path": "tests.support.language.LanguageTask",
+            "init_args": {"optimizer": {"name": "adamw", "lr": 3e-3, "weight_decay": 0.05}},
+        },
+        "data": {
+            **{"train": f"{data}/train-{{0..2}}.tar", "test": f"{data}/test-0.tar"},
+            "fields": {"tokens": "tokens.npy", "length": "length.cls"},
+            "global_batch_size": 32,
+            "micro_batch_size": 8,
+        },
+        "trainer": {"gradient_clip_norm": 0.5},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    layouts = ("--layouts", "1,4xddp,2xfsdp,2x2hsdp,2x2tp", "--reduction", "tree", "--kill")
+    code, found = run(tmp_path, str(path), *layouts, "--steps", "8")
+    text = capsys.readouterr().out
+    assert code == 0, text
+    verdicts = {layout["name"]: layout["verdict"] for layout in found["layouts"]}
+    assert verdicts.pop("2x2tp") == "within tolerance"
+    assert set(verdicts.values()) == {"same to the bit"}, verdicts
 
 
 PLANTED = {
