@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from disttrain import EMA, Checkpointing, OptimizerConfig, Trainer
 from disttrain.checkpoint.store import committed, read_model
 from disttrain.errors import CheckpointError, ConfigError
 from tests.support.sameness import MicroBatches, MLPTask
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """Leave no process group of this process behind, nor its port in the environment of later ones."""
+    before = dict(os.environ)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 class Record(Callback):
@@ -145,6 +159,20 @@ def test_weights_that_were_loaded_are_what_is_evaluated(tmp_path: Path) -> None:
         torch.testing.assert_close(averages[name], 0.1 * best[name] + 0.9 * record.steps[1][name])
 
 
+def test_training_weights_come_back_from_inference_mode(tmp_path: Path) -> None:
+    """In which Lightning evaluates, but for gloo, and which an exception leaves first."""
+    ema, record = EMA(decay=0.9, warmup=False), Record()
+    task, trainer = fit(tmp_path, ema, record)
+    with torch.inference_mode():
+        ema.on_validation_start(trainer, task)
+        assert not apart(read_model(last(tmp_path), group="ema"), weights(task))
+    ema.on_exception(trainer, task, KeyboardInterrupt())
+    assert not apart(record.steps[-1], weights(task))
+    sum(p.square().sum() for p in task.parameters()).backward()  # type: ignore[union-attr]
+    torch.optim.SGD(task.parameters(), lr=0.1).step()
+    assert apart(record.steps[-1], weights(task)), "the weights can no longer be trained"
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [({"decay": 1.0}, "ema.decay is 1.0"), ({"decay": math.nan}, "ema.decay is nan"), ({"every_steps": 0}, "is 0")],
@@ -158,3 +186,29 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], words: 
 def test_one_average_is_enough(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="more than one EMA"):
         fit(tmp_path, EMA(), EMA(decay=0.5))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_averages_stay_there_and_are_evaluated_after_training(tmp_path: Path) -> None:
+    """Lightning moves the module to the host when a training ends, and back for the test."""
+    record = Record()
+    task, trainer = fit(tmp_path, EMA(decay=0.4), record)
+    assert {tensor.device.type for tensor in record.validated.values()} == {"cuda"}
+    averages = read_model(last(tmp_path), group="ema")
+    trainer.validate(task, MicroBatches(0, 1, micro_batches=1, steps=1), verbose=False)
+    assert not apart(averages, {name: tensor.cpu() for name, tensor in record.validated.items()})
+    end = {name: tensor.cpu() for name, tensor in record.steps[-1].items()}
+    assert not apart(end, {name: tensor.cpu() for name, tensor in weights(task).items()})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [1, 7, 1000, 65_537, 3_000_001])
+def test_on_a_gpu_a_part_has_the_bits_of_the_whole(size: int) -> None:
+    """However the weights are cut into shards."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    average, weight = (torch.randn(size, device="cuda", generator=generator) for _ in range(2))
+    cuts = [slice(0, size // 3), slice(size // 3, size - 1), slice(size - 1, size)]
+    parts = [average[cut].clone() for cut in cuts]
+    torch._foreach_lerp_([average], [weight], 0.0001)
+    torch._foreach_lerp_(parts, [weight[cut].clone() for cut in cuts], 0.0001)
+    assert torch.equal(torch.cat(parts), average)

@@ -165,7 +165,7 @@ class CheckpointMixin:
                 tensors[f"optimizer{number}"] = now["state"]
         saved = meta.get("tensor_groups", {})  # older checkpoints have none
         for name, group in self.tensor_groups.items():
-            names = saved.get(name, {}).get("names", ())
+            names = set(saved.get(name, {}).get("names", ()))
             held = {key: tensor for key, tensor in group.tensors().items() if key in names}
             if held:
                 tensors[name] = held

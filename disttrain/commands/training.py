@@ -179,7 +179,8 @@ class TrainingCLI(LightningCLI):
             self.model, datamodule=self.datamodule, ckpt_path=self._checkpoint(), return_predictions=False
         )
         if self.trainer.is_global_zero:
-            _say(writer.notes)
+            averaged = strategy_of(self.trainer).evaluated_group
+            _say([*writer.notes, *(["these are predictions of the averaged weights"] if averaged else [])])
 
     def _evaluate(self, which: str) -> None:
         run = self.trainer.validate if which == "validate" else self.trainer.test

@@ -157,7 +157,7 @@ def test_the_same_bits_in_all_layouts(train, layout: str) -> None:  # type: igno
     assert losses[0] == losses[1], f"validation losses {losses}"
 
 
-@pytest.mark.parametrize("layout", ["ddp1", "fsdp2-gathered"])
+@pytest.mark.parametrize("layout", [pytest.param("ddp1", marks=pytest.mark.slow), "fsdp2-gathered"])
 def test_training_does_not_notice(train, layout: str) -> None:  # type: ignore[no-untyped-def]
     """Nor where FSDP keeps gathered weights after a forward pass; saving would reshard them."""
     without, folder = (train(layout, averaged=averaged, watched=False) for averaged in (False, True))
@@ -221,7 +221,7 @@ def fail_in(folder: str, parallel: ParallelConfig) -> None:
         assert torch.equal(mine, kept), "the training weights did not come back"
 
 
-@pytest.mark.parametrize("layout", ["ddp2", "fsdp2"])
+@pytest.mark.parametrize("layout", ["ddp1", "ddp2", "fsdp2"])
 def test_training_weights_come_back_after_an_exception(layout: str, tmp_path: Path) -> None:
     ranks, parallel = LAYOUTS[layout]
     run_ranks(ranks, fail_in, str(tmp_path), parallel, folder=tmp_path).ok()
@@ -276,6 +276,8 @@ def test_killed_resumed_elsewhere_and_evaluated(digits: Path, tmp_path: Path, re
             assert f"{value:.6f}" in text, f"{name} was {value:.6f} after training\n{text}"
         text = run_cli(2, command("validate", whole, digits, *callbacks), folder=tmp_path / "v").ok().text
         assert f"{record['best']['value']:.6f}" in text, f"best was {record['best']}\n{text}"
+    text = run_cli(1, command("predict", whole, digits), folder=tmp_path / "p").ok().text
+    assert "predictions of the averaged weights" in text
     unaveraged = ["--trainer.callbacks+=disttrain.EMA", "--trainer.callbacks.evaluate=false"]
     text = run_cli(1, command("validate", whole, digits, *unaveraged), folder=tmp_path / "u").ok().text
     assert f"{record['best']['value']:.6f}" not in text, "the training weights were asked for"
