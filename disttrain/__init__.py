@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from disttrain.callbacks import Checkpointing, EarlyStopping, SampleLedger
+    from disttrain.callbacks import EMA, Checkpointing, EarlyStopping, SampleLedger
     from disttrain.data.bad_samples import BadSampleError
     from disttrain.data.cache import CacheConfig
     from disttrain.data.decode import Field
@@ -40,6 +40,7 @@ _HOMES = {
     "ClassificationTask": "disttrain.tasks",
     "DDP": "disttrain.parallel.strategies",
     "DisttrainError": "disttrain.errors",
+    "EMA": "disttrain.callbacks",
     "EarlyStopping": "disttrain.callbacks",
     "FSDP": "disttrain.parallel.strategies",
     "Field": "disttrain.data.decode",
@@ -63,6 +64,7 @@ _HOMES = {
 
 __all__ = [
     "DDP",
+    "EMA",
     "FSDP",
     "BadSampleError",
     "BatchPlan",

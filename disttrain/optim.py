@@ -2,16 +2,19 @@
 
 Weight decay is never applied to norms and biases (parameters of fewer than two dimensions) unless asked for;
 ``sgd`` and ``adam`` add it to the gradient (L2 regularization), ``adamw`` decays the weights directly
-(Loshchilov & Hutter 2019, arXiv:1711.05101). Schedules are closed forms of the step, so that a resumed run
-goes on with the same values. No cost beyond the optimizer's own.
+(Loshchilov & Hutter 2019, arXiv:1711.05101). Parameters may have settings of their own, by patterns over their names,
+which no strategy changes: the groups are the same in all layouts. Schedules are closed forms of the step, so that a
+resumed run goes on with the same values. No cost beyond the optimizer's own.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from fnmatch import fnmatchcase
+from typing import Any, Final, Literal
 
 import torch
 from torch import nn
@@ -22,6 +25,67 @@ from disttrain.errors import ConfigError
 
 OptimizerName = Literal["sgd", "adam", "adamw"]
 ScheduleName = Literal["constant", "cosine", "linear", "step"]
+REST: Final = "rest"
+"""The group of the parameters that match no pattern."""
+
+
+@dataclass(frozen=True)
+class ParameterGroupConfig:
+    """Settings of the parameters whose names match; what is not set is the optimizer's.
+
+    Attributes:
+        pattern: glob over the parameter's whole name, such as ``model.head.*`` (``*`` matches dots too), or several.
+        name: what the group is called; by default its patterns.
+        lr: peak learning rate.
+        lr_scale: factor on the optimizer's peak learning rate, instead of ``lr``.
+        weight_decay: as the optimizer's, for the group's parameters that decay.
+        betas: as the optimizer's.
+        decay_norm_and_bias: as the optimizer's.
+    """
+
+    pattern: str | tuple[str, ...]
+    name: str = ""
+    lr: float | None = None
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
+    betas: tuple[float, float] | None = None
+    decay_norm_and_bias: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not self.patterns or not all(self.patterns):
+            raise ConfigError(
+                f"a pattern of optimizer.groups is {self.pattern!r}", mend="give a glob, such as model.head.*"
+            )
+        if self.lr is not None and self.lr_scale != 1:
+            raise ConfigError(
+                f"group {self.label!r} of optimizer.groups has lr {self.lr} and lr_scale {self.lr_scale}",
+                mend="set one of them",
+            )
+        if self.lr is not None and not self.lr > 0:
+            raise ConfigError(f"lr of {self.label!r} in optimizer.groups is {self.lr}", mend="use a positive number")
+        if not self.lr_scale > 0:
+            raise ConfigError(
+                f"lr_scale of {self.label!r} in optimizer.groups is {self.lr_scale}",
+                mend="use a positive number; what is not to be trained is frozen by requires_grad_(False) in the model",
+            )
+        if self.weight_decay is not None and not self.weight_decay >= 0:
+            raise ConfigError(
+                f"weight_decay of {self.label!r} in optimizer.groups is {self.weight_decay}", mend="use 0 or more"
+            )
+        if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(
+                f"betas of {self.label!r} in optimizer.groups are {self.betas}", mend="use values from 0 to below 1"
+            )
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns, one or several."""
+        return (self.pattern,) if isinstance(self.pattern, str) else tuple(self.pattern)
+
+    @property
+    def label(self) -> str:
+        """What the group is called."""
+        return self.name or ", ".join(self.patterns)
 
 
 @dataclass(frozen=True)
@@ -37,6 +101,7 @@ class OptimizerConfig:
         betas: decay rates of the moments of ``adam`` and ``adamw``.
         eps: added to the denominator of ``adam`` and ``adamw``.
         decay_norm_and_bias: apply weight decay to parameters of fewer than two dimensions too.
+        groups: parameters with settings of their own, by name; the first that matches counts.
     """
 
     name: OptimizerName = "adamw"
@@ -47,6 +112,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     decay_norm_and_bias: bool = False
+    groups: tuple[ParameterGroupConfig, ...] = ()
 
     def __post_init__(self) -> None:
         if self.name not in ("sgd", "adam", "adamw"):
@@ -63,6 +129,18 @@ class OptimizerConfig:
             raise ConfigError(f"optimizer.eps is {self.eps}", mend="use a small positive number, such as 1e-8")
         if self.nesterov and self.momentum == 0:
             raise ConfigError("optimizer.nesterov is set without momentum", mend="set optimizer.momentum, such as 0.9")
+        object.__setattr__(self, "groups", tuple(self.groups))
+        labels = [group.label for group in self.groups]
+        twice = sorted({label for label in labels if labels.count(label) > 1 or label == REST})
+        if twice:
+            raise ConfigError(
+                f"optimizer.groups has the name {twice[0]!r} twice, or it is taken", mend="give them names of their own"
+            )
+        for group in self.groups:
+            if self.name == "sgd" and group.betas is not None:
+                raise ConfigError(
+                    f"group {group.label!r} of optimizer.groups sets betas for sgd", mend="leave them out"
+                )
 
 
 @dataclass(frozen=True)
@@ -103,15 +181,15 @@ class ScheduleConfig:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """The configured optimizer over a model's trainable parameters, in decay groups.
+    """The configured optimizer over a model's trainable parameters, in groups.
 
     Raises:
-        ConfigError: the model has no trainable parameters.
+        ConfigError: the model has no trainable parameters, or a pattern of the groups matches none.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise ConfigError("the model has no trainable parameters", mend="set requires_grad on what should be trained")
-    groups = decay_groups(named, config)
+    groups = parameter_groups(named, config)
     fused = {"fused": True} if all(p.device.type == "cuda" for _, p in named) else {}
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, **fused)
@@ -119,17 +197,65 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, **fused)
 
 
-def decay_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Parameter groups: weights that decay, and norms and biases that do not; empty groups are left out."""
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
-    for _, parameter in named:
-        (decayed if parameter.ndim >= 2 or config.decay_norm_and_bias else kept).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
+    """PyTorch's parameter groups: what matches no pattern, then those of the patterns, each by whether it decays.
+
+    A group's ``name`` is its label, with ``, no decay`` for its norms and biases; empty groups are left out.
+
+    Raises:
+        ConfigError: a pattern matches no parameter, or only ones that an earlier group has, or a group's weight decay
+            reaches nothing.
+    """
+    named = list(named)
+    _check_patterns([name for name, _ in named], config.groups)
+    configured = [ParameterGroupConfig("*", name=REST), *config.groups]
+    members: list[list[nn.Parameter]] = [[] for _ in configured]
+    for name, parameter in named:
+        matching = (place for place, group in enumerate(config.groups, 1) if _match(name, group.patterns))
+        members[next(matching, 0)].append(parameter)
+    found: list[dict[str, Any]] = []
+    for group, own in zip(configured, members, strict=True):
+        everything = config.decay_norm_and_bias if group.decay_norm_and_bias is None else group.decay_norm_and_bias
+        decayed = [p for p in own if p.ndim >= 2 or everything]
+        kept = [p for p in own if not (p.ndim >= 2 or everything)]
+        if group.weight_decay and not decayed:
+            raise ConfigError(
+                f"group {group.label!r} of optimizer.groups has weight_decay {group.weight_decay}, but holds norms and"
+                " biases alone, which do not decay",
+                mend="set decay_norm_and_bias in the group, or leave its weight_decay out",
+            )
+        settings: dict[str, Any] = {}
+        if group.lr is not None or group.lr_scale != 1:
+            settings["lr"] = config.lr * group.lr_scale if group.lr is None else group.lr
+        if group.betas is not None:
+            settings["betas"] = group.betas
+        decay = config.weight_decay if group.weight_decay is None else group.weight_decay
+        found.append({"params": decayed, "name": group.label, "weight_decay": decay, **settings})
+        found.append({"params": kept, "name": f"{group.label}, no decay", "weight_decay": 0.0, **settings})
+    return [group for group in found if group["params"]]
+
+
+def _match(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_patterns(names: list[str], groups: tuple[ParameterGroupConfig, ...]) -> None:
+    """Each pattern must have a parameter to itself that no earlier group has."""
+    left = names
+    for group in groups:
+        for pattern in group.patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                near = difflib.get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.0)
+                raise ConfigError(
+                    f"pattern {pattern!r} of optimizer.groups matches none of the {len(names)} trainable parameters",
+                    mend=f"correct it; the nearest names are {', '.join(near)}",
+                )
+            if not any(fnmatchcase(name, pattern) for name in left):
+                raise ConfigError(
+                    f"pattern {pattern!r} of optimizer.groups matches only parameters that earlier groups have",
+                    mend="the first match counts: put the narrower pattern first",
+                )
+        left = [name for name in left if not _match(name, group.patterns)]
 
 
 def build_schedule(optimizer: Optimizer, config: ScheduleConfig, *, total_steps: int) -> LambdaLR:

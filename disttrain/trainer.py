@@ -46,6 +46,7 @@ class Trainer(pl.Trainer):
         log_every_steps: optimizer steps between log lines.
         precision: ``32-true``, ``bf16-mixed``, ``16-mixed`` (CUDA only) or ``bf16-true``.
         gradient_clip_norm: largest norm of a step's gradient.
+        gradient_clip_value: largest absolute value of an element of it; not together with ``gradient_clip_norm``.
         parallel: how the model is spread over the ranks.
         seed: seed of dropout and other random numbers in training.
         accelerator: ``auto`` takes CUDA where there is any.
@@ -66,6 +67,7 @@ class Trainer(pl.Trainer):
         log_every_steps: int = 10,
         precision: PrecisionName = "32-true",
         gradient_clip_norm: float | None = None,
+        gradient_clip_value: float | None = None,
         parallel: ParallelConfig | None = None,
         seed: int = 0,
         accelerator: Literal["auto", "cpu", "cuda"] = "auto",
@@ -80,6 +82,7 @@ class Trainer(pl.Trainer):
         parallel = parallel or ParallelConfig()
         device = _device_kind(accelerator)
         _check_precision(precision, device)
+        _check_clipping(gradient_clip_norm, gradient_clip_value)
         world = detect_world()
         self.run_dir = Path(run_dir)
         self.record = RunRecord(self.run_dir, strategy=parallel.strategy, precision=precision)
@@ -107,7 +110,8 @@ class Trainer(pl.Trainer):
             max_steps=max_steps,
             num_sanity_val_steps=1,
             log_every_n_steps=1,  # StepLog keeps the interval
-            gradient_clip_val=gradient_clip_norm,
+            gradient_clip_val=gradient_clip_norm if gradient_clip_value is None else gradient_clip_value,
+            gradient_clip_algorithm=None if gradient_clip_value is None else "value",
             use_distributed_sampler=False,
             logger=[
                 MetricsLog(self.run_dir),
@@ -187,3 +191,14 @@ def _check_precision(precision: str, device: str) -> None:
             f"trainer.precision is {precision}, which {torch.cuda.get_device_name()} cannot do",
             mend="use 16-mixed or 32-true",
         )
+
+
+def _check_clipping(norm: float | None, value: float | None) -> None:
+    if norm is not None and value is not None:
+        raise ConfigError(
+            f"trainer.gradient_clip_norm is {norm} and gradient_clip_value {value}", mend="set one of them to null"
+        )
+    # Lightning does not clip by 0; gradient_clip_norm: 0 has meant that from the start.
+    if (norm is not None and not norm >= 0) or (value is not None and not value > 0):
+        name, bound = ("norm", norm) if value is None else ("value", value)
+        raise ConfigError(f"trainer.gradient_clip_{name} is {bound}", mend="use a positive number, or null for none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,14 +15,16 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import Optimizer
 
-from disttrain.errors import ConfigError
+from disttrain.checkpoint.state import compare_groups
+from disttrain.errors import CheckpointError, ConfigError
 from disttrain.optim import (
     OptimizerConfig,
+    ParameterGroupConfig,
     ScheduleConfig,
     build_optimizer,
     build_schedule,
-    decay_groups,
     lr_factor,
+    parameter_groups,
 )
 
 quick = settings(derandomize=True, deadline=None, max_examples=100)
@@ -93,7 +96,7 @@ def test_weights_decay_and_norms_and_biases_do_not() -> None:
     config = OptimizerConfig(weight_decay=0.3)
     groups = [
         ([names[id(p)] for p in group["params"]], group["weight_decay"])
-        for group in decay_groups(model.named_parameters(), config)
+        for group in parameter_groups(model.named_parameters(), config)
     ]
     assert groups == [
         (list(DECAY), 0.3),
@@ -103,9 +106,9 @@ def test_weights_decay_and_norms_and_biases_do_not() -> None:
 
 def test_empty_groups_are_left_out() -> None:
     everything = OptimizerConfig(weight_decay=0.3, decay_norm_and_bias=True)
-    (group,) = decay_groups(model_of().named_parameters(), everything)
+    (group,) = parameter_groups(model_of().named_parameters(), everything)
     assert (len(group["params"]), group["weight_decay"]) == (8, 0.3)
-    (group,) = decay_groups(nn.LayerNorm(3).named_parameters(), OptimizerConfig(weight_decay=0.3))
+    (group,) = parameter_groups(nn.LayerNorm(3).named_parameters(), OptimizerConfig(weight_decay=0.3))
     assert group["weight_decay"] == 0
 
 
@@ -250,3 +253,126 @@ def test_settings_that_cannot_work_are_refused(kind: type, arguments: dict[str, 
     with pytest.raises(ConfigError, match=words) as caught:
         kind(**arguments)
     assert caught.value.mend
+
+
+class Net(nn.Module):
+    """Names of several levels, a norm, and something frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 2)
+        self.frozen = nn.Linear(4, 2).requires_grad_(False)
+
+
+Group = ParameterGroupConfig
+
+
+def described(config: OptimizerConfig) -> dict[str, dict[str, Any]]:
+    """The groups of an optimizer by name, with names for members."""
+    net = Net()
+    names = {id(p): name for name, p in net.named_parameters()}
+    optimizer = build_optimizer(net, config)
+    keys = ("lr", "weight_decay", "betas")
+    return {
+        group["name"]: {
+            "params": [names[id(p)] for p in group["params"]],
+            **{key: group[key] for key in keys if key in group},
+        }
+        for group in optimizer.param_groups
+    }
+
+
+def test_patterns_give_parameters_settings_of_their_own() -> None:
+    groups = (
+        Group("*.bias", name="biases", lr_scale=2.0, weight_decay=0.01, decay_norm_and_bias=True),
+        Group(("blocks.0.*", "embedding.*"), weight_decay=0.0),
+        Group("blocks.*", lr=0.5, betas=(0.8, 0.9)),
+    )
+    found = described(OptimizerConfig(lr=0.1, weight_decay=0.3, groups=groups))
+    betas = (0.9, 0.999)
+    assert found == {
+        "rest": {"params": ["head.weight"], "lr": 0.1, "weight_decay": 0.3, "betas": betas},
+        "rest, no decay": {"params": ["norm.weight"], "lr": 0.1, "weight_decay": 0.0, "betas": betas},
+        "biases": {
+            "params": ["blocks.0.bias", "blocks.1.bias", "norm.bias", "head.bias"],
+            "lr": 0.2,
+            "weight_decay": 0.01,
+            "betas": betas,
+        },
+        "blocks.0.*, embedding.*": {
+            "params": ["embedding.weight", "blocks.0.weight"],
+            "lr": 0.1,
+            "weight_decay": 0.0,
+            "betas": betas,
+        },
+        "blocks.*": {"params": ["blocks.1.weight"], "lr": 0.5, "weight_decay": 0.3, "betas": (0.8, 0.9)},
+    }
+
+
+def test_a_schedule_scales_each_groups_own_learning_rate() -> None:
+    config = OptimizerConfig("sgd", lr=0.1, groups=(Group("head.*", lr=0.5), Group("blocks.*", lr_scale=0.1)))
+    optimizer = build_optimizer(Net(), config)
+    schedule = build_schedule(optimizer, ScheduleConfig("linear"), total_steps=4)
+    peaks = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert peaks["head.*"] == 0.5
+    assert peaks["blocks.*, no decay"] == pytest.approx(0.01)
+    for step in range(4):
+        now = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        assert now == pytest.approx({name: peak * (1 - step / 4) for name, peak in peaks.items()})
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        ((Group("haed.*"),), r"'haed.\*' of optimizer.groups matches none of the 9 .*\n.* head.weight"),
+        ((Group("frozen.*"),), "'frozen.*' of optimizer.groups matches none"),
+        ((Group(("head.*", "heads.*")),), "'heads.*' of optimizer.groups matches none"),
+        ((Group("*.weight"), Group("head.weight")), "'head.weight' .* only parameters that earlier groups have"),
+        ((Group("norm.*", weight_decay=0.1),), "'norm.*' .* has weight_decay 0.1, but holds norms and biases"),
+    ],
+)
+def test_patterns_without_effect_are_refused(groups: tuple[ParameterGroupConfig, ...], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        build_optimizer(Net(), OptimizerConfig(groups=groups))
+    assert caught.value.mend
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Group(""), "a pattern of optimizer.groups is ''"),
+        (lambda: Group(()), "a pattern of optimizer.groups is"),
+        (lambda: Group("a", lr=0.1, lr_scale=2), "'a' of optimizer.groups has lr 0.1 and lr_scale 2"),
+        (lambda: Group("a", lr=0), "lr of 'a' in optimizer.groups is 0"),
+        (lambda: Group("a", lr_scale=0), "lr_scale of 'a' in optimizer.groups is 0"),
+        (lambda: Group("a", weight_decay=-1), "weight_decay of 'a' in optimizer.groups is -1"),
+        (lambda: Group("a", betas=(0.9, 1.0)), "betas of 'a'"),
+        (lambda: OptimizerConfig(groups=(Group("a"), Group("b", name="a"))), "has the name 'a' twice"),
+        (lambda: OptimizerConfig(groups=(Group("a", name="rest"),)), "the name 'rest' twice, or it is taken"),
+        (lambda: OptimizerConfig("sgd", groups=(Group("a", betas=(0.9, 0.9)),)), "'a' .* sets betas for sgd"),
+    ],
+)
+def test_groups_that_cannot_work_are_refused(make: Callable[[], Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        make()
+    assert caught.value.mend
+
+
+def test_checkpoints_from_before_groups_had_names_are_accepted() -> None:
+    now = [{"params": ["a", "b"], "lr": 0.1, "initial_lr": 0.1, "name": "rest"}]
+    old = [{"params": ["b", "a"], "lr": 0.05, "initial_lr": 0.1}]
+    compare_groups(Path("c"), "AdamW", old, now)
+    for wrong, words in (
+        ([*old, *old], "other settings or parameter groups than this run's AdamW"),
+        ([{**old[0], "momentum": 0.9}], "other settings or parameter groups"),
+        ([{**old[0], "params": ["a", "c"]}], "other members of the optimizer's parameter group 'rest': b and 1 more"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            compare_groups(Path("c"), "AdamW", wrong, now)
+    with pytest.warns(UserWarning, match=r"settings are kept: initial_lr 0.2 \(the configuration says 0.1\)"):
+        compare_groups(Path("c"), "AdamW", [{**old[0], "initial_lr": 0.2}], now)

@@ -2,13 +2,16 @@
 
 Lightning gathers the state; here it is split into tensors under their parameter names (model, optimizers)
 and the rest (schedules, callbacks, data order, progress in steps), none of it tied to a rank. The mixin gives
-a strategy this format for ``trainer.save_checkpoint`` and ``trainer.fit(ckpt_path=...)``.
+a strategy this format for ``trainer.save_checkpoint`` and ``trainer.fit(ckpt_path=...)``. Callbacks may add tensors
+(:mod:`disttrain.checkpoint.groups`), which may be the ones to evaluate.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from disttrain.checkpoint import store
+from disttrain.checkpoint.groups import TensorGroup, parameters_by_name
 from disttrain.checkpoint.progress import Progress, loop_state, progress_of
 from disttrain.errors import CheckpointError
 from disttrain.parallel.agree import is_distributed
@@ -37,6 +41,13 @@ class CheckpointMixin:
     """Saves and loads disttrain's checkpoints; to be mixed into a Lightning strategy, before its base."""
 
     lightning_module: pl.LightningModule | None
+    evaluated_group: str | None = None
+    """The group whose tensors were loaded in place of parameters, at the last load for evaluation."""
+
+    @cached_property
+    def tensor_groups(self) -> dict[str, TensorGroup]:
+        """Further tensors of checkpoints, by the name they are saved under; callbacks add theirs in ``setup``."""
+        return {}
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -65,32 +76,46 @@ class CheckpointMixin:
         for number, state in enumerate(optimizers):
             if state["state"]:
                 tensors[f"optimizer{number}"] = state["state"]
+        groups: dict[str, dict[str, Any]] = {}
+        for name, group in self.tensor_groups.items():
+            held = group.tensors()
+            if held:
+                tensors[name] = held
+                groups[name] = {"evaluated": group.evaluated, "names": list(held), "state": group.state()}
         meta = {
+            "tensor_groups": groups,
             "progress": progress.as_dict(),
             "param_groups": [state["param_groups"] for state in optimizers],
             "trainer": {key: value for key, value in checkpoint.items() if key not in _SPLIT_OFF},
         }
         path = Path(filepath)
-        store.write(path.parent, path.name, tensors=tensors, meta=meta, global_step=progress.global_step)
+        with ExitStack() as stack:
+            # A checkpoint may be taken in an evaluation. The model's tensors above share memory with the parameters.
+            for group in self.tensor_groups.values():
+                stack.enter_context(group.training_weights())
+            store.write(path.parent, path.name, tensors=tensors, meta=meta, global_step=progress.global_step)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Fill model and, when fitting, optimizers; return the rest in Lightning's form. A collective."""
+        """Fill model and, when fitting, optimizers; return the rest in Lightning's form. A collective.
+
+        Where nothing is trained, the model gets the weights that the run evaluated.
+        """
         path = Path(checkpoint_path)
         meta = store.read_meta(path)
         trainer = self._module().trainer
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        self._fill(path, meta["param_groups"] if fitting else [])
         checkpoint: dict[str, Any] = dict(meta["trainer"])
-        if fitting:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._fill(path, meta)
             progress = Progress(**meta["progress"])
             checkpoint["loops"] = {"fit_loop": loop_state(trainer, progress)}
             checkpoint |= {"epoch": progress.epoch, "global_step": progress.global_step}
+        else:
+            self._fill_to_evaluate(path, meta)
         return checkpoint
 
     def load_weights(self, path: Path) -> None:
-        """Fill the model alone. A collective."""
-        store.check(path)
-        self._fill(path, [])
+        """Fill the model alone, with the weights that the run evaluated. A collective."""
+        self._fill_to_evaluate(path, store.read_meta(path))
 
     def on_validation_start(self) -> None:
         """Evaluate with the same buffers on all ranks."""
@@ -120,27 +145,59 @@ class CheckpointMixin:
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Nothing is left to do: :meth:`load_checkpoint` has filled the optimizers."""
 
-    def _fill(self, path: Path, param_groups: list[list[dict[str, Any]]]) -> None:
-        module = self._module()
+    def _fill(self, path: Path, meta: dict[str, Any]) -> None:
+        """Fill model, optimizers and further tensors."""
+        module, param_groups = self._module(), meta["param_groups"]
         optimizers = [_bare(optimizer) for optimizer in module.trainer.optimizers] if param_groups else []
         if len(optimizers) != len(param_groups):
             raise CheckpointError(
                 f"checkpoint {path} holds {len(param_groups)} optimizers, the module has {len(optimizers)}",
                 mend="use the module that the checkpoint was made with",
             )
-        for optimizer, groups in zip(optimizers, param_groups, strict=True):
-            _compare_groups(path, optimizer, groups)
         weights = get_model_state_dict(module)
         tensors: store.Tensors = {"model": weights}
-        for number, optimizer in enumerate(optimizers):
-            state = get_optimizer_state_dict(module, optimizer)["state"]
-            if state:
-                tensors[f"optimizer{number}"] = state
+        for number, (optimizer, groups) in enumerate(zip(optimizers, param_groups, strict=True)):
+            now: dict[str, Any] = dict(get_optimizer_state_dict(module, optimizer))
+            compare_groups(path, type(optimizer).__name__, groups, now["param_groups"])
+            for was, is_ in zip(groups, now["param_groups"], strict=True):
+                was |= {key: is_[key] for key in ("name",) if key in is_}  # a label, not a setting
+            if now["state"]:
+                tensors[f"optimizer{number}"] = now["state"]
+        saved = meta.get("tensor_groups", {})  # older checkpoints have none
+        for name, group in self.tensor_groups.items():
+            names = set(saved.get(name, {}).get("names", ()))
+            held = {key: tensor for key, tensor in group.tensors().items() if key in names}
+            if held:
+                tensors[name] = held
         store.read_tensors(path, tensors)
         set_model_state_dict(module, weights)
         for number, (optimizer, groups) in enumerate(zip(optimizers, param_groups, strict=True)):
             filled: dict[str, Any] = {"state": tensors.get(f"optimizer{number}", {}), "param_groups": groups}
             set_optimizer_state_dict(module, optimizer, filled)
+        for name, group in self.tensor_groups.items():
+            group.resume(set(tensors.get(name, ())), saved.get(name, {}).get("state", {}))
+        for name in saved.keys() - self.tensor_groups.keys():
+            warnings.warn(
+                f"the tensors {name!r} of checkpoint {path} are left out: no callback of this run keeps them",
+                stacklevel=2,
+            )
+
+    def _fill_to_evaluate(self, path: Path, meta: dict[str, Any]) -> None:
+        """Fill the model; parameters from the group of tensors that is evaluated, where there is one."""
+        module, saved = self._module(), meta.get("tensor_groups", {})
+        weights = get_model_state_dict(module)
+        into: store.Tensors = {"model": weights}
+        self.evaluated_group = None
+        for name, about in saved.items():
+            group = self.tensor_groups.get(name)
+            if group.evaluated if group is not None else about["evaluated"]:
+                self.evaluated_group = name
+                into = _in_place_of_parameters(module, weights, name, about["names"])
+                break
+        store.read_tensors(path, into)
+        set_model_state_dict(module, weights)
+        for name, group in self.tensor_groups.items():
+            group.replaced(name in saved)
 
     def _module(self) -> pl.LightningModule:
         assert self.lightning_module is not None
@@ -151,23 +208,53 @@ def _bare(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
     return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
-def _compare_groups(path: Path, optimizer: Optimizer, saved: list[dict[str, Any]]) -> None:
-    """Refuse another kind of optimizer; say where the checkpoint's settings win over the configuration's."""
-    kind = type(optimizer).__name__
-    if len(saved) != len(optimizer.param_groups) or any(
-        set(was) != set(now) for was, now in zip(saved, optimizer.param_groups, strict=False)
+def _in_place_of_parameters(
+    module: pl.LightningModule, weights: dict[str, Any], group: str, names: list[str]
+) -> store.Tensors:
+    """What to read: a group's tensors into the parameters of its names, the rest from the model's."""
+    named = dict(parameters_by_name(module))
+    # A tied parameter has one tensor in the group; reading its other names would overwrite that.
+    taken = {id(named[name]) for name in names if name in named}
+    rest = {name: tensor for name, tensor in weights.items() if id(named.get(name)) not in taken}
+    return {"model": rest, group: {name: weights[name] for name in names if name in weights}}
+
+
+def compare_groups(path: Path, kind: str, saved: list[dict[str, Any]], now: list[dict[str, Any]]) -> None:
+    """Refuse another kind of optimizer or other groups; say where the checkpoint's settings win.
+
+    Args:
+        path: of the checkpoint, for the message.
+        kind: name of the optimizer's class, for the message.
+        saved: the checkpoint's parameter groups; ``params`` are names.
+        now: those of this run.
+
+    Raises:
+        CheckpointError: other settings, or a parameter is in another group.
+    """
+    mend = "use the optimizer that it was made with, or start over with --resume never"
+    # Groups have had names since they can be configured; those of older checkpoints have none.
+    if len(saved) != len(now) or any(
+        set(was) | {"name"} != set(is_) | {"name"} for was, is_ in zip(saved, now, strict=False)
     ):
         raise CheckpointError(
             f"checkpoint {path} holds the state of an optimizer with other settings or parameter groups than this"
             f" run's {kind}",
-            mend="use the optimizer that it was made with, or start over with --resume never",
+            mend=mend,
         )
+    for number, (was, is_) in enumerate(zip(saved, now, strict=True)):
+        moved = sorted(set(was["params"]) ^ set(is_["params"]))
+        if moved:
+            raise CheckpointError(
+                f"checkpoint {path} has other members of the optimizer's parameter group {is_.get('name', number)!r}:"
+                f" {moved[0]}{f' and {len(moved) - 1} more' if len(moved) > 1 else ''} moved",
+                mend=mend,
+            )
     # The learning rate moves with the schedule; its peak is kept as `initial_lr`.
     kept = [
-        f"{name} {was[name]} (the configuration says {now[name]})"
-        for was, now in zip(saved, optimizer.param_groups, strict=True)
+        f"{name} {was[name]} (the configuration says {is_[name]})"
+        for was, is_ in zip(saved, now, strict=True)
         for name in was
-        if name not in ("params", "lr") and was[name] != now[name]
+        if name not in ("params", "lr", "name") and was[name] != is_[name]
     ]
     if kept:
-        warnings.warn(f"the checkpoint's optimizer settings are kept: {', '.join(dict.fromkeys(kept))}", stacklevel=2)
+        warnings.warn(f"the checkpoint's optimizer settings are kept: {', '.join(dict.fromkeys(kept))}", stacklevel=3)

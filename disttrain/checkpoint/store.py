@@ -132,24 +132,31 @@ def read_tensors(path: Path, into: Tensors) -> None:
             dcp_load(into, storage_reader=reader, planner=DefaultLoadPlanner())
 
 
-def read_model(path: Path) -> dict[str, torch.Tensor]:
+def read_model(path: Path, *, group: str = "model") -> dict[str, torch.Tensor]:
     """All of a checkpoint's model tensors, whole, by parameter name. Needs no model and no process group.
 
+    Args:
+        path: the checkpoint.
+        group: ``model``: the weights that are trained, and buffers; ``ema``: the averages, of trained parameters alone.
+
     Raises:
-        CheckpointError: the checkpoint is not committed or torn.
+        CheckpointError: the checkpoint is not committed or torn, or has no such tensors.
     """
     check(path)
     reader = _SafeReader(path)
     entries = reader.read_metadata().state_dict_metadata
-    prefix = "model."
+    prefix = f"{group}."
     tensors = {
         name.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in entries.items()
         if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
+    if not tensors:
+        there = {name.partition(".")[0] for name in entries}
+        raise CheckpointError(f"checkpoint {path} has no tensors {group!r}", mend=nearest(group, there))
     with warnings.catch_warnings(), _damage_named(path):
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        dcp_load({"model": tensors}, storage_reader=reader, planner=DefaultLoadPlanner(), no_dist=True)
+        dcp_load({group: tensors}, storage_reader=reader, planner=DefaultLoadPlanner(), no_dist=True)
     return tensors
 
 

@@ -31,6 +31,7 @@ from disttrain.commands.messages import explain, own_error
 from disttrain.data.module import ShardedDataModule
 from disttrain.errors import ConfigError
 from disttrain.parallel.agree import raise_together
+from disttrain.parallel.strategies import strategy_of
 from disttrain.report import write_report
 from disttrain.runs import best_checkpoint
 from disttrain.trainer import Trainer
@@ -178,14 +179,16 @@ class TrainingCLI(LightningCLI):
             self.model, datamodule=self.datamodule, ckpt_path=self._checkpoint(), return_predictions=False
         )
         if self.trainer.is_global_zero:
-            _say(writer.notes)
+            averaged = strategy_of(self.trainer).evaluated_group
+            _say([*writer.notes, *(["these are predictions of the averaged weights"] if averaged else [])])
 
     def _evaluate(self, which: str) -> None:
         run = self.trainer.validate if which == "validate" else self.trainer.test
         checkpoint = self._checkpoint()
         run(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, verbose=False)
         if self.trainer.is_global_zero:
-            table = Table(title=f"disttrain {which}: {checkpoint}")
+            averaged = ", averaged weights" if strategy_of(self.trainer).evaluated_group else ""
+            table = Table(title=f"disttrain {which}: {checkpoint}{averaged}")
             table.add_column("metric")
             table.add_column("value", justify="right")
             for name, value in _metrics(self.trainer).items():

@@ -17,6 +17,15 @@ def fsdp_modules(module: nn.Module) -> list[FSDPModule]:
     return [inner for inner in module.modules() if isinstance(inner, FSDPModule)]
 
 
+def reshard(module: nn.Module) -> None:
+    """Let a module hold its sharded parameters again, where an evaluation has left gathered ones.
+
+    What is written to the shards while gathered copies are kept would not reach the next forward pass.
+    """
+    for unit in fsdp_modules(module):
+        unit.reshard()
+
+
 def trained_parameters(module: FSDPModule) -> list[Any]:
     """FSDP2's records of a unit's parameters that get gradients, in the order of its reduce-scatter."""
     state = module._get_fsdp_state()

@@ -1,4 +1,4 @@
-"""Scaling and clipping gradients, plain or sharded, with one norm for all layouts.
+"""Scaling and clipping gradients, plain or sharded, the same in all layouts.
 
 A gradient may be a plain tensor (DDP: the same on every rank) or a DTensor (FSDP: each rank holds a part).
 The norm is taken over the whole gradient either way: squares are summed locally in float64, then over the
@@ -91,6 +91,27 @@ def clip_gradient_norm(parameters: Iterable[nn.Parameter], max_norm: float, *, o
     norm = ordered_gradient_norm(parameters) if ordered else gradient_norm(parameters)
     # Where the norm is within bounds the factor is exactly 1, so that clipping changes no bit.
     scale_gradients(parameters, torch.where(norm <= max_norm, 1.0, max_norm / norm))
+    return norm
+
+
+def clip_gradient_value(parameters: Iterable[nn.Parameter], bound: float, *, ordered: bool = False) -> Tensor:
+    """Bring every element of all gradients into ``-bound`` to ``bound``; one that is not a number stays.
+
+    Args:
+        parameters: whose gradients to clip.
+        bound: the largest absolute value.
+        ordered: take the norm by :func:`ordered_gradient_norm`.
+
+    Returns:
+        The norm before clipping, float64 scalar on the device.
+    """
+    parameters = list(parameters)
+    norm = ordered_gradient_norm(parameters) if ordered else gradient_norm(parameters)
+    grads = local_gradients(parameters)
+    for dtype in {grad.dtype for grad in grads}:
+        alike = [grad for grad in grads if grad.dtype == dtype]
+        torch._foreach_clamp_min_(alike, -bound)
+        torch._foreach_clamp_max_(alike, bound)
     return norm
 
 

@@ -30,7 +30,7 @@ from disttrain.data.module import sharded_data
 from disttrain.errors import DataError, nearest
 from disttrain.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
 from disttrain.parallel.collectives import all_gather_single
-from disttrain.parallel.gradients import clip_gradient_norm, gradient_norm, scale_gradients
+from disttrain.parallel.gradients import clip_gradient_norm, clip_gradient_value, scale_gradients
 from disttrain.parallel.ranks import data_ranks
 from disttrain.tasks.metrics import WeightedMean
 
@@ -122,13 +122,14 @@ class Task(pl.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm of the whole gradient under every strategy, and keep that norm for the log."""
+        """Clip the whole gradient under every strategy, and keep its norm before that for the log."""
+        if not gradient_clip_val:
+            return
+        bound, ordered = float(gradient_clip_val), getattr(self.trainer.strategy, "reduction", "fast") == "tree"
         if gradient_clip_algorithm == "value":
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            self.grad_norm = gradient_norm(self.parameters())
-        elif gradient_clip_val:
-            ordered = getattr(self.trainer.strategy, "reduction", "fast") == "tree"
-            self.grad_norm = clip_gradient_norm(self.parameters(), float(gradient_clip_val), ordered=ordered)
+            self.grad_norm = clip_gradient_value(self.parameters(), bound, ordered=ordered)
+        else:
+            self.grad_norm = clip_gradient_norm(self.parameters(), bound, ordered=ordered)
 
     def take_train_loss(self) -> Tensor | None:
         """The loss over the global batches since this was last called; float64 scalar, the same on all ranks."""

@@ -14,6 +14,7 @@ from torch import nn
 from disttrain.parallel import gradients
 from disttrain.parallel.gradients import (
     clip_gradient_norm,
+    clip_gradient_value,
     gradient_norm,
     local_gradients,
     ordered_gradient_norm,
@@ -178,3 +179,24 @@ def test_parameters_may_come_from_a_generator() -> None:
     norm = clip_gradient_norm(model.parameters(), 0.5)
     assert float(norm) == pytest.approx(math.sqrt(8))
     assert float(gradient_norm(model.parameters())) == pytest.approx(0.5)
+
+
+@quick
+@given(st.integers(0, 999), shapes, types, st.floats(1e-3, 2))
+def test_clipping_by_value_clamps_each_element_and_tells_the_norm_before(
+    seed: int, sizes: list[tuple[int, ...]], kinds: list[torch.dtype], bound: float
+) -> None:
+    grads = grads_of(seed, sizes, kinds)
+    clipped = parameters(*grads, None)
+    assert float(clip_gradient_value(clipped, bound)) == float(gradient_norm(parameters(*grads)))
+    for parameter, grad in zip(clipped, grads, strict=False):
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, grad.clamp(-bound, bound)), f"{grad.dtype}, bound {bound}"
+
+
+def test_clipping_by_value_keeps_what_is_not_a_number_visible() -> None:
+    clipped = parameters(torch.tensor([1.0, math.nan, math.inf]), torch.ones(2))
+    assert math.isnan(float(clip_gradient_value(clipped, 0.5)))
+    assert clipped[0].grad is not None
+    assert clipped[0].grad.isnan().tolist() == [False, True, False]
+    assert float(clip_gradient_value([], 1.0)) == 0

@@ -1,0 +1,53 @@
+"""Further tensors of a checkpoint, beside the model's and the optimizers', that a callback brings along.
+
+A callback registers a :class:`TensorGroup` under a name in its strategy's ``tensor_groups``. Its tensors are saved
+as the model's are, sharded, under the names of parameters, and come back in any layout. A group may be *evaluated*:
+whoever loads the checkpoint to evaluate it then gets the group's tensors in place of the parameters of those names.
+No cost without a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+class TensorGroup(Protocol):
+    """What a callback gives to checkpoints. Every rank calls every method at the same place."""
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether evaluation runs with these tensors in place of the parameters of their names."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """This rank's part of the tensors, by parameter name; saved, or filled in place. Empty to save nothing."""
+
+    def state(self) -> dict[str, Any]:
+        """Plain values to save with them, the same on all ranks."""
+
+    def resume(self, found: set[str], state: dict[str, Any]) -> None:
+        """Training goes on from a checkpoint, which has filled model and optimizers.
+
+        Args:
+            found: the names whose tensors it held; the others are as they were.
+            state: what :meth:`state` gave, empty where the checkpoint has no such group.
+        """
+
+    def replaced(self, found: bool) -> None:
+        """The model now holds a checkpoint's weights for evaluation.
+
+        Args:
+            found: whether the checkpoint held this group.
+        """
+
+    def training_weights(self) -> AbstractContextManager[None]:
+        """Inside, the model holds the weights that are trained, even in the midst of an evaluation."""
+
+
+def parameters_by_name(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters by the names that checkpoints use; a tied one once for each of its names."""
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        yield name.replace("_orig_mod.", ""), parameter  # as torch.compile wraps a submodule
