@@ -47,7 +47,7 @@ class Trainer(pl.Trainer):
         precision: ``32-true``, ``bf16-mixed``, ``16-mixed`` (CUDA only) or ``bf16-true``.
         gradient_clip_norm: largest norm of a step's gradient.
         parallel: how the model is spread over the ranks.
-        seed: seed of dropout and other random numbers in training.
+        seed: seed of dropout and other random numbers in training, and of initial weights with ``parallel.meta_init``.
         accelerator: ``auto`` takes CUDA where there is any.
         callbacks: further callbacks; checkpoints are kept by default settings unless one says otherwise.
         progress_bar: show progress on rank 0.
@@ -99,7 +99,7 @@ class Trainer(pl.Trainer):
             accelerator=device,
             devices=world.local_size,
             num_nodes=world.num_nodes,
-            strategy=build_strategy(parallel),
+            strategy=build_strategy(parallel, seed=seed),
             # A lone process inside a SLURM allocation is not one of its tasks.
             plugins=[LightningEnvironment()] if world.launcher == "alone" else None,
             precision=precision,

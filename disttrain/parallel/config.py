@@ -86,6 +86,8 @@ class ParallelConfig:
         shard: ranks over which FSDP shards each copy. -1 derives it from the number of ranks.
         activation_checkpointing: ``none`` or ``blocks`` (the model's blocks keep their inputs alone and run again in
             the backward pass: less memory, one more forward pass, the same bits).
+        meta_init: the model is built on the meta device and gets memory and initial values when it is sharded; the
+            values are keyed by seed and module name, whatever the layout.
     """
 
     strategy: StrategyName = "ddp"
@@ -97,6 +99,7 @@ class ParallelConfig:
     replicate: int = 1
     shard: int = -1
     activation_checkpointing: RecomputeName = "none"
+    meta_init: bool = False
 
     def __post_init__(self) -> None:
         if self.strategy not in ("ddp", "fsdp"):

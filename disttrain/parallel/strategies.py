@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from disttrain.checkpoint.state import CheckpointMixin
 from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.fsdp_internals import fsdp_modules, parameter_name, take_unreduced, trained_parameters
+from disttrain.parallel.initialize import initialize, starts_on_meta
 from disttrain.parallel.narrow import NarrowReduceScatter, install_narrow_hook
 from disttrain.parallel.recompute import checkpoint_blocks
 from disttrain.parallel.reduction import BucketHook, Exchange, TreeReduceScatter
@@ -43,16 +44,28 @@ class DDP(CheckpointMixin, SummationMixin, DDPStrategy):
 
     Args:
         config: bucket size, the search for unused parameters, the order of sums.
+        seed: keys initial weights of a model that was built on the meta device.
     """
 
-    def __init__(self, config: ParallelConfig | None = None) -> None:
-        self.config = config or ParallelConfig(strategy="ddp")
+    def __init__(self, config: ParallelConfig | None = None, *, seed: int = 0) -> None:
+        self.config, self.seed = config or ParallelConfig(strategy="ddp"), seed
         self._hook: BucketHook | None = None
+        self._filled = False
         super().__init__(
             bucket_cap_mb=self.config.bucket_mib,
             find_unused_parameters=self.config.find_unused_parameters,
             gradient_as_bucket_view=True,
         )
+
+    def model_to_device(self) -> None:
+        """Move the module, or give it memory and initial values."""
+        module = self.lightning_module
+        assert module is not None
+        fitting = module.trainer.state.fn == TrainerFn.FITTING
+        if starts_on_meta(module, wanted=self.config.meta_init, fitting=fitting and not self._filled):
+            initialize(module, self.root_device, seed=self.seed)
+            self._filled = True
+        super().model_to_device()
 
     def configure_ddp(self) -> None:
         """Wrap the module; one rank alone has nothing to reduce and stays unwrapped."""
@@ -102,10 +115,11 @@ class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
 
     Args:
         config: over which ranks to shard, what to reshard, the order of sums.
+        seed: keys initial weights of a model that was built on the meta device.
     """
 
-    def __init__(self, config: ParallelConfig | None = None) -> None:
-        self.config = config or ParallelConfig(strategy="fsdp")
+    def __init__(self, config: ParallelConfig | None = None, *, seed: int = 0) -> None:
+        self.config, self.seed = config or ParallelConfig(strategy="fsdp"), seed
         self._mesh: DeviceMesh | None = None
         self._scatters: list[TreeReduceScatter] = []
         super().__init__()
@@ -119,12 +133,15 @@ class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
         if fitting and self._layer_sync:
             self.model = self._layer_sync.apply(self.model)
         self.model = self.precision_plugin.convert_module(self.model)
-        self.model_to_device()
-        assert self.model is not None
-        if not isinstance(self.model, FSDPModule):
-            _sync_module_states(self.model)
-            module = self.lightning_module
-            assert module is not None
+        module = self.lightning_module
+        assert module is not None
+        sharded = isinstance(self.model, FSDPModule)
+        empty = starts_on_meta(module, wanted=self.config.meta_init, fitting=fitting and not sharded)
+        if not empty:
+            self.model_to_device()
+        if not sharded:
+            if not empty:
+                _sync_module_states(module)
             if fitting and self.config.activation_checkpointing == "blocks":
                 checkpoint_blocks(module)
             shard_module(
@@ -133,6 +150,10 @@ class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
                 reshard_after_forward=self.config.reshard_after_forward,
                 forward_methods=[name for name in _STEPS if is_overridden(name, module)],
             )
+            if empty:
+                initialize(module, self.root_device, seed=self.seed)
+                self.model_to_device()
+                self.sync_buffers()
             if self.config.reduce_dtype == "bf16":
                 for unit in fsdp_modules(module):
                     unit.set_custom_reduce_scatter(NarrowReduceScatter())
@@ -196,9 +217,9 @@ class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
             self._finish_alone([(name, None if grad is None else grad.to_local()) for name, grad in grads])
 
 
-def build_strategy(config: ParallelConfig) -> DDP | FSDP:
-    """The strategy that a configuration names."""
-    return FSDP(config) if config.strategy == "fsdp" else DDP(config)
+def build_strategy(config: ParallelConfig, *, seed: int = 0) -> DDP | FSDP:
+    """The strategy that a configuration names; the seed keys initial weights with ``meta_init``."""
+    return FSDP(config, seed=seed) if config.strategy == "fsdp" else DDP(config, seed=seed)
 
 
 def _settle_buckets(model: DistributedDataParallel) -> None:

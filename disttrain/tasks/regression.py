@@ -58,10 +58,11 @@ class RegressionTask(Task):
         super().__init__(optimizer=optimizer, schedule=schedule)
         self.model = model
         self.input, self.target, self.standardize = input, target, standardize
-        self.register_buffer("input_mean", torch.zeros(num_features))
-        self.register_buffer("input_std", torch.ones(num_features))
-        self.register_buffer("target_mean", torch.zeros(()))
-        self.register_buffer("target_std", torch.ones(()))
+        # On the CPU even where the model is built on the meta device: they are filled before it gets its memory.
+        self.register_buffer("input_mean", torch.zeros(num_features, device="cpu"))
+        self.register_buffer("input_std", torch.ones(num_features, device="cpu"))
+        self.register_buffer("target_mean", torch.zeros((), device="cpu"))
+        self.register_buffer("target_std", torch.ones((), device="cpu"))
 
     def setup(self, stage: str) -> None:
         """Fit the standardization on the training split; an evaluation takes it from the checkpoint."""
