@@ -88,6 +88,11 @@ class ParallelConfig:
             the backward pass: less memory, one more forward pass, the same bits).
         meta_init: the model is built on the meta device and gets memory and initial values when it is sharded; the
             values are keyed by seed and module name, whatever the layout.
+        offload: FSDP keeps parameters, gradients and optimizer state in the CPU's memory (pinned, for CUDA), and the
+            optimizer steps there. On a CPU nothing changes.
+        gradient_as_bucket_view: DDP's gradients live in its buckets: less memory, one copy fewer.
+        static_graph: DDP takes it that every step runs the same graph: parameters that the first step did not use are
+            left out without a search.
     """
 
     strategy: StrategyName = "ddp"
@@ -100,6 +105,9 @@ class ParallelConfig:
     shard: int = -1
     activation_checkpointing: RecomputeName = "none"
     meta_init: bool = False
+    offload: bool = False
+    gradient_as_bucket_view: bool = True
+    static_graph: bool = False
 
     def __post_init__(self) -> None:
         if self.strategy not in ("ddp", "fsdp"):
@@ -135,6 +143,33 @@ class ParallelConfig:
             raise ConfigError(
                 "parallel.replicate and parallel.shard are for fsdp, and parallel.strategy is ddp",
                 mend="set parallel.strategy to fsdp, or leave both out",
+            )
+
+        self._check_options()
+
+    def _check_options(self) -> None:
+        """Refuse options that belong to the other strategy, or that exclude each other."""
+        others = {"offload": self.offload} if self.strategy == "ddp" else {}
+        if self.strategy == "fsdp":
+            others = {"static_graph": self.static_graph, "gradient_as_bucket_view": not self.gradient_as_bucket_view}
+        for name, changed in others.items():
+            if changed:
+                home = "fsdp" if self.strategy == "ddp" else "ddp"
+                raise ConfigError(
+                    f"parallel.{name} is for {home}, and parallel.strategy is {self.strategy}",
+                    mend=f"set parallel.strategy to {home}, or leave {name} out",
+                )
+        if self.static_graph and (self.find_unused_parameters or self.reduction == "tree"):
+            which = "parallel.find_unused_parameters" if self.find_unused_parameters else "parallel.reduction: tree"
+            why = "searches every step anew" if self.find_unused_parameters else "needs a gradient of every parameter"
+            raise ConfigError(
+                f"parallel.static_graph is true, and {which} {why}",
+                mend="use one of the two",
+            )
+        if self.offload and self.reduction == "tree":
+            raise ConfigError(
+                "parallel.reduction is tree, which adds gradients on the device, and parallel.offload is true",
+                mend="set offload to false, or reduction to fast",
             )
 
     def degrees(self, num_ranks: int) -> tuple[int, int]:

@@ -54,7 +54,7 @@ def starts_on_meta(module: nn.Module, *, wanted: bool, fitting: bool) -> bool:
     return bool(meta)
 
 
-def initialize(module: nn.Module, device: torch.device, *, seed: int) -> None:
+def initialize(module: nn.Module, device: torch.device, *, seed: int, offload: bool = False) -> None:
     """Give a module on the meta device, sharded or not, memory on a device and its initial values, in place.
 
     Tensors that two modules share stay shared and have the values of the first by name. Buffers that are not on the
@@ -64,6 +64,7 @@ def initialize(module: nn.Module, device: torch.device, *, seed: int) -> None:
         module: the whole; names are those from here on.
         device: where to.
         seed: the run's seed.
+        offload: shards live on the CPU; values are drawn on the device all the same.
 
     Raises:
         ConfigError: something has no initial value, or is a tensor that only its module's constructor can make.
@@ -75,7 +76,7 @@ def initialize(module: nn.Module, device: torch.device, *, seed: int) -> None:
     for empty in sorted(to_fill):
         if not any(by == "" or empty.startswith(f"{by}.") for by in able):
             raise _no_value(module, empty)
-    _give_memory(module, device)
+    _give_memory(module, device, offload=offload)
     owners: dict[int, str] = {}
     for name, _, _, tensor in list(_tensors(module)):
         owners.setdefault(id(tensor), name)
@@ -129,8 +130,9 @@ def _copy(tensor: Tensor, kind: str, device: torch.device, *, blank: bool) -> Te
         if wide.is_floating_point or wide.is_complex:
             copy.fill_(torch.nan)
     else:
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        copy = full.detach().to(wide, copy=True)
+        there = tensor.detach().to(device)
+        full = there.full_tensor() if isinstance(there, DTensor) else there
+        copy = full.to(wide, copy=True)
     return nn.Parameter(copy, requires_grad=tensor.requires_grad) if kind == "parameter" else copy
 
 
@@ -150,10 +152,14 @@ def _take(tensor: Tensor, full: Tensor) -> None:
         tensor.copy_(full)
 
 
-def _give_memory(module: nn.Module, device: torch.device) -> None:
+def _give_memory(module: nn.Module, device: torch.device, *, offload: bool) -> None:
     if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         # FSDP2 takes note of new tensors in this hook; those that are shared stay so, as they are swapped in place.
-        give = lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device)  # noqa: E731
+
+        def give(tensor: Tensor) -> Tensor:
+            place = torch.device("cpu") if offload and isinstance(tensor, DTensor) else device
+            return torch.empty_like(tensor, device=place) if tensor.is_meta else tensor.to(place)
+
         module._apply(give)  # type: ignore[no-untyped-call]
         return
     made: dict[int, Tensor] = {}

@@ -23,7 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.checkpoint.state import CheckpointMixin
@@ -33,7 +33,7 @@ from disttrain.parallel.initialize import initialize, starts_on_meta
 from disttrain.parallel.narrow import NarrowReduceScatter, install_narrow_hook
 from disttrain.parallel.recompute import checkpoint_blocks
 from disttrain.parallel.reduction import BucketHook, Exchange, TreeReduceScatter
-from disttrain.parallel.shard import shard_module
+from disttrain.parallel.shard import move_all_but_shards, shard_module
 from disttrain.parallel.summation import SummationMixin
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -50,11 +50,12 @@ class DDP(CheckpointMixin, SummationMixin, DDPStrategy):
     def __init__(self, config: ParallelConfig | None = None, *, seed: int = 0) -> None:
         self.config, self.seed = config or ParallelConfig(strategy="ddp"), seed
         self._hook: BucketHook | None = None
-        self._filled = False
+        self._filled = self._graph_learned = False
         super().__init__(
             bucket_cap_mb=self.config.bucket_mib,
             find_unused_parameters=self.config.find_unused_parameters,
-            gradient_as_bucket_view=True,
+            gradient_as_bucket_view=self.config.gradient_as_bucket_view,
+            static_graph=self.config.static_graph,
         )
 
     def model_to_device(self) -> None:
@@ -84,10 +85,28 @@ class DDP(CheckpointMixin, SummationMixin, DDPStrategy):
             self._hook = BucketHook(sums, [parameter for _, parameter in self._trained()], exchange)
             self._hook.install(self.model)
             return
-        if not self.config.find_unused_parameters:
+        if not self.config.find_unused_parameters and not self.config.static_graph:
             _settle_buckets(self.model)
         if self.config.reduce_dtype == "bf16":
             install_narrow_hook(self.model)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Keep gradients unreduced in all micro batches of a step but the last.
+
+        A static graph is learned from one backward pass that reduces: a run's first, whose gradients are reduced once
+        more with the step's last ones, which changes them by rounding alone.
+        """
+        if self.config.static_graph and not self._graph_learned:
+            yield
+        else:
+            with super().block_backward_sync():
+                yield
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Note that a backward pass was made."""
+        super().post_backward(closure_loss)
+        self._graph_learned = True
 
     def teardown(self) -> None:
         """End what reduces gradients."""
@@ -124,6 +143,11 @@ class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
         self._scatters: list[TreeReduceScatter] = []
         super().__init__()
 
+    def _get_process_group_backend(self) -> str:
+        if self.config.offload and self.root_device.type == "cuda":
+            return "cpu:gloo,cuda:nccl"  # norms of gradients in the CPU's memory are summed there
+        return str(super()._get_process_group_backend())
+
     def setup(self, trainer: pl.Trainer) -> None:
         """Move, synchronize and shard the module, then set up its optimizers."""
         assert self.accelerator is not None
@@ -149,9 +173,10 @@ class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
                 self._data_parallel_mesh(),
                 reshard_after_forward=self.config.reshard_after_forward,
                 forward_methods=[name for name in _STEPS if is_overridden(name, module)],
+                offload=self._offload(),
             )
             if empty:
-                initialize(module, self.root_device, seed=self.seed)
+                initialize(module, self.root_device, seed=self.seed, offload=self.config.offload)
                 self.model_to_device()
                 self.sync_buffers()
             if self.config.reduce_dtype == "bf16":
@@ -162,8 +187,15 @@ class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
         if fitting:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
-        if fitting:
+        if fitting and not self.config.offload:
             _optimizers_to_device(self.optimizers, self.root_device)
+
+    def model_to_device(self) -> None:
+        """Move the module; shards that live on the CPU stay there."""
+        if self.config.offload and isinstance(self.model, FSDPModule):
+            move_all_but_shards(self.model, self.root_device)
+        else:
+            super().model_to_device()
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -174,6 +206,10 @@ class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
             yield
         finally:
             self.model.set_requires_gradient_sync(True)
+
+    def _offload(self) -> OffloadPolicy:
+        pinned = self.root_device.type == "cuda"
+        return CPUOffloadPolicy(pin_memory=pinned) if self.config.offload else OffloadPolicy()
 
     def _data_parallel_mesh(self) -> DeviceMesh:
         """The ranks, on one axis or, with copies, on two."""

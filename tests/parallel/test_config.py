@@ -97,6 +97,12 @@ def test_the_messages_say_what_works(sizes: tuple[int, int, int], message: str) 
         ({"strategy": "fsdp", "shard": -2}, "parallel.shard is -2"),
         ({"strategy": "fsdp", "replicate": -1}, "parallel.replicate and parallel.shard are both -1"),
         ({"replicate": 2}, "are for fsdp, and parallel.strategy is ddp"),
+        ({"offload": True}, "parallel.offload is for fsdp, and parallel.strategy is ddp"),
+        ({"strategy": "fsdp", "static_graph": True}, "parallel.static_graph is for ddp"),
+        ({"strategy": "fsdp", "gradient_as_bucket_view": False}, "parallel.gradient_as_bucket_view is for ddp"),
+        ({"static_graph": True, "find_unused_parameters": True}, "find_unused_parameters searches every step"),
+        ({"static_graph": True, "reduction": "tree"}, "tree needs a gradient of every parameter"),
+        ({"strategy": "fsdp", "offload": True, "reduction": "tree"}, "parallel.offload is true"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(arguments: dict[str, Any], words: str) -> None:
