@@ -14,7 +14,7 @@ from disttrain.errors import ConfigError
 StrategyName = Literal["ddp", "fsdp"]
 ReductionName = Literal["fast", "tree"]
 ReduceTypeName = Literal["fp32", "bf16"]
-RecomputeName = Literal["none", "blocks"]
+RecomputeName = Literal["none", "blocks", "selective"]
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,9 @@ class ParallelConfig:
             two to three digits). Micro batches are added in their own type either way.
         replicate: copies of the sharded model, FSDP only: each is sharded over ``shard`` ranks. -1 derives it.
         shard: ranks over which FSDP shards each copy. -1 derives it from the number of ranks.
-        activation_checkpointing: ``none`` or ``blocks`` (the model's blocks keep their inputs alone and run again in
-            the backward pass: less memory, one more forward pass, the same bits).
+        activation_checkpointing: ``none``, ``blocks`` (the model's blocks keep their inputs alone and run again in the
+            backward pass: less memory, one more forward pass, the same bits) or ``selective`` (they keep the results
+            of matrix products and attention too, and run only the rest again).
         meta_init: the model is built on the meta device and gets memory and initial values when it is sharded; the
             values are keyed by seed and module name, whatever the layout.
         offload: FSDP keeps parameters, gradients and optimizer state in the CPU's memory (pinned, for CUDA), and the
@@ -123,10 +124,10 @@ class ParallelConfig:
                 "parallel.reduction is tree, and parallel.reduce_dtype is bf16, which rounds each rank's sum",
                 mend="set reduce_dtype to fp32, or reduction to fast",
             )
-        if self.activation_checkpointing not in ("none", "blocks"):
+        if self.activation_checkpointing not in ("none", "blocks", "selective"):
             raise ConfigError(
                 f"parallel.activation_checkpointing is {self.activation_checkpointing!r}",
-                mend="set it to 'none' or 'blocks'",
+                mend="set it to 'none', 'blocks' or 'selective'",
             )
         if self.reduction == "tree" and self.find_unused_parameters:
             raise ConfigError(

@@ -72,8 +72,8 @@ class DDP(CheckpointMixin, SummationMixin, DDPStrategy):
         """Wrap the module; one rank alone has nothing to reduce and stays unwrapped."""
         module = self.lightning_module
         assert module is not None
-        if self.config.activation_checkpointing == "blocks":
-            checkpoint_blocks(module)
+        if self.config.activation_checkpointing != "none":
+            checkpoint_blocks(module, self.config.activation_checkpointing)
         sums = self._start_tree(module.trainer) if self.config.reduction == "tree" else None
         if self.world_size == 1:
             return
@@ -166,8 +166,8 @@ class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
         if not sharded:
             if not empty:
                 _sync_module_states(module)
-            if fitting and self.config.activation_checkpointing == "blocks":
-                checkpoint_blocks(module)
+            if fitting and self.config.activation_checkpointing != "none":
+                checkpoint_blocks(module, self.config.activation_checkpointing)
             shard_module(
                 module,
                 self._data_parallel_mesh(),
