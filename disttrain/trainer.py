@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from disttrain.callbacks.bad_samples import BadSamples
 from disttrain.callbacks.checkpointing import Checkpointing
+from disttrain.callbacks.compilation import CompileReport
 from disttrain.callbacks.progress import StepProgress
 from disttrain.callbacks.randomness import KeyedRandomness
 from disttrain.callbacks.run_record import RunRecord
@@ -91,6 +92,8 @@ class Trainer(pl.Trainer):
             self.step_log,
             self.record,
         ]
+        if parallel.compile != "none":
+            own.append(CompileReport(self.record))
         if progress_bar:
             own.append(StepProgress(self.step_log))
         if not any(isinstance(callback, Checkpointing) for callback in callbacks or []):

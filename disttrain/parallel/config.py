@@ -14,6 +14,7 @@ from disttrain.errors import ConfigError
 StrategyName = Literal["ddp", "fsdp"]
 ReductionName = Literal["fast", "tree"]
 ReduceTypeName = Literal["fp32", "bf16"]
+CompileName = Literal["none", "blocks"]
 RecomputeName = Literal["none", "blocks", "selective"]
 
 
@@ -94,6 +95,7 @@ class ParallelConfig:
         gradient_as_bucket_view: DDP's gradients live in its buckets: less memory, one copy fewer.
         static_graph: DDP takes it that every step runs the same graph: parameters that the first step did not use are
             left out without a search.
+        compile: ``none`` or ``blocks`` (``torch.compile`` for each block of the model).
     """
 
     strategy: StrategyName = "ddp"
@@ -109,6 +111,7 @@ class ParallelConfig:
     offload: bool = False
     gradient_as_bucket_view: bool = True
     static_graph: bool = False
+    compile: CompileName = "none"
 
     def __post_init__(self) -> None:
         if self.strategy not in ("ddp", "fsdp"):
@@ -160,6 +163,8 @@ class ParallelConfig:
                     f"parallel.{name} is for {home}, and parallel.strategy is {self.strategy}",
                     mend=f"set parallel.strategy to {home}, or leave {name} out",
                 )
+        if self.compile not in ("none", "blocks"):
+            raise ConfigError(f"parallel.compile is {self.compile!r}", mend="set it to 'none' or 'blocks'")
         if self.static_graph and (self.find_unused_parameters or self.reduction == "tree"):
             which = "parallel.find_unused_parameters" if self.find_unused_parameters else "parallel.reduction: tree"
             why = "searches every step anew" if self.find_unused_parameters else "needs a gradient of every parameter"

@@ -9,11 +9,14 @@ inside a block but one at a time; ``selective`` a few per cent of time, for that
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Final, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from disttrain.errors import ConfigError
@@ -52,23 +55,50 @@ def checkpoint_blocks(module: nn.Module, kind: Literal["blocks", "selective"] = 
             " none",
         )
     for block in blocks:
-        if not isinstance(block.forward, _Recomputed):
+        if not isinstance(block.forward, BlockForward):
             block.forward = _Recomputed(block, selective=kind == "selective")
 
 
-class _Recomputed:
+class BlockForward:
+    """What stands in for a block's forward pass; known by its class, so that a block is changed once."""
+
+
+class _Recomputed(BlockForward):
     """A block's forward pass that keeps little while gradients are wanted."""
 
     def __init__(self, block: nn.Module, *, selective: bool) -> None:
         self._forward = block.forward
         self._more: dict[str, Any] = {}
-        if selective:
-            self._more["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+        norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        if selective or norms:
+            self._more["context_fn"] = partial(_contexts, selective, norms)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._forward(*args, **kwargs)
         return checkpoint(self._forward, *args, use_reentrant=False, **self._more, **kwargs)
+
+
+def _contexts(selective: bool, norms: list[_BatchNorm]) -> tuple[Any, Any]:
+    """What surrounds the first and the second run of a block."""
+    first: Any = nullcontext()
+    second: Any = nullcontext()
+    if selective:
+        first, second = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+    return first, _counted_once(norms, second) if norms else second
+
+
+@contextmanager
+def _counted_once(norms: list[_BatchNorm], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    """Running statistics are those of the first run alone."""
+    before = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
+    try:
+        with inner:
+            yield
+    finally:
+        with torch.no_grad():
+            for norm, values in zip(norms, before, strict=True):
+                torch._foreach_copy_(list(norm.buffers()), values)
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -27,6 +27,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.checkpoint.state import CheckpointMixin
+from disttrain.parallel.compiling import compile_blocks
 from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.fsdp_internals import fsdp_modules, parameter_name, take_unreduced, trained_parameters
 from disttrain.parallel.initialize import initialize, starts_on_meta
@@ -74,6 +75,8 @@ class DDP(CheckpointMixin, SummationMixin, DDPStrategy):
         assert module is not None
         if self.config.activation_checkpointing != "none":
             checkpoint_blocks(module, self.config.activation_checkpointing)
+        if self.config.compile == "blocks":
+            compile_blocks(module, self.root_device)
         sums = self._start_tree(module.trainer) if self.config.reduction == "tree" else None
         if self.world_size == 1:
             return
@@ -168,6 +171,8 @@ class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
                 _sync_module_states(module)
             if fitting and self.config.activation_checkpointing != "none":
                 checkpoint_blocks(module, self.config.activation_checkpointing)
+            if fitting and self.config.compile == "blocks":
+                compile_blocks(module, self.root_device)
             shard_module(
                 module,
                 self._data_parallel_mesh(),

@@ -97,6 +97,7 @@ def test_the_messages_say_what_works(sizes: tuple[int, int, int], message: str) 
         ({"strategy": "fsdp", "shard": -2}, "parallel.shard is -2"),
         ({"strategy": "fsdp", "replicate": -1}, "parallel.replicate and parallel.shard are both -1"),
         ({"replicate": 2}, "are for fsdp, and parallel.strategy is ddp"),
+        ({"compile": "all"}, "parallel.compile is 'all'"),
         ({"offload": True}, "parallel.offload is for fsdp, and parallel.strategy is ddp"),
         ({"strategy": "fsdp", "static_graph": True}, "parallel.static_graph is for ddp"),
         ({"strategy": "fsdp", "gradient_as_bucket_view": False}, "parallel.gradient_as_bucket_view is for ddp"),

@@ -134,3 +134,20 @@ def test_attention_and_convolutions_have_the_same_gradients(
     plain = gradients_of(False)
     assert len(plain) == 8
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients_of(True), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_running_statistics_count_a_batch_once(kind: Literal["blocks", "selective"]) -> None:
+    def trained(recompute: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nn.Linear(4, 1))
+        model.shard_units = lambda: [model[0]]  # type: ignore[assignment]
+        if recompute:
+            checkpoint_blocks(model, kind)
+        for _ in range(2):
+            model(torch.randn(5, 3, generator=torch.Generator().manual_seed(1))).sum().backward()
+        return {**model.state_dict(), **{f"{name}.grad": p.grad for name, p in model.named_parameters()}}
+
+    plain, again = trained(False), trained(True)
+    assert int(plain["0.1.num_batches_tracked"]) == 2
+    assert [name for name in plain if not torch.equal(plain[name], again[name])] == []
