@@ -96,6 +96,7 @@ class ParallelConfig:
         static_graph: DDP takes it that every step runs the same graph: parameters that the first step did not use are
             left out without a search.
         compile: ``none`` or ``blocks`` (``torch.compile`` for each block of the model).
+        sync_batchnorm: batch norms take their statistics over the micro batches of all ranks.
     """
 
     strategy: StrategyName = "ddp"
@@ -112,6 +113,7 @@ class ParallelConfig:
     gradient_as_bucket_view: bool = True
     static_graph: bool = False
     compile: CompileName = "none"
+    sync_batchnorm: bool = False
 
     def __post_init__(self) -> None:
         if self.strategy not in ("ddp", "fsdp"):

@@ -36,6 +36,7 @@ from disttrain.parallel.recompute import checkpoint_blocks
 from disttrain.parallel.reduction import BucketHook, Exchange, TreeReduceScatter
 from disttrain.parallel.shard import move_all_but_shards, shard_module
 from disttrain.parallel.summation import SummationMixin
+from disttrain.parallel.synced_norm import sync_batch_norms
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
@@ -73,6 +74,8 @@ class DDP(CheckpointMixin, SummationMixin, DDPStrategy):
         """Wrap the module; one rank alone has nothing to reduce and stays unwrapped."""
         module = self.lightning_module
         assert module is not None
+        if self.config.sync_batchnorm:
+            sync_batch_norms(module)
         if self.config.activation_checkpointing != "none":
             checkpoint_blocks(module, self.config.activation_checkpointing)
         if self.config.compile == "blocks":
@@ -169,6 +172,8 @@ class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
         if not sharded:
             if not empty:
                 _sync_module_states(module)
+            if fitting and self.config.sync_batchnorm:
+                sync_batch_norms(module)
             if fitting and self.config.activation_checkpointing != "none":
                 checkpoint_blocks(module, self.config.activation_checkpointing)
             if fitting and self.config.compile == "blocks":
