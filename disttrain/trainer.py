@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -29,6 +29,7 @@ from disttrain.errors import ConfigError
 from disttrain.metrics_log import MetricsLog
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.config import ParallelConfig
+from disttrain.parallel.precision import ScaledPrecision, use_tensor_cores
 from disttrain.parallel.strategies import build_strategy
 from disttrain.runs import Start, choose_start
 from disttrain.world import detect_world
@@ -52,6 +53,7 @@ class Trainer(pl.Trainer):
         accelerator: ``auto`` takes CUDA where there is any.
         callbacks: further callbacks; checkpoints are kept by default settings unless one says otherwise.
         progress_bar: show progress on rank 0.
+        tf32: let CUDA round the factors of float32 products to ten bits, which tensor cores then multiply.
 
     Raises:
         ConfigError: a setting is out of range, or this device cannot do it.
@@ -72,6 +74,7 @@ class Trainer(pl.Trainer):
         accelerator: Literal["auto", "cpu", "cuda"] = "auto",
         callbacks: list[Callback] | None = None,
         progress_bar: bool = True,
+        tf32: bool = True,
     ) -> None:
         if validate_every_steps is not None and validate_every_steps < 1:
             raise ConfigError(
@@ -81,7 +84,12 @@ class Trainer(pl.Trainer):
         parallel = parallel or ParallelConfig()
         device = _device_kind(accelerator)
         _check_precision(precision, device)
+        if device == "cuda":
+            use_tensor_cores(tf32)
         world = detect_world()
+        plugins: list[Any] = [ScaledPrecision(device)] if precision == "16-mixed" else []
+        if world.launcher == "alone":  # a lone process inside a SLURM allocation is not one of its tasks
+            plugins.append(LightningEnvironment())
         self.run_dir = Path(run_dir)
         self.record = RunRecord(self.run_dir, strategy=parallel.strategy, precision=precision)
         self.step_log = StepLog(log_every_steps)
@@ -103,9 +111,8 @@ class Trainer(pl.Trainer):
             devices=world.local_size,
             num_nodes=world.num_nodes,
             strategy=build_strategy(parallel, seed=seed),
-            # A lone process inside a SLURM allocation is not one of its tasks.
-            plugins=[LightningEnvironment()] if world.launcher == "alone" else None,
-            precision=precision,
+            plugins=plugins,
+            precision=None if precision == "16-mixed" else precision,  # a plugin says it
             max_epochs=max_epochs,
             max_steps=max_steps,
             num_sanity_val_steps=1,

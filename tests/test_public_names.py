@@ -90,7 +90,7 @@ LAYERS: dict[str, int] = {
         2,
     ),
     **dict.fromkeys(["parallel.agree", "parallel.gradients", "parallel.randomness", "parallel.shard"], 2),
-    **dict.fromkeys(["parallel.compiling", "parallel.initialize", "parallel.synced_norm"], 2),
+    **dict.fromkeys(["parallel.compiling", "parallel.initialize", "parallel.precision", "parallel.synced_norm"], 2),
     **dict.fromkeys(["parallel.collectives", "parallel.fsdp_internals", "parallel.narrow", "parallel.recompute"], 2),
     **dict.fromkeys(["parallel.reduction", "parallel.summation"], 2),
     **dict.fromkeys(["checkpoint.store", "checkpoint.progress", "checkpoint.state"], 2),

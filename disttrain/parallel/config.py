@@ -81,8 +81,8 @@ class ParallelConfig:
             one more all-gather in the backward pass).
         reduction: ``fast`` (sums in the order that the communication library chooses) or ``tree`` (one fixed order
             over the micro batches of the global batch: the weights have the same bits on any number of ranks).
-        reduce_dtype: type in which gradients travel between ranks: ``fp32`` (their own) or ``bf16`` (half the bytes,
-            two to three digits). Micro batches are added in their own type either way.
+        reduce_dtype: type in which gradients travel between ranks: ``fp32`` or ``bf16`` (half the bytes, two to three
+            digits).
         replicate: copies of the sharded model, FSDP only: each is sharded over ``shard`` ranks. -1 derives it.
         shard: ranks over which FSDP shards each copy. -1 derives it from the number of ranks.
         activation_checkpointing: ``none``, ``blocks`` (the model's blocks keep their inputs alone and run again in the

@@ -15,7 +15,13 @@ import torch.distributed as dist
 from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 _MIN_UNIT_PARAMETERS: Final = 500_000
 
@@ -43,6 +49,7 @@ def shard_module(
     reshard_after_forward: bool,
     forward_methods: Iterable[str],
     offload: OffloadPolicy | None = None,
+    precision: MixedPrecisionPolicy | None = None,
 ) -> None:
     """Shard a module's parameters over a mesh, in place; a module that is sharded already is left as it is.
 
@@ -52,12 +59,15 @@ def shard_module(
         reshard_after_forward: free gathered parameters after the forward pass.
         forward_methods: methods besides ``forward`` that run the module.
         offload: where shards live between uses; by default on the device.
+        precision: types of gathered parameters and reduced gradients; by default their own.
     """
     if isinstance(module, FSDPModule):
         return
-    policy = offload or OffloadPolicy()
+    policy, types = offload or OffloadPolicy(), precision or MixedPrecisionPolicy()
     for unit in (*shard_units(module), module):
-        fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=policy)
+        fully_shard(
+            unit, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=policy, mp_policy=types
+        )
     for name in forward_methods:
         register_fsdp_forward_method(module, name)
     if dist.get_backend(mesh.get_group(mesh.ndim - 1)) == "gloo":

@@ -31,7 +31,8 @@ from disttrain.parallel.compiling import compile_blocks
 from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.fsdp_internals import fsdp_modules, parameter_name, take_unreduced, trained_parameters
 from disttrain.parallel.initialize import initialize, starts_on_meta
-from disttrain.parallel.narrow import NarrowReduceScatter, install_narrow_hook
+from disttrain.parallel.narrow import NarrowReduceScatter, install_narrow_hook, install_wide_hook
+from disttrain.parallel.precision import shard_policy
 from disttrain.parallel.recompute import checkpoint_blocks
 from disttrain.parallel.reduction import BucketHook, Exchange, TreeReduceScatter
 from disttrain.parallel.shard import move_all_but_shards, shard_module
@@ -95,6 +96,8 @@ class DDP(CheckpointMixin, SummationMixin, DDPStrategy):
             _settle_buckets(self.model)
         if self.config.reduce_dtype == "bf16":
             install_narrow_hook(self.model)
+        elif module.trainer.precision == "bf16-true":
+            install_wide_hook(self.model)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -184,6 +187,7 @@ class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
                 reshard_after_forward=self.config.reshard_after_forward,
                 forward_methods=[name for name in _STEPS if is_overridden(name, module)],
                 offload=self._offload(),
+                precision=shard_policy(str(trainer.precision), self.config.reduce_dtype),
             )
             if empty:
                 initialize(module, self.root_device, seed=self.seed, offload=self.config.offload)

@@ -92,7 +92,7 @@ class RegressionTask(Task):
 
     def forward(self, batch: Batch) -> Tensor:
         """Standardized predictions, shape (samples,)."""
-        features = (tensor_field(batch, self.input).float() - self.input_mean) / self.input_std
+        features = (tensor_field(batch, self.input).to(torch.get_default_dtype()) - self.input_mean) / self.input_std
         out: Tensor = self.model(features)
         return out.squeeze(-1)
 
