@@ -75,7 +75,7 @@ class DDP(CheckpointMixin, SummationMixin, DDPStrategy):
         """Wrap the module; one rank alone has nothing to reduce and stays unwrapped."""
         module = self.lightning_module
         assert module is not None
-        if self.config.sync_batchnorm:
+        if self.config.sync_batchnorm and self.world_size > 1:
             sync_batch_norms(module)
         if self.config.activation_checkpointing != "none":
             checkpoint_blocks(module, self.config.activation_checkpointing)
@@ -175,7 +175,7 @@ class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
         if not sharded:
             if not empty:
                 _sync_module_states(module)
-            if fitting and self.config.sync_batchnorm:
+            if fitting and self.config.sync_batchnorm and self.world_size > 1:
                 sync_batch_norms(module)
             if fitting and self.config.activation_checkpointing != "none":
                 checkpoint_blocks(module, self.config.activation_checkpointing)
