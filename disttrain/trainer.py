@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from disttrain.callbacks.bad_samples import BadSamples
 from disttrain.callbacks.checkpointing import Checkpointing
+from disttrain.callbacks.compilation import CompileReport
 from disttrain.callbacks.progress import StepProgress
 from disttrain.callbacks.randomness import KeyedRandomness
 from disttrain.callbacks.run_record import RunRecord
@@ -28,6 +29,7 @@ from disttrain.errors import ConfigError
 from disttrain.metrics_log import MetricsLog
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.config import ParallelConfig
+from disttrain.parallel.precision import ScaledPrecision, use_tensor_cores
 from disttrain.parallel.strategies import build_strategy
 from disttrain.runs import Start, choose_start
 from disttrain.world import detect_world
@@ -48,10 +50,11 @@ class Trainer(pl.Trainer):
         gradient_clip_norm: largest norm of a step's gradient.
         gradient_clip_value: largest absolute value of an element of it; not together with ``gradient_clip_norm``.
         parallel: how the model is spread over the ranks.
-        seed: seed of dropout and other random numbers in training.
+        seed: seed of dropout and other random numbers in training, and of initial weights with ``parallel.meta_init``.
         accelerator: ``auto`` takes CUDA where there is any.
         callbacks: further callbacks; checkpoints are kept by default settings unless one says otherwise.
         progress_bar: show progress on rank 0.
+        tf32: let CUDA round the factors of float32 products to ten bits, which tensor cores then multiply.
 
     Raises:
         ConfigError: a setting is out of range, or this device cannot do it.
@@ -73,6 +76,7 @@ class Trainer(pl.Trainer):
         accelerator: Literal["auto", "cpu", "cuda"] = "auto",
         callbacks: list[Callback] | None = None,
         progress_bar: bool = True,
+        tf32: bool = True,
     ) -> None:
         if validate_every_steps is not None and validate_every_steps < 1:
             raise ConfigError(
@@ -83,7 +87,12 @@ class Trainer(pl.Trainer):
         device = _device_kind(accelerator)
         _check_precision(precision, device)
         _check_clipping(gradient_clip_norm, gradient_clip_value)
+        if device == "cuda":
+            use_tensor_cores(tf32)
         world = detect_world()
+        plugins: list[Any] = [ScaledPrecision(device)] if precision == "16-mixed" else []
+        if world.launcher == "alone":  # a lone process inside a SLURM allocation is not one of its tasks
+            plugins.append(LightningEnvironment())
         self.run_dir = Path(run_dir)
         self.record = RunRecord(self.run_dir, strategy=parallel.strategy, precision=precision)
         self.step_log = StepLog(log_every_steps)
@@ -94,6 +103,8 @@ class Trainer(pl.Trainer):
             self.step_log,
             self.record,
         ]
+        if parallel.compile != "none":
+            own.append(CompileReport(self.record))
         if progress_bar:
             own.append(StepProgress(self.step_log))
         if not any(isinstance(callback, Checkpointing) for callback in callbacks or []):
@@ -102,10 +113,9 @@ class Trainer(pl.Trainer):
             accelerator=device,
             devices=world.local_size,
             num_nodes=world.num_nodes,
-            strategy=build_strategy(parallel),
-            # A lone process inside a SLURM allocation is not one of its tasks.
-            plugins=[LightningEnvironment()] if world.launcher == "alone" else None,
-            precision=precision,
+            strategy=build_strategy(parallel, seed=seed),
+            plugins=plugins,
+            precision=None if precision == "16-mixed" else precision,  # a plugin says it
             max_epochs=max_epochs,
             max_steps=max_steps,
             num_sanity_val_steps=1,

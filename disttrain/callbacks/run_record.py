@@ -115,10 +115,14 @@ class RunRecord(Callback):
             take_back(self.run_dir, self.start.aside)
             print(f"disttrain: the older run was moved back to {self.run_dir}", file=sys.stderr)
 
+    def add(self, entries: dict[str, Any]) -> None:
+        """Add entries to the record, or replace them. Rank 0 only."""
+        self.record |= entries
+        self._write()
+
     def add_result(self, result: dict[str, float]) -> None:
         """Add the test metrics. Rank 0 only."""
-        self.record["result"] = {**self.record.get("result", {}), **result}
-        self._write()
+        self.add({"result": {**self.record.get("result", {}), **result}})
 
     def _write(self) -> None:
         write_run(self.run_dir, self.record)

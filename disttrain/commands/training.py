@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from disttrain.callbacks.bad_samples import FOLDER
 from disttrain.callbacks.checkpointing import Checkpointing
@@ -128,6 +130,12 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Make trainer, model and data; a setting that these refuse is an error of disttrain's."""
+        parallel = self._get(self.config, "trainer.parallel")
+        if parallel is not None and parallel.meta_init:
+            with warnings.catch_warnings():
+                # Version 4.50 prefers an argument of a call that Lightning makes; versions below know this alone.
+                warnings.simplefilter("ignore")
+                self.parser.add_instantiator(_on_meta, nn.Module, subclasses=True)
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -219,6 +227,12 @@ def run(argv: list[str]) -> int:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
     return 0
+
+
+def _on_meta(kind: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+    """Make a module without memory; the strategy gives it memory and initial values."""
+    with torch.device("meta"):
+        return kind(*args, **kwargs)
 
 
 def _add_output_arguments(parser: LightningArgumentParser) -> None:

@@ -15,7 +15,8 @@ from disttrain.errors import ConfigError
 StrategyName = Literal["ddp", "fsdp"]
 ReductionName = Literal["fast", "tree"]
 ReduceTypeName = Literal["fp32", "bf16"]
-RecomputeName = Literal["none", "blocks"]
+CompileName = Literal["none", "blocks"]
+RecomputeName = Literal["none", "blocks", "selective"]
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,24 @@ class ParallelConfig:
             one more all-gather in the backward pass).
         reduction: ``fast`` (sums in the order that the communication library chooses) or ``tree`` (one fixed order
             over the micro batches of the global batch: the weights have the same bits on any number of ranks).
-        reduce_dtype: type in which gradients travel between ranks: ``fp32`` (their own) or ``bf16`` (half the bytes,
-            two to three digits). Micro batches are added in their own type either way.
+        reduce_dtype: type in which gradients travel between ranks: ``fp32`` or ``bf16`` (half the bytes, two to three
+            digits).
         replicate: copies of the sharded model, FSDP only: each is sharded over ``shard`` ranks. -1 derives it.
         shard: ranks over which FSDP shards each copy. -1 derives it from the number of ranks.
         tensor: ranks that share the work of each layer, FSDP only, by the model's ``tensor_plan()``: neighbours in
             the numbering of ranks, who see the same samples. -1 derives it.
-        activation_checkpointing: ``none`` or ``blocks`` (the model's blocks keep their inputs alone and run again in
-            the backward pass: less memory, one more forward pass, the same bits).
+        activation_checkpointing: ``none``, ``blocks`` (the model's blocks keep their inputs alone and run again in the
+            backward pass: less memory, one more forward pass, the same bits) or ``selective`` (they keep the results
+            of matrix products and attention too, and run only the rest again).
+        meta_init: the model is built on the meta device and gets memory and initial values when it is sharded; the
+            values are keyed by seed and module name, whatever the layout.
+        offload: FSDP keeps parameters, gradients and optimizer state in the CPU's memory (pinned, for CUDA), and the
+            optimizer steps there. On a CPU nothing changes.
+        gradient_as_bucket_view: DDP's gradients live in its buckets: less memory, one copy fewer.
+        static_graph: DDP takes it that every step runs the same graph: parameters that the first step did not use are
+            left out without a search.
+        compile: ``none`` or ``blocks`` (``torch.compile`` for each block of the model).
+        sync_batchnorm: batch norms take their statistics over the micro batches of all ranks.
     """
 
     strategy: StrategyName = "ddp"
@@ -114,6 +125,12 @@ class ParallelConfig:
     shard: int = -1
     tensor: int = 1
     activation_checkpointing: RecomputeName = "none"
+    meta_init: bool = False
+    offload: bool = False
+    gradient_as_bucket_view: bool = True
+    static_graph: bool = False
+    compile: CompileName = "none"
+    sync_batchnorm: bool = False
 
     def __post_init__(self) -> None:
         if self.strategy not in ("ddp", "fsdp"):
@@ -129,10 +146,10 @@ class ParallelConfig:
                 "parallel.reduction is tree, and parallel.reduce_dtype is bf16, which rounds each rank's sum",
                 mend="set reduce_dtype to fp32, or reduction to fast",
             )
-        if self.activation_checkpointing not in ("none", "blocks"):
+        if self.activation_checkpointing not in ("none", "blocks", "selective"):
             raise ConfigError(
                 f"parallel.activation_checkpointing is {self.activation_checkpointing!r}",
-                mend="set it to 'none' or 'blocks'",
+                mend="set it to 'none', 'blocks' or 'selective'",
             )
         if self.reduction == "tree" and self.find_unused_parameters:
             raise ConfigError(
@@ -152,6 +169,40 @@ class ParallelConfig:
             raise ConfigError(
                 "parallel.replicate, parallel.shard and parallel.tensor are for fsdp, and parallel.strategy is ddp",
                 mend="set parallel.strategy to fsdp, or leave them out",
+            )
+
+        self._check_options()
+
+    def _check_options(self) -> None:
+        """Refuse options that belong to the other strategy, or that exclude each other."""
+        others = {"offload": self.offload} if self.strategy == "ddp" else {}
+        if self.strategy == "fsdp":
+            others = {"static_graph": self.static_graph, "gradient_as_bucket_view": not self.gradient_as_bucket_view}
+        for name, changed in others.items():
+            if changed:
+                home = "fsdp" if self.strategy == "ddp" else "ddp"
+                raise ConfigError(
+                    f"parallel.{name} is for {home}, and parallel.strategy is {self.strategy}",
+                    mend=f"set parallel.strategy to {home}, or leave {name} out",
+                )
+        if self.compile not in ("none", "blocks"):
+            raise ConfigError(f"parallel.compile is {self.compile!r}", mend="set it to 'none' or 'blocks'")
+        if self.static_graph and (self.find_unused_parameters or self.reduction == "tree"):
+            which = "parallel.find_unused_parameters" if self.find_unused_parameters else "parallel.reduction: tree"
+            why = "searches every step anew" if self.find_unused_parameters else "needs a gradient of every parameter"
+            raise ConfigError(
+                f"parallel.static_graph is true, and {which} {why}",
+                mend="use one of the two",
+            )
+        if self.sync_batchnorm and self.tensor != 1:
+            raise ConfigError(
+                "parallel.sync_batchnorm is true, and with parallel.tensor several ranks count the same samples",
+                mend="set sync_batchnorm to false, or tensor to 1",
+            )
+        if self.offload and self.reduction == "tree":
+            raise ConfigError(
+                "parallel.reduction is tree, which adds gradients on the device, and parallel.offload is true",
+                mend="set offload to false, or reduction to fast",
             )
 
     def degrees(self, num_ranks: int) -> Degrees:

@@ -31,9 +31,10 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
     """Multiply all gradients in place by a scalar tensor, without reading it on the host."""
     grads = local_gradients(parameters)
     if grads:
-        by_dtype = {grad.dtype: factor.to(grad.dtype) for grad in grads}
-        for dtype, scalar in by_dtype.items():
-            torch._foreach_mul_([grad for grad in grads if grad.dtype == dtype], scalar)
+        # Offloaded gradients are on the CPU; reading the factor there waits for the device, as offloading does anyway.
+        kinds = {(grad.dtype, grad.device): factor.to(grad.device, grad.dtype) for grad in grads}
+        for kind, scalar in kinds.items():
+            torch._foreach_mul_([grad for grad in grads if (grad.dtype, grad.device) == kind], scalar)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

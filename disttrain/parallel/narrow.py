@@ -1,9 +1,10 @@
-"""Gradients that travel between ranks in bfloat16: ``reduce_dtype: bf16``.
+"""Gradients that travel between ranks in another type than their own: ``reduce_dtype``.
 
 Micro batches are added in the gradients' own precision; each rank rounds its sum once, the ranks' sums are added in
 bfloat16 by the communication library, and the result is widened again. Half the bytes of float32; about two decimal
 digits of the sum over the ranks, fewer with many ranks. Copies of a sharded model (HSDP) round within a copy alone;
-the sum over copies is taken in the gradients' own precision.
+the sum over copies is taken in the gradients' own precision. The other way round, gradients that are bfloat16
+(``bf16-true``) are added over the ranks in float32 unless ``reduce_dtype`` says otherwise.
 """
 
 from __future__ import annotations
@@ -20,6 +21,18 @@ from torch.nn.parallel import DistributedDataParallel
 from disttrain.parallel.collectives import reduce_scatter_single
 
 _NARROW: Final = torch.bfloat16
+
+
+def install_wide_hook(model: DistributedDataParallel) -> None:
+    """Let DDP average its bfloat16 buckets in float32, and round once."""
+
+    def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
+        buffer = bucket.buffer()
+        wide = buffer.float().div_(dist.get_world_size())
+        work = dist.all_reduce(wide, async_op=True)
+        return work.get_future().then(lambda _: buffer.copy_(wide))
+
+    model.register_comm_hook(None, hook)
 
 
 def install_narrow_hook(model: DistributedDataParallel) -> None:

@@ -26,7 +26,11 @@ def mix(*values: int) -> int:
 
 def seed_micro_batch(seed: int, step: int, micro_batch: int, device: torch.device) -> None:
     """Key the generators of the CPU and of ``device`` for one micro batch."""
-    key = mix(seed, step, micro_batch)
+    seed_generators(mix(seed, step, micro_batch), device)
+
+
+def seed_generators(key: int, device: torch.device) -> None:
+    """Seed the generators of the CPU and of ``device``."""
     torch.default_generator.manual_seed(key)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(key)

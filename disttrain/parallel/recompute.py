@@ -1,24 +1,48 @@
-"""Activation checkpointing: blocks keep their inputs alone and run again in the backward pass.
+"""Activation checkpointing: blocks keep little and run again in the backward pass.
 
-The second run draws the same random numbers, so the weights of a run have the same bits with and without it. Blocks
-are those that FSDP shards (:func:`disttrain.parallel.shard.shard_units`); classes and parameter names stay as they
-are. Cost: one more forward pass of the blocks; it saves the memory of everything inside a block but one at a time.
+``blocks`` keeps a block's inputs alone; ``selective`` keeps the results of matrix products, convolutions and attention
+too, and runs only the rest again. The second run draws the same random numbers, so the weights of a run have the same
+bits with and without it. Blocks are those that FSDP shards (:func:`disttrain.parallel.shard.shard_units`); classes and
+parameter names stay as they are. Cost: ``blocks`` one more forward pass of the blocks, for the memory of everything
+inside a block but one at a time; ``selective`` a few per cent of time, for that of norms, activations and dropouts.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Final, Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from disttrain.errors import ConfigError
 from disttrain.parallel.shard import shard_units
 
+_KEPT: Final = (
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "linear",
+    "convolution",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+)
+_KEPT_OPS: Final = frozenset(getattr(torch.ops.aten, name).default for name in _KEPT if hasattr(torch.ops.aten, name))
 
-def checkpoint_blocks(module: nn.Module) -> None:
+
+def checkpoint_blocks(module: nn.Module, kind: Literal["blocks", "selective"] = "blocks") -> None:
     """Let the blocks of a module run again in the backward pass; blocks that do so already are left as they are.
+
+    Args:
+        module: whose blocks.
+        kind: keep the blocks' inputs alone, or the results of expensive operations too.
 
     Raises:
         ConfigError: the module has no blocks.
@@ -26,22 +50,67 @@ def checkpoint_blocks(module: nn.Module) -> None:
     blocks = shard_units(module)
     if not blocks:
         raise ConfigError(
-            f"parallel.activation_checkpointing is blocks, and {type(module).__name__} has none",
+            f"parallel.activation_checkpointing is {kind}, and {type(module).__name__} has no blocks",
             mend="give the model a method shard_units() that returns its blocks, or set activation_checkpointing to"
             " none",
         )
     for block in blocks:
-        if not isinstance(block.forward, _Recomputed):
-            block.forward = _Recomputed(block)
+        if not isinstance(block.forward, BlockForward):
+            block.forward = _Recomputed(block, selective=kind == "selective")
 
 
-class _Recomputed:
-    """A block's forward pass that keeps its inputs alone while gradients are wanted."""
+class BlockForward:
+    """What stands in for a block's forward pass; known by its class, so that a block is changed once."""
 
-    def __init__(self, block: nn.Module) -> None:
+
+class _Recomputed(BlockForward):
+    """A block's forward pass that keeps little while gradients are wanted."""
+
+    def __init__(self, block: nn.Module, *, selective: bool) -> None:
         self._forward = block.forward
+        self._more: dict[str, Any] = {}
+        norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        if selective or norms:
+            self._more["context_fn"] = partial(_contexts, selective, norms)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._forward(*args, **kwargs)
-        return checkpoint(self._forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(self._forward, *args, use_reentrant=False, **self._more, **kwargs)
+
+
+def _contexts(selective: bool, norms: list[_BatchNorm]) -> tuple[Any, Any]:
+    """What surrounds the first and the second run of a block."""
+    first: Any = nullcontext()
+    second: Any = nullcontext()
+    if selective:
+        first, second = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+    return first, _counted_once(norms, second) if norms else second
+
+
+@contextmanager
+def _counted_once(norms: list[_BatchNorm], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    """Running statistics are those of the first run alone."""
+    before = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
+    try:
+        with inner:
+            yield
+    finally:
+        with torch.no_grad():
+            for norm, values in zip(norms, before, strict=True):
+                torch._foreach_copy_(list(norm.buffers()), values)
+
+
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """What is kept: everything expensive, unless it draws random numbers.
+
+    An attention with dropout that was left out of the second run would leave out its random numbers too, and what
+    comes after it would draw others than in the first run.
+    """
+    if operation not in _KEPT_OPS:
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    names = [argument.name for argument in operation._schema.arguments]
+    dropout = kwargs.get("dropout_p", 0.0)
+    if "dropout_p" in names and len(args) > names.index("dropout_p"):
+        dropout = args[names.index("dropout_p")]
+    return CheckpointPolicy.PREFER_RECOMPUTE if dropout else CheckpointPolicy.MUST_SAVE

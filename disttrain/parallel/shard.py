@@ -10,10 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
+import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 _MIN_UNIT_PARAMETERS: Final = 500_000
 
@@ -35,7 +43,13 @@ def shard_units(model: nn.Module) -> list[nn.Module]:
 
 
 def shard_module(
-    module: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool, forward_methods: Iterable[str]
+    module: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    reshard_after_forward: bool,
+    forward_methods: Iterable[str],
+    offload: OffloadPolicy | None = None,
+    precision: MixedPrecisionPolicy | None = None,
 ) -> None:
     """Shard a module's parameters over a mesh, in place; a module that is sharded already is left as it is.
 
@@ -44,12 +58,16 @@ def shard_module(
         mesh: the data-parallel ranks: one axis to shard over, or two, copies first.
         reshard_after_forward: free gathered parameters after the forward pass.
         forward_methods: methods besides ``forward`` that run the module.
+        offload: where shards live between uses; by default on the device.
+        precision: types of gathered parameters and reduced gradients; by default their own.
     """
     if isinstance(module, FSDPModule):
         return
-    for unit in shard_units(module):
-        fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward)
-    fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    policy, types = offload or OffloadPolicy(), precision or MixedPrecisionPolicy()
+    for unit in (*shard_units(module), module):
+        fully_shard(
+            unit, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=policy, mp_policy=types
+        )
     for name in forward_methods:
         register_fsdp_forward_method(module, name)
     if dist.get_backend(mesh.get_group(mesh.ndim - 1)) == "gloo":
@@ -57,3 +75,15 @@ def shard_module(
         for inner in module.modules():
             if isinstance(inner, FSDPModule):
                 inner.set_force_sum_reduction_for_comms(True)
+
+
+def move_all_but_shards(module: nn.Module, device: torch.device) -> None:
+    """Move buffers, and modules without parameters, such as metrics, to a device; parameters stay where they are."""
+    for inner in module.modules():
+        if next(inner.parameters(), None) is None:
+            inner.to(device)
+        for name, buffer in inner._buffers.items():
+            if buffer is not None:
+                inner._buffers[name] = buffer.to(device)
+        if isinstance(inner, _DeviceDtypeModuleMixin):
+            inner._device = device  # what a LightningModule says its device is

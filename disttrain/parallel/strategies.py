@@ -23,18 +23,22 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.checkpoint.state import CheckpointMixin
+from disttrain.parallel.compiling import compile_blocks
 from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.fsdp_internals import fsdp_modules, parameter_name, take_unreduced, trained_parameters
-from disttrain.parallel.narrow import NarrowReduceScatter, install_narrow_hook
+from disttrain.parallel.initialize import initialize, leave_meta, starts_on_meta
+from disttrain.parallel.narrow import NarrowReduceScatter, install_narrow_hook, install_wide_hook
+from disttrain.parallel.precision import shard_policy
 from disttrain.parallel.ranks import DataRanks, data_ranks, divide_ranks
 from disttrain.parallel.recompute import checkpoint_blocks
 from disttrain.parallel.reduction import BucketHook, Exchange, TreeReduceScatter
-from disttrain.parallel.shard import shard_module
+from disttrain.parallel.shard import move_all_but_shards, shard_module
 from disttrain.parallel.summation import SummationMixin
+from disttrain.parallel.synced_norm import sync_batch_norms
 from disttrain.parallel.tensor import apply_tensor_plan
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -45,23 +49,40 @@ class DDP(CheckpointMixin, SummationMixin, DDPStrategy):
 
     Args:
         config: bucket size, the search for unused parameters, the order of sums.
+        seed: keys initial weights of a model that was built on the meta device.
     """
 
-    def __init__(self, config: ParallelConfig | None = None) -> None:
-        self.config = config or ParallelConfig(strategy="ddp")
+    def __init__(self, config: ParallelConfig | None = None, *, seed: int = 0) -> None:
+        self.config, self.seed = config or ParallelConfig(strategy="ddp"), seed
         self._hook: BucketHook | None = None
+        self._filled = self._graph_learned = False
         super().__init__(
             bucket_cap_mb=self.config.bucket_mib,
             find_unused_parameters=self.config.find_unused_parameters,
-            gradient_as_bucket_view=True,
+            gradient_as_bucket_view=self.config.gradient_as_bucket_view,
+            static_graph=self.config.static_graph,
         )
+
+    def model_to_device(self) -> None:
+        """Move the module, or give it memory and initial values."""
+        module = self.lightning_module
+        assert module is not None
+        fitting = module.trainer.state.fn == TrainerFn.FITTING
+        if starts_on_meta(module, wanted=self.config.meta_init, fitting=fitting and not self._filled):
+            initialize(module, self.root_device, seed=self.seed)
+            self._filled = True
+        super().model_to_device()
 
     def configure_ddp(self) -> None:
         """Wrap the module; one rank alone has nothing to reduce and stays unwrapped."""
         module = self.lightning_module
         assert module is not None
-        if self.config.activation_checkpointing == "blocks":
-            checkpoint_blocks(module)
+        if self.config.sync_batchnorm and self.world_size > 1:
+            sync_batch_norms(module)
+        if self.config.activation_checkpointing != "none":
+            checkpoint_blocks(module, self.config.activation_checkpointing)
+        if self.config.compile == "blocks":
+            compile_blocks(module, self.root_device)
         sums = self._start_tree(module.trainer) if self.config.reduction == "tree" else None
         if self.world_size == 1:
             return
@@ -73,15 +94,37 @@ class DDP(CheckpointMixin, SummationMixin, DDPStrategy):
             self._hook = BucketHook(sums, [parameter for _, parameter in self._trained()], exchange)
             self._hook.install(self.model)
             return
-        if not self.config.find_unused_parameters:
+        if not self.config.find_unused_parameters and not self.config.static_graph:
             _settle_buckets(self.model)
         if self.config.reduce_dtype == "bf16":
             install_narrow_hook(self.model)
+        elif module.trainer.precision == "bf16-true":
+            install_wide_hook(self.model)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Keep gradients unreduced in all micro batches of a step but the last.
+
+        A static graph is learned from one backward pass that reduces: a run's first, whose gradients are reduced once
+        more with the step's last ones, which changes them by rounding alone.
+        """
+        if self.config.static_graph and not self._graph_learned:
+            yield
+        else:
+            with super().block_backward_sync():
+                yield
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Note that a backward pass was made."""
+        super().post_backward(closure_loss)
+        self._graph_learned = True
 
     def teardown(self) -> None:
         """End what reduces gradients."""
         if self._hook is not None:
             self._hook.close()
+        if self.lightning_module is not None:
+            leave_meta(self.lightning_module)
         super().teardown()
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
@@ -104,15 +147,21 @@ class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
 
     Args:
         config: over which ranks to shard, what to reshard, the order of sums.
+        seed: keys initial weights of a model that was built on the meta device.
     """
 
-    def __init__(self, config: ParallelConfig | None = None) -> None:
-        self.config = config or ParallelConfig(strategy="fsdp")
+    def __init__(self, config: ParallelConfig | None = None, *, seed: int = 0) -> None:
+        self.config, self.seed = config or ParallelConfig(strategy="fsdp"), seed
         self._mesh: DeviceMesh | None = None
         self.data_ranks: DataRanks | None = None
         """This rank's place among those that divide the data; known once the ranks have met."""
         self._scatters: list[TreeReduceScatter] = []
         super().__init__()
+
+    def _get_process_group_backend(self) -> str:
+        if self.config.offload and self.root_device.type == "cuda":
+            return "cpu:gloo,cuda:nccl"  # norms of gradients in the CPU's memory are summed there
+        return str(super()._get_process_group_backend())
 
     def setup_environment(self) -> None:
         """Join the other ranks, and find this rank's place on the mesh."""
@@ -129,23 +178,36 @@ class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
         if fitting and self._layer_sync:
             self.model = self._layer_sync.apply(self.model)
         self.model = self.precision_plugin.convert_module(self.model)
-        self.model_to_device()
-        assert self.model is not None
-        if not isinstance(self.model, FSDPModule):
-            _sync_module_states(self.model)
-            module = self.lightning_module
-            assert module is not None
+        module = self.lightning_module
+        assert module is not None
+        sharded = isinstance(self.model, FSDPModule)
+        empty = starts_on_meta(module, wanted=self.config.meta_init, fitting=fitting and not sharded)
+        if not empty:
+            self.model_to_device()
+        if not sharded:
+            if not empty:
+                _sync_module_states(module)
             mesh = self._mesh_of_ranks()
             if mesh.mesh_dim_names and "tensor" in mesh.mesh_dim_names:
                 apply_tensor_plan(module, mesh["tensor"])
-            if fitting and self.config.activation_checkpointing == "blocks":
-                checkpoint_blocks(module)
+            if fitting and self.config.sync_batchnorm and self.world_size > 1:
+                sync_batch_norms(module)
+            if fitting and self.config.activation_checkpointing != "none":
+                checkpoint_blocks(module, self.config.activation_checkpointing)
+            if fitting and self.config.compile == "blocks":
+                compile_blocks(module, self.root_device)
             shard_module(
                 module,
                 _without_tensor(mesh),
                 reshard_after_forward=self.config.reshard_after_forward,
                 forward_methods=[name for name in _STEPS if is_overridden(name, module)],
+                offload=self._offload(),
+                precision=shard_policy(str(trainer.precision), self.config.reduce_dtype),
             )
+            if empty:
+                initialize(module, self.root_device, seed=self.seed, offload=self.config.offload)
+                self.model_to_device()
+                self.sync_buffers()
             if self.config.reduce_dtype == "bf16":
                 for unit in fsdp_modules(module):
                     unit.set_custom_reduce_scatter(NarrowReduceScatter())
@@ -154,8 +216,21 @@ class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
         if fitting:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
-        if fitting:
+        if fitting and not self.config.offload:
             _optimizers_to_device(self.optimizers, self.root_device)
+
+    def model_to_device(self) -> None:
+        """Move the module; shards that live on the CPU stay there."""
+        if self.config.offload and isinstance(self.model, FSDPModule):
+            move_all_but_shards(self.model, self.root_device)
+        else:
+            super().model_to_device()
+
+    def teardown(self) -> None:
+        """Let go of the device."""
+        if self.lightning_module is not None:
+            leave_meta(self.lightning_module)
+        super().teardown()
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -166,6 +241,10 @@ class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
             yield
         finally:
             self.model.set_requires_gradient_sync(True)
+
+    def _offload(self) -> OffloadPolicy:
+        pinned = self.root_device.type == "cuda"
+        return CPUOffloadPolicy(pin_memory=pinned) if self.config.offload else OffloadPolicy()
 
     def _mesh_of_ranks(self) -> DeviceMesh:
         """All ranks, on an axis to shard over and those of copies and of tensor groups that are longer than one."""
@@ -207,9 +286,9 @@ class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
             self._finish_alone([(name, None if grad is None else grad.to_local()) for name, grad in grads])
 
 
-def build_strategy(config: ParallelConfig) -> DDP | FSDP:
-    """The strategy that a configuration names."""
-    return FSDP(config) if config.strategy == "fsdp" else DDP(config)
+def build_strategy(config: ParallelConfig, *, seed: int = 0) -> DDP | FSDP:
+    """The strategy that a configuration names; the seed keys initial weights with ``meta_init``."""
+    return FSDP(config, seed=seed) if config.strategy == "fsdp" else DDP(config, seed=seed)
 
 
 def _settle_buckets(model: DistributedDataParallel) -> None:

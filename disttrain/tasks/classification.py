@@ -25,7 +25,7 @@ class ClassificationTask(Task):
         num_classes: number of classes.
         input: name of the input field.
         target: name of the class field, int64, shape (samples,).
-        scale: factor on the input, which is converted to float32.
+        scale: factor on the input, which is converted to float32 (to bfloat16 where that is the precision).
         label_smoothing: share of the target spread evenly over all classes (Szegedy et al. 2016).
         optimizer: which optimizer.
         schedule: how its learning rate moves.
@@ -52,7 +52,7 @@ class ClassificationTask(Task):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits, shape (samples, num_classes)."""
-        logits: Tensor = self.model(tensor_field(batch, self.input).float() * self.scale)
+        logits: Tensor = self.model(tensor_field(batch, self.input).to(torch.get_default_dtype()) * self.scale)
         return logits
 
     def losses(self, outputs: Tensor, batch: Batch) -> Tensor:

@@ -58,10 +58,11 @@ class RegressionTask(Task):
         super().__init__(optimizer=optimizer, schedule=schedule)
         self.model = model
         self.input, self.target, self.standardize = input, target, standardize
-        self.register_buffer("input_mean", torch.zeros(num_features))
-        self.register_buffer("input_std", torch.ones(num_features))
-        self.register_buffer("target_mean", torch.zeros(()))
-        self.register_buffer("target_std", torch.ones(()))
+        # On the CPU even where the model is built on the meta device: they are filled before it gets its memory.
+        self.register_buffer("input_mean", torch.zeros(num_features, device="cpu"))
+        self.register_buffer("input_std", torch.ones(num_features, device="cpu"))
+        self.register_buffer("target_mean", torch.zeros((), device="cpu"))
+        self.register_buffer("target_std", torch.ones((), device="cpu"))
 
     def setup(self, stage: str) -> None:
         """Fit the standardization on the training split; an evaluation takes it from the checkpoint."""
@@ -91,7 +92,7 @@ class RegressionTask(Task):
 
     def forward(self, batch: Batch) -> Tensor:
         """Standardized predictions, shape (samples,)."""
-        features = (tensor_field(batch, self.input).float() - self.input_mean) / self.input_std
+        features = (tensor_field(batch, self.input).to(torch.get_default_dtype()) - self.input_mean) / self.input_std
         out: Tensor = self.model(features)
         return out.squeeze(-1)
 

@@ -179,7 +179,8 @@ def test_an_unknown_subcommand_names_the_nearest(tmp_path: Path) -> None:
     assert_error(run_cli(1, ["fitt"], folder=tmp_path), "no subcommand 'fitt'", "did you mean 'fit'?")
 
 
-def test_bf16_mixed_trains_under_both_strategies(fit: Callable[..., Outcome], tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_bf16_trains_under_both_strategies(fit: Callable[..., Outcome], tmp_path: Path, precision: str) -> None:
     for strategy in ("ddp", "fsdp"):
-        fit("--trainer.precision", "bf16-mixed", "--trainer.parallel.strategy", strategy, ranks=2, steps=30).ok()
+        fit("--trainer.precision", precision, "--trainer.parallel.strategy", strategy, ranks=2, steps=30).ok()
         assert read_run(tmp_path / "run")["result"]["test/accuracy"] > 0.3, f"{strategy} did not learn"

@@ -151,6 +151,23 @@ def test_predictions_are_written_once(sentences: Path, tmp_path: Path, alone: Pa
         torch.testing.assert_close(torch.tensor(theirs["output"]), torch.tensor(ours["output"]), rtol=1e-4, atol=1e-5)
 
 
+def test_initial_weights_made_on_the_meta_device_are_the_same(sentences: Path, tmp_path: Path) -> None:
+    for name, ranks, parallel in (("one", 1, "{strategy: ddp"), ("four", 4, "{strategy: fsdp, tensor: 2")):
+        fit(tmp_path / name, sentences, ranks, f"{parallel}, meta_init: true}}", "--trainer.max_steps", "2").ok()
+    apart = distance(final_weights(tmp_path / "one"), final_weights(tmp_path / "four"))
+    assert apart <= 1e-6, f"weights are {apart:.2e} apart"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_parameter_that_nothing_fills_is_one_clear_error(sentences: Path, tmp_path: Path, strategy: str) -> None:
+    words = ("--model", "tests.support.language.UnfilledTask", "--model.optimizer", SGD)
+    parallel = f"{{strategy: {strategy}, meta_init: true}}"
+    outcome = run_cli(2, arguments("fit", tmp_path / "run", sentences, parallel, *words), folder=tmp_path / "logs")
+    assert set(outcome.codes) == {2}, outcome.text
+    assert "nothing gives scale of" in outcome.text.replace("\n", " ")
+    assert "Traceback" not in outcome.text
+
+
 @pytest.mark.parametrize(
     ("task", "tensor", "words"),
     [

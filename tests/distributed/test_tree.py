@@ -86,6 +86,7 @@ def assert_same_bits(expected: dict[str, torch.Tensor], got: dict[str, torch.Ten
 
 
 TREE = {name: ParallelConfig(strategy=name, reduction="tree") for name in ("ddp", "fsdp")}  # type: ignore[arg-type]
+LAYOUTS_OF_TWO = [(1, "ddp"), (2, "ddp"), (2, "fsdp")]
 LAYOUTS = [(1, "fsdp"), (2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")]
 
 
@@ -124,10 +125,15 @@ def test_copies_of_a_sharded_model_give_the_same_bits(train, case: str, micro_ba
     assert_same_bits(train(case, 1, micro_batches, TREE["ddp"]), train(case, 4, micro_batches, copies))
 
 
-@pytest.mark.parametrize("case", ["transformer", "bf16"])
-@pytest.mark.parametrize(("ranks", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
-def test_blocks_that_run_again_give_the_same_bits(train, case: str, ranks: int, strategy: str) -> None:  # type: ignore[no-untyped-def]
-    again = replace(TREE[strategy], activation_checkpointing="blocks")
+@pytest.mark.parametrize(
+    ("case", "ranks", "strategy", "kind"),
+    [
+        *((case, *layout, "blocks") for case in ("transformer", "bf16") for layout in LAYOUTS_OF_TWO),
+        *(("bf16", *layout, "selective") for layout in LAYOUTS_OF_TWO),
+    ],
+)
+def test_blocks_that_run_again_give_the_same_bits(train, case: str, ranks: int, strategy: str, kind: str) -> None:  # type: ignore[no-untyped-def]
+    again = replace(TREE[strategy], activation_checkpointing=kind)  # type: ignore[arg-type]
     assert_same_bits(train(case, 1, 8, TREE["ddp"]), train(case, ranks, 8, again))
 
 

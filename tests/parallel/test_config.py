@@ -101,6 +101,14 @@ def test_the_messages_say_what_works(sizes: tuple[int, int, int], message: str) 
         ({"strategy": "fsdp", "tensor": 0}, "parallel.tensor is 0"),
         ({"replicate": 2}, "are for fsdp, and parallel.strategy is ddp"),
         ({"tensor": 2}, "are for fsdp, and parallel.strategy is ddp"),
+        ({"strategy": "fsdp", "tensor": 2, "sync_batchnorm": True}, "several ranks count the same samples"),
+        ({"compile": "all"}, "parallel.compile is 'all'"),
+        ({"offload": True}, "parallel.offload is for fsdp, and parallel.strategy is ddp"),
+        ({"strategy": "fsdp", "static_graph": True}, "parallel.static_graph is for ddp"),
+        ({"strategy": "fsdp", "gradient_as_bucket_view": False}, "parallel.gradient_as_bucket_view is for ddp"),
+        ({"static_graph": True, "find_unused_parameters": True}, "find_unused_parameters searches every step"),
+        ({"static_graph": True, "reduction": "tree"}, "tree needs a gradient of every parameter"),
+        ({"strategy": "fsdp", "offload": True, "reduction": "tree"}, "parallel.offload is true"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(arguments: dict[str, Any], words: str) -> None:

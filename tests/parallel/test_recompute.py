@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from disttrain.errors import ConfigError
 from disttrain.parallel.recompute import checkpoint_blocks
@@ -50,11 +53,15 @@ def saved_bytes(model: Model) -> int:
     return sum(sizes)
 
 
-def test_the_gradients_are_the_same_and_blocks_run_twice() -> None:
+KINDS: list[Literal["blocks", "selective"]] = ["blocks", "selective"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradients_are_the_same_and_blocks_run_twice(kind: Literal["blocks", "selective"]) -> None:
     plain, again = Model(), Model()
     names = list(again.state_dict())
-    checkpoint_blocks(again)
-    checkpoint_blocks(again)  # a second time changes nothing
+    checkpoint_blocks(again, kind)
+    checkpoint_blocks(again, kind)  # a second time changes nothing
     expected, got = gradients(plain), gradients(again)
     assert len(got) == 4
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
@@ -78,5 +85,69 @@ def test_without_gradients_blocks_run_once() -> None:
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(ConfigError, match="Linear has none"):
+    with pytest.raises(ConfigError, match="blocks, and Linear has no blocks"):
         checkpoint_blocks(nn.Linear(2, 2))
+
+
+def flops(model: nn.Module, batch: Tensor) -> int:
+    torch.manual_seed(7)
+    with FlopCounterMode(display=False) as counter:
+        model(batch).sum().backward()
+    return int(counter.get_total_flops())
+
+
+def test_selective_runs_no_matrix_product_again() -> None:
+    plain, blocks, selective = Model(), Model(), Model()
+    checkpoint_blocks(blocks, "blocks")
+    checkpoint_blocks(selective, "selective")
+    batch = torch.ones(3, 6)
+    assert flops(plain, batch) == flops(selective, batch) < flops(blocks, batch)
+    assert saved_bytes(selective) < saved_bytes(Model())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_and_convolutions_have_the_same_gradients(
+    kind: Literal["blocks", "selective"], dropout: float
+) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.mix, self.conv = nn.Linear(8, 24), nn.Conv1d(8, 8, 3, padding=1)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            q, k, v = self.mix(inputs).view(2, 5, 2, 12).transpose(1, 2).chunk(3, dim=-1)
+            out = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+            out = nn.functional.dropout(out.transpose(1, 2).reshape(2, 5, 8), 0.5)
+            return nn.functional.dropout(self.conv(out.mT).mT.relu(), 0.2)
+
+    def gradients_of(recompute: bool) -> list[Tensor]:
+        model = nn.Sequential(Attention(), Attention())
+        model.shard_units = lambda: list(model)  # type: ignore[assignment]
+        if recompute:
+            checkpoint_blocks(model, kind)
+        torch.manual_seed(7)
+        model(torch.linspace(-1, 1, 80).view(2, 5, 8)).square().sum().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    plain = gradients_of(False)
+    assert len(plain) == 8
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients_of(True), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_running_statistics_count_a_batch_once(kind: Literal["blocks", "selective"]) -> None:
+    def trained(recompute: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nn.Linear(4, 1))
+        model.shard_units = lambda: [model[0]]  # type: ignore[assignment]
+        if recompute:
+            checkpoint_blocks(model, kind)
+        for _ in range(2):
+            model(torch.randn(5, 3, generator=torch.Generator().manual_seed(1))).sum().backward()
+        return {**model.state_dict(), **{f"{name}.grad": p.grad for name, p in model.named_parameters()}}
+
+    plain, again = trained(False), trained(True)
+    assert int(plain["0.1.num_batches_tracked"]) == 2
+    assert [name for name in plain if not torch.equal(plain[name], again[name])] == []

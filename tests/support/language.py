@@ -79,11 +79,16 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.sequence_parallel = sequence_parallel
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.positions = nn.Parameter(torch.randn(TOKENS, WIDTH) * 0.02)
+        self.positions = nn.Parameter(torch.empty(TOKENS, WIDTH))
         self.begin = nn.Identity()
         self.blocks = nn.ModuleList(Block(dropout) for _ in range(2))
         self.norm = nn.LayerNorm(WIDTH)
         self.end = nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw what belongs to no layer."""
+        nn.init.normal_(self.positions, std=0.02)
 
     def shard_units(self) -> list[nn.Module]:
         """Each block by itself; the shared weights stay with the whole."""
@@ -156,6 +161,14 @@ def write_sentences(folder: Path) -> Path:
                 samples.append({"__key__": f"{split}-{shard}-{number:03d}", **fields})
             write_shard(folder / f"{split}-{shard}.tar", samples)
     return folder
+
+
+class UnfilledTask(LanguageTask):
+    """A parameter that no initializer fills."""
+
+    def __init__(self, optimizer: OptimizerConfig) -> None:
+        super().__init__(optimizer)
+        self.scale = nn.Parameter(torch.ones(WIDTH))
 
 
 class MisnamedPlan(LanguageTask):
