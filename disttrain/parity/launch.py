@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -110,12 +111,11 @@ def _run_rank(words: list[str], environment: dict[str, str], log: str) -> None:
         os.dup2(out, descriptor)
     import torch
 
-    from disttrain.cli import main
-
     torch.set_num_threads(1)
+    sys.argv = ["disttrain", *words]
     code = 1
     try:
-        code = main(words)
+        runpy.run_module("disttrain", run_name="__main__")
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
     except BaseException:
