@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from disttrain.callbacks.bad_samples import BadSamples
 from disttrain.callbacks.checkpointing import Checkpointing
+from disttrain.callbacks.micro_batch_size import MicroBatchSearch
 from disttrain.callbacks.progress import StepProgress
 from disttrain.callbacks.randomness import KeyedRandomness
 from disttrain.callbacks.run_record import RunRecord
@@ -90,6 +91,7 @@ class Trainer(pl.Trainer):
             BadSamples(self.run_dir, log_every_steps),
             self.step_log,
             self.record,
+            MicroBatchSearch(self.record),
         ]
         if progress_bar:
             own.append(StepProgress(self.step_log))

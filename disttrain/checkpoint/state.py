@@ -80,6 +80,9 @@ class CheckpointMixin:
         trainer = self._module().trainer
         fitting = trainer.state.fn == TrainerFn.FITTING
         self._fill(path, meta["param_groups"] if fitting else [])
+        data: Any = getattr(trainer, "datamodule", None)
+        if hasattr(data, "adopt"):  # it may set the accumulation, which the counters below are made of
+            data.adopt(meta["trainer"].get(type(data).__qualname__, {}))
         checkpoint: dict[str, Any] = dict(meta["trainer"])
         if fitting:
             progress = Progress(**meta["progress"])

@@ -30,6 +30,7 @@ from disttrain.checkpoint.state import CheckpointMixin
 from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.fsdp_internals import fsdp_modules, parameter_name, take_unreduced, trained_parameters
 from disttrain.parallel.narrow import NarrowReduceScatter, install_narrow_hook
+from disttrain.parallel.out_of_memory import MemoryGuardMixin
 from disttrain.parallel.recompute import checkpoint_blocks
 from disttrain.parallel.reduction import BucketHook, Exchange, TreeReduceScatter
 from disttrain.parallel.shard import shard_module
@@ -38,7 +39,7 @@ from disttrain.parallel.summation import SummationMixin
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
-class DDP(CheckpointMixin, SummationMixin, DDPStrategy):
+class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, DDPStrategy):
     """Every rank holds the whole model; gradients are averaged in buckets while the backward pass runs.
 
     Args:
@@ -97,7 +98,7 @@ class DDP(CheckpointMixin, SummationMixin, DDPStrategy):
             self._finish_alone([(name, parameter.grad) for name, parameter in parameters])
 
 
-class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
+class FSDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, DDPStrategy):
     """Parameters, gradients and optimizer state are sharded over the ranks (PyTorch's FSDP2).
 
     Args:
