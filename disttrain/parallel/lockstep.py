@@ -96,6 +96,7 @@ class FSDPLockstep:
         self._module = module
         self._blocks: list[FSDPModule] = []  # in the order in which they run, as far as it is known
         self._known = False
+        self._calls_itself = True  # whether the training step calls the module, which FSDP2 counts as one more unit
         self._wants_gradient: dict[FSDPModule, bool] = {}  # whether a block's inputs do
         self._handles: list[RemovableHandle] = []
         self._driver: UnitDriver | None = None
@@ -125,13 +126,14 @@ class FSDPLockstep:
                 mend="leave the block out of shard_units(), or set data.micro_batch_size to a number",
             )
         self._blocks, self._known = ran, True
+        self._calls_itself = self._root() in self._units().ran(self._root())
 
     def finish_forward(self) -> None:
         """Gather the blocks that have not run, one after the other."""
-        ran = set(self._ran())
-        for block in self._blocks:
-            if block not in ran:
-                self._units().pass_by(block)
+        ran = set(self._units().ran(self._root()))
+        for unit in [*self._blocks, self._root()] if self._calls_itself else self._blocks:
+            if unit not in ran:
+                self._units().pass_by(unit)
 
     def empty_loss(self) -> Tensor:
         """Zero, whose backward pass drives the blocks."""
