@@ -23,7 +23,7 @@ from disttrain.callbacks.run_record import RunRecord
 from disttrain.data.module import ShardedDataModule, sharded_data
 from disttrain.errors import ConfigError, RankError
 from disttrain.parallel.lockstep import DDPLockstep, FSDPLockstep
-from disttrain.parallel.out_of_memory import OPTIMIZER, PHASES, MemoryGuard, StepThrownAway
+from disttrain.parallel.out_of_memory import OPTIMIZER, PHASES, MemoryGuard, StepThrownAway, is_out_of_memory
 from disttrain.parallel.strategies import FSDP, strategy_of
 from disttrain.tasks.base import Task
 
@@ -82,6 +82,18 @@ class MicroBatchSearch(Callback):
             print(f"disttrain: {text}", file=sys.stderr, flush=True)
             self._record.event(trainer.global_step, "memory", text)
             self._record.note_micro_batch_size(self._data.micro_batch_size)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Say what an evaluation wants, which cannot be done again with a smaller size."""
+        data = sharded_data(trainer)
+        if data is None or not data.finds_micro_batch_size or not is_out_of_memory(exception) or trainer.training:
+            return
+        print(
+            f"disttrain: rank {trainer.global_rank} ran out of memory in an evaluation, whose micro batches have"
+            f" {data.evaluation_batch_size} samples\n  mend: set data.micro_batch_size to a smaller number",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Guard no more."""

@@ -161,6 +161,14 @@ class ShardedDataModule(pl.LightningDataModule):
             if "val" not in self._readers:
                 self.trainer.limit_val_batches = 0
 
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Samples per rank per forward pass of an evaluation."""
+        if not self.finds_micro_batch_size:
+            return self.micro_batch_size
+        # What has not been tried in training may be too large.
+        return min(self.micro_batch_size or EVALUATED_AT_ONCE, EVALUATED_AT_ONCE)
+
     def limit_micro_batch_size(self, limit: int) -> None:
         """Take the largest micro batch size up to a limit that the ranks' samples can be cut into.
 
@@ -309,12 +317,9 @@ class ShardedDataModule(pl.LightningDataModule):
         return {name: Field(f) if isinstance(f, str) else f for name, f in self.fields.items()}
 
     def _evaluation(self, split: str) -> EvaluationLoader:
-        size = self.micro_batch_size
-        if self.finds_micro_batch_size:  # what has not been tried in training may be too large
-            size = min(size or EVALUATED_AT_ONCE, EVALUATED_AT_ONCE)
         return EvaluationLoader(
             self._maker(split),
-            micro_batch_size=size,
+            micro_batch_size=self.evaluation_batch_size,
             num_ranks=self._num_ranks(),
             rank=self._rank(),
             config=self.loader_config,

@@ -72,6 +72,18 @@ def test_a_lone_rank_goes_down_twice(tmp_path: Path) -> None:
     assert outcome.text.count("out of memory on rank 0 in the backward pass") == 2
 
 
+@pytest.mark.parametrize("step", [2, 3])
+def test_at_the_ends_of_an_epoch(tmp_path: Path, step: int) -> None:
+    """Whose last step is the third."""
+    parallel = config("ddp")
+    runs = [
+        Run("wanted", 32, parallel, then=16, after=step),
+        Run("late", "auto", parallel, Shortage(0, "forward", 16, step=step), start=32),
+    ]
+    make(1, runs, tmp_path).ok()
+    assert_same(tmp_path / "wanted", tmp_path / "late")
+
+
 def test_nothing_smaller_is_left(tmp_path: Path) -> None:
     run = Run("run", "auto", config("ddp"), Shortage(1, "forward", 0), start=2, steps=3, task={"plain": True})
     outcome = make(2, [run], tmp_path)
@@ -133,6 +145,21 @@ def test_wherever_it_happens(tmp_path: Path, strategy: str, reduction: str, rank
     for run in runs[2:]:
         assert_same(tmp_path / run.name.split("-")[0], tmp_path / run.name)
         assert len(events(tmp_path / run.name)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "allocations"), [("gather", 16), ("scatter", 8), ("copy", 2)])
+def test_in_buffers(tmp_path: Path, what: str, allocations: int) -> None:
+    """All that FSDP allocates for the blocks and the root in a step of two micro batches; and the batches."""
+    parallel = config("fsdp")
+    runs = [Run("wanted", 8, parallel, steps=2)]
+    for number in range(1, allocations + 1):
+        short = Shortage(1, what, 8, place=str(number))
+        runs.append(Run(f"allocation-{number}", "auto", parallel, short, start=16, steps=2))
+    make(2, runs, tmp_path, timeout=600).ok()
+    for run in runs[1:]:
+        assert [text[:7] for text in events(tmp_path / run.name)] == ["step 0:"], f"{run.name} did not fail"
+        assert_same(tmp_path / "wanted", tmp_path / run.name)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
 from disttrain import Checkpointing, ParallelConfig, SampleLedger, ShardedDataModule, Task, Trainer
 from disttrain.callbacks.ledger import read_ledger
+from disttrain.parallel.collectives import all_gather_single, reduce_scatter_single
+from disttrain.parallel.fsdp_internals import fsdp_modules
 from tests.support.features import write_features
 from tests.support.ranks import Outcome, run_ranks
 from tests.support.weights import differing, final_weights
@@ -29,7 +33,9 @@ class Shortage:
     """Where an allocation fails: on which rank, in what, for micro batches of more samples than the limit.
 
     Attributes:
-        place: ``stem``, ``0``, ``1`` or ``head``, where forward and backward pass are concerned.
+        phase: ``copy``, ``forward``, ``backward``, ``gather``, ``scatter`` or ``optimizer``.
+        place: ``stem``, ``0``, ``1``, ``2`` or ``head`` in a forward or backward pass; for copies and the buffers of
+            FSDP the number of an allocation.
         step: from which step on.
         micro_batch: in which of a step's; None in any.
         cpu: fail as the CPU's allocator does.
@@ -84,6 +90,46 @@ class Place(nn.Module):
         return out
 
 
+class TightGather(AllGather):
+    """FSDP2's all-gather, whose buffers may not fit."""
+
+    def __init__(self, task: ShortTask) -> None:
+        self._task = task
+
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        self._task.allocate("gather")
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
+        return all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class TightScatter(ReduceScatter):
+    """FSDP2's reduce-scatter, whose buffers may not fit."""
+
+    def __init__(self, task: ShortTask) -> None:
+        self._task = task
+
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        self._task.allocate("scatter")
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> None:
+        reduce_scatter_single(output_tensor, input_tensor, op=op, group=group)
+
+
+class TightData(ShardedDataModule):
+    """Batches that may not fit on the device."""
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        task: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+        if task.training:
+            task.allocate("copy")
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+
 class HalfAdamW(torch.optim.AdamW):
     """Steps half of its parameters before it runs out of memory."""
 
@@ -127,7 +173,14 @@ class ShortTask(Task):
             for number in range(3)
         )
         self.head, self.last = nn.Linear(WIDTH, 3), Place(self, "head")
-        self.size = self.micro_batch = 0
+        self.size = self.micro_batch = self.allocations = 0
+
+    def on_fit_start(self) -> None:
+        """FSDP has its buffers from here on."""
+        if self.shortage is not None and self.shortage.phase in ("gather", "scatter"):
+            for unit in fsdp_modules(self):
+                unit.set_custom_all_gather(TightGather(self))
+                unit.set_custom_reduce_scatter(TightScatter(self))
 
     def shard_units(self) -> list[nn.Module]:
         """The blocks."""
@@ -167,6 +220,16 @@ class ShortTask(Task):
             and self.trainer.global_step >= short.step
             and (short.micro_batch in (None, self.micro_batch) or phase == "optimizer")
         )
+
+    def allocate(self, what: str) -> None:
+        """Fail in the allocation of a buffer that ``place`` numbers, once, counted from the first after a step."""
+        short = self.shortage
+        if short is None or short.phase != what or short.rank != self.global_rank or not self.training:
+            return
+        if self.trainer.global_step >= short.step and self.trainer.datamodule.micro_batch_size > short.limit:  # type: ignore[attr-defined]
+            self.allocations += 1
+            if self.allocations == int(short.place):
+                raise short.error()
 
     def check(self, phase: str, place: str) -> None:
         """Fail if that is due at a place."""
@@ -226,7 +289,7 @@ def _train_all(runs: list[Run], shards: dict[str, str], folder: str) -> None:
 
 
 def _fit(run: Run, size: Any, steps: int, shards: dict[str, str], place: Path, checkpoint: Path | None) -> None:
-    data = ShardedDataModule(
+    data = TightData(
         **shards,  # type: ignore[arg-type]
         fields={"features": "features.npy", "label": "cls"},
         global_batch_size=GLOBAL,
