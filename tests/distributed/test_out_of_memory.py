@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ def test_a_rank_that_runs_out_takes_the_others_down_with_it(tmp_path: Path, stra
     make(2, runs, tmp_path).ok()
     for run in runs[1:]:
         assert_same(tmp_path / "wanted", tmp_path / run.name)
+        for rank in range(2):  # what was thrown away has left no line
+            lines = (tmp_path / run.name / "ledger" / f"rank-{rank:05d}.jsonl").read_text().splitlines()
+            assert [len(json.loads(line)["keys"]) for line in lines] == [4] * 8 * run.steps
         record = read_run(tmp_path / run.name)
         assert record["attempts"][0]["micro_batch_size"] == 4
     assert events(tmp_path / "forward") == [
@@ -189,3 +193,14 @@ def test_in_other_arrangements(tmp_path: Path, strategy: str, more: dict[str, An
     make(ranks, runs, tmp_path, timeout=600).ok()
     for run in runs:
         assert_same(tmp_path / f"wanted-{run.task['stem']}", tmp_path / run.name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_memory_of_a_device(tmp_path: Path, strategy: str) -> None:
+    """Real activations that do not fit, with a loss scale, which a thrown-away step must leave as it was."""
+    parallel = config(strategy)
+    runs = [Run(name, size, parallel, steps=3, device_mib=640) for name, size in (("found", "auto"), ("wanted", 16))]
+    make(1, runs, tmp_path, timeout=300).ok()
+    assert read_run(tmp_path / "found")["attempts"][0]["micro_batch_size"] == 16
+    assert_same(tmp_path / "wanted", tmp_path / "found")
