@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from disttrain.callbacks.bad_samples import BadSamples
 from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.compilation import CompileReport
+from disttrain.callbacks.micro_batch_size import MicroBatchSearch
 from disttrain.callbacks.progress import StepProgress
 from disttrain.callbacks.randomness import KeyedRandomness
 from disttrain.callbacks.run_record import RunRecord
@@ -102,6 +103,7 @@ class Trainer(pl.Trainer):
             BadSamples(self.run_dir, log_every_steps),
             self.step_log,
             self.record,
+            MicroBatchSearch(self.record),
         ]
         if parallel.compile != "none":
             own.append(CompileReport(self.record))

@@ -43,6 +43,7 @@ class BadSamples(Callback):
         self._of_pass: dict[str, int] = {}  # of all ranks, by split
         self._unsummed: dict[str, int] = {}  # of this rank, since the last sum
         self._seen: set[tuple[str, str]] = set()
+        self._under_way: list[Any] = []  # training batches of the step that is not done
 
     def state_dict(self) -> dict[str, Any]:
         """The counts of the run so far, the same on all ranks."""
@@ -62,15 +63,24 @@ class BadSamples(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Record what was skipped in a micro batch."""
-        self._note(trainer, "train", batch)
+        """Note what was skipped in a micro batch."""
+        if isinstance(batch, dict) and batch.get(BAD):
+            self._under_way.append(({BAD: batch[BAD]}, trainer.global_step))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Sum up where a log line is due."""
+        """Record what was skipped in a step, and sum up where a log line is due."""
+        if not trainer.fit_loop.epoch_loop._should_accumulate():
+            for skipped, step in self._under_way:
+                self._note(trainer, "train", skipped, step)
+            self._under_way.clear()
         if not trainer.fit_loop.epoch_loop._should_accumulate() and trainer.global_step % self._every_steps == 0:
             self._sum_up(trainer, "train")
+
+    def on_step_thrown_away(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget a step that was not done; it will come up again."""
+        self._under_way.clear()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sum up the rest of an epoch."""
@@ -125,7 +135,7 @@ class BadSamples(Callback):
     def _begin(self, split: str) -> None:
         self._of_pass[split] = self._unsummed[split] = 0
 
-    def _note(self, trainer: pl.Trainer, split: str, batch: Any) -> None:
+    def _note(self, trainer: pl.Trainer, split: str, batch: Any, step: int | None = None) -> None:
         bad: list[BadSample] = batch.get(BAD, []) if isinstance(batch, dict) else []
         if not bad or not data_ranks(trainer).leads:
             return
@@ -137,7 +147,11 @@ class BadSamples(Callback):
             folder.mkdir(parents=True, exist_ok=True)
             with open(folder / f"rank-{trainer.global_rank:05d}.jsonl", "a") as file:
                 for sample in fresh:
-                    place = {"split": split, "epoch": trainer.current_epoch, "step": trainer.global_step}
+                    place = {
+                        "split": split,
+                        "epoch": trainer.current_epoch,
+                        "step": trainer.global_step if step is None else step,
+                    }
                     told = sample._asdict() | {"reason": sample.reason.lstrip(" ,")}
                     file.write(json.dumps({**place, **told}) + "\n")
 

@@ -1,7 +1,7 @@
 """A record of which samples went into which step, to prove the order or to find a batch again.
 
 One line of JSON a micro batch in ``<run_dir>/ledger/rank-00000.jsonl``: epoch, step, first position in the
-global batch, keys. Cost: one buffered line a micro batch; leave it out of long runs.
+global batch, keys; written when the step is done. Cost: one buffered line a micro batch; leave it out of long runs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class SampleLedger(Callback):
 
     def __init__(self) -> None:
         self._file: IO[str] | None = None
+        self._under_way: list[str] = []  # lines of the step that is not done
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open this rank's file, if the rank speaks for its samples."""
@@ -38,7 +39,7 @@ class SampleLedger(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Write one micro batch."""
+        """Note one micro batch."""
         if self._file is None:
             return
         accumulation = trainer.accumulate_grad_batches
@@ -49,7 +50,20 @@ class SampleLedger(Callback):
             "first_position": index * len(batch[KEY]),
             "keys": batch[KEY],
         }
-        self._file.write(json.dumps(line) + "\n")
+        self._under_way.append(json.dumps(line) + "\n")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write a step that is done."""
+        if not trainer.fit_loop.epoch_loop._should_accumulate():
+            if self._file is not None:
+                self._file.writelines(self._under_way)
+            self._under_way.clear()
+
+    def on_step_thrown_away(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget a step that was not done."""
+        self._under_way.clear()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Close the file."""
@@ -61,14 +75,15 @@ class SampleLedger(Callback):
 def read_ledger(folder: Path) -> dict[int, list[str]]:
     """The sample keys of every step in the order of their positions, over all ranks' files.
 
-    A line cut off by a kill is ignored; of several lines for one place of a step, the last counts.
+    A line cut off by a kill is ignored; of several lines for one place of a step, the last counts. Their micro batches
+    may be of different sizes.
     """
-    steps: dict[int, dict[int, list[str]]] = {}
+    steps: dict[int, dict[int, str]] = {}
     for path in sorted(folder.glob("rank-*.jsonl"), key=lambda p: p.stat().st_mtime_ns):
         for text in path.read_text().splitlines():
             try:
                 line = json.loads(text)
             except ValueError:
                 continue
-            steps.setdefault(line["step"], {})[line["first_position"]] = line["keys"]
-    return {step: [key for at in sorted(parts) for key in parts[at]] for step, parts in sorted(steps.items())}
+            steps.setdefault(line["step"], {}).update(enumerate(line["keys"], start=line["first_position"]))
+    return {step: [keys[at] for at in sorted(keys)] for step, keys in sorted(steps.items())}

@@ -80,6 +80,11 @@ class RunRecord(Callback):
         """Note something that happened; written with the next change of the record."""
         self.record.setdefault("events", []).append({"step": step, "time": time.time(), "kind": kind, "text": text})
 
+    def note_micro_batch_size(self, size: int) -> None:
+        """Note the size that an attempt has come to, where it is to be found. Rank 0 only."""
+        self.record["attempts"][-1]["micro_batch_size"] = size
+        self._write()
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say why training stopped and what was best."""
         if not trainer.is_global_zero:

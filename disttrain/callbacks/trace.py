@@ -93,6 +93,10 @@ class StepTrace(Callback):
         if trainer.global_step == self._stop_at:
             trainer.should_stop = True  # on every rank, at the same step
 
+    def on_step_thrown_away(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget a step that was not done."""
+        self._loss = None
+
     def _step_loss(self, trainer: pl.Trainer, module: pl.LightningModule) -> float:
         """The loss of a step over all ranks; of a module that is no task, the mean over its micro batches."""
         local, self._loss = self._loss, None

@@ -9,7 +9,7 @@ Rank 0 of each node reads the shards' headers once and leaves sidecars; the othe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -28,9 +28,12 @@ from disttrain.data.splits import Shards, SourceConfig, open_sources, order_of
 from disttrain.data.workers import WorkerPool
 from disttrain.errors import CheckpointError, ConfigError, DataError, DisttrainError
 from disttrain.parallel.agree import raise_together
-from disttrain.parallel.config import BatchPlan
+from disttrain.parallel.config import BatchPlan, divisors
 from disttrain.parallel.ranks import data_ranks
 from disttrain.world import detect_world
+
+EVALUATED_AT_ONCE: Final = 32
+"""Samples of an evaluation's micro batch at most, where the size is to be found."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class ShardedDataModule(pl.LightningDataModule):
         fields: what a batch holds, by name: an extension (``cls``, ``image.npy``) or a :class:`Field`. By
             default every extension of the first shard, under its own name.
         global_batch_size: samples per optimizer step over all ranks.
-        micro_batch_size: samples per rank per forward pass, in training and evaluation.
+        micro_batch_size: samples per rank per forward pass, in training and evaluation; ``auto`` begins with all that
+            a rank takes of a global batch, and goes down as any rank runs out of memory.
         seed: seed of the training order.
         shuffle: how training samples are shuffled.
         loader: how batches are read ahead.
@@ -80,7 +84,7 @@ class ShardedDataModule(pl.LightningDataModule):
         predict: Shards | None = None,
         fields: dict[str, str | Field] | None = None,
         global_batch_size: int = 64,
-        micro_batch_size: int = 32,
+        micro_batch_size: int | Literal["auto"] = 32,
         seed: int = 0,
         shuffle: ShuffleConfig | None = None,
         loader: LoaderConfig | None = None,
@@ -105,7 +109,11 @@ class ShardedDataModule(pl.LightningDataModule):
         self.hooks = hooks or HooksConfig()
         self.skip_bad, self.max_bad_samples = on_bad_sample == "skip", max_bad_samples
         self.unsafe_decoders = tuple(unsafe_decoders or ())
-        self.micro_batch_size = micro_batch_size
+        self.finds_micro_batch_size = micro_batch_size == "auto"
+        """Whether the micro batch size is found by what fits into memory."""
+        self.micro_batch_size = 0 if micro_batch_size == "auto" else micro_batch_size
+        """Samples per rank per forward pass; 0 where it is to be found and training has not been set up."""
+        self._largest_micro_batch: int | None = None
         shuffle = shuffle or ShuffleConfig()
         self.order_config = OrderConfig(global_batch_size, seed=seed, lanes=shuffle.lanes, window=shuffle.window)
         self.loader_config = loader or LoaderConfig()
@@ -153,6 +161,46 @@ class ShardedDataModule(pl.LightningDataModule):
             self._set_accumulation(self.trainer, self.plan.accumulation)
             if "val" not in self._readers:
                 self.trainer.limit_val_batches = 0
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Samples per rank per forward pass of an evaluation."""
+        if not self.finds_micro_batch_size:
+            return self.micro_batch_size
+        # What has not been tried in training may be too large.
+        return min(self.micro_batch_size or EVALUATED_AT_ONCE, EVALUATED_AT_ONCE)
+
+    def limit_micro_batch_size(self, limit: int) -> None:
+        """Take the largest micro batch size up to a limit that the ranks' samples can be cut into.
+
+        Nothing where the size is not to be found. A trainer's accumulation and validation interval follow.
+
+        Args:
+            limit: the largest size, in samples.
+        """
+        if not self.finds_micro_batch_size:
+            return
+        self._largest_micro_batch = limit
+        if self.plan is None:
+            self.micro_batch_size = limit
+            return
+        older, self.plan = self.plan.accumulation, self._plan()
+        if self.trainer is not None:
+            self.trainer.accumulate_grad_batches = self.plan.accumulation
+            if isinstance(self.trainer.val_check_interval, int):
+                steps = self.trainer.val_check_interval // older
+                self.trainer.val_check_interval = steps * self.plan.accumulation
+
+    def adopt(self, state_dict: dict[str, Any]) -> None:
+        """Begin with the micro batch size that the run of a checkpoint had found, as far as it fits the ranks.
+
+        To be called before the trainer's counters are made from the checkpoint.
+
+        Args:
+            state_dict: what :meth:`state_dict` gave when it was made.
+        """
+        if "micro_batch_size" in state_dict:
+            self.limit_micro_batch_size(int(state_dict["micro_batch_size"]))
 
     def train_dataloader(self) -> TrainLoader:
         """The training micro batches of this rank, from where the trainer stands."""
@@ -204,10 +252,11 @@ class ShardedDataModule(pl.LightningDataModule):
         return self._readers[split]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint stores: the fingerprint of the order."""
+        """What a checkpoint stores: the fingerprint of the order, and the micro batch size where it was found."""
         if self.order is None:
             return {}
-        return {"order": {**self.order.fingerprint(), "names": self._readers["train"].index.names_hash()}}
+        found = {"micro_batch_size": self.micro_batch_size} if self.finds_micro_batch_size else {}
+        return {"order": {**self.order.fingerprint(), "names": self._readers["train"].index.names_hash()}, **found}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that the order is the one that the checkpoint was made under.
@@ -255,8 +304,15 @@ class ShardedDataModule(pl.LightningDataModule):
                 index, self._declared(index), cache=self.cache_config, unsafe_decoders=self.unsafe_decoders
             )
             if split == "train":
-                self.plan = BatchPlan(self.global_batch_size, self.micro_batch_size, self._num_ranks())
+                self.plan = self._plan()
                 self.order = order_of(indexes, self.order_config)
+
+    def _plan(self) -> BatchPlan:
+        if self.finds_micro_batch_size:
+            most = BatchPlan(self.global_batch_size, 1, self._num_ranks()).rank_batch_size
+            limit = min(self._largest_micro_batch or most, most)
+            self.micro_batch_size = max(size for size in divisors(most) if size <= limit)
+        return BatchPlan(self.global_batch_size, self.micro_batch_size, self._num_ranks())
 
     def _declared(self, index: ShardIndex) -> dict[str, Field]:
         if self.fields is None:
@@ -266,7 +322,7 @@ class ShardedDataModule(pl.LightningDataModule):
     def _evaluation(self, split: str) -> EvaluationLoader:
         return EvaluationLoader(
             self._maker(split),
-            micro_batch_size=self.micro_batch_size,
+            micro_batch_size=self.evaluation_batch_size,
             num_ranks=self._num_ranks(),
             rank=self._rank(),
             config=self.loader_config,

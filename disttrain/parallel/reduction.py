@@ -255,7 +255,6 @@ class TreeReduceScatter(ReduceScatter):
                 "reduction: tree, and the gradients of a sharded block came in two parts whose order is not fixed;"
                 " use reduction: fast, or leave the block out of shard_units()"
             )
-        self._called = True
         plan, shards, replicas = self._sums.plan, self._shards, self._replicas
         flat = [*self._older(input_tensor), input_tensor]
         elements = output_tensor.numel()
@@ -270,6 +269,7 @@ class TreeReduceScatter(ReduceScatter):
             output_tensor.zero_()
         first = self._replica * piece
         output_tensor[first : first + piece] = own[: max(0, min(piece, elements - first))]
+        self._called = True
 
     def release(self) -> None:
         """After the backward pass: let go of what the collectives read."""

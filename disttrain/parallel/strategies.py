@@ -32,6 +32,7 @@ from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.fsdp_internals import fsdp_modules, parameter_name, take_unreduced, trained_parameters
 from disttrain.parallel.initialize import initialize, leave_meta, starts_on_meta
 from disttrain.parallel.narrow import NarrowReduceScatter, install_narrow_hook, install_wide_hook
+from disttrain.parallel.out_of_memory import MemoryGuardMixin
 from disttrain.parallel.precision import shard_policy
 from disttrain.parallel.ranks import DataRanks, data_ranks, divide_ranks
 from disttrain.parallel.recompute import checkpoint_blocks
@@ -44,7 +45,7 @@ from disttrain.parallel.tensor import apply_tensor_plan
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
-class DDP(CheckpointMixin, SummationMixin, DDPStrategy):
+class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, DDPStrategy):
     """Every rank holds the whole model; gradients are averaged in buckets while the backward pass runs.
 
     Args:
@@ -142,7 +143,7 @@ class DDP(CheckpointMixin, SummationMixin, DDPStrategy):
             self._finish_alone([(name, parameter.grad) for name, parameter in parameters])
 
 
-class FSDP(CheckpointMixin, SummationMixin, DDPStrategy):
+class FSDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, DDPStrategy):
     """Parameters, gradients and optimizer state are sharded over the ranks (PyTorch's FSDP2).
 
     Args:

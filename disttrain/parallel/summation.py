@@ -20,6 +20,7 @@ from torch import Tensor
 from disttrain.errors import ConfigError
 from disttrain.parallel.config import ParallelConfig, ReductionName
 from disttrain.parallel.gradients import scale_gradients
+from disttrain.parallel.out_of_memory import MemoryGuard
 from disttrain.parallel.ranks import data_ranks
 from disttrain.parallel.reduction import PartialSums
 from disttrain.parallel.tree import plan_tree
@@ -34,6 +35,7 @@ class SummationMixin(_Base):
     """Adds gradients as the configuration says; to be mixed into a Lightning strategy, before its base."""
 
     config: ParallelConfig
+    memory_guard: MemoryGuard | None = None
     _sums: PartialSums | None = None
 
     @property
@@ -93,7 +95,7 @@ class SummationMixin(_Base):
             return
         parameters = self._trained()
         if self._trainer().fit_loop._should_accumulate():
-            sums.add([_present(name, self._take(parameter)) for name, parameter in parameters])
+            sums.add([self._taken(name, parameter) for name, parameter in parameters])
             return
         if sums.count != sums.plan.accumulation - 1:
             raise ConfigError(
@@ -101,7 +103,8 @@ class SummationMixin(_Base):
                 f" {sums.plan.accumulation}: the loader's length is no multiple of the accumulation",
                 mend="use disttrain's data module or drop the rest, or set parallel.reduction to fast",
             )
-        self._reduced(parameters)
+        if self.world_size > 1 or not self._is_empty_handed():
+            self._reduced(parameters)
         plan = sums.plan
         sums.start(plan)
         if plan.num_leaves != 2**plan.scale_exponent:
@@ -115,6 +118,16 @@ class SummationMixin(_Base):
         found = [_present(name, gradient) for name, gradient in gradients]
         with torch.no_grad():
             self._sums.finish(range(len(found)), found)
+
+    def _taken(self, name: str, parameter: Any) -> Tensor:
+        """A parameter's gradient of this micro batch; zeros on a rank that only keeps step with the others."""
+        gradient = self._take(parameter)
+        if self._is_empty_handed():
+            return torch.zeros_like(getattr(parameter, "_unsharded_param", parameter))
+        return _present(name, gradient)
+
+    def _is_empty_handed(self) -> bool:
+        return self.memory_guard is not None and self.memory_guard.failed is not None
 
     def _trainer(self) -> pl.Trainer:
         assert self.lightning_module is not None

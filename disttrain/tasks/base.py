@@ -57,6 +57,7 @@ class Task(pl.LightningModule):
         self._step_sums: list[Tensor] = []  # [sum of weighted losses, sum of weights] of this step's micro batches
         self._all_sums: Tensor | None = None  # the same of all ranks, by rank
         self._log_sums: Tensor | None = None  # the same over all ranks and the steps since the last log
+        self._log_sums_before: Tensor | None = None  # as they were before this step
         self._pending: dist.Work | None = None
         self._nominal = 1.0
 
@@ -131,6 +132,27 @@ class Task(pl.LightningModule):
         else:
             self.grad_norm = clip_gradient_norm(self.parameters(), bound, ordered=ordered)
 
+    def skip_micro_batch(self, batch_idx: int) -> None:
+        """Take part in what the ranks gather of a micro batch that this rank could not run.
+
+        Args:
+            batch_idx: its number.
+        """
+        if self._all_sums is not None:
+            return  # it had come so far
+        while len(self._step_sums) <= batch_idx % self.trainer.accumulate_grad_batches:
+            self._step_sums.append(torch.zeros(2, dtype=torch.float64, device=self.device))
+        if not self.trainer.fit_loop._should_accumulate():
+            self._gather_sums()
+
+    def forget_step(self) -> None:
+        """Forget the micro batches of a step that is thrown away."""
+        if self._pending is not None:
+            self._pending.wait()
+        self._pending, self._all_sums = None, None
+        self._step_sums.clear()
+        self._log_sums = self._log_sums_before
+
     def take_train_loss(self) -> Tensor | None:
         """The loss over the global batches since this was last called; float64 scalar, the same on all ranks."""
         if self._log_sums is None:
@@ -194,13 +216,13 @@ class Task(pl.LightningModule):
 
     def _gather_sums(self) -> None:
         """Start to gather this step's losses and weights from the ranks, while the backward pass runs."""
-        own = torch.stack(self._step_sums)
-        self._step_sums.clear()
-        self._all_sums = own
+        own = gathered = torch.stack(self._step_sums)
         ranks = data_ranks(self.trainer)
         if ranks.size > 1:
-            self._all_sums = own.new_empty(own.shape[0] * ranks.size, 2)
-            self._pending = all_gather_single(self._all_sums, own, group=ranks.group, async_op=True)
+            gathered = own.new_empty(own.shape[0] * ranks.size, 2)
+            self._pending = all_gather_single(gathered, own, group=ranks.group, async_op=True)
+        self._all_sums, self._log_sums_before = gathered, self._log_sums
+        self._step_sums.clear()
 
     def _reset(self, split: str) -> None:
         if split not in self.evaluation:

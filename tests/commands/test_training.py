@@ -184,3 +184,14 @@ def test_bf16_trains_under_both_strategies(fit: Callable[..., Outcome], tmp_path
     for strategy in ("ddp", "fsdp"):
         fit("--trainer.precision", precision, "--trainer.parallel.strategy", strategy, ranks=2, steps=30).ok()
         assert read_run(tmp_path / "run")["result"]["test/accuracy"] > 0.3, f"{strategy} did not learn"
+
+
+def test_a_micro_batch_size_is_found(fit: Callable[..., Outcome], digits: Path, tmp_path: Path) -> None:
+    """From the command line: all of a rank's samples where they fit, in run.json and for a later evaluation."""
+    size = ("--data.micro_batch_size", "auto")
+    fit(*size, ranks=2).ok()
+    assert read_run(tmp_path / "run")["attempts"][0]["micro_batch_size"] == 32
+    assert "micro_batch_size: auto" in (tmp_path / "run" / "config.yaml").read_text()
+    test = ("test", "--config", RECIPE, "--trainer.run_dir", str(tmp_path / "run"), f"--data.test={digits}/test.json")
+    run_cli(1, [*test, *size], folder=tmp_path / "test").ok()
+    assert_error(fit("--data.micro_batch_size", "automatic"), "micro_batch_size", "auto")
