@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from disttrain.callbacks import EMA, Checkpointing, EarlyStopping, SampleLedger
+    from disttrain.callbacks import EMA, Checkpointing, EarlyStopping, SampleLedger, UpdateGuard
     from disttrain.data.bad_samples import BadSampleError
     from disttrain.data.cache import CacheConfig
     from disttrain.data.decode import Field
@@ -59,6 +59,7 @@ _HOMES = {
     "SourceConfig": "disttrain.data.splits",
     "Task": "disttrain.tasks",
     "Trainer": "disttrain.trainer",
+    "UpdateGuard": "disttrain.callbacks",
     "__version__": "disttrain.version",
 }
 
@@ -91,6 +92,7 @@ __all__ = [
     "SourceConfig",
     "Task",
     "Trainer",
+    "UpdateGuard",
     "__version__",
 ]
 

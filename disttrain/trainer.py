@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from disttrain.callbacks.bad_samples import BadSamples
 from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.compilation import CompileReport
+from disttrain.callbacks.guard import UpdateGuard
 from disttrain.callbacks.micro_batch_size import MicroBatchSearch
 from disttrain.callbacks.progress import StepProgress
 from disttrain.callbacks.randomness import KeyedRandomness
@@ -109,8 +110,8 @@ class Trainer(pl.Trainer):
             own.append(CompileReport(self.record))
         if progress_bar:
             own.append(StepProgress(self.step_log))
-        if not any(isinstance(callback, Checkpointing) for callback in callbacks or []):
-            own.append(Checkpointing())
+        given = tuple(type(callback) for callback in callbacks or [])
+        own += [kind() for kind in (Checkpointing, UpdateGuard) if not any(issubclass(own, kind) for own in given)]
         super().__init__(
             accelerator=device,
             devices=world.local_size,

@@ -45,6 +45,7 @@ PUBLIC = [
     "SourceConfig",
     "Task",
     "Trainer",
+    "UpdateGuard",
     "__version__",
 ]
 

@@ -26,6 +26,7 @@ from torch import nn
 from disttrain.callbacks.bad_samples import FOLDER
 from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.early_stopping import EarlyStopping
+from disttrain.callbacks.guard import UpdateGuard
 from disttrain.callbacks.prediction_files import SAMPLES_PER_FILE, Output
 from disttrain.callbacks.prediction_formats import FormatName
 from disttrain.callbacks.predictions import PredictionWriter
@@ -97,6 +98,7 @@ class TrainingCLI(LightningCLI):
         """Stopping, checkpoints, and one seed for order, weights and dropout."""
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
         parser.add_lightning_class_args(Checkpointing, "checkpoint")
+        parser.add_lightning_class_args(UpdateGuard, "guard")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "trainer.seed", compute_fn=int)
 

@@ -15,7 +15,7 @@ Cost: one gathering of two numbers a micro batch and one pass over the gradients
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -30,7 +30,13 @@ from disttrain.data.module import sharded_data
 from disttrain.errors import DataError, nearest
 from disttrain.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
 from disttrain.parallel.collectives import all_gather_single
-from disttrain.parallel.gradients import clip_gradient_norm, clip_gradient_value, scale_gradients
+from disttrain.parallel.gradients import (
+    clip_gradient_norm,
+    clip_gradient_value,
+    gradient_norm,
+    ordered_gradient_norm,
+    scale_gradients,
+)
 from disttrain.parallel.ranks import data_ranks
 from disttrain.tasks.metrics import WeightedMean
 
@@ -52,12 +58,16 @@ class Task(pl.LightningModule):
         self.evaluation = nn.ModuleDict()  # split -> its metrics; filled when a split is first evaluated
         self.grad_norm: Tensor | None = None
         """Norm of the last step's gradient before clipping, where it was taken. float64 scalar."""
+        self.judge: Callable[[Optimizer, Tensor, Tensor], None] | None = None
+        """Is told a step's loss over the global batch and its gradient norm, float64 scalars, before the optimizer
+        steps."""
         self.last_evaluation: dict[str, float] = {}
         """The metrics of the last validation or test, by the name they are logged under."""
         self._step_sums: list[Tensor] = []  # [sum of weighted losses, sum of weights] of this step's micro batches
         self._all_sums: Tensor | None = None  # the same of all ranks, by rank
         self._log_sums: Tensor | None = None  # the same over all ranks and the steps since the last log
         self._log_sums_before: Tensor | None = None  # as they were before this step
+        self._step_loss: Tensor | None = None
         self._pending: dist.Work | None = None
         self._nominal = 1.0
 
@@ -116,6 +126,7 @@ class Task(pl.LightningModule):
         factor = torch.where(weight > 0, self._nominal / weight.clamp(min=1e-30), torch.zeros_like(weight))
         scale_gradients(self.parameters(), factor)
         self._log_sums = sums if self._log_sums is None else self._log_sums + sums
+        self._step_loss = sums[0] / torch.where(weight > 0, weight, 1.0)
 
     def configure_gradient_clipping(
         self,
@@ -124,13 +135,15 @@ class Task(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the whole gradient under every strategy, and keep its norm before that for the log."""
-        if not gradient_clip_val:
-            return
-        bound, ordered = float(gradient_clip_val), getattr(self.trainer.strategy, "reduction", "fast") == "tree"
-        if gradient_clip_algorithm == "value":
+        bound, ordered = float(gradient_clip_val or 0), getattr(self.trainer.strategy, "reduction", "fast") == "tree"
+        if bound and gradient_clip_algorithm == "value":
             self.grad_norm = clip_gradient_value(self.parameters(), bound, ordered=ordered)
-        else:
+        elif bound:
             self.grad_norm = clip_gradient_norm(self.parameters(), bound, ordered=ordered)
+        elif self.judge is not None:
+            self.grad_norm = (ordered_gradient_norm if ordered else gradient_norm)(self.parameters())
+        if self.judge is not None and self._step_loss is not None and self.grad_norm is not None:
+            self.judge(optimizer, self._step_loss, self.grad_norm)
 
     def skip_micro_batch(self, batch_idx: int) -> None:
         """Take part in what the ranks gather of a micro batch that this rank could not run.

@@ -63,3 +63,12 @@ class MeanOfMeansDigits(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+class FeatureTask(ClassificationTask):
+    """Two classes by six features, with momentum, whose state a spoilt step would spoil too."""
+
+    def __init__(self, lr: float = 0.05) -> None:
+        model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 2))
+        optimizer = OptimizerConfig(name="sgd", lr=lr, momentum=0.9)
+        super().__init__(model, num_classes=2, input="features", optimizer=optimizer)
