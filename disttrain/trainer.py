@@ -9,27 +9,31 @@ before every batch are taken out.
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 from disttrain.callbacks.bad_samples import BadSamples
 from disttrain.callbacks.checkpointing import Checkpointing
+from disttrain.callbacks.preemption import Preemption
 from disttrain.callbacks.progress import StepProgress
 from disttrain.callbacks.randomness import KeyedRandomness
 from disttrain.callbacks.run_record import RunRecord
 from disttrain.callbacks.step_log import StepLog
-from disttrain.errors import ConfigError
+from disttrain.ending import EndingFitLoop
+from disttrain.errors import ConfigError, Preempted
 from disttrain.metrics_log import MetricsLog
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.strategies import build_strategy
-from disttrain.runs import Start, choose_start
+from disttrain.runs import Start, choose_start, stopped_by_request
 from disttrain.world import detect_world
 
 PrecisionName = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
@@ -48,6 +52,7 @@ class Trainer(pl.Trainer):
         gradient_clip_norm: largest norm of a step's gradient.
         parallel: how the model is spread over the ranks.
         seed: seed of dropout and other random numbers in training.
+        stop_after: duration, such as ``3h50m``, after which to save and stop, counted from the launch.
         accelerator: ``auto`` takes CUDA where there is any.
         callbacks: further callbacks; checkpoints are kept by default settings unless one says otherwise.
         progress_bar: show progress on rank 0.
@@ -68,6 +73,7 @@ class Trainer(pl.Trainer):
         gradient_clip_norm: float | None = None,
         parallel: ParallelConfig | None = None,
         seed: int = 0,
+        stop_after: str | None = None,
         accelerator: Literal["auto", "cpu", "cuda"] = "auto",
         callbacks: list[Callback] | None = None,
         progress_bar: bool = True,
@@ -84,6 +90,7 @@ class Trainer(pl.Trainer):
         self.run_dir = Path(run_dir)
         self.record = RunRecord(self.run_dir, strategy=parallel.strategy, precision=precision)
         self.step_log = StepLog(log_every_steps)
+        self.preemption = Preemption(self.run_dir, stop_after=stop_after)
         own: list[Callback] = [
             KeyedRandomness(seed),
             _Intervals(validate_every_steps),
@@ -113,13 +120,14 @@ class Trainer(pl.Trainer):
                 MetricsLog(self.run_dir),
                 TensorBoardLogger(save_dir=self.run_dir, name="", version="tensorboard"),
             ],
-            callbacks=[*own, *(callbacks or [])],
+            callbacks=[*own, *(callbacks or []), self.preemption],
             enable_progress_bar=progress_bar,
             enable_model_summary=False,
             enable_autolog_hparams=False,
             default_root_dir=self.run_dir,
         )
         self._quieten()
+        self.fit_loop.__class__ = EndingFitLoop
 
     def connect(self) -> None:
         """Join the other ranks now rather than in ``fit``; a later call does nothing."""
@@ -132,15 +140,24 @@ class Trainer(pl.Trainer):
 
         Raises:
             CheckpointError: the named checkpoint does not exist or is torn.
+            Preempted: this launch was asked to stop, and has been restarted by torchrun.
         """
         self.connect()
-        start = Start(None)
+        start, stopped = Start(None), ""
         with raise_together():
             if self.is_global_zero:
-                start = choose_start(self.run_dir, resume)
-        start = self.strategy.broadcast(start)
+                stopped = stopped_by_request(self.run_dir)
+                start = start if stopped else choose_start(self.run_dir, resume)
+        start, stopped = self.strategy.broadcast((start, stopped))
+        if stopped:
+            raise Preempted(f"not started again: this launch was {stopped}")
         self.record.start = start
         return start
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        # The whole of a fit, from its set-up on; an evaluation has nothing to save.
+        with self.preemption.noting() if self.state.fn == TrainerFn.FITTING else nullcontext():
+            return super()._run(*args, **kwargs)
 
     def _quieten(self) -> None:
         # What Lightning warns of that does not hold here: its own use of a deprecated name, loaders without
