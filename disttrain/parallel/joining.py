@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
-from torch.distributed.distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from disttrain.errors import RankError
 
@@ -45,7 +45,9 @@ class JoiningMixin(DDPStrategy):
 
 def _store_of_this_attempt(rank: int, size: int, timeout: timedelta) -> Store:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, size, is_master=False, timeout=timeout)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        address, port, size, is_master=False, timeout=timeout
+    )
     name = agree_on_a_name(store, rank, size, timeout.total_seconds())
     return PrefixStore(f"disttrain/{name}", store)
 
