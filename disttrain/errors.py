@@ -13,6 +13,8 @@ from typing import Final
 
 PREEMPTED_CODE: Final = 75
 """Exit code of a run that was stopped from outside and goes on when it is started again (``EX_TEMPFAIL``)."""
+HUNG_CODE: Final = 76
+"""Exit code of a run in which nothing moved any more; a launcher that restarts is to restart it."""
 
 
 class DisttrainError(Exception):

@@ -27,6 +27,7 @@ from disttrain.callbacks.progress import StepProgress
 from disttrain.callbacks.randomness import KeyedRandomness
 from disttrain.callbacks.run_record import RunRecord
 from disttrain.callbacks.step_log import StepLog
+from disttrain.callbacks.watchdog import Watchdog
 from disttrain.ending import EndingFitLoop
 from disttrain.errors import ConfigError, Preempted
 from disttrain.metrics_log import MetricsLog
@@ -53,6 +54,8 @@ class Trainer(pl.Trainer):
         parallel: how the model is spread over the ranks.
         seed: seed of dropout and other random numbers in training.
         stop_after: duration, such as ``3h50m``, after which to save and stop, counted from the launch.
+        hang_timeout: duration without a step or batch after which the run reports where it hangs, and ends; ``0``
+            never. Less than the 30 minutes after which PyTorch gives up a collective.
         accelerator: ``auto`` takes CUDA where there is any.
         callbacks: further callbacks; checkpoints are kept by default settings unless one says otherwise.
         progress_bar: show progress on rank 0.
@@ -74,6 +77,7 @@ class Trainer(pl.Trainer):
         parallel: ParallelConfig | None = None,
         seed: int = 0,
         stop_after: str | None = None,
+        hang_timeout: str = "25m",
         accelerator: Literal["auto", "cpu", "cuda"] = "auto",
         callbacks: list[Callback] | None = None,
         progress_bar: bool = True,
@@ -92,6 +96,7 @@ class Trainer(pl.Trainer):
         self.step_log = StepLog(log_every_steps)
         self.preemption = Preemption(self.run_dir, stop_after=stop_after)
         own: list[Callback] = [
+            Watchdog(self.run_dir, hang_timeout=hang_timeout),
             KeyedRandomness(seed),
             _Intervals(validate_every_steps),
             BadSamples(self.run_dir, log_every_steps),

@@ -48,7 +48,7 @@ PUBLIC = [
 ]
 
 LAYERS: dict[str, int] = {
-    **dict.fromkeys(["durations", "errors", "files", "signals", "world", "version"], 0),
+    **dict.fromkeys(["durations", "errors", "files", "signals", "whereabouts", "world", "version"], 0),
     **dict.fromkeys(
         [
             *(f"data.{name}" for name in ("tar", "index", "order", "samples", "write", "tables", "sources", "pack")),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 
@@ -115,3 +116,29 @@ class Slowly(Callback):
     ) -> None:
         """Wait."""
         time.sleep(self.seconds)
+
+
+class HangAt(Callback):
+    """Makes a rank hang before a step.
+
+    Args:
+        step: optimizer steps done before.
+        how: ``loop`` (user code that never ends), ``collective`` (one that no other rank is in) or ``stop`` (SIGSTOP).
+        rank: which rank.
+    """
+
+    def __init__(self, step: int, how: str, *, rank: int = 1) -> None:
+        self.step, self.how, self.rank = step, how, rank
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Hang here."""
+        if trainer.global_step != self.step or trainer.global_rank != self.rank:
+            return
+        if self.how == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif self.how == "collective":
+            dist.barrier()
+        while self.how == "loop":
+            sum(range(1000))
