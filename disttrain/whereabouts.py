@@ -79,9 +79,10 @@ def describe(main: Sequence[FrameType], readers: Sequence[Sequence[FrameType]]) 
 
 def _in_reader(readers: Sequence[Sequence[FrameType]]) -> str:
     for stack in readers:
-        if any(_loads(frame) for frame in stack):
-            users = next((frame for frame in stack if _is_users(frame)), None)
-            told = [_shards(stack), f"in user code {_spot(users)}" if users is not None else ""]
+        depth = next((depth for depth, frame in enumerate(stack) if _loads(frame)), None)
+        if depth is not None:
+            users = next((frame for frame in stack[:depth] if _is_users(frame)), None)
+            told = [_shards(stack[:depth]), f"in user code {_spot(users)}" if users is not None else ""]
             return ", ".join(["is in the reader", *filter(None, told)])
     return "waits for the reader, whose threads have nothing to do"
 
