@@ -33,6 +33,7 @@ PUBLIC = [
     "Order",
     "OrderConfig",
     "ParallelConfig",
+    "Preempted",
     "RandomResizedCrop",
     "RegressionTask",
     "SampleLedger",

@@ -183,7 +183,17 @@ def _origin(run: Run) -> str:
     return ", ".join([*([f"disttrain {run.command}"] if run.command else []), *said, f"in {run.folder}"])
 
 
-_ATTEMPT_HEADS: Final = ("Attempt", "Started", "Ended", "From step", "To step", "Ranks", "Strategy", "Precision")
+_ATTEMPT_HEADS: Final = (
+    "Attempt",
+    "Started",
+    "Ended",
+    "From step",
+    "To step",
+    "Ranks",
+    "Strategy",
+    "Precision",
+    "Why it ended",
+)
 
 
 def _attempt_rows(run: Run) -> list[Row]:
@@ -198,6 +208,7 @@ def _attempt_rows(run: Run) -> list[Row]:
                 _count(attempt.world_size),
                 attempt.strategy,
                 attempt.precision,
+                attempt.stop_reason or None,
             ],
         )
         for i, attempt in enumerate(run.attempts, 1)

@@ -53,6 +53,7 @@ class Attempt:
         world_size: how many ranks it had.
         strategy: such as ``ddp``.
         precision: such as ``32-true``.
+        stop_reason: why it ended; empty where that was not recorded.
     """
 
     started: float | None
@@ -62,6 +63,7 @@ class Attempt:
     world_size: int | None
     strategy: str
     precision: str
+    stop_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -287,6 +289,7 @@ def _attempt(entry: dict[str, Any]) -> Attempt:
         world_size=_whole(entry.get("world_size")),
         strategy=_text(entry.get("strategy")),
         precision=_text(entry.get("precision")),
+        stop_reason=_text(entry.get("stop_reason")),
     )
 
 

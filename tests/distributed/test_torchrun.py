@@ -51,13 +51,14 @@ def test_a_killed_rank_restarts_the_job_by_itself(digits: Path, tmp_path: Path, 
     assert run["result"] == read_run(whole)["result"]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_what_torchrun_is_told_its_ranks_are_told(digits: Path, tmp_path: Path, whole: Path, name: str) -> None:
     """torchrun passes the signal on, waits for the ranks, and ends with 1; the ranks have saved."""
     run_dir = tmp_path / "run"
     slow = ["--trainer.callbacks+=tests.support.callbacks.Slowly", "--trainer.callbacks.seconds=0.3"]
     arguments = fit_arguments(run_dir, digits, "ddp", [*TREE, *slow])
-    with torchrun([*STANDALONE, "--max-restarts", "2"], arguments, tmp_path / "log") as launch:
+    handled = ("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1")  # not SIGUSR1 by default
+    with torchrun([*STANDALONE, "--max-restarts", "2", *handled], arguments, tmp_path / "log") as launch:
         launch.wait_for(run_dir / "checkpoints" / "step-00000004")
         launch.process.send_signal(signal.Signals[name])
         code = launch.wait(60)
