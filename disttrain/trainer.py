@@ -27,6 +27,7 @@ from disttrain.callbacks.progress import StepProgress
 from disttrain.callbacks.randomness import KeyedRandomness
 from disttrain.callbacks.run_record import RunRecord
 from disttrain.callbacks.step_log import StepLog
+from disttrain.callbacks.stragglers import Stragglers
 from disttrain.callbacks.watchdog import Watchdog
 from disttrain.ending import EndingFitLoop
 from disttrain.errors import ConfigError, Preempted
@@ -101,6 +102,7 @@ class Trainer(pl.Trainer):
             _Intervals(validate_every_steps),
             BadSamples(self.run_dir, log_every_steps),
             self.step_log,
+            Stragglers(),
             self.record,
         ]
         if progress_bar:

@@ -86,6 +86,10 @@ class RunRecord(Callback):
         """Note something that happened; written with the next change of the record."""
         self.record.setdefault("events", []).append({"step": step, "time": time.time(), "kind": kind, "text": text})
 
+    def set_ranks(self, ranks: list[dict[str, Any]]) -> None:
+        """Keep the ranks' step times; written with the next change of the record. Rank 0 only."""
+        self.record["ranks"] = ranks
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say why training stopped and what was best."""
         if not trainer.is_global_zero:

@@ -88,6 +88,20 @@ def test_a_job_that_was_asked_to_stop_is_not_restarted(digits: Path, tmp_path: P
     assert [attempt["to_step"] for attempt in read_run(run_dir)["attempts"]] == [6]
 
 
+def test_a_hang_restarts_the_job(digits: Path, tmp_path: Path, whole: Path) -> None:
+    run_dir = tmp_path / "run"
+    name = "--trainer.callbacks"
+    hang = [f"{name}+=tests.support.callbacks.HangAt", f"{name}.step=9", f"{name}.how=loop"]
+    arguments = fit_arguments(run_dir, digits, "ddp", [*TREE, *hang, "--trainer.hang_timeout", "10s"])
+    with torchrun([*STANDALONE, "--max-restarts", "1"], arguments, tmp_path / "log") as launch:
+        assert launch.wait() == 0, launch.log.read_text()
+        assert "rank 1 is in user code support/callbacks.py" in launch.log.read_text()
+    run = read_run(run_dir)
+    assert [attempt["from_step"] for attempt in run["attempts"]] == [0, 8]
+    assert [attempt["stop_reason"] for attempt in run["attempts"]] == ["hung", f"max_steps {STEPS} reached"]
+    assert not differing(final_weights(whole), final_weights(run_dir))
+
+
 def test_a_node_that_dies_leaves_a_smaller_job(digits: Path, tmp_path: Path, whole: Path) -> None:
     """Two agents of one rank each; one dies, the other goes on alone. The tree's sums do not depend on that."""
     run_dir = tmp_path / "run"

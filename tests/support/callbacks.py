@@ -106,20 +106,22 @@ class Slowly(Callback):
 
     Args:
         seconds: how much longer.
+        rank: on which rank; all by default.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float, *, rank: int | None = None) -> None:
+        self.seconds, self.rank = seconds, rank
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Wait."""
-        time.sleep(self.seconds)
+        if self.rank in (None, trainer.global_rank):
+            time.sleep(self.seconds)
 
 
 class HangAt(Callback):
-    """Makes a rank hang before a step.
+    """Makes a rank hang before a step, in a run that has not hung yet.
 
     Args:
         step: optimizer steps done before.
@@ -135,6 +137,8 @@ class HangAt(Callback):
     ) -> None:
         """Hang here."""
         if trainer.global_step != self.step or trainer.global_rank != self.rank:
+            return
+        if (Path(trainer.default_root_dir) / "hangs").exists():
             return
         if self.how == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
