@@ -104,7 +104,6 @@ class Watchdog(Callback):
         if self._ended is not None:
             self._ended.set()
             self._ended = None
-            faulthandler.cancel_dump_traceback_later()
 
     def _watch(self, ended: threading.Event, world: World) -> None:
         folder = self.run_dir / FOLDER / self._attempt
@@ -119,8 +118,10 @@ class Watchdog(Callback):
             if quiet >= self._timeout or folder.exists():
                 self._end(folder, world, quiet)
             with suppress(OSError):  # standard error may be gone
-                patience = self._timeout + _GRACE_SECONDS + 2 * self._interval
-                faulthandler.dump_traceback_later(patience, exit=True, file=2)
+                patience = self._timeout + 2 * self._interval
+                # It prints and no more: it also fires when a process goes on that was stopped for long.
+                faulthandler.dump_traceback_later(patience, exit=False, file=2)
+        faulthandler.cancel_dump_traceback_later()
 
     def _end(self, folder: Path, world: World, quiet: float) -> None:
         """Tell where this rank is, see to it that there is a report, and end the process."""

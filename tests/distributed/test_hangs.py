@@ -59,9 +59,11 @@ def test_an_extra_collective(digits: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_stopped(digits: Path, tmp_path: Path) -> None:
-    outcome = hang(tmp_path / "run", digits, *at("stop"))
+@pytest.mark.parametrize("how", ["stop", "lock"])
+def test_a_rank_whose_python_does_not_run(digits: Path, tmp_path: Path, how: str) -> None:
+    outcome = hang(tmp_path / "run", digits, *at(how))
     assert_reported(outcome, tmp_path / "run", "rank 1 told nothing: dead, stopped", silent=1)
+    assert ("in on_train_batch_start" in outcome.outputs[1]) == (how == "lock"), outcome.outputs[1]
 
 
 @pytest.mark.slow

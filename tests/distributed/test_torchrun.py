@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,22 @@ def test_a_hang_restarts_the_job(digits: Path, tmp_path: Path, whole: Path) -> N
     assert [attempt["from_step"] for attempt in run["attempts"]] == [0, 8]
     assert [attempt["stop_reason"] for attempt in run["attempts"]] == ["hung", f"max_steps {STEPS} reached"]
     assert not differing(final_weights(whole), final_weights(run_dir))
+
+
+def test_a_job_that_was_suspended_does_not_hang(digits: Path, tmp_path: Path) -> None:
+    """All ranks stopped for longer than the limit, as by a scheduler, go on."""
+    run_dir = tmp_path / "run"
+    slow = ["--trainer.callbacks+=tests.support.callbacks.Slowly", "--trainer.callbacks.seconds=0.2"]
+    arguments = fit_arguments(run_dir, digits, "ddp", [*slow, "--trainer.hang_timeout", "10s"])
+    with torchrun(STANDALONE, arguments, tmp_path / "log") as launch:
+        launch.wait_for(run_dir / "checkpoints" / "step-00000004")
+        for worker in launch.workers():
+            worker.suspend()
+        time.sleep(15)  # what is tested is the passing of time
+        for worker in launch.workers():
+            worker.resume()
+        assert launch.wait() == 0, launch.log.read_text()
+    assert not (run_dir / "hangs").exists()
 
 
 def test_a_node_that_dies_leaves_a_smaller_job(digits: Path, tmp_path: Path, whole: Path) -> None:

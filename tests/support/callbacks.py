@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -125,7 +126,8 @@ class HangAt(Callback):
 
     Args:
         step: optimizer steps done before.
-        how: ``loop`` (user code that never ends), ``collective`` (one that no other rank is in) or ``stop`` (SIGSTOP).
+        how: ``loop`` (user code that never ends), ``collective`` (one that no other rank is in), ``stop`` (SIGSTOP)
+            or ``lock`` (code of C that holds Python's lock).
         rank: which rank.
     """
 
@@ -142,6 +144,8 @@ class HangAt(Callback):
             return
         if self.how == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
+        elif self.how == "lock":
+            ctypes.PyDLL(None).sleep(600)
         elif self.how == "collective":
             dist.barrier()
         while self.how == "loop":
