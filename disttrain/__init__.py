@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from disttrain.data.module import ShardedDataModule, ShuffleConfig
     from disttrain.data.order import Order, OrderConfig
     from disttrain.data.splits import SourceConfig
-    from disttrain.errors import DisttrainError
+    from disttrain.errors import DisttrainError, Preempted
     from disttrain.optim import OptimizerConfig, ScheduleConfig
     from disttrain.parallel.config import BatchPlan, ParallelConfig
     from disttrain.parallel.strategies import DDP, FSDP
@@ -49,6 +49,7 @@ _HOMES = {
     "Order": "disttrain.data.order",
     "OrderConfig": "disttrain.data.order",
     "ParallelConfig": "disttrain.parallel.config",
+    "Preempted": "disttrain.errors",
     "RegressionTask": "disttrain.tasks",
     "SampleLedger": "disttrain.callbacks",
     "ScheduleConfig": "disttrain.optim",
@@ -81,6 +82,7 @@ __all__ = [
     "Order",
     "OrderConfig",
     "ParallelConfig",
+    "Preempted",
     "RandomResizedCrop",
     "RegressionTask",
     "SampleLedger",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-from disttrain.errors import ConfigError, DisttrainError, RankError, nearest
+from disttrain.errors import PREEMPTED_CODE, ConfigError, DisttrainError, Preempted, RankError, nearest
 from disttrain.world import detect_world
 
 _TRAINING = {
@@ -42,6 +42,10 @@ def main(argv: list[str] | None = None) -> int:
         return RankError.exit_code
     except KeyboardInterrupt:
         return _interrupted()
+    except Preempted as stop:
+        if detect_world().rank == 0:
+            print(f"disttrain: {stop}", file=sys.stderr)
+        return PREEMPTED_CODE
     except SystemExit as exit_:
         # Lightning ends a training that Ctrl-C interrupts by a bare exit.
         if isinstance(exit_.__context__, KeyboardInterrupt):

@@ -9,6 +9,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Final
+
+PREEMPTED_CODE: Final = 75
+"""Exit code of a run that was stopped from outside and goes on when it is started again (``EX_TEMPFAIL``)."""
+HUNG_CODE: Final = 76
+"""Exit code of a run in which nothing moved any more; a launcher that restarts is to restart it."""
 
 
 class DisttrainError(Exception):
@@ -56,6 +62,23 @@ class CheckpointError(DisttrainError):
 
 class RankError(DisttrainError):
     """A failure on some ranks that every rank is told of, so that all stop together."""
+
+
+class Preempted(SystemExit):
+    """Training was stopped from outside, at a step boundary, and what it had is saved.
+
+    It ends the process with :data:`PREEMPTED_CODE` and without a traceback, unless it is caught.
+
+    Args:
+        message: step, cause and checkpoint, in one sentence.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(PREEMPTED_CODE)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def _rebuild(kind: type[DisttrainError], what: str, mend: str) -> DisttrainError:

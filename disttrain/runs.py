@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+
+import psutil
 
 from disttrain.checkpoint import store
 from disttrain.errors import CheckpointError
@@ -22,6 +25,7 @@ from disttrain.files import write_atomically
 RUN_FILE: Final = "run.json"
 CHECKPOINTS: Final = "checkpoints"
 COMPLETED: Final = "completed"
+PREEMPTED: Final = "preempted"
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,24 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def launch_id() -> str:
+    """What the attempts that one torchrun starts have in common; empty without torchrun."""
+    if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
+        return ""
+    launcher = psutil.Process(os.getppid())
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"{run_id}@{platform.node()}:{launcher.pid}:{launcher.create_time():.2f}"
+
+
+def stopped_by_request(run_dir: Path) -> str:
+    """Why this launch was asked to stop, if it was; torchrun restarts whatever ends with another code than 0."""
+    attempts = read_run(run_dir).get("attempts") or [{}]
+    mine = launch_id()
+    if not mine or attempts[-1].get("launch") != mine or attempts[-1].get("status") != PREEMPTED:
+        return ""
+    return str(attempts[-1].get("stop_reason", PREEMPTED))
 
 
 def write_run(run_dir: Path, record: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ before every batch are taken out.
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,23 +18,28 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 from disttrain.callbacks.bad_samples import BadSamples
 from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.compilation import CompileReport
 from disttrain.callbacks.guard import UpdateGuard
 from disttrain.callbacks.micro_batch_size import MicroBatchSearch
+from disttrain.callbacks.preemption import Preemption
 from disttrain.callbacks.progress import StepProgress
 from disttrain.callbacks.randomness import KeyedRandomness
 from disttrain.callbacks.run_record import RunRecord
 from disttrain.callbacks.step_log import StepLog
-from disttrain.errors import ConfigError
+from disttrain.callbacks.stragglers import Stragglers
+from disttrain.callbacks.watchdog import Watchdog
+from disttrain.ending import EndingFitLoop
+from disttrain.errors import ConfigError, Preempted
 from disttrain.metrics_log import MetricsLog
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.precision import ScaledPrecision, use_tensor_cores
 from disttrain.parallel.strategies import build_strategy
-from disttrain.runs import Start, choose_start
+from disttrain.runs import Start, choose_start, stopped_by_request
 from disttrain.world import detect_world
 
 PrecisionName = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
@@ -53,6 +59,9 @@ class Trainer(pl.Trainer):
         gradient_clip_value: largest absolute value of an element of it; not together with ``gradient_clip_norm``.
         parallel: how the model is spread over the ranks.
         seed: seed of dropout and other random numbers in training, and of initial weights with ``parallel.meta_init``.
+        stop_after: duration, such as ``3h50m``, after which to save and stop, counted from the launch.
+        hang_timeout: duration without a step or batch after which the run reports where it hangs, and ends; ``0``
+            never. Less than the 30 minutes after which PyTorch gives up a collective.
         accelerator: ``auto`` takes CUDA where there is any.
         callbacks: further callbacks; checkpoints are kept by default settings unless one says otherwise.
         progress_bar: show progress on rank 0.
@@ -75,6 +84,8 @@ class Trainer(pl.Trainer):
         gradient_clip_value: float | None = None,
         parallel: ParallelConfig | None = None,
         seed: int = 0,
+        stop_after: str | None = None,
+        hang_timeout: str = "25m",
         accelerator: Literal["auto", "cpu", "cuda"] = "auto",
         callbacks: list[Callback] | None = None,
         progress_bar: bool = True,
@@ -98,11 +109,14 @@ class Trainer(pl.Trainer):
         self.run_dir = Path(run_dir)
         self.record = RunRecord(self.run_dir, strategy=parallel.strategy, precision=precision)
         self.step_log = StepLog(log_every_steps)
+        self.preemption = Preemption(self.run_dir, stop_after=stop_after)
         own: list[Callback] = [
+            Watchdog(self.run_dir, hang_timeout=hang_timeout),
             KeyedRandomness(seed),
             _Intervals(validate_every_steps),
             BadSamples(self.run_dir, log_every_steps),
             self.step_log,
+            Stragglers(),
             self.record,
             MicroBatchSearch(self.record),
         ]
@@ -111,7 +125,7 @@ class Trainer(pl.Trainer):
         if progress_bar:
             own.append(StepProgress(self.step_log))
         given = tuple(type(callback) for callback in callbacks or [])
-        own += [kind() for kind in (Checkpointing, UpdateGuard) if not any(issubclass(own, kind) for own in given)]
+        own += [kind() for kind in (Checkpointing, UpdateGuard) if not any(issubclass(one, kind) for one in given)]
         super().__init__(
             accelerator=device,
             devices=world.local_size,
@@ -130,13 +144,14 @@ class Trainer(pl.Trainer):
                 MetricsLog(self.run_dir),
                 TensorBoardLogger(save_dir=self.run_dir, name="", version="tensorboard"),
             ],
-            callbacks=[*own, *(callbacks or [])],
+            callbacks=[*own, *(callbacks or []), self.preemption],
             enable_progress_bar=progress_bar,
             enable_model_summary=False,
             enable_autolog_hparams=False,
             default_root_dir=self.run_dir,
         )
         self._quieten()
+        self.fit_loop.__class__ = EndingFitLoop
 
     def connect(self) -> None:
         """Join the other ranks now rather than in ``fit``; a later call does nothing."""
@@ -149,15 +164,24 @@ class Trainer(pl.Trainer):
 
         Raises:
             CheckpointError: the named checkpoint does not exist or is torn.
+            Preempted: this launch was asked to stop, and has been restarted by torchrun.
         """
         self.connect()
-        start = Start(None)
+        start, stopped = Start(None), ""
         with raise_together():
             if self.is_global_zero:
-                start = choose_start(self.run_dir, resume)
-        start = self.strategy.broadcast(start)
+                stopped = stopped_by_request(self.run_dir)
+                start = start if stopped else choose_start(self.run_dir, resume)
+        start, stopped = self.strategy.broadcast((start, stopped))
+        if stopped:
+            raise Preempted(f"not started again: this launch was {stopped}")
         self.record.start = start
         return start
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        # The whole of a fit, from its set-up on; an evaluation has nothing to save.
+        with self.preemption.noting() if self.state.fn == TrainerFn.FITTING else nullcontext():
+            return super()._run(*args, **kwargs)
 
     def _quieten(self) -> None:
         # What Lightning warns of that does not hold here: its own use of a deprecated name, loaders without

@@ -34,6 +34,7 @@ PUBLIC = [
     "Order",
     "OrderConfig",
     "ParallelConfig",
+    "Preempted",
     "RandomResizedCrop",
     "RegressionTask",
     "SampleLedger",
@@ -50,7 +51,7 @@ PUBLIC = [
 ]
 
 LAYERS: dict[str, int] = {
-    **dict.fromkeys(["errors", "files", "world", "version"], 0),
+    **dict.fromkeys(["durations", "errors", "files", "signals", "whereabouts", "world", "version"], 0),
     **dict.fromkeys(
         [
             *(f"data.{name}" for name in ("tar", "index", "order", "samples", "write", "tables", "sources", "pack")),
@@ -96,6 +97,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(["parallel.agree", "parallel.gradients", "parallel.randomness", "parallel.shard"], 2),
     **dict.fromkeys(["parallel.compiling", "parallel.initialize", "parallel.precision", "parallel.synced_norm"], 2),
     **dict.fromkeys(["parallel.collectives", "parallel.fsdp_internals", "parallel.narrow", "parallel.recompute"], 2),
+    **dict.fromkeys(["ending", "parallel.joining", "parallel.votes"], 2),
     **dict.fromkeys(["parallel.ranks", "parallel.reduction", "parallel.summation", "parallel.tensor"], 2),
     **dict.fromkeys(["checkpoint.store", "checkpoint.groups", "checkpoint.progress", "checkpoint.state"], 2),
     **dict.fromkeys(["parallel.backup", "parallel.lockstep", "parallel.out_of_memory"], 2),

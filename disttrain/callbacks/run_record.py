@@ -25,7 +25,7 @@ from disttrain.callbacks.find import find_callback
 from disttrain.data.mixture import Mixture
 from disttrain.data.module import sharded_data
 from disttrain.metrics_log import MetricsLog
-from disttrain.runs import COMPLETED, Start, read_run, take_back, write_run
+from disttrain.runs import COMPLETED, PREEMPTED, Start, launch_id, read_run, take_back, write_run
 from disttrain.version import __version__
 
 
@@ -44,14 +44,18 @@ class RunRecord(Callback):
         self.start = Start(None)
         """What was decided before the run started; its notes become events."""
         self.record: dict[str, Any] = {}
+        self.awaits_result = False
+        """Whether the run is complete only once :meth:`add_result` was called."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the record, or go on with it, and begin an attempt."""
         for logger in trainer.loggers:
             if isinstance(logger, MetricsLog):
                 logger.truncate_after(trainer.global_step)
-        if not trainer.is_global_zero:
-            return
+        if trainer.is_global_zero:
+            self._begin_attempt(trainer)
+
+    def _begin_attempt(self, trainer: pl.Trainer) -> None:
         now = time.time()
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.record = read_run(self.run_dir) or {
@@ -70,8 +74,10 @@ class RunRecord(Callback):
             "world_size": trainer.world_size,
             **self._layout,
         }
+        if launch := launch_id():
+            attempt["launch"] = launch
         self.record["attempts"].append(attempt)
-        self.record |= {"status": "running", "ended": None, "environment": _environment(pl_module.device)}
+        self.record |= {"status": "running", "ended": None, "environment": _environment(trainer.strategy.root_device)}
         for note in self.start.notes:
             self.event(trainer.global_step, "start", note)
         self._write()
@@ -85,14 +91,19 @@ class RunRecord(Callback):
         self.record["attempts"][-1]["micro_batch_size"] = size
         self._write()
 
+    def set_ranks(self, ranks: list[dict[str, Any]]) -> None:
+        """Keep the ranks' step times; written with the next change of the record. Rank 0 only."""
+        self.record["ranks"] = ranks
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say why training stopped and what was best."""
         if not trainer.is_global_zero:
             return
         now = time.time()
         reason = stop_reason(trainer)
-        self.record["attempts"][-1] |= {"ended": now, "to_step": trainer.global_step}
-        self.record |= {"status": COMPLETED, "ended": now, "stop_reason": reason}
+        self.record["attempts"][-1] |= {"ended": now, "to_step": trainer.global_step, "stop_reason": reason}
+        status = "trained" if self.awaits_result else COMPLETED
+        self.record |= {"status": status, "ended": now, "stop_reason": reason}
         stopping = find_callback(trainer, EarlyStopping)
         if stopping is not None and stopping.monitor is not None and stopping.has_best:
             monitor = stopping.monitor
@@ -114,6 +125,16 @@ class RunRecord(Callback):
         self.event(trainer.global_step, "stop", reason)
         self._write()
 
+    def stopped(self, trainer: pl.Trainer, reason: str) -> None:
+        """Training was stopped from outside and goes on in another attempt. Rank 0 only."""
+        if not self.record:  # it never came to its first step
+            self._begin_attempt(trainer)
+        ending = {"ended": time.time(), "stop_reason": reason, "status": PREEMPTED}
+        self.record["attempts"][-1] |= {"to_step": trainer.global_step, **ending}
+        self.record |= ending
+        self.event(trainer.global_step, "stop", reason)
+        self._write()
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """A start that fails before its first step leaves the older run where it was."""
         if trainer.is_global_zero and not self.record and self.start.aside is not None:
@@ -127,7 +148,10 @@ class RunRecord(Callback):
 
     def add_result(self, result: dict[str, float]) -> None:
         """Add the test metrics. Rank 0 only."""
-        self.add({"result": {**self.record.get("result", {}), **result}})
+        self.record["result"] = {**self.record.get("result", {}), **result}
+        if self.awaits_result:
+            self.record["status"] = COMPLETED
+        self._write()
 
     def _write(self) -> None:
         write_run(self.run_dir, self.record)

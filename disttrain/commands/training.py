@@ -149,6 +149,7 @@ class TrainingCLI(LightningCLI):
     def fit(self) -> None:
         """Train, then test and report."""
         trainer, data = self.trainer, self.datamodule
+        trainer.record.awaits_result = True
         start = trainer.find_start(self._get(self.config, "resume"))
         with raise_together():
             if trainer.is_global_zero:

@@ -223,7 +223,9 @@ def _pickled_task(task: tuple[Any, ...]) -> bytes:
 
 def _serve(connection: Connection, handle: _Handle) -> None:
     """The life of a process: make what is asked for until nobody asks any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's; it closes the pipe
+    # Ctrl-C and what a launcher sends to the trainer's group of processes are the trainer's; it closes the pipe.
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     arena = mmap.mmap(handle.fd, 0)
     makers: dict[int, BatchMaker] = {}

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.overrides.distributed import _sync_module_states
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from disttrain.parallel.compiling import compile_blocks
 from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.fsdp_internals import fsdp_modules, parameter_name, take_unreduced, trained_parameters
 from disttrain.parallel.initialize import initialize, leave_meta, starts_on_meta
+from disttrain.parallel.joining import JoiningMixin
 from disttrain.parallel.narrow import NarrowReduceScatter, install_narrow_hook, install_wide_hook
 from disttrain.parallel.out_of_memory import MemoryGuardMixin
 from disttrain.parallel.precision import shard_policy
@@ -45,7 +45,7 @@ from disttrain.parallel.tensor import apply_tensor_plan
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
-class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, DDPStrategy):
+class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, JoiningMixin):
     """Every rank holds the whole model; gradients are averaged in buckets while the backward pass runs.
 
     Args:
@@ -143,7 +143,7 @@ class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, DDPStrategy):
             self._finish_alone([(name, parameter.grad) for name, parameter in parameters])
 
 
-class FSDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, DDPStrategy):
+class FSDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, JoiningMixin):
     """Parameters, gradients and optimizer state are sharded over the ranks (PyTorch's FSDP2).
 
     Args:

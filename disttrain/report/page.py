@@ -81,6 +81,7 @@ def page_of_run(run: Run, figures: Sequence[Figure]) -> str:
         _section("Course", _figures(figures)),
         _section("Events", _table(["Step", "Time", "Kind", "What happened"], _event_rows(run))),
         _section("Attempts", _table(_ATTEMPT_HEADS, _attempt_rows(run))),
+        _section("Ranks", _table(_RANK_HEADS, _rank_rows(run))),
         _section("Environment", _table([], [(name, [value]) for name, value in run.environment.items()])),
         _section("Configuration", f"<pre>{escape(run.config)}</pre>" if run.config.strip() else ""),
     ]
@@ -183,7 +184,17 @@ def _origin(run: Run) -> str:
     return ", ".join([*([f"disttrain {run.command}"] if run.command else []), *said, f"in {run.folder}"])
 
 
-_ATTEMPT_HEADS: Final = ("Attempt", "Started", "Ended", "From step", "To step", "Ranks", "Strategy", "Precision")
+_ATTEMPT_HEADS: Final = (
+    "Attempt",
+    "Started",
+    "Ended",
+    "From step",
+    "To step",
+    "Ranks",
+    "Strategy",
+    "Precision",
+    "Why it ended",
+)
 
 
 def _attempt_rows(run: Run) -> list[Row]:
@@ -198,10 +209,30 @@ def _attempt_rows(run: Run) -> list[Row]:
                 _count(attempt.world_size),
                 attempt.strategy,
                 attempt.precision,
+                attempt.stop_reason or None,
             ],
         )
         for i, attempt in enumerate(run.attempts, 1)
     ]
+
+
+_RANK_PARTS: Final = {"step": "Step", "wait": "Data wait", "forward": "Forward pass", "rest": "Backward, communication"}
+_RANK_HEADS: Final = ("Rank", "Node", *(f"{part}, median (95 %) in ms" for part in _RANK_PARTS.values()))
+
+
+def _rank_rows(run: Run) -> list[Row]:
+    """The times that each rank's steps took; the rest holds the waiting for other ranks."""
+    rows: list[Row] = []
+    for told in run.ranks:
+        cells = [_milliseconds(told.get(f"{part}_p50"), told.get(f"{part}_p95")) for part in _RANK_PARTS]
+        rows.append((str(told.get("rank", "")), [str(told.get("host", "")), *cells]))
+    return rows
+
+
+def _milliseconds(median: object, most: object) -> str | None:
+    if not (isinstance(median, (int, float)) and isinstance(most, (int, float))):
+        return None
+    return f"{median * 1000:,.3g} ({most * 1000:,.3g})"
 
 
 def _event_rows(run: Run) -> list[Row]:

@@ -53,6 +53,7 @@ class Attempt:
         world_size: how many ranks it had.
         strategy: such as ``ddp``.
         precision: such as ``32-true``.
+        stop_reason: why it ended; empty where that was not recorded.
     """
 
     started: float | None
@@ -62,6 +63,7 @@ class Attempt:
     world_size: int | None
     strategy: str
     precision: str
+    stop_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Run:
         series: every metric that was logged, by name.
         last_step: the last step of which anything is known.
         num_epochs: epochs begun, as far as metrics were logged.
+        ranks: each rank's step times, as they were last compared.
         wall_seconds: time from start to end, summed over the attempts. An attempt without an end counts up
             to the last metric logged in it.
     """
@@ -123,6 +126,7 @@ class Run:
     last_step: int | None
     num_epochs: int | None
     wall_seconds: float | None
+    ranks: tuple[dict[str, Any], ...] = ()
 
     def mean_rate(self, name: str) -> float | None:
         """The harmonic mean of a rate: over equal numbers of steps, that is all samples over all time."""
@@ -172,6 +176,7 @@ def read_run(folder: Path) -> Run:
         last_step=max(steps) if steps else None,
         num_epochs=num_epochs,
         wall_seconds=_wall_seconds(attempts, times),
+        ranks=tuple(_entries(content.get("ranks"))),
     )
 
 
@@ -287,6 +292,7 @@ def _attempt(entry: dict[str, Any]) -> Attempt:
         world_size=_whole(entry.get("world_size")),
         strategy=_text(entry.get("strategy")),
         precision=_text(entry.get("precision")),
+        stop_reason=_text(entry.get("stop_reason")),
     )
 
 

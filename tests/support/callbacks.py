@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import time
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 
@@ -16,14 +20,133 @@ class KillAt(Callback):
     Args:
         step: optimizer steps done before.
         micro_batch: micro batch of the step that follows.
+        rank: which rank dies; all by default.
+        once: only in the first attempt that comes there.
     """
 
-    def __init__(self, step: int, micro_batch: int = 0) -> None:
-        self.step, self.micro_batch = step, micro_batch
+    def __init__(self, step: int, micro_batch: int = 0, *, rank: int | None = None, once: bool = False) -> None:
+        self.step, self.micro_batch, self.rank, self.once = step, micro_batch, rank, once
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Die here."""
+        if self.rank not in (None, trainer.global_rank):
+            return
         if trainer.global_step == self.step and batch_idx % trainer.accumulate_grad_batches == self.micro_batch:
+            marker = Path(trainer.default_root_dir) / f"killed-{trainer.global_rank}"
+            if self.once and marker.exists():
+                return
+            marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class SignalAt(Callback):
+    """Sends a signal to its own process at a place of a run.
+
+    Args:
+        phase: ``setup``, ``sanity``, ``start`` (of training), ``train`` (a micro batch), ``validation`` (a batch),
+            ``save`` or ``end`` (of training).
+        signal: name of the signal, such as ``SIGTERM``.
+        step: optimizer steps done before, where the phase has any.
+        ranks: which ranks get it; all by default.
+        skew: seconds that each rank is later than the one before it.
+    """
+
+    def __init__(
+        self, phase: str, *, signal: str = "SIGTERM", step: int = 0, ranks: list[int] | None = None, skew: float = 0
+    ) -> None:
+        self.phase, self.number, self.step, self.ranks, self.skew = phase, signal, step, ranks, skew
+        self.done = False
+
+    def _at(self, trainer: pl.Trainer, phase: str) -> None:
+        if self.done or phase != self.phase or trainer.global_step != self.step:
+            return
+        self.done = True
+        if self.ranks is None or trainer.global_rank in self.ranks:
+            time.sleep(self.skew * trainer.global_rank)
+            os.kill(os.getpid(), signal.Signals[self.number])
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """While training is set up."""
+        if stage == "fit":
+            self._at(trainer, "setup")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Before the first step."""
+        self._at(trainer, "start")
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """At a step's second micro batch, where there is one."""
+        accumulation = trainer.accumulate_grad_batches
+        if batch_idx % accumulation == min(1, accumulation - 1):
+            self._at(trainer, "train")
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """In the sanity check, or at the second batch of a validation."""
+        if trainer.sanity_checking or batch_idx == 1:
+            self._at(trainer, "sanity" if trainer.sanity_checking else "validation")
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """While a checkpoint is made."""
+        self._at(trainer, "save")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """After the last step."""
+        self._at(trainer, "end")
+
+
+class Slowly(Callback):
+    """Makes every micro batch take longer, so that something can happen in the middle of a short run.
+
+    Args:
+        seconds: how much longer.
+        rank: on which rank; all by default.
+    """
+
+    def __init__(self, seconds: float, *, rank: int | None = None) -> None:
+        self.seconds, self.rank = seconds, rank
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Wait."""
+        if self.rank in (None, trainer.global_rank):
+            time.sleep(self.seconds)
+
+
+class HangAt(Callback):
+    """Makes a rank hang before a step, in a run that has not hung yet.
+
+    Args:
+        step: optimizer steps done before.
+        how: ``loop`` (user code that never ends), ``collective`` (one that no other rank is in), ``stop`` (SIGSTOP)
+            or ``lock`` (code of C that holds Python's lock).
+        rank: which rank.
+    """
+
+    def __init__(self, step: int, how: str, *, rank: int = 1) -> None:
+        self.step, self.how, self.rank = step, how, rank
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Hang here."""
+        if trainer.global_step != self.step or trainer.global_rank != self.rank:
+            return
+        if (Path(trainer.default_root_dir) / "hangs").exists():
+            return
+        if self.how == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif self.how == "lock":
+            ctypes.PyDLL(None).sleep(600)
+        elif self.how == "collective":
+            dist.barrier()
+        while self.how == "loop":
+            sum(range(1000))

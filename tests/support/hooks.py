@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,3 +66,21 @@ def kinds(sample: Sample, random: np.random.Generator | None) -> Sample:
 def collate_sum(samples: Sequence[Sample]) -> dict[str, Any]:
     """One number a sample."""
     return {"total": torch.stack([sample["x"].sum() for sample in samples])}
+
+
+class Stuck:
+    """On rank 1, waits for ever in one of the training samples.
+
+    Args:
+        after: samples that pass before.
+    """
+
+    def __init__(self, after: int = 400) -> None:
+        self.left = after
+
+    def __call__(self, sample: Sample, random: np.random.Generator | None) -> Sample:
+        if random is not None and os.environ.get("RANK") == "1":
+            self.left -= 1
+            if self.left <= 0:
+                threading.Event().wait()
+        return sample

@@ -1,0 +1,93 @@
+"""One report on a run that hangs, from the files that its ranks have written, each about itself."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+from disttrain.files import write_atomically
+from disttrain.runs import read_run, write_run
+
+FOLDER: Final = "hangs"
+REPORT: Final = "report.txt"
+
+
+def make_report(run_dir: Path, folder: Path, size: int, timeout: float) -> str:
+    """Write the report, note it in ``run.json``, and return its first paragraph.
+
+    Args:
+        run_dir: the run's folder.
+        folder: where the ranks' files are.
+        size: ranks of the run.
+        timeout: seconds without a step that count as a hang.
+    """
+    ranks: dict[int, dict[str, Any]] = {}
+    for path in sorted(folder.glob("rank-*.json")):
+        told = json.loads(path.read_text())
+        ranks[int(told["rank"])] = told
+    step = max(told["step"] for told in ranks.values())
+    summary = summarize(ranks, size)
+    head = (
+        f"the run hangs at step {step}: no step or batch for {timeout:g} s. {summary}; {folder / REPORT} has the stacks"
+    )
+    parts = [head]
+    for rank, told in ranks.items():
+        parts.append(
+            f"rank {rank} on {told['host']} (process {told['pid']}), {told['doing']} {told['step']}: {told['place']}"
+        )
+        if told["collectives"]:
+            parts.append("\n".join(["its last collectives:", *told["collectives"]]))
+        parts.append(told["stacks"])
+    _note(run_dir, step, summary)
+    write_atomically(folder / REPORT, "\n\n".join(parts) + "\n")
+    return head
+
+
+def summarize(ranks: dict[int, dict[str, Any]], size: int) -> str:
+    """Who is where, in one sentence: those that do not wait for others first."""
+    places: dict[str, list[int]] = {}
+    for rank, told in ranks.items():
+        places.setdefault(told["place"], []).append(rank)
+    silent = [rank for rank in range(size) if rank not in ranks]
+    if silent:
+        places["told nothing: dead, stopped, or in code that holds Python's lock (then see standard error)"] = silent
+    suspects = sorted(places.items(), key=lambda item: (_waits(item[0]), len(item[1])))
+    hosts = {rank: told["host"] for rank, told in ranks.items()}
+    several = len(set(hosts.values())) > 1
+    return "; ".join(f"{_named(members, hosts if several else {})} {place}" for place, members in suspects)
+
+
+def _waits(place: str) -> bool:
+    return place.startswith("waits for the other ranks") or "gradients are reduced" in place
+
+
+def _named(ranks: list[int], hosts: dict[int, str]) -> str:
+    where = {hosts[rank] for rank in ranks if rank in hosts}
+    on = f" on {', '.join(sorted(where))}" if 0 < len(where) <= 2 else ""
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {_spans(ranks)}{on}"
+
+
+def _spans(ranks: Iterable[int]) -> str:
+    """``0-2, 5`` for 0, 1, 2 and 5."""
+    spans: list[list[int]] = []
+    for rank in sorted(ranks):
+        if spans and rank == spans[-1][-1] + 1:
+            spans[-1].append(rank)
+        else:
+            spans.append([rank])
+    return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
+
+
+def _note(run_dir: Path, step: int, summary: str) -> None:
+    record = read_run(run_dir)
+    if not record:
+        return
+    now = time.time()
+    event = {"step": step, "time": now, "kind": "hang", "text": summary}
+    record.setdefault("events", []).append(event)
+    if record.get("attempts"):
+        record["attempts"][-1] |= {"ended": now, "to_step": step, "stop_reason": "hung"}
+    write_run(run_dir, record)

@@ -1,0 +1,97 @@
+"""Signals that ask a run to end, noted instead of obeyed.
+
+Inside :class:`NotedSignals`, SIGTERM, SIGUSR1 and SIGINT leave a note and nothing else: no collective, no file, no
+exception, so whatever they interrupt goes on as if nothing had happened. Who trains looks at the note where
+stopping is safe. A second SIGINT ends the process at once with code 130: a thread does that, so it works while
+the main thread waits inside a collective. Cost: none until a signal comes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from types import FrameType, TracebackType
+from typing import Any, Final
+
+NOTED: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+INTERRUPTED_CODE: Final = 130
+_ONE_PRESS_SECONDS: Final = 0.2  # launchers forward the SIGINT that the terminal has sent as well
+
+
+class NotedSignals:
+    """Notes signals from entering to leaving; then the former handlers are back.
+
+    In a thread other than the main one, Python allows no handlers: then nothing is noted.
+
+    Args:
+        speaks: whether this process tells of the first signal on standard error.
+    """
+
+    def __init__(self, *, speaks: bool = True) -> None:
+        self.noted: signal.Signals | None = None
+        """The first signal that came."""
+        self._speaks = speaks
+        self._former: dict[signal.Signals, Any] = {}
+        self._wire: socket.socket | None = None
+        self._interrupted = 0.0
+
+    def __enter__(self) -> NotedSignals:
+        self.noted, self._interrupted = None, 0.0
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        # Python's own handler writes the number of each signal here, even while the main thread is inside C.
+        near, far = socket.socketpair()
+        far.setblocking(False)
+        former = signal.set_wakeup_fd(far.fileno(), warn_on_full_buffer=False)
+        if former != -1:  # somebody else's, such as an event loop's in the main thread: it has the older right
+            signal.set_wakeup_fd(former)
+            near.close()
+            far.close()
+        else:
+            self._wire = far
+            threading.Thread(target=self._watch, args=(near,), name="disttrain-signals", daemon=True).start()
+        self._former = {number: signal.signal(number, self._note) for number in NOTED}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._former = {}
+        if self._wire is not None:
+            signal.set_wakeup_fd(-1)
+            self._wire.close()  # ends the thread
+            self._wire = None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.noted is None:
+            self.noted = signal.Signals(number)
+
+    def _watch(self, near: socket.socket) -> None:
+        told = False
+        with near:
+            while numbers := near.recv(64):
+                for number in numbers:
+                    if number == signal.SIGINT:
+                        self._interrupt()
+                    if number in NOTED and not told and self._speaks:
+                        told = True
+                        _say(f"{signal.Signals(number).name}: stopping at the next step boundary")
+
+    def _interrupt(self) -> None:
+        before, self._interrupted = self._interrupted, time.monotonic()
+        if before and self._interrupted - before > _ONE_PRESS_SECONDS:
+            _say("interrupted again: ending at once; the same command goes on from the last checkpoint")
+            os._exit(INTERRUPTED_CODE)
+        self._interrupted = before or self._interrupted
+
+
+def _say(text: str) -> None:
+    with suppress(OSError, ValueError):  # the output may be gone, as when a terminal was closed
+        print(f"disttrain: {text}", file=sys.stderr, flush=True)

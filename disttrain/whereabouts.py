@@ -1,0 +1,142 @@
+"""Where a process is, in words, from the Python stacks of its threads.
+
+Tells the reader (and the shard), a collective, the backward pass and user code from each other, by the files
+that the frames belong to. It looks at frames only: nothing is called that could wait, so it works from a thread
+beside a training that hangs. Cost: none until it is asked.
+"""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+_PACKAGE: Final = str(Path(__file__).parent) + "/"
+_LIBRARIES: Final = tuple({f"{sysconfig.get_path(name)}/" for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+_LOADER: Final = "data/loader.py"
+_MOST_SHARDS: Final = 3
+
+# Where disttrain itself waits for the other ranks: a wait has no Python frame of its own.
+_WAITS: Final = {
+    ("parallel/votes.py", "result"): "the vote on stopping",
+    ("parallel/votes.py", "begin"): "the vote on stopping",
+    ("tasks/base.py", "on_before_optimizer_step"): "the gathering of the step's loss",
+    ("tasks/base.py", "_gather_sums"): "the gathering of the step's loss",
+    ("parallel/agree.py", "raise_together"): "an agreement on whether a part failed",
+}
+
+
+def whereabouts() -> tuple[str, str]:
+    """Where the main thread is, in one phrase such as ``is in user code train.py:12 (forward)``, and all stacks."""
+    frames = sys._current_frames()
+    stacks = {
+        thread.name: list(_outwards(frames[thread.ident])) for thread in threading.enumerate() if thread.ident in frames
+    }
+    main = stacks.get(threading.main_thread().name, [])
+    own = threading.current_thread().name
+    parts = []
+    for name, stack in stacks.items():
+        if name != own and stack:
+            parts.append(f"thread {name}\n" + "".join(traceback.format_stack(stack[0])))
+    return describe(main, [stack for name, stack in stacks.items() if name.startswith("disttrain-reader")]), "\n".join(
+        parts
+    )
+
+
+def describe(main: Sequence[FrameType], readers: Sequence[Sequence[FrameType]]) -> str:
+    """A phrase about a main thread.
+
+    Args:
+        main: its frames, innermost first.
+        readers: those of the reading threads.
+    """
+    if any(_loads(frame) for frame in main):  # without reading threads
+        return _in_reader([main])
+    for position, frame in enumerate(main):
+        path, name = frame.f_code.co_filename, frame.f_code.co_name
+        if path.startswith(_PACKAGE):
+            part = path.removeprefix(_PACKAGE)
+            if part == _LOADER:
+                return _in_reader(readers)
+            if (part, name) in _WAITS:
+                return f"waits for the other ranks in {_WAITS[part, name]}"
+        elif "/torch/distributed/" in path:
+            inside = next((i for i in range(position, len(main)) if not _is_torch(main[i])), len(main))
+            called = [f.f_code.co_name for f in main[position:inside] if "/torch/distributed/" in f.f_code.co_filename]
+            what = next((each for each in reversed(called) if each != "wrapper"), name)
+            return f"waits for the other ranks in {what}{_caller(main[inside:])}"
+        elif path.endswith("/torch/autograd/graph.py") and name == "_engine_run_backward":
+            return "is in the backward pass, where gradients are reduced"
+        elif _is_users(frame):
+            return f"is in user code {_spot(frame)}"
+    return f"is in {_spot(main[0])}" if main else "has no Python frame"
+
+
+def _in_reader(readers: Sequence[Sequence[FrameType]]) -> str:
+    for stack in readers:
+        depth = next((depth for depth, frame in enumerate(stack) if _loads(frame)), None)
+        if depth is not None:
+            users = next((frame for frame in stack[:depth] if _is_users(frame)), None)
+            told = [_shards(stack[:depth]), f"in user code {_spot(users)}" if users is not None else ""]
+            return ", ".join(["is in the reader", *filter(None, told)])
+    return "waits for the reader, whose threads have nothing to do"
+
+
+def _loads(frame: FrameType) -> bool:
+    return frame.f_code.co_filename == _PACKAGE + _LOADER and frame.f_code.co_name == "_load"
+
+
+def _shards(stack: Sequence[FrameType]) -> str:
+    """The shard that a reading thread is at; those of its micro batches where it stands in no file."""
+    for frame in stack:
+        path = frame.f_locals.get("path") if frame.f_code.co_filename.startswith(_PACKAGE + "data/") else None
+        if isinstance(path, (str, Path)):
+            return f"shard {Path(path).name}"
+    for frame in stack:
+        maker: Any = frame.f_locals.get("self")
+        ids = frame.f_locals.get("ids")
+        if frame.f_code.co_name == "make" and ids is not None and hasattr(maker, "reader"):
+            return _shards_of(maker.reader.index, ids)
+    return ""
+
+
+def _shards_of(index: Any, ids: Any) -> str:
+    numbers = sorted({int(number) - 1 for number in index.starts.searchsorted(ids.ravel(), side="right")})
+    names = [Path(str(index.shards[number].path)).name for number in numbers]
+    more = f" and {len(names) - _MOST_SHARDS} more" if len(names) > _MOST_SHARDS else ""
+    return f"shard{'s' if len(names) > 1 else ''} {', '.join(names[:_MOST_SHARDS])}{more}"
+
+
+def _caller(stack: Sequence[FrameType]) -> str:
+    """Who called a collective, if it is not Lightning."""
+    for frame in stack:
+        if _is_users(frame):
+            return f", called by user code {_spot(frame)}"
+        if frame.f_code.co_filename.startswith(_PACKAGE):
+            return f", called by disttrain/{frame.f_code.co_filename.removeprefix(_PACKAGE)} ({frame.f_code.co_name})"
+    return ""
+
+
+def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _is_torch(frame: FrameType) -> bool:
+    return "/torch/" in frame.f_code.co_filename and not _is_users(frame)
+
+
+def _is_users(frame: FrameType) -> bool:
+    path = frame.f_code.co_filename
+    return not (path.startswith((_PACKAGE, "<", *_LIBRARIES)) or "/bin/" in path)
+
+
+def _spot(frame: FrameType) -> str:
+    path = Path(frame.f_code.co_filename)
+    return f"{'/'.join(path.parts[-2:])}:{frame.f_lineno} ({frame.f_code.co_name})"
