@@ -46,6 +46,8 @@ def progress_of(trainer: pl.Trainer) -> Progress:
     micro, accumulation = loop.epoch_loop.batch_progress.current.ready, trainer.accumulate_grad_batches
     epochs = cast(_ProcessedTracker, loop.epoch_progress.current)
     if epochs.started == epochs.processed:  # between two epochs: the counters of the last one still stand
+        if micro and not loop.epoch_loop.batch_progress.is_last_batch:  # the run's end was not the epoch's
+            return Progress(epochs.processed - 1, micro // accumulation, trainer.global_step)
         return Progress(epochs.processed, 0, trainer.global_step)
     if micro % accumulation and not loop.epoch_loop.batch_progress.is_last_batch:
         raise CheckpointError(

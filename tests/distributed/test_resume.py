@@ -134,6 +134,26 @@ def test_a_complete_run_is_set_aside(digits: Path, tmp_path: Path) -> None:
     assert read_run(tmp_path / "run.1")["status"] == read_run(run_dir)["status"] == "completed"
 
 
+def test_a_run_that_ended_within_an_epoch_is_extended_exactly(digits: Path, tmp_path: Path) -> None:
+    constant = ("--model.schedule.name", "constant", "--model.schedule.final_fraction", "0")
+    fit(tmp_path / "straight", digits, 1, "ddp", "--trainer.max_steps", "12", *constant).ok()
+    fit(tmp_path / "short", digits, 1, "ddp", "--trainer.max_steps", "7", *constant).ok()
+    fit(
+        tmp_path / "longer",
+        digits,
+        1,
+        "ddp",
+        "--trainer.max_steps",
+        "12",
+        *constant,
+        "--resume",
+        str(tmp_path / "short"),
+    )
+    assert not differing(final_weights(tmp_path / "straight"), final_weights(tmp_path / "longer"))
+    ledger = read_ledger(tmp_path / "straight" / "ledger")
+    assert {step: ledger[step] for step in range(7, 12)} == read_ledger(tmp_path / "longer" / "ledger")
+
+
 def test_resumed_from_a_named_checkpoint_in_another_folder(digits: Path, tmp_path: Path) -> None:
     fit(tmp_path / "whole", digits, 2, "ddp").ok()
     fit(tmp_path / "first", digits, 2, "ddp", "--checkpoint.keep_last", "9", *kill(29, 0))
