@@ -20,16 +20,16 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from disttrain.callbacks.bad_samples import BadSamples
 from disttrain.callbacks.checkpointing import Checkpointing
+from disttrain.callbacks.find import find_callback
 from disttrain.callbacks.progress import StepProgress
 from disttrain.callbacks.randomness import KeyedRandomness
 from disttrain.callbacks.run_record import RunRecord
 from disttrain.callbacks.step_log import StepLog
 from disttrain.errors import ConfigError
 from disttrain.metrics_log import MetricsLog
-from disttrain.parallel.agree import raise_together
 from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.strategies import build_strategy
-from disttrain.runs import Start, choose_start
+from disttrain.runs import Start, find_start
 from disttrain.world import detect_world
 
 PrecisionName = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
@@ -131,14 +131,13 @@ class Trainer(pl.Trainer):
         Pass ``ckpt_path=start.checkpoint`` to :meth:`fit`.
 
         Raises:
-            CheckpointError: the named checkpoint does not exist or is torn.
+            CheckpointError: the named checkpoint does not exist or is torn, or ``auto`` meets another run's.
         """
         self.connect()
-        start = Start(None)
-        with raise_together():
-            if self.is_global_zero:
-                start = choose_start(self.run_dir, resume)
-        start = self.strategy.broadcast(start)
+        checkpoints = find_callback(self, Checkpointing)
+        start = find_start(self.run_dir, resume, checksums=checkpoints is None or checkpoints.verify_checksums)
+        if checkpoints is not None:
+            checkpoints.attempt = start.attempt
         self.record.start = start
         return start
 

@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from disttrain.callbacks.bad_samples import FOLDER, BadSamples
+from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.early_stopping import EarlyStopping
 from disttrain.callbacks.find import find_callback
 from disttrain.data.mixture import Mixture
@@ -45,6 +46,12 @@ class RunRecord(Callback):
         """What was decided before the run started; its notes become events."""
         self.record: dict[str, Any] = {}
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Hear of checkpoints that could not be written."""
+        checkpoints = find_callback(trainer, Checkpointing)
+        if checkpoints is not None:
+            checkpoints.tell = self.tell
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the record, or go on with it, and begin an attempt."""
         for logger in trainer.loggers:
@@ -62,6 +69,9 @@ class RunRecord(Callback):
             "attempts": [],
             "events": [],
         }
+        checkpoints = find_callback(trainer, Checkpointing)
+        if checkpoints is not None and checkpoints.attempt is not None:
+            self.record["id"] = checkpoints.attempt.run
         attempt = {
             "started": now,
             "ended": None,
@@ -80,8 +90,17 @@ class RunRecord(Callback):
         """Note something that happened; written with the next change of the record."""
         self.record.setdefault("events", []).append({"step": step, "time": time.time(), "kind": kind, "text": text})
 
+    def tell(self, step: int, kind: str, text: str) -> None:
+        """Note something and write it down now. Rank 0 only."""
+        self.event(step, kind, text)
+        if "attempts" in self.record:
+            self._write()
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say why training stopped and what was best."""
+        """Say why training stopped and what was best, once the end of the run is safe."""
+        checkpoints = find_callback(trainer, Checkpointing)
+        if checkpoints is not None:
+            checkpoints.finish(trainer)
         if not trainer.is_global_zero:
             return
         now = time.time()

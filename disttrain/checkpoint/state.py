@@ -25,8 +25,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from disttrain.checkpoint import store
+from disttrain.checkpoint import store, verify
+from disttrain.checkpoint.marker import About
 from disttrain.checkpoint.progress import Progress, loop_state, progress_of
+from disttrain.checkpoint.saver import SaveRequest
+from disttrain.checkpoint.staging import own_part
+from disttrain.checkpoint.write import write
 from disttrain.errors import CheckpointError
 from disttrain.parallel.agree import is_distributed
 
@@ -58,7 +62,10 @@ class CheckpointMixin:
         return dict(get_optimizer_state_dict(self._module(), _bare(optimizer)))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint directory and commit it. A collective."""
+        """Write a checkpoint directory and commit it. A collective.
+
+        With a :class:`~disttrain.checkpoint.saver.SaveRequest` as ``storage_options`` it is written as that says.
+        """
         progress = progress_of(self._module().trainer)
         optimizers = checkpoint.get("optimizer_states", [])
         tensors: store.Tensors = {"model": checkpoint["state_dict"]}
@@ -71,11 +78,16 @@ class CheckpointMixin:
             "trainer": {key: value for key, value in checkpoint.items() if key not in _SPLIT_OFF},
         }
         path = Path(filepath)
-        store.write(path.parent, path.name, tensors=tensors, meta=meta, global_step=progress.global_step)
+        about = About(progress.global_step, progress.epoch)
+        if isinstance(storage_options, SaveRequest):
+            storage_options.begin(path, tensors=tensors, meta=meta, about=about)
+            return
+        write(path.parent, path.name, tensors=own_part(tensors), meta=meta, global_step=about.global_step, about=about)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Fill model and, when fitting, optimizers; return the rest in Lightning's form. A collective."""
         path = Path(checkpoint_path)
+        verify.ensure(path)
         meta = store.read_meta(path)
         trainer = self._module().trainer
         fitting = trainer.state.fn == TrainerFn.FITTING
@@ -89,7 +101,7 @@ class CheckpointMixin:
 
     def load_weights(self, path: Path) -> None:
         """Fill the model alone. A collective."""
-        store.check(path)
+        verify.ensure(path)
         self._fill(path, [])
 
     def on_validation_start(self) -> None:
