@@ -98,7 +98,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(["parallel.collectives", "parallel.fsdp_internals", "parallel.narrow", "parallel.recompute"], 2),
     **dict.fromkeys(["parallel.ranks", "parallel.reduction", "parallel.summation", "parallel.tensor"], 2),
     **dict.fromkeys(["checkpoint.store", "checkpoint.progress", "checkpoint.state"], 2),
-    **dict.fromkeys([f"checkpoint.{name}" for name in ("saver", "staging", "verify", "write")], 2),
+    **dict.fromkeys([f"checkpoint.{name}" for name in ("saver", "staging", "verify", "weights", "write")], 2),
     **dict.fromkeys(["parallel.strategies", "data.loader", "data.module", "data.splits", "tasks.*"], 3),
     "callbacks.*": 4,
     "parity.*": 4,

@@ -3,7 +3,7 @@
 A checkpoint is a directory that holds a marker, written last, which lists every file with its size and checksum
 and says whose state this is: step, epoch, run, attempt, the monitored metric. Without a sound marker, or with a
 file of another size, a directory is torn and is passed over with a reason. Costs a look at the files' sizes;
-contents are compared in :mod:`disttrain.checkpoint.verify`. Needs no torch.
+their contents are read where that is asked for, and by all ranks in :mod:`disttrain.checkpoint.verify`. Needs no torch.
 
 Formats: 1 listed sizes alone; 2 added checksums, run, attempt and metric. Every later disttrain reads both.
 """
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from disttrain.checkpoint.checksum import KIND, Sum
+from disttrain.checkpoint.checksum import KIND, Sum, sum_of
 from disttrain.errors import CheckpointError
 from disttrain.files import write_synced
 
@@ -130,6 +130,30 @@ def check(path: Path) -> Committed:
                 mend="resume from an earlier one",
             )
     return found
+
+
+def faults(path: Path, files: Mapping[str, Sum] | None = None) -> list[str]:
+    """What is wrong with a checkpoint's files, all of them or some; empty for a sound one.
+
+    Raises:
+        CheckpointError: it is not committed, or a file has another size.
+    """
+    found = check(path)
+    told = []
+    for name, entry in (found.files if files is None else files).items():
+        if not entry.crc32:  # format 1 has none
+            continue
+        try:
+            there = sum_of(path / name)
+        except OSError as error:
+            told.append(f"checkpoint {path} is damaged: {name} cannot be read: {error.strerror}")
+            continue
+        if there != entry:
+            told.append(
+                f"checkpoint {path} is damaged: the {there.num_bytes:,} bytes of {name} have checksum {there.crc32},"
+                f" its marker says {entry.crc32}"
+            )
+    return told
 
 
 def committed(directory: Path) -> tuple[list[Committed], list[str]]:

