@@ -62,28 +62,27 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _ls(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
     found, passed_over = _found(arguments.path)
     best = {entry.path for entry in best_of(found, 1)}
-    table = Table(title=f"checkpoints of {arguments.path}")
-    for name in ("checkpoint", "step", "epoch", "size", "age", "metric", "attempt", "verified"):
-        table.add_column(name, justify="left" if name in ("checkpoint", "verified") else "right")
+    rows = [("checkpoint", "step", "epoch", "size", "age", "verified", "metric")]
     for entry in found:
         about = entry.about
         metric = f"{about.metric.name} {about.metric.value:.6g}" if about.metric else ""
-        table.add_row(
-            entry.path.name,
-            f"{entry.global_step}",
-            "" if about.epoch is None else f"{about.epoch}",
-            _size(entry.num_bytes),
-            _age(about.time if about.time is not None else entry.path.stat().st_mtime),
-            f"{metric} (best)" if entry.path in best else metric,
-            f"{about.attempt or ''}",
-            _verdict(entry, arguments.verify),
+        rows.append(
+            (
+                entry.path.name,
+                f"{entry.global_step}",
+                "" if about.epoch is None else f"{about.epoch}",
+                _size(entry.num_bytes),
+                _age(about.time if about.time is not None else entry.path.stat().st_mtime),
+                _verdict(entry, arguments.verify),
+                f"{metric} (best)" if entry.path in best else metric,
+            )
         )
-    Console().print(table)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, *numbers, verdict, metric in rows:
+        cells = [cell.rjust(width) for cell, width in zip(numbers, widths[1:5], strict=True)]
+        print("  ".join([name.ljust(widths[0]), *cells, verdict.ljust(widths[5]), metric]).rstrip())
     for reason in passed_over:
         print(f"passed over: {reason}")
     return 0
