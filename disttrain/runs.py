@@ -29,6 +29,7 @@ from disttrain.parallel.agree import is_distributed, raise_together
 RUN_FILE: Final = "run.json"
 CHECKPOINTS: Final = "checkpoints"
 COMPLETED: Final = "completed"
+_PASSED_OVER: Final = "passed over: "
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,19 @@ def find_start(run_dir: Path, resume: str, *, checksums: bool = True) -> Start:
     """
     faulty: dict[Path, str] = {}
     attempt: Attempt | None = None
+    cleared: list[str] = []
     while True:
         start = Start(None)  # rank 0's, once it has looked
         with raise_together():
             if not is_distributed() or torch.distributed.get_rank() == 0:
                 if attempt is None and resume == "auto" and _is_interrupted(run_dir):
-                    choose_start(run_dir, resume)  # a folder of another run's is left alone
+                    before = choose_start(run_dir, resume).notes  # a folder of another run's is left alone
                     # From here on no earlier attempt can commit, or prune, what is being looked at.
                     attempt = claim(run_dir / CHECKPOINTS, run=_recorded_id(run_dir))
-                start = replace(choose_start(run_dir, resume, faulty=faulty), attempt=attempt)
+                    after = choose_start(run_dir, resume).notes
+                    cleared = [note for note in before if note not in after and note.startswith(_PASSED_OVER)]
+                start = choose_start(run_dir, resume, faulty=faulty)
+                start = replace(start, notes=[*cleared, *start.notes], attempt=attempt)
         agreed: Start = from_lead(start)
         if agreed.checkpoint is None:
             return agreed
@@ -186,7 +191,7 @@ def _named(path: Path, faulty: Mapping[Path, str]) -> Start:
 def _newest(directory: Path, faulty: Mapping[Path, str]) -> Start:
     found, passed_over = store.committed(directory)
     found = [entry for entry in found if entry.path not in faulty]
-    notes = [f"passed over: {reason}" for reason in (*passed_over, *faulty.values())]
+    notes = [f"{_PASSED_OVER}{reason}" for reason in (*passed_over, *faulty.values())]
     if not found:
         return Start(None, notes)
     return Start(found[-1].path, [*notes, f"resuming from {found[-1].path}"])

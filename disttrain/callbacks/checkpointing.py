@@ -144,6 +144,7 @@ class Checkpointing(Checkpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the end of the run, unless that was done."""
         self.finish(trainer)
+        self._saver.release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let the save that is under way come to its end; whatever it is, the run has an error already."""

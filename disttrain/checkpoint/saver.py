@@ -84,6 +84,11 @@ class Saver:
         assert self._flight is None, "the buffers are still being written from"
         return self._stage.copy(tensors)
 
+    def release(self) -> None:
+        """Give the memory of the copies back, once nothing is under way."""
+        if self._flight is None:
+            self._stage.release()
+
     def begin(self, job: Job, *, background: bool, done: Callable[[], None] | None = None) -> None:
         """Write a checkpoint, in the background or now; :meth:`wait` or :meth:`poll` tell how it ended. A collective.
 

@@ -50,6 +50,10 @@ class Stage:
             torch.cuda.current_stream(device).synchronize()
         return copies
 
+    def release(self) -> None:
+        """Give the memory back."""
+        self._buffers.clear()
+
     def _copy(self, tensors: Tensors, prefix: str, devices: set[torch.device]) -> Tensors:
         copies: dict[str, Any] = {}
         for name, value in tensors.items():

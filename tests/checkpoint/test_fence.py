@@ -125,8 +125,14 @@ def own_run(folder: Path, name: str) -> tuple[Path, Attempt]:
 
 def test_auto_begins_an_attempt_before_it_looks(tmp_path: Path) -> None:
     run_dir, older = own_run(tmp_path, "run")
+    half = make_checkpoint(run_dir / "checkpoints", f"step-00000009.{older.label}.tmp", 9, marker=False)
     start = find_start(run_dir, "auto")
     assert start.checkpoint == run_dir / "checkpoints" / "step-00000003"
+    assert start.notes == [
+        f"passed over: checkpoint {half} was never committed",
+        f"resuming from {run_dir / 'checkpoints' / 'step-00000003'}",
+    ], "what was cleared away is not told"
+    assert not half.exists()
     assert start.attempt is not None
     assert (start.attempt.run, start.attempt.number) == (older.run, 2)
     with pytest.raises(FencedError):

@@ -274,3 +274,16 @@ def test_a_peer_that_dies_in_a_save_is_an_error_of_the_others(tmp_path: Path) ->
     assert outcome.codes == [0, 9], outcome.text
     assert outcome.outputs[0].endswith("told\n")
     assert [entry.global_step for entry in committed(tmp_path / "checkpoints")[0]] == [1]
+
+
+@pytest.mark.gpu
+def test_a_copy_of_what_is_on_a_gpu_is_pinned_and_complete() -> None:
+    stage = staging.Stage()
+    state = {"model": {name: torch.full((1 << 20,), float(step), device="cuda") for step, name in enumerate("abc")}}
+    copies = stage.copy(state)
+    for _, value in leaves(state):
+        value.fill_(99.0)
+    for step, (_, copy) in enumerate(leaves(copies)):
+        assert copy.is_pinned()
+        assert bool((copy == step).all()), "the copy was not complete when training went on"
+    assert [copy.data_ptr() for _, copy in leaves(stage.copy(state))] == [copy.data_ptr() for _, copy in leaves(copies)]
