@@ -19,6 +19,7 @@ writing takes longer than the steps between two saves, the next save waits, and 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -173,6 +174,7 @@ def one_rank(rank: int, ranks: int, port: int, folder: Path, settings: Settings)
     for repeat in range(settings.repeats):
         for way in WAYS if repeat % 2 else WAYS[::-1]:
             found[way].append(train(folder, settings, way))
+            gc.collect()  # a trainer refers to itself; its gigabytes would stay
     if rank == 0:
         (folder / f"{ranks}.json").write_text(json.dumps(found))
 
