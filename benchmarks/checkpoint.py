@@ -252,7 +252,7 @@ def cpu() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1])
     parser.add_argument("--where", type=Path, help="a folder on the disk to measure; by default the temporary one")
     for name in ("width", "repeats", "steps", "every_steps"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Settings, name))
