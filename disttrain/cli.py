@@ -21,6 +21,7 @@ _TRAINING = {
 }
 _TOOLS = {
     "shards": "pack, index, verify, list and measure shards",
+    "checkpoints": "list, verify, export and prune the checkpoints of a run",
     "parity": "show that a recipe trains the same in several layouts",
     "report": "draw the report of a run, or compare several",
 }
@@ -71,6 +72,10 @@ def _dispatch(arguments: list[str]) -> int:
         from disttrain.commands import shards
 
         return shards.main(rest)
+    if name == "checkpoints":
+        from disttrain.commands import checkpoints
+
+        return checkpoints.main(rest)
     if name == "parity":
         from disttrain.commands import parity
 
@@ -99,7 +104,7 @@ def _lost_a_peer(error: RuntimeError) -> bool:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<10} {text}" for name, text in {**_TRAINING, **_TOOLS}.items()]
+    lines = [f"  {name:<11} {text}" for name, text in {**_TRAINING, **_TOOLS}.items()]
     return "\n".join(["usage: disttrain SUBCOMMAND [--help] [OPTIONS]", "", *lines])
 
 

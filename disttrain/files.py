@@ -1,9 +1,11 @@
-"""Writing small text files so that a reader sees the old or the new one, never a part."""
+"""Writing small text files so that a reader sees the old or the new one, never a part; and syncing to disk."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -18,3 +20,38 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def write_synced(path: Path, text: str, *, within: int | None = None) -> None:
+    """Write a text file through to the disk, and only then under its name.
+
+    Args:
+        path: the file; a bare name where ``within`` is given.
+        text: what it is to hold.
+        within: an open directory that the file is made in, wherever that has been moved to.
+
+    Raises:
+        OSError: it cannot be written; nothing of it stays under its name.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644, dir_fd=within), "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path, src_dir_fd=within, dst_dir_fd=within)
+
+
+@contextmanager
+def open_directory(path: Path) -> Iterator[int]:
+    """A directory held open: it stays the same one when it is renamed."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """Have the names in a directory written to the disk."""
+    with open_directory(path) as descriptor:
+        os.fsync(descriptor)

@@ -1,9 +1,10 @@
 """The folder of a run: what it holds, and which checkpoint a new attempt starts from.
 
 ``run.json`` says whether the run is complete; ``checkpoints/`` holds what it can be resumed from. ``auto``
-continues an interrupted run from its newest committed checkpoint and starts anew where the run is complete;
-``never`` starts anew; a path names a checkpoint or a run folder. Starting anew never deletes: an older run is
-renamed aside. Called on rank 0, which tells the others; costs a look at the folder.
+continues an interrupted run from its newest committed and sound checkpoint and starts anew where the run is
+complete; ``never`` starts anew; a path names a checkpoint or a run folder. Starting anew never deletes: an older
+run is renamed aside. A folder's checkpoints are those of one run: another run's are an error, unless they are
+named. Rank 0 looks and tells the others; all ranks read a share of the checkpoint's files to compare checksums.
 """
 
 from __future__ import annotations
@@ -12,20 +13,26 @@ import json
 import os
 import platform
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 import psutil
+import torch.distributed
 
-from disttrain.checkpoint import store
+from disttrain.checkpoint import store, verify
+from disttrain.checkpoint.fence import Attempt, claim, run_of
+from disttrain.checkpoint.write import from_lead
 from disttrain.errors import CheckpointError
 from disttrain.files import write_atomically
+from disttrain.parallel.agree import is_distributed, raise_together
 
 RUN_FILE: Final = "run.json"
 CHECKPOINTS: Final = "checkpoints"
 COMPLETED: Final = "completed"
 PREEMPTED: Final = "preempted"
+_PASSED_OVER: Final = "passed over: "
 
 
 @dataclass(frozen=True)
@@ -36,30 +43,76 @@ class Start:
         checkpoint: the checkpoint to resume from, or None to start from scratch.
         notes: lines that tell the user what was found and decided.
         aside: where an older run was moved to, if one was.
+        attempt: this attempt, where it has begun in the folder of checkpoints already.
     """
 
     checkpoint: Path | None
     notes: list[str] = field(default_factory=list)
     aside: Path | None = None
+    attempt: Attempt | None = None
 
 
-def choose_start(run_dir: Path, resume: str) -> Start:
-    """Decide where an attempt in a run folder starts, and set an older run aside if it must.
+def find_start(run_dir: Path, resume: str, *, checksums: bool = True) -> Start:
+    """Decide where an attempt in a run folder starts, on all ranks, and read the checkpoint once. A collective.
 
     Args:
         run_dir: the run's folder; it need not exist.
         resume: ``auto``, ``never``, or the path of a checkpoint or of a run folder.
+        checksums: compare the checkpoint's files with their checksums; by their sizes they are judged anyway.
 
     Raises:
-        CheckpointError: the named checkpoint does not exist or is torn.
+        CheckpointError: the named checkpoint does not exist or is torn, or ``auto`` meets another run's. Ranks
+            other than 0 raise a ``RankError``.
     """
+    faulty: dict[Path, str] = {}
+    attempt: Attempt | None = None
+    cleared: list[str] = []
+    while True:
+        start = Start(None)  # rank 0's, once it has looked
+        with raise_together():
+            if not is_distributed() or torch.distributed.get_rank() == 0:
+                if attempt is None and resume == "auto" and _is_interrupted(run_dir):
+                    before = choose_start(run_dir, resume).notes  # a folder of another run's is left alone
+                    # From here on no earlier attempt can commit, or prune, what is being looked at.
+                    attempt = claim(run_dir / CHECKPOINTS, run=_recorded_id(run_dir))
+                    after = choose_start(run_dir, resume).notes
+                    cleared = [note for note in before if note not in after and note.startswith(_PASSED_OVER)]
+                start = choose_start(run_dir, resume, faulty=faulty)
+                start = replace(start, notes=[*cleared, *start.notes], attempt=attempt)
+        agreed: Start = from_lead(start)
+        if agreed.checkpoint is None:
+            return agreed
+        if not checksums:
+            verify.trust(agreed.checkpoint)
+            return agreed
+        fault = verify.fault_together(agreed.checkpoint)
+        if not fault:
+            return agreed
+        faulty[agreed.checkpoint] = fault
+
+
+def choose_start(run_dir: Path, resume: str, *, faulty: Mapping[Path, str] | None = None) -> Start:
+    """Decide where an attempt in a run folder starts, and set an older run aside if it must. Rank 0 only.
+
+    Args:
+        run_dir: the run's folder; it need not exist.
+        resume: ``auto``, ``never``, or the path of a checkpoint or of a run folder.
+        faulty: checkpoints that are not to be taken, and why.
+
+    Raises:
+        CheckpointError: the named checkpoint does not exist, is torn or faulty, or ``auto`` meets another run's.
+    """
+    faulty = faulty or {}
     if resume == "never":
         return _anew(run_dir, [])
     if resume != "auto":
-        return _named(Path(resume))
+        return _named(Path(resume), faulty)
     if read_run(run_dir).get("status") == COMPLETED:
         return _anew(run_dir, ["the run in this folder is complete"])
-    return _newest(run_dir / CHECKPOINTS)
+    start = _newest(run_dir / CHECKPOINTS, faulty)
+    if start.checkpoint is not None:
+        _check_owner(run_dir, start.checkpoint)
+    return start
 
 
 def best_checkpoint(run_dir: Path, which: str) -> Path:
@@ -72,7 +125,7 @@ def best_checkpoint(run_dir: Path, which: str) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    start = _newest(run_dir / CHECKPOINTS) if which in ("best", "last") else _named(Path(which))
+    start = _newest(run_dir / CHECKPOINTS, {}) if which in ("best", "last") else _named(Path(which), {})
     if start.checkpoint is None:
         raise CheckpointError(
             f"run folder {run_dir} holds no committed checkpoint", mend="train first, or give --checkpoint_path PATH"
@@ -117,21 +170,49 @@ def write_run(run_dir: Path, record: dict[str, Any]) -> None:
     write_atomically(run_dir / RUN_FILE, json.dumps(record, indent=2) + "\n")
 
 
-def _named(path: Path) -> Start:
+def _is_interrupted(run_dir: Path) -> bool:
+    return (run_dir / CHECKPOINTS).is_dir() and read_run(run_dir).get("status") != COMPLETED
+
+
+def _recorded_id(run_dir: Path) -> str:
+    return str(read_run(run_dir).get("id") or "")
+
+
+def _check_owner(run_dir: Path, checkpoint: Path) -> None:
+    """Refuse to go on, unasked, from a checkpoint that some other run has made."""
+    owner = store.check(checkpoint).about.run
+    ours, recorded = run_of(run_dir / CHECKPOINTS), _recorded_id(run_dir)
+    if ours and recorded and ours != recorded:
+        raise CheckpointError(
+            f"{run_dir / RUN_FILE} is the record of run {recorded}, the checkpoints beside it are those of run {ours}",
+            mend="put back what belongs together, or name the checkpoint: --resume PATH",
+        )
+    if owner and owner != (ours or recorded):
+        raise CheckpointError(
+            f"checkpoint {checkpoint} was made by run {owner}, this folder is that of"
+            f" {f'run {ours or recorded}' if ours or recorded else 'a run that is not known'}",
+            mend=f"move it out of the folder; or, to go on from it all the same, --resume {checkpoint}",
+        )
+
+
+def _named(path: Path, faulty: Mapping[Path, str]) -> Start:
     if (path / CHECKPOINTS).is_dir():
-        start = _newest(path / CHECKPOINTS)
+        start = _newest(path / CHECKPOINTS, faulty)
         if start.checkpoint is None:
             raise CheckpointError(
                 f"run folder {path} holds no committed checkpoint", mend="name another one, or use --resume never"
             )
         return start
     store.check(path)
+    if path in faulty:
+        raise CheckpointError(faulty[path], mend="name another one")
     return Start(path, [f"resuming from {path}"])
 
 
-def _newest(directory: Path) -> Start:
+def _newest(directory: Path, faulty: Mapping[Path, str]) -> Start:
     found, passed_over = store.committed(directory)
-    notes = [f"passed over: {reason}" for reason in passed_over]
+    found = [entry for entry in found if entry.path not in faulty]
+    notes = [f"{_PASSED_OVER}{reason}" for reason in (*passed_over, *faulty.values())]
     if not found:
         return Start(None, notes)
     return Start(found[-1].path, [*notes, f"resuming from {found[-1].path}"])
@@ -144,7 +225,7 @@ def take_back(run_dir: Path, aside: Path) -> None:
 
 
 def _anew(run_dir: Path, notes: list[str]) -> Start:
-    if not (run_dir / RUN_FILE).exists() and not (run_dir / CHECKPOINTS).exists():
+    if not (run_dir / RUN_FILE).exists() and not any(path.is_dir() for path in (run_dir / CHECKPOINTS).glob("*")):
         return Start(None)
     number = 1
     while (aside := run_dir.with_name(f"{run_dir.name}.{number}")).exists():

@@ -23,6 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from disttrain.callbacks.bad_samples import BadSamples
 from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.compilation import CompileReport
+from disttrain.callbacks.find import find_callback
 from disttrain.callbacks.guard import UpdateGuard
 from disttrain.callbacks.micro_batch_size import MicroBatchSearch
 from disttrain.callbacks.preemption import Preemption
@@ -39,7 +40,7 @@ from disttrain.parallel.agree import raise_together
 from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.precision import ScaledPrecision, use_tensor_cores
 from disttrain.parallel.strategies import build_strategy
-from disttrain.runs import Start, choose_start, stopped_by_request
+from disttrain.runs import Start, find_start, stopped_by_request
 from disttrain.world import detect_world
 
 PrecisionName = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
@@ -163,18 +164,18 @@ class Trainer(pl.Trainer):
         Pass ``ckpt_path=start.checkpoint`` to :meth:`fit`.
 
         Raises:
-            CheckpointError: the named checkpoint does not exist or is torn.
+            CheckpointError: the named checkpoint does not exist or is torn, or ``auto`` meets another run's.
             Preempted: this launch was asked to stop, and has been restarted by torchrun.
         """
         self.connect()
-        start, stopped = Start(None), ""
         with raise_together():
-            if self.is_global_zero:
-                stopped = stopped_by_request(self.run_dir)
-                start = start if stopped else choose_start(self.run_dir, resume)
-        start, stopped = self.strategy.broadcast((start, stopped))
-        if stopped:
+            stopped = stopped_by_request(self.run_dir) if self.is_global_zero else ""
+        if stopped := self.strategy.broadcast(stopped):
             raise Preempted(f"not started again: this launch was {stopped}")
+        checkpoints = find_callback(self, Checkpointing)
+        start = find_start(self.run_dir, resume, checksums=checkpoints is None or checkpoints.verify_checksums)
+        if checkpoints is not None:
+            checkpoints.attempt = start.attempt
         self.record.start = start
         return start
 

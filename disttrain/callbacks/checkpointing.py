@@ -1,24 +1,35 @@
-"""When checkpoints are taken and which are kept.
+"""When checkpoints are taken, how they are written, and which are kept.
 
 A checkpoint is taken at a step boundary, after the validation that is due there: so it holds what that
-validation decided, and a resumed run neither repeats nor misses one. Older checkpoints are deleted only after
-a newer one is committed; the last few and the best few are kept. Cost: the time to write, when one is due.
+validation decided, and a resumed run neither repeats nor misses one. It is copied to CPU memory and written by
+a background thread while training goes on; a save that comes due meanwhile waits for it. An error of a background
+save is told to all ranks at one step. Older checkpoints are deleted only after a newer one is committed.
 """
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
 from disttrain.callbacks.monitor import Mode, Monitor
+from disttrain.callbacks.save_times import SaveTimes
 from disttrain.checkpoint import store
-from disttrain.errors import ConfigError
+from disttrain.checkpoint.fence import Attempt, claim, guard
+from disttrain.checkpoint.marker import Metric
+from disttrain.checkpoint.prune import Keep
+from disttrain.checkpoint.saver import Outcome, Saver, SaveRequest
+from disttrain.errors import CheckpointError, ConfigError
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.strategies import strategy_of
+
+_GRACE_SECONDS = 60.0
+"""How long a run that fails waits for the save that is under way."""
 
 
 class Checkpointing(Checkpoint):
@@ -26,38 +37,64 @@ class Checkpointing(Checkpoint):
 
     Args:
         every_steps: steps between two checkpoints; by default one at the end of each epoch.
+        every_epochs: epochs between two, at their ends.
+        every_minutes: minutes between two, by rank 0's clock.
         keep_last: how many of the newest to keep.
         keep_best: how many of the best by ``monitor`` to keep; 0 keeps none for their metric.
+        keep_every_steps: also take one every so many steps, and keep these for good.
         monitor: the metric, as logged; by default that of early stopping, and without either none is best.
         mode: ``min`` or ``max``.
+        save: ``async`` writes in the background, from a copy in CPU memory; ``sync`` stops training meanwhile.
+        on_save_error: ``stop`` ends the run where a checkpoint cannot be written; ``continue`` trains on, and the
+            event is recorded. The end of a run is an error in any case.
+        verify: what is compared at a resume: ``checksums`` of all files, or ``sizes`` alone.
     """
 
     def __init__(
         self,
         *,
         every_steps: int | None = None,
+        every_epochs: int | None = None,
+        every_minutes: float | None = None,
         keep_last: int = 1,
         keep_best: int = 1,
+        keep_every_steps: int | None = None,
         monitor: str | None = None,
         mode: Mode = "min",
+        save: Literal["async", "sync"] = "async",
+        on_save_error: Literal["stop", "continue"] = "stop",
+        verify: Literal["checksums", "sizes"] = "checksums",
     ) -> None:
-        if every_steps is not None and every_steps < 1:
-            raise ConfigError(
-                f"checkpoint.every_steps is {every_steps}", mend="use at least 1, or null for every epoch"
-            )
+        self.times = SaveTimes(
+            every_steps=every_steps,
+            every_epochs=every_epochs,
+            every_minutes=every_minutes,
+            keep_every_steps=keep_every_steps,
+        )
         if keep_last < 1 or keep_best < 0:
             raise ConfigError(
                 f"checkpoint.keep_last is {keep_last} and keep_best {keep_best}",
                 mend="keep at least the last one, and 0 or more of the best",
             )
-        self.every_steps, self.keep_last, self.keep_best = every_steps, keep_last, keep_best
+        self.keep_last, self.keep_best, self.keep_every_steps = keep_last, keep_best, keep_every_steps
         self.monitor = Monitor(monitor, mode) if monitor is not None and keep_best else None
         """What is best; early stopping sets it where it was not given."""
+        self.background = save == "async"
+        self.on_save_error = on_save_error
+        self.verify_checksums = verify == "checksums"
         self.directory: Path | None = None
+        self.attempt: Attempt | None = None
+        """Who this process is among those that may write here; set before training where a start was looked for."""
+        self.tell: Callable[[int, str, str], None] = _say_nothing
+        """Told of step, kind and text of events worth recording; on rank 0."""
+        self._saver = Saver()
         self._best: list[tuple[float, int, str]] = []  # (value, step, directory name), best first
+        self._best_before: list[tuple[float, int, str]] = []
         self._saved_step = -1
         self.save_seconds = 0.0
         """Seconds that saving has stopped this attempt for."""
+        self.write_seconds = 0.0
+        """Seconds that writing took, in the background or not."""
 
     @property
     def best_step(self) -> int:
@@ -70,17 +107,27 @@ class Checkpointing(Checkpoint):
         return str(self._directory() / self._best[0][2]) if self._best and self.directory else ""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Find the run's folder."""
+        """Find the run's folder; to train, become the one attempt that may write there."""
         self.directory = self.directory or Path(trainer.default_root_dir) / "checkpoints"
-        if stage == "fit" and trainer.is_global_zero:
-            store.remove_unfinished(self.directory)
+        if stage == "fit" and self.attempt is None:
+            with raise_together():
+                if trainer.is_global_zero:
+                    self.attempt = claim(self.directory)
+            self.attempt = trainer.strategy.broadcast(self.attempt)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Minutes count from here."""
+        self.times.begin(trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save where one is due and no validation follows, which would change the state."""
+        """Hear how the last save ended; save where one is due and no validation follows, which changes the state."""
         loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate() or not self._due(trainer):
+        if loop._should_accumulate():
+            return
+        self._settle(trainer, self._saver.poll())
+        if not self._due(trainer):
             return
         if loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
             return
@@ -96,15 +143,37 @@ class Checkpointing(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the end of the run, unless that was done."""
+        self.finish(trainer)
+        self._saver.release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let the save that is under way come to its end; whatever it is, the run has an error already."""
+        self._saver.wait(_GRACE_SECONDS)
+
+    def finish(self, trainer: pl.Trainer) -> None:
+        """Save the end of the run, and make sure that it was this attempt's to save. A collective.
+
+        Raises:
+            CheckpointError: it cannot be written, or a newer attempt has taken over.
+        """
         self.save_if_new(trainer)
+        with raise_together():
+            if trainer.is_global_zero:
+                guard(self._directory(), self.attempt)
 
     def save_if_new(self, trainer: pl.Trainer) -> None:
-        """Save the present step, unless a checkpoint of it exists. A collective."""
+        """Commit the present step before this returns, unless a checkpoint of it exists. A collective.
+
+        Raises:
+            CheckpointError: it cannot be written, whatever ``on_save_error`` says.
+        """
+        self._settle(trainer, self._saver.wait())
         if self._saved_step != trainer.global_step:
-            self._save(trainer, value=None)
+            self._save(trainer, value=None, background=False, must=True)
 
     def restore_best(self, trainer: pl.Trainer) -> bool:
         """Load the best checkpoint's weights; False where there is none. A collective."""
+        self._settle(trainer, self._saver.wait())
         if not self._best:
             return False
         strategy_of(trainer).load_weights(self._directory() / self._best[0][2])
@@ -125,11 +194,7 @@ class Checkpointing(Checkpoint):
                 self._best.append((float(value), int(step), str(name)))
 
     def _due(self, trainer: pl.Trainer) -> bool:
-        if trainer.global_step == self._saved_step:
-            return False
-        if self.every_steps is not None:
-            return trainer.global_step % self.every_steps == 0
-        return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        return self.times.due(trainer) and trainer.global_step != self._saved_step
 
     def _among_best(self, value: float | None) -> bool:
         if self.monitor is None or value is None:
@@ -138,34 +203,77 @@ class Checkpointing(Checkpoint):
             return self.monitor.better(value, self.monitor.worst)
         return self.monitor.better(value, self._best[-1][0])
 
-    def _save(self, trainer: pl.Trainer, value: float | None) -> None:
+    def _save(
+        self, trainer: pl.Trainer, value: float | None, *, background: bool | None = None, must: bool = False
+    ) -> None:
         step, started = trainer.global_step, time.perf_counter()
+        # One save at a time: its buffers are in use, and it prunes by what was there when it began.
+        self._settle(trainer, self._saver.wait())
         path: Path = trainer.strategy.broadcast(store.free_path(self._directory(), f"step-{step:08d}"))
         # The list is part of what is saved, so it has to name this checkpoint before it is written.
-        before = list(self._best)
-        if self.monitor is not None and value is not None and self._among_best(value):
-            sign = 1 if self.monitor.mode == "min" else -1
-            self._best.append((value, step, path.name))
-            self._best.sort(key=lambda entry: (sign * entry[0], entry[1]))
-            del self._best[self.keep_best :]
+        self._best_before = list(self._best)
+        metric = None
+        if self.monitor is not None and value is not None:
+            metric = Metric(self.monitor.name, value, self.monitor.mode)
+            if self._among_best(value):
+                sign = 1 if self.monitor.mode == "min" else -1
+                self._best.append((value, step, path.name))
+                self._best.sort(key=lambda entry: (sign * entry[0], entry[1]))
+                del self._best[self.keep_best :]
+        request = SaveRequest(
+            self._saver,
+            background=self.background if background is None else background,
+            attempt=self.attempt,
+            metric=metric,
+            done=self._pruning() if trainer.is_global_zero else None,
+        )
         try:
-            trainer.save_checkpoint(path, weights_only=False)
+            trainer.save_checkpoint(path, weights_only=False, storage_options=request)
         except BaseException:
-            self._best = before
+            self._best = self._best_before
             raise
         self._saved_step = step
-        self._prune(trainer)
+        self.times.saved()
+        if not request.background:
+            self._settle(trainer, self._saver.wait(), must=must)
         self.save_seconds += time.perf_counter() - started
 
-    def _prune(self, trainer: pl.Trainer) -> None:
-        with raise_together():
-            if trainer.is_global_zero:
-                there, _ = store.committed(self._directory())
-                kept = {name for _, _, name in self._best}
-                for old in there[: -self.keep_last]:
-                    if old.path.name not in kept:
-                        store.remove(old.path)
+    def _settle(self, trainer: pl.Trainer, outcome: Outcome | None, *, must: bool = False) -> None:
+        """Take note of how a save ended; all ranks have the same outcome."""
+        if outcome is None:
+            return
+        self.write_seconds += outcome.seconds
+        if outcome.error is None:
+            return
+        self._best, self._saved_step = self._best_before, -1
+        if must or outcome.fatal or self.on_save_error == "stop":
+            raise outcome.error
+        if trainer.is_global_zero:
+            what = outcome.error.what if isinstance(outcome.error, CheckpointError) else str(outcome.error)
+            text = f"no checkpoint of step {outcome.global_step}, training goes on: {what}"
+            print(f"disttrain: {text}", file=sys.stderr)
+            self.tell(trainer.global_step, "save", text)
+
+    def _pruning(self) -> Callable[[], None]:
+        """What deletes older checkpoints once the new one is committed; it knows what is best now, not later."""
+        directory, attempt = self._directory(), self.attempt
+        keep = Keep(self.keep_last, [name for _, _, name in self._best], self.keep_every_steps)
+
+        def prune() -> None:
+            try:
+                superfluous = keep.superfluous(store.committed(directory)[0])
+                guard(directory, attempt)  # after the look: nothing of a newer attempt's is among them
+                for entry in superfluous:
+                    store.remove(entry.path)
+            except OSError as error:  # the new one is safe; the next save tries again
+                print(f"disttrain: an old checkpoint could not be removed: {error}", file=sys.stderr)
+
+        return prune
 
     def _directory(self) -> Path:
         assert self.directory is not None, "the callback is not set up"
         return self.directory
+
+
+def _say_nothing(step: int, kind: str, text: str) -> None:
+    pass

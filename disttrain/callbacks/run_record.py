@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from disttrain.callbacks.bad_samples import FOLDER, BadSamples
+from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.early_stopping import EarlyStopping
 from disttrain.callbacks.find import find_callback
 from disttrain.data.mixture import Mixture
@@ -47,6 +48,12 @@ class RunRecord(Callback):
         self.awaits_result = False
         """Whether the run is complete only once :meth:`add_result` was called."""
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Hear of checkpoints that could not be written."""
+        checkpoints = find_callback(trainer, Checkpointing)
+        if checkpoints is not None:
+            checkpoints.tell = self.tell
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the record, or go on with it, and begin an attempt."""
         for logger in trainer.loggers:
@@ -66,6 +73,9 @@ class RunRecord(Callback):
             "attempts": [],
             "events": [],
         }
+        checkpoints = find_callback(trainer, Checkpointing)
+        if checkpoints is not None and checkpoints.attempt is not None:
+            self.record["id"] = checkpoints.attempt.run
         attempt = {
             "started": now,
             "ended": None,
@@ -95,8 +105,17 @@ class RunRecord(Callback):
         """Keep the ranks' step times; written with the next change of the record. Rank 0 only."""
         self.record["ranks"] = ranks
 
+    def tell(self, step: int, kind: str, text: str) -> None:
+        """Note something and write it down now. Rank 0 only."""
+        self.event(step, kind, text)
+        if "attempts" in self.record:
+            self._write()
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say why training stopped and what was best."""
+        """Say why training stopped and what was best, once the end of the run is safe."""
+        checkpoints = find_callback(trainer, Checkpointing)
+        if checkpoints is not None:
+            checkpoints.finish(trainer)
         if not trainer.is_global_zero:
             return
         now = time.time()

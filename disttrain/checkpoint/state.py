@@ -28,9 +28,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from disttrain.checkpoint import store
+from disttrain.checkpoint import store, verify
 from disttrain.checkpoint.groups import TensorGroup, parameters_by_name
+from disttrain.checkpoint.marker import About
 from disttrain.checkpoint.progress import Progress, loop_state, progress_of
+from disttrain.checkpoint.saver import SaveRequest
+from disttrain.checkpoint.staging import own_part
+from disttrain.checkpoint.write import write
 from disttrain.errors import CheckpointError
 from disttrain.parallel.agree import is_distributed
 
@@ -69,7 +73,10 @@ class CheckpointMixin:
         return dict(get_optimizer_state_dict(self._module(), _bare(optimizer)))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint directory and commit it. A collective."""
+        """Write a checkpoint directory and commit it. A collective.
+
+        With a :class:`~disttrain.checkpoint.saver.SaveRequest` as ``storage_options`` it is written as that says.
+        """
         progress = progress_of(self._module().trainer)
         optimizers = checkpoint.get("optimizer_states", [])
         tensors: store.Tensors = {"model": checkpoint["state_dict"]}
@@ -89,11 +96,16 @@ class CheckpointMixin:
             "trainer": {key: value for key, value in checkpoint.items() if key not in _SPLIT_OFF},
         }
         path = Path(filepath)
+        about = About(progress.global_step, progress.epoch)
         with ExitStack() as stack:
             # A checkpoint may be taken in an evaluation. The model's tensors above share memory with the parameters.
             for group in self.tensor_groups.values():
                 stack.enter_context(group.training_weights())
-            store.write(path.parent, path.name, tensors=tensors, meta=meta, global_step=progress.global_step)
+            if isinstance(storage_options, SaveRequest):
+                storage_options.begin(path, tensors=tensors, meta=meta, about=about)
+                return
+            own = own_part(tensors)
+            write(path.parent, path.name, tensors=own, meta=meta, global_step=about.global_step, about=about)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Fill model and, when fitting, optimizers; return the rest in Lightning's form. A collective.
@@ -101,6 +113,7 @@ class CheckpointMixin:
         Where nothing is trained, the model gets the weights that the run evaluated.
         """
         path = Path(checkpoint_path)
+        verify.ensure(path)
         meta = store.read_meta(path)
         trainer = self._module().trainer
         data: Any = getattr(trainer, "datamodule", None)
@@ -118,6 +131,7 @@ class CheckpointMixin:
 
     def load_weights(self, path: Path) -> None:
         """Fill the model alone, with the weights that the run evaluated. A collective."""
+        verify.ensure(path)
         self._fill_to_evaluate(path, store.read_meta(path))
 
     def on_validation_start(self) -> None:

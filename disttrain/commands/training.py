@@ -30,6 +30,7 @@ from disttrain.callbacks.guard import UpdateGuard
 from disttrain.callbacks.prediction_files import SAMPLES_PER_FILE, Output
 from disttrain.callbacks.prediction_formats import FormatName
 from disttrain.callbacks.predictions import PredictionWriter
+from disttrain.checkpoint.weights import initialize
 from disttrain.commands.messages import explain, own_error
 from disttrain.data.module import ShardedDataModule
 from disttrain.errors import ConfigError
@@ -110,6 +111,18 @@ class TrainingCLI(LightningCLI):
                 default="auto",
                 help="auto: go on where this run folder was interrupted; never: start anew; or a checkpoint's path",
             )
+            parser.add_argument(
+                "--initialize_from",
+                type=str | None,
+                default=None,
+                help="weights that a new run begins with: a .safetensors file, a .pt state_dict or a checkpoint",
+            )
+            parser.add_argument(
+                "--initialize_strict",
+                type=bool,
+                default=True,
+                help="whether these must have the model's names and shapes; otherwise what fits is taken",
+            )
         else:
             parser.add_argument(
                 "--checkpoint_path",
@@ -151,6 +164,8 @@ class TrainingCLI(LightningCLI):
         trainer, data = self.trainer, self.datamodule
         trainer.record.awaits_result = True
         start = trainer.find_start(self._get(self.config, "resume"))
+        if start.checkpoint is None:  # a resumed run has its own weights
+            self._initialize(start.notes)
         with raise_together():
             if trainer.is_global_zero:
                 _say(start.notes)
@@ -164,6 +179,15 @@ class TrainingCLI(LightningCLI):
             trainer.record.add_result(result)
             page = write_report([trainer.run_dir])
             _print_result(trainer, result, page)
+
+    def _initialize(self, notes: list[str]) -> None:
+        """Begin with the weights that were asked for."""
+        source, strict = (self._get(self.config, name) for name in ("initialize_from", "initialize_strict"))
+        if source is None:
+            return
+        with raise_together():
+            taken = initialize(self.model, Path(source), strict=strict)
+            notes.append(f"weights are those of {source}: {taken}")
 
     def validate(self) -> None:
         """Evaluate on the validation split."""

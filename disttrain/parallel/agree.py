@@ -2,8 +2,8 @@
 
 A rank that fails alone leaves its peers waiting in their next collective. :func:`raise_together` lets every
 rank say how a fallible part went and raises on all of them, or on none. It is a collective of the default
-group, as is :func:`gather`: every rank must call it. Cost: one small all-gather; call it where something may fail,
-never per step.
+group, or of another one of all ranks, as is :func:`gather`: every rank must call it. Cost: one small all-gather;
+call it where something may fail, never per step.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def gather(value: T) -> list[T]:
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """A value of every rank, which must pickle, in rank order. A collective."""
     if not is_distributed():
         return [value]
     told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, value)
+    dist.all_gather_object(told, value, group=group)
     return told
 
 
 @contextmanager
-def raise_together() -> Iterator[None]:
+def raise_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run a block that may fail on some ranks; if it fails on any, every rank raises.
 
     A rank whose own block failed raises its own error, unless a lower rank raises the same one; the others
     raise a :class:`RankError` that quotes the first. So a mistake that all ranks make is reported once.
-    Errors that are not a user's (bugs) travel as their type and text.
+    Errors that are not a user's (bugs) travel as their type and text. A background thread needs a group of its own.
     """
     own: BaseException | None = None
     try:
@@ -48,7 +48,7 @@ def raise_together() -> Iterator[None]:
         own = error
     if is_distributed():
         what = None if own is None else str(own) if isinstance(own, DisttrainError) else f"{type(own).__name__}: {own}"
-        told = gather(what)
+        told = gather(what, group)
         failed = [rank for rank, text in enumerate(told) if text is not None]
         if failed and (own is None or what in told[: dist.get_rank()]):
             raise RankError(f"rank {', '.join(map(str, failed))} failed: {told[failed[0]]}")

@@ -78,7 +78,8 @@ class Runs:
         trace = {"class_path": "disttrain.callbacks.trace.StepTrace", "init_args": self._trace_settings()}
         words += [f"--trainer.callbacks+={json.dumps(trace)}"]
         if self.kill:
-            words += [f"--checkpoint.every_steps={max(1, self.steps // 4)}"]
+            # On disk before the next step begins: the kill is meant to come after a checkpoint.
+            words += [f"--checkpoint.every_steps={max(1, self.steps // 4)}", "--checkpoint.save=sync"]
         return words
 
     def _trace_settings(self) -> dict[str, int]:

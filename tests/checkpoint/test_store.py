@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from disttrain.checkpoint import store
+from disttrain.checkpoint import write as write_module
 from disttrain.checkpoint.store import Committed, Tensors, check, committed, read_meta, read_model, read_tensors, remove
+from disttrain.checkpoint.write import write
 from disttrain.errors import CheckpointError
 from tests.support.checkpoints import commit, make_checkpoint
 
@@ -58,7 +60,7 @@ def check_equal(found: Tensors, expected: Tensors) -> None:
 
 
 def save(directory: Path, name: str = "step-5", *, step: int = 5, seed: int = 0) -> Path:
-    return store.write(directory, name, tensors=state(seed), meta=META, global_step=step)
+    return write(directory, name, tensors=state(seed), meta=META, global_step=step)
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def test_what_is_written_is_read_back_bit_by_bit(saved: Path) -> None:
     check_equal({"model": read_model(saved)}, {"model": state()["model"]})
     meta = read_meta(saved)
     assert torch.equal(meta["trainer"].pop("t"), torch.arange(3))
-    assert meta == {"format": 1, "progress": {"epoch": 1, "step": 2}, "trainer": {"names": ["a", None], "x": 0.1}}
+    assert meta == {"format": 2, "progress": {"epoch": 1, "step": 2}, "trainer": {"names": ["a", None], "x": 0.1}}
 
 
 def test_a_part_of_the_tensors_may_be_read(saved: Path) -> None:
@@ -94,9 +96,15 @@ def test_a_folder_holds_marker_and_latest_and_nothing_half_done(saved: Path) -> 
     assert names == ["LATEST", "step-5"]
     assert (saved.parent / "LATEST").read_text() == "step-5\n"
     marker = json.loads((saved / "COMMITTED").read_text())
-    sizes = {path.name: path.stat().st_size for path in saved.iterdir() if path.name != "COMMITTED"}
-    assert marker == {"format": 1, "global_step": 5, "files": sizes}
-    assert set(sizes) == {".metadata", "__0_0.distcp", "meta.pt"}
+    sums = {
+        path.name: [path.stat().st_size, f"{zlib.crc32(path.read_bytes()):08x}"]
+        for path in saved.iterdir()
+        if path.name != "COMMITTED"
+    }
+    assert set(sums) == {".metadata", "__0_0.distcp", "meta.pt"}
+    del marker["time"], marker["crc32"]
+    known = {"global_step": 5, "epoch": None, "run": "", "attempt": 0, "metric": None}
+    assert marker == {"format": 2, **known, "checksum": "crc32", "files": sums}
 
 
 def test_a_taken_name_gets_a_number(saved: Path) -> None:
@@ -193,7 +201,7 @@ def test_files_of_the_right_size_with_other_contents_are_refused(saved: Path, na
 def test_a_newer_format_is_refused(saved: Path) -> None:
     torch.save({"format": 99}, saved / "meta.pt")
     commit(saved, 5)
-    with pytest.raises(CheckpointError, match="has checkpoint format 99, this disttrain reads up to 1") as caught:
+    with pytest.raises(CheckpointError, match="has checkpoint format 99, this disttrain reads up to 2") as caught:
         read_meta(saved)
     assert "newer disttrain" in caught.value.mend
 
@@ -324,7 +332,7 @@ def test_a_meta_file_that_holds_no_dictionary_is_refused(saved: Path, content: o
 def test_a_state_that_could_only_be_unpickled_is_not_committed(saved: Path, tmp_path: Path) -> None:
     directory, planted = saved.parent, tmp_path / "planted"
     with pytest.raises(CheckpointError, match="could only be unpickled") as caught:
-        store.write(directory, "step-6", tensors=state(), meta={"x": Bomb(planted)}, global_step=6)
+        write(directory, "step-6", tensors=state(), meta={"x": Bomb(planted)}, global_step=6)
     assert "state_dict()" in caught.value.mend
     assert not planted.exists()
     assert [c.path for c in committed(directory)[0]] == [saved]
@@ -349,7 +357,7 @@ def test_a_write_that_fails_leaves_the_earlier_checkpoints(
             rename = os.rename
             patch.setattr(os, "rename", lambda a, b: no_space() if Path(b).name == "step-6" else rename(a, b))
         else:
-            patch.setattr(store, {"commit": "_commit", "sync": "_sync_directory"}[step], no_space)
+            patch.setattr(write_module, {"commit": "write_marker", "sync": "sync_directory"}[step], no_space)
         with pytest.raises(CheckpointError) as caught:
             save(directory, "step-6", step=6, seed=1)
     assert "No space left on device" in str(caught.value)
@@ -358,7 +366,9 @@ def test_a_write_that_fails_leaves_the_earlier_checkpoints(
     assert (directory / "LATEST").read_text() == "step-5\n"
     check_equal({"model": read_model(saved)}, {"model": state()["model"]})
     again = save(directory, "step-6", step=6, seed=1)
-    assert again.name == ("step-6.2" if step == "commit" else "step-6"), "a half-written folder was written over"
+    assert again.name == ("step-6.2" if step in ("commit", "sync") else "step-6"), (
+        "a half-written folder was written over"
+    )
     check_equal({"model": read_model(again)}, {"model": state(1)["model"]})
 
 

@@ -236,7 +236,7 @@ def test_a_mixed_run_is_elastic_and_resumes(digits: Path, tmp_path: Path) -> Non
             *("fit", "--config", "recipes/digits.yaml", "--trainer.run_dir", str(run_dir)),
             *("--data.train", sources, f"--data.val={digits}/val.json", f"--data.test={digits}/test.json"),
             *("--data.global_batch_size", "64", "--data.micro_batch_size", "16", "--trainer.max_steps", "30"),
-            *("--checkpoint.every_steps", "5", "--early_stopping.restore_best", "false"),
+            *("--checkpoint.every_steps", "5", "--checkpoint.save", "sync", "--early_stopping.restore_best", "false"),
             *more,
         ]
         return run_cli(ranks, arguments, folder=run_dir.parent / f"{run_dir.name}-logs").codes

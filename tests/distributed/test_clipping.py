@@ -129,6 +129,7 @@ def fit(run_dir: Path, data: Path, ranks: int, optimizer: dict[str, Any], *more:
     path = run_dir.parent / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     arguments = ["fit", "--config", str(path), "--data.micro_batch_size", "16", "--checkpoint.every_steps", "4"]
+    arguments += ["--checkpoint.save", "sync"]
     arguments += ["--trainer.parallel.reduction", "tree", *more]
     return run_cli(ranks, arguments, folder=run_dir.parent / "logs")
 

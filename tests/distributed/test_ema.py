@@ -244,7 +244,16 @@ def fit(run_dir: Path, data: Path, ranks: int, strategy: str, *more: str, kill: 
     """Train digits with averages; a checkpoint every 4 steps, a validation every 6."""
     arguments = [
         *("--trainer.parallel.strategy", strategy, "--trainer.parallel.reduction", "tree"),
-        *("--checkpoint.every_steps", "4", "--trainer.validate_every_steps", "6", *averaging(), *more),
+        *(
+            "--checkpoint.every_steps",
+            "4",
+            "--checkpoint.save",
+            "sync",
+            "--trainer.validate_every_steps",
+            "6",
+            *averaging(),
+            *more,
+        ),
     ]
     if kill is not None:
         arguments += ["--trainer.callbacks+=tests.support.callbacks.KillAt", f"--trainer.callbacks.step={kill}"]

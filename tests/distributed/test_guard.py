@@ -44,6 +44,7 @@ def fit(run_dir: Path, data: Path, ranks: int, parallel: str, *more: str) -> Out
         *("--data.fields", "{features: features.npy, label: cls}", "--data.global_batch_size", str(GLOBAL)),
         *("--data.micro_batch_size", "4", "--trainer.max_steps", str(STEPS), "--trainer.parallel", parallel),
         *("--trainer.run_dir", str(run_dir), "--checkpoint.every_steps", "2", "--checkpoint.keep_last", "20"),
+        *("--checkpoint.save", "sync"),
         *("--trainer.callbacks+=disttrain.SampleLedger", *more),
     ]
     return run_cli(ranks, arguments, folder=run_dir.parent / f"{run_dir.name}-logs")

@@ -20,7 +20,16 @@ def fit(run_dir: Path, data: Path, ranks: int, parallel: str, *more: str) -> Out
         *("fit", "--config", "recipes/digits.yaml", "--trainer.run_dir", str(run_dir)),
         *(f"--data.{split}={data}/{split}.json" for split in ("train", "val", "test")),
         *("--data.global_batch_size", "48", "--data.micro_batch_size", "12", "--model.optimizer", SGD),
-        *("--trainer.max_steps", str(STEPS), "--trainer.parallel", parallel, "--checkpoint.every_steps", "4"),
+        *(
+            "--trainer.max_steps",
+            str(STEPS),
+            "--trainer.parallel",
+            parallel,
+            "--checkpoint.every_steps",
+            "4",
+            "--checkpoint.save",
+            "sync",
+        ),
         *("--early_stopping.restore_best", "false"),
         *more,
     ]

@@ -89,6 +89,7 @@ def test_a_recipe_trains_is_killed_and_resumed_in_other_layouts(digits: Path, tm
             *("fit", "--config", "recipes/digits.yaml", "--trainer.run_dir", str(run_dir)),
             *(f"--data.{split}={digits}/{split}.json" for split in ("train", "val", "test")),
             *("--data.micro_batch_size", "16", "--trainer.max_steps", "24", "--checkpoint.every_steps", "4"),
+            *("--checkpoint.save", "sync"),
             *("--trainer.parallel.strategy", strategy, "--trainer.parallel.meta_init", "true"),
             *("--early_stopping.restore_best", "false", "--model.optimizer", "{name: sgd, lr: 0.05}", *more),
         ]

@@ -46,7 +46,7 @@ def fit(
         *(f"--data.train={data}/train-{{000000..000003}}.tar", f"--data.val={data}/val.json"),
         *(f"--data.test={data}/test.json", "--data.cache.directory", str(cache / "shards")),
         *("--data.global_batch_size", "64", "--data.micro_batch_size", "16"),
-        *("--trainer.max_steps", str(STEPS), "--checkpoint.every_steps", "4"),
+        *("--trainer.max_steps", str(STEPS), "--checkpoint.every_steps", "4", "--checkpoint.save", "sync"),
         *("--early_stopping.restore_best", "false"),
         "--trainer.callbacks+=disttrain.callbacks.SampleLedger",
         *more,

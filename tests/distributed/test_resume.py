@@ -14,17 +14,18 @@ from tests.support.ranks import Outcome, run_cli
 from tests.support.weights import differing, distance, final_weights
 
 STEPS = 48  # two and a half epochs of 19 steps
+IN_BACKGROUND = ("--checkpoint.save", "async")
 
 
 def fit(run_dir: Path, data: Path, ranks: int, strategy: str, *more: str) -> Outcome:
-    """Train digits; a checkpoint every 4 steps, a validation every 10."""
+    """Train digits; a checkpoint every 4 steps, on disk before the next step begins; a validation every 10."""
     arguments = [
         *("fit", "--config", "recipes/digits.yaml", "--trainer.run_dir", str(run_dir)),
         *(f"--data.{split}={data}/{split}.json" for split in ("train", "val", "test")),
         *("--data.global_batch_size", "64", "--data.micro_batch_size", "16"),
         *("--trainer.max_steps", str(STEPS), "--trainer.parallel.strategy", strategy),
         *("--trainer.validate_every_steps", "10", "--checkpoint.every_steps", "4"),
-        *("--early_stopping.restore_best", "false"),
+        *("--early_stopping.restore_best", "false", "--checkpoint.save", "sync"),
         "--trainer.callbacks+=disttrain.callbacks.SampleLedger",
         *more,
     ]
@@ -46,9 +47,9 @@ def killed_and_resumed(run_dir: Path, data: Path, ranks: int, strategy: str, *, 
     steps = sorted(chance.sample(range(1, STEPS), kills))
     for step in steps:
         place = chance.randrange(64 // 16 // ranks)
-        codes = fit(run_dir, data, ranks, strategy, *kill(step, place)).codes
+        codes = fit(run_dir, data, ranks, strategy, *IN_BACKGROUND, *kill(step, place)).codes
         assert codes == [-9] * ranks, f"not killed at step {step}: exit codes {codes}"
-    fit(run_dir, data, ranks, strategy).ok()
+    fit(run_dir, data, ranks, strategy, *IN_BACKGROUND).ok()
     return steps
 
 
@@ -213,7 +214,8 @@ def test_running_statistics_are_one_model_on_all_ranks(digits: Path, tmp_path: P
 
     def train(run_dir: Path, *more: str) -> None:
         arguments = ["fit", *common, *("--trainer.run_dir", str(run_dir), "--trainer.max_steps", "12"), *more]
-        run_cli(2, [*arguments, "--checkpoint.every_steps", "4"], folder=run_dir.parent / f"{run_dir.name}-logs")
+        arguments += ["--checkpoint.every_steps", "4", "--checkpoint.save", "sync"]
+        run_cli(2, arguments, folder=run_dir.parent / f"{run_dir.name}-logs")
 
     train(tmp_path / "whole")
     train(tmp_path / "killed", *kill(10, 1))

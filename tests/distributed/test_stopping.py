@@ -49,8 +49,9 @@ def test_patience_and_best_survive_a_resume(digits: Path, tmp_path: Path) -> Non
     # Killed between the two validations that did not improve: one of two is used up.
     killed = tmp_path / "killed"
     kill = ("--trainer.callbacks+=tests.support.callbacks.KillAt", f"--trainer.callbacks.step={stop - 2}")
-    assert fit(killed, digits, 2, "--checkpoint.every_steps", "1", *kill).codes == [-9, -9]
-    fit(killed, digits, 2, "--checkpoint.every_steps", "1").ok()
+    every = ("--checkpoint.every_steps", "1", "--checkpoint.save", "sync")
+    assert fit(killed, digits, 2, *every, *kill).codes == [-9, -9]
+    fit(killed, digits, 2, *every).ok()
     resumed = read_run(killed)
     assert resumed["attempts"][-1]["from_step"] == stop - 2
     assert resumed["attempts"][-1]["to_step"] == stop

@@ -84,7 +84,15 @@ def test_runs_are_those_of_larger_micro_batches_and_resume_to_the_bit(digits: Pa
             *("{image: image.npy, label: cls}", "--data.global_batch_size", "16"),
             *(f"--data.{split}={digits}/{split}.json" for split in ("train", "val", "test")),
             *("--data.micro_batch_size", str(size), "--trainer.parallel", parallel, "--trainer.max_steps", "12"),
-            *("--trainer.run_dir", str(tmp_path / name), "--checkpoint.every_steps", "4", *more),
+            *(
+                "--trainer.run_dir",
+                str(tmp_path / name),
+                "--checkpoint.every_steps",
+                "4",
+                "--checkpoint.save",
+                "sync",
+                *more,
+            ),
         ]
         run_cli(ranks, arguments, folder=tmp_path / f"{name}-logs")
 

@@ -40,7 +40,16 @@ def arguments(command: str, run_dir: Path, data: Path, parallel: str, *more: str
 def fit(run_dir: Path, data: Path, ranks: int, parallel: str, *more: str) -> Outcome:
     """Train, with a ledger and a checkpoint every 4 steps."""
     optimizer = () if any(word.startswith("--model.optimizer") for word in more) else ("--model.optimizer", SGD)
-    words = (*optimizer, "--trainer.max_steps", str(STEPS), "--checkpoint.every_steps", "4", *more)
+    words = (
+        *optimizer,
+        "--trainer.max_steps",
+        str(STEPS),
+        "--checkpoint.every_steps",
+        "4",
+        "--checkpoint.save",
+        "sync",
+        *more,
+    )
     ledger = "--trainer.callbacks+=disttrain.callbacks.SampleLedger"
     return run_cli(
         ranks,

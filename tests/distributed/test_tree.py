@@ -155,7 +155,7 @@ def test_killed_and_resumed_in_other_layouts(digits: Path, tmp_path: Path) -> No
             *(f"--data.{split}={digits}/{split}.json" for split in ("train", "val", "test")),
             *("--data.global_batch_size", "64", "--data.micro_batch_size", "16", "--trainer.max_steps", "24"),
             *("--trainer.parallel.strategy", strategy, "--trainer.parallel.reduction", "tree"),
-            *("--checkpoint.every_steps", "4", "--early_stopping.restore_best", "false"),
+            *("--checkpoint.every_steps", "4", "--checkpoint.save", "sync", "--early_stopping.restore_best", "false"),
         ]
         if kill is not None:
             arguments += ["--trainer.callbacks+=tests.support.callbacks.KillAt", f"--trainer.callbacks.step={kill}"]

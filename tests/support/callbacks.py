@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+
+from disttrain.checkpoint import checksum, staging, store, write
 
 
 class KillAt(Callback):
@@ -150,3 +154,94 @@ class HangAt(Callback):
             dist.barrier()
         while self.how == "loop":
             sum(range(1000))
+
+
+class KillInSave(Callback):
+    """Kills its own process inside a save, in the thread that saves.
+
+    Args:
+        place: ``staging``, ``writing``, ``renaming``, ``marking``, ``latest`` or ``pruning``: before that is done.
+        step: optimizer steps done when the save begins, or more.
+        rank: which rank, where several come to that place.
+    """
+
+    PLACES: ClassVar[dict[str, tuple[Any, str]]] = {
+        "staging": (staging.Stage, "_buffer"),
+        "writing": (checksum.SummedFile, "write"),
+        "renaming": (write, "open_directory"),
+        "marking": (write, "write_marker"),
+        "latest": (write, "write_synced"),
+        "pruning": (store, "remove"),
+    }
+
+    def __init__(self, place: str, step: int, rank: int = 0) -> None:
+        self.place, self.step, self.rank = place, step, rank
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lay the trap."""
+        if trainer.global_rank != self.rank:
+            return
+        owner, name = self.PLACES[self.place]
+        known: Callable[..., Any] = getattr(owner, name)
+
+        def trapped(*arguments: Any, **more: Any) -> Any:
+            if trainer.global_step >= self.step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return known(*arguments, **more)
+
+        setattr(owner, name, trapped)
+
+
+class StopAt(Callback):
+    """Stops its own process at the start of a step, as a debugger or a suspended machine would, until it is woken.
+
+    Args:
+        step: optimizer steps done before.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Sleep here."""
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGSTOP)
+            self.step = -1
+
+
+class FailInSave(Callback):
+    """Has the disk quota of one rank used up for the save that begins at a step.
+
+    Args:
+        step: optimizer steps done when that save begins.
+        rank: which rank.
+    """
+
+    def __init__(self, step: int, rank: int = 0) -> None:
+        self.step, self.rank = step, rank
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lay the trap."""
+        if trainer.global_rank != self.rank:
+            return
+        known = write.dcp_save
+
+        def failing(tensors: Any, *arguments: Any, storage_writer: Any, **more: Any) -> Any:
+            if f"step-{self.step:08d}" not in str(storage_writer.path):
+                return known(tensors, *arguments, storage_writer=storage_writer, **more)
+            checksum.SummedFile.write = _over_quota  # type: ignore[method-assign]
+            try:
+                return known(tensors, *arguments, storage_writer=storage_writer, **more)
+            finally:
+                checksum.SummedFile.write = _written  # type: ignore[method-assign]
+
+        write.dcp_save = failing
+
+
+_written = checksum.SummedFile.write
+
+
+def _over_quota(self: checksum.SummedFile, data: Any, /) -> int:
+    raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))

@@ -1,0 +1,233 @@
+"""Which checkpoints of a folder exist: the marker ``COMMITTED`` and what it says.
+
+A checkpoint is a directory that holds a marker, written last, which lists every file with its size and checksum
+and says whose state this is: step, epoch, run, attempt, the monitored metric. Without a sound marker, or with a
+file of another size, a directory is torn and is passed over with a reason. Costs a look at the files' sizes;
+their contents are read where that is asked for, and by all ranks in :mod:`disttrain.checkpoint.verify`. Needs no torch.
+
+Formats: 1 listed sizes alone; 2 added checksums, run, attempt and metric. Every later disttrain reads both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from disttrain.checkpoint.checksum import KIND, Sum, sum_of
+from disttrain.errors import CheckpointError
+from disttrain.files import write_synced
+
+FORMAT: Final = 2
+MARKER: Final = "COMMITTED"
+LATEST: Final = "LATEST"
+META: Final = "meta.pt"
+TEMPORARY: Final = ".tmp"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The monitored metric at a checkpoint."""
+
+    name: str
+    value: float
+    mode: str
+
+
+@dataclass(frozen=True)
+class About:
+    """What a marker says besides its files.
+
+    Attributes:
+        global_step: optimizer steps done.
+        epoch: epochs completed; None in format 1.
+        run: id of the run; empty where it is not known.
+        attempt: number of the attempt; 0 where it is not known.
+        metric: the monitored metric, where a validation came before.
+        time: seconds since 1970; None in format 1.
+    """
+
+    global_step: int
+    epoch: int | None = None
+    run: str = ""
+    attempt: int = 0
+    metric: Metric | None = None
+    time: float | None = None
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A checkpoint that exists.
+
+    Attributes:
+        path: its directory.
+        global_step: optimizer steps done when it was taken.
+        about: all that its marker says.
+        files: its files by name.
+        format: the format that it was written in.
+    """
+
+    path: Path
+    global_step: int
+    about: About = field(default_factory=lambda: About(0), compare=False)
+    files: Mapping[str, Sum] = field(default_factory=dict, compare=False)
+    format: int = field(default=FORMAT, compare=False)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all its files."""
+        return sum(entry.num_bytes for entry in self.files.values())
+
+
+def write_marker(directory: int, about: About, files: Mapping[str, Sum]) -> None:
+    """Commit a directory whose files are all written and synced.
+
+    Args:
+        directory: the open directory. Not its path: there, another process may have put one of its own meanwhile.
+        about: what the marker says of the state.
+        files: all its files.
+
+    Raises:
+        OSError: the marker cannot be written, for example because the directory was removed.
+    """
+    metric = about.metric and {"name": about.metric.name, "value": about.metric.value, "mode": about.metric.mode}
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "global_step": about.global_step,
+        "epoch": about.epoch,
+        "run": about.run,
+        "attempt": about.attempt,
+        "metric": metric,
+        "time": time.time() if about.time is None else about.time,
+        "checksum": KIND,
+        "files": {name: [files[name].num_bytes, files[name].crc32] for name in sorted(files)},
+    }
+    write_synced(Path(MARKER), json.dumps({**content, "crc32": _own_sum(content)}), within=directory)
+    os.fsync(directory)
+
+
+def check(path: Path) -> Committed:
+    """Make sure that a checkpoint is committed and whole by its marker and its files' sizes.
+
+    Raises:
+        CheckpointError: it is not, or it is of a newer format; the message says why.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"there is no checkpoint {path}", mend="name a directory under checkpoints/")
+    found = _read(path)
+    for name, entry in found.files.items():
+        there = (path / name).stat().st_size if (path / name).is_file() else None
+        if there != entry.num_bytes:
+            state = "is missing" if there is None else f"has {there} bytes"
+            raise CheckpointError(
+                f"checkpoint {path} is torn: {name} {state}, its marker says {entry.num_bytes}",
+                mend="resume from an earlier one",
+            )
+    return found
+
+
+def faults(path: Path, files: Mapping[str, Sum] | None = None) -> list[str]:
+    """What is wrong with a checkpoint's files, all of them or some; empty for a sound one.
+
+    Raises:
+        CheckpointError: it is not committed, or a file has another size.
+    """
+    found = check(path)
+    told = []
+    for name, entry in (found.files if files is None else files).items():
+        if not entry.crc32:  # format 1 has none
+            continue
+        try:
+            there = sum_of(path / name)
+        except OSError as error:
+            told.append(f"checkpoint {path} is damaged: {name} cannot be read: {error.strerror}")
+            continue
+        if there != entry:
+            told.append(
+                f"checkpoint {path} is damaged: the {there.num_bytes:,} bytes of {name} have checksum {there.crc32},"
+                f" its marker says {entry.crc32}"
+            )
+    return told
+
+
+def committed(directory: Path) -> tuple[list[Committed], list[str]]:
+    """The checkpoints of a folder, oldest first, and why other directories in it are none."""
+    found: list[Committed] = []
+    passed_over: list[str] = []
+    candidates = sorted(directory.iterdir()) if directory.is_dir() else []
+    for path in candidates:
+        if not path.is_dir() or path.name.startswith("."):
+            continue
+        try:
+            found.append(check(path))
+        except CheckpointError as error:
+            passed_over.append(error.what)
+    return sorted(found, key=lambda c: (c.global_step, c.path.stat().st_mtime_ns)), passed_over
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint: its marker first, so that an interrupted deletion leaves no half that counts."""
+    (path / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def free_path(directory: Path, name: str) -> Path:
+    """A directory of that name that does not exist yet; a number is added where it does."""
+    final, number = directory / name, 1
+    while final.exists():
+        number += 1
+        final = directory / f"{name}.{number}"
+    return final
+
+
+def newer_format(path: Path, found: object) -> CheckpointError:
+    """The error for a checkpoint that was written by a later disttrain."""
+    return CheckpointError(
+        f"{path} has checkpoint format {found}, this disttrain reads up to {FORMAT}", mend="install a newer disttrain"
+    )
+
+
+def _read(path: Path) -> Committed:
+    try:
+        text = (path / MARKER).read_text()
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {path} was never committed", mend="resume from an earlier one") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise CheckpointError(
+            f"checkpoint {path} has a damaged {MARKER}: {reason}", mend="resume from an earlier one"
+        ) from None
+    try:
+        content = json.loads(text)
+        number = int(content["format"])
+        if number > FORMAT:
+            raise newer_format(path, number)
+        return _first(path, content) if number == 1 else _second(path, content)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"checkpoint {path} has a damaged {MARKER}", mend="resume from an earlier one") from None
+
+
+def _first(path: Path, content: Mapping[str, Any]) -> Committed:
+    files = {str(name): Sum(int(size)) for name, size in content["files"].items()}
+    step = int(content["global_step"])
+    return Committed(path, step, About(step), files, 1)
+
+
+def _second(path: Path, content: dict[str, Any]) -> Committed:
+    if content.pop("crc32") != _own_sum(content):
+        raise ValueError("the marker's own checksum is another")
+    files = {str(name): Sum(int(size), str(crc)) for name, (size, crc) in content["files"].items()}
+    metric = content["metric"] and Metric(**content["metric"])
+    step = int(content["global_step"])
+    about = About(step, content["epoch"], content["run"], content["attempt"], metric, content["time"])
+    return Committed(path, step, about, files, 2)
+
+
+def _own_sum(content: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"

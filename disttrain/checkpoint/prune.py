@@ -1,0 +1,50 @@
+"""Which checkpoints of a folder are kept: the last few, the best few, and every N steps. A pure choice."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from disttrain.checkpoint.marker import Committed
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What to keep.
+
+    Attributes:
+        last: how many of the newest.
+        best: names of directories to keep whatever their age.
+        every_steps: keep those whose step is a multiple, for good.
+    """
+
+    last: int = 1
+    best: Collection[str] = ()
+    every_steps: int | None = None
+
+    def superfluous(self, found: Sequence[Committed]) -> list[Committed]:
+        """Those of ``found``, oldest first, that need not be kept."""
+        return [
+            entry
+            for entry in found[: max(0, len(found) - self.last)]
+            if entry.path.name not in self.best and not (self.every_steps and entry.global_step % self.every_steps == 0)
+        ]
+
+
+def best_of(found: Sequence[Committed], number: int) -> list[Committed]:
+    """The best few by the metric that their markers hold; of one metric only, that of the newest.
+
+    A step counts once, by its newest checkpoint.
+    """
+    rated = {entry.global_step: entry for entry in found if entry.about.metric is not None}
+    if not rated or number < 1:
+        return []
+    metric = rated[max(rated)].about.metric
+    assert metric is not None
+    sign = 1 if metric.mode == "min" else -1
+    same = [entry for entry in rated.values() if entry.about.metric and entry.about.metric.name == metric.name]
+    return sorted(same, key=lambda entry: (sign * _value(entry), entry.global_step))[:number]
+
+
+def _value(entry: Committed) -> float:
+    return entry.about.metric.value if entry.about.metric else float("nan")

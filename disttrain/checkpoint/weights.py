@@ -1,0 +1,166 @@
+"""Weights without the run: exported from a checkpoint, and taken as the beginning of another run.
+
+Needs neither the model's class nor a GPU nor a process group. Files are safetensors or PyTorch's own, a plain
+``state_dict``; both are read without running anything from them. A file is written under a temporary name first.
+Costs the weights once in memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from disttrain.checkpoint.marker import faults
+from disttrain.checkpoint.store import check, groups, read_group
+from disttrain.errors import CheckpointError, nearest
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a model took from a file.
+
+    Attributes:
+        loaded: names of its tensors that were filled.
+        missing: its tensors that the file lacks.
+        unexpected: tensors of the file that it does not have.
+        mismatched: tensors of another shape, as ``name (file's shape, model's shape)``.
+    """
+
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether file and model hold the same."""
+        return not (self.missing or self.unexpected or self.mismatched)
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} tensors taken"]
+        for kind in ("missing", "unexpected", "mismatched"):
+            names: list[str] = getattr(self, kind)
+            if names:
+                more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+                parts.append(f"{len(names)} {kind}: {', '.join(names[:_SHOWN])}{more}")
+        return "; ".join(parts)
+
+
+def read_weights(path: Path, *, group: str = "model") -> dict[str, Tensor]:
+    """Whole tensors by name from a checkpoint, a ``.safetensors`` file, or a ``.pt`` or ``.pth`` state_dict.
+
+    Args:
+        path: the checkpoint's directory or the file.
+        group: of a checkpoint, which group of tensors.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it holds something else than tensors.
+    """
+    if path.is_dir():
+        check(path)
+        if group not in groups(path):
+            raise CheckpointError(f"checkpoint {path} has no tensors {group!r}", mend=nearest(group, groups(path)))
+        wrong = faults(path)
+        if wrong:
+            raise CheckpointError(wrong[0], mend="use another checkpoint")
+        return read_group(path, group)
+    if not path.is_file():
+        raise CheckpointError(f"there is neither a checkpoint nor a file {path}", mend="correct the path")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes may raise almost anything
+        raise CheckpointError(
+            f"{path} cannot be read as weights: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            mend="give a .safetensors file, or a state_dict of tensors saved by torch.save",
+        ) from None
+    inner = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(inner, dict) or not all(isinstance(value, Tensor) for value in inner.values()):
+        raise CheckpointError(f"{path} is no state_dict: it holds other things than tensors", mend="save those alone")
+    return {str(name): value for name, value in inner.items()}
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], *, about: Mapping[str, str] | None = None) -> None:
+    """Write tensors as ``.safetensors``, or as a ``.pt`` or ``.pth`` state_dict.
+
+    Args:
+        path: the file; it is replaced if it exists.
+        tensors: by name.
+        about: further texts, for safetensors.
+
+    Raises:
+        CheckpointError: another extension, or it cannot be written.
+    """
+    if path.suffix not in (".safetensors", ".pt", ".pth"):
+        raise CheckpointError(f"{path} says no format that is known", mend="name it .safetensors, .pt or .pth")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            save_file(whole, temporary, metadata={"format": "pt", **(about or {})})
+        else:
+            torch.save(whole, temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error.strerror or error}", mend="check space and permissions"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def initialize(model: nn.Module, path: Path, *, strict: bool = True) -> Taken:
+    """Fill a model that is not yet sharded with weights; position, optimizer and the rest stay those of a new run.
+
+    Args:
+        model: its tensors keep their type and device.
+        path: a checkpoint's directory, or a file of weights.
+        strict: the names and shapes must be the same; otherwise what fits is taken.
+
+    Returns:
+        What was taken and what was not.
+
+    Raises:
+        CheckpointError: it cannot be read; nothing fits; or, with ``strict``, something is missing, unexpected or of
+            another shape. The model is unchanged then.
+    """
+    there, own = read_weights(path), model.state_dict(keep_vars=True)
+    fitting = {name: value for name, value in there.items() if name in own and own[name].shape == value.shape}
+    filled = {own[name].data_ptr() for name in fitting if own[name].numel()}
+    taken = Taken(
+        loaded=sorted(fitting),
+        # A tied weight has two names; files often hold it once.
+        missing=sorted(name for name in own if name not in there and own[name].data_ptr() not in filled),
+        unexpected=sorted(name for name in there if name not in own),
+        mismatched=[
+            f"{name} {tuple(value.shape)} where the model has {tuple(own[name].shape)}"
+            for name, value in sorted(there.items())
+            if name in own and own[name].shape != value.shape
+        ],
+    )
+    if not fitting or (strict and not taken.complete):
+        hint = nearest(taken.missing[0], taken.unexpected) if taken.missing and taken.unexpected else ""
+        raise CheckpointError(
+            f"the weights of {path} are not those of this model: {taken}",
+            mend="use the model that they were made with, or --initialize_strict false to take what fits"
+            + (f"; for {taken.missing[0]}, {hint}" if hint.startswith("did") else ""),
+        )
+    with torch.no_grad():
+        for name, value in fitting.items():
+            own[name].copy_(value)
+    return taken

@@ -1,0 +1,180 @@
+"""``disttrain checkpoints``: list, verify, export and prune the checkpoints of a run.
+
+``ls``, ``verify`` and ``prune`` read markers and files and load no torch; ``export`` reads the tensors, without the
+model's class and without a GPU. What a user can mend is raised as a
+:class:`~disttrain.errors.DisttrainError`, which the caller prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from disttrain.checkpoint.marker import Committed, check, committed, faults, remove
+from disttrain.checkpoint.prune import Keep, best_of
+from disttrain.errors import CheckpointError, ConfigError
+
+
+def main(argv: list[str]) -> int:
+    """Run one subcommand.
+
+    Returns:
+        The exit code: 0, or 1 where ``verify`` found faults.
+
+    Raises:
+        DisttrainError: what the user can mend.
+        SystemExit: argparse's own, for ``--help`` (0) and wrong arguments (2).
+    """
+    arguments = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    return run(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="disttrain checkpoints", description="List, verify, export and prune the checkpoints of a run."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, run, text in (
+        ("ls", _ls, "show step, epoch, size, age and metric of each"),
+        ("verify", _verify, "compare all files with their checksums; exit code 1 with faults"),
+        ("export", _export, "write the weights as safetensors or as a state_dict"),
+        ("prune", _prune, "remove those that no rule keeps"),
+    ):
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        command.set_defaults(run=run)
+        command.add_argument("path", metavar="PATH", type=Path, help="a run folder, or one checkpoint")
+        if name == "ls":
+            command.add_argument("--verify", action="store_true", help="compare checksums too; reads all files")
+        if name == "export":
+            command.add_argument("out", metavar="OUT", type=Path, help="a .safetensors, .pt or .pth file")
+            command.add_argument("--which", choices=("best", "last"), default="best", help="of a run folder")
+            command.add_argument("--ema", action="store_true", help="the moving average of the weights")
+            command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+        if name == "prune":
+            command.add_argument("--keep-last", metavar="K", type=int, default=1, help="newest to keep (default 1)")
+            command.add_argument("--keep-best", metavar="M", type=int, default=1, help="best to keep (default 1)")
+            command.add_argument("--keep-every-steps", metavar="N", type=int, help="keep multiples of N")
+            command.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    return parser
+
+
+def _ls(arguments: argparse.Namespace) -> int:
+    found, passed_over = _found(arguments.path)
+    best = {entry.path for entry in best_of(found, 1)}
+    rows = [("checkpoint", "step", "epoch", "size", "age", "verified", "metric")]
+    for entry in found:
+        about = entry.about
+        metric = f"{about.metric.name} {about.metric.value:.6g}" if about.metric else ""
+        rows.append(
+            (
+                entry.path.name,
+                f"{entry.global_step}",
+                "" if about.epoch is None else f"{about.epoch}",
+                _size(entry.num_bytes),
+                _age(about.time if about.time is not None else entry.path.stat().st_mtime),
+                _verdict(entry, arguments.verify),
+                f"{metric} (best)" if entry.path in best else metric,
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, *numbers, verdict, metric in rows:
+        cells = [cell.rjust(width) for cell, width in zip(numbers, widths[1:5], strict=True)]
+        print("  ".join([name.ljust(widths[0]), *cells, verdict.ljust(widths[5]), metric]).rstrip())
+    for reason in passed_over:
+        print(f"passed over: {reason}")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    found, told = _found(arguments.path)
+    for entry in found:
+        wrong = faults(entry.path)
+        told += wrong
+        if not wrong:
+            sums = "all checksums are right" if entry.format > 1 else "sizes are right; format 1 has no checksums"
+            print(f"{entry.path}: {len(entry.files)} files, {_size(entry.num_bytes)}: {sums}")
+    for reason in told:
+        print(f"fault: {reason}")
+    return 1 if told else 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from disttrain.checkpoint.weights import read_weights, write_weights
+    from disttrain.runs import best_checkpoint
+
+    if arguments.out.exists() and not arguments.overwrite:
+        raise ConfigError(f"{arguments.out} exists", mend="name another file, or add --overwrite")
+    path: Path = arguments.path
+    if _folder(path) is not None:
+        path = best_checkpoint(path, arguments.which)
+    group = "ema" if arguments.ema else "model"
+    tensors = read_weights(path, group=group)
+    about = {"disttrain_checkpoint": path.name, "disttrain_step": f"{check(path).global_step}"}
+    write_weights(arguments.out, tensors, about=about)
+    elements = sum(tensor.numel() for tensor in tensors.values())
+    print(f"{path} ({group}): {len(tensors)} tensors, {elements:,} elements -> {arguments.out}")
+    return 0
+
+
+def _prune(arguments: argparse.Namespace) -> int:
+    directory = _folder(arguments.path)
+    if directory is None:
+        raise ConfigError(f"{arguments.path} is no run folder", mend="name the folder that holds checkpoints/")
+    if arguments.keep_last < 1 or arguments.keep_best < 0 or (arguments.keep_every_steps or 1) < 1:
+        raise ConfigError(
+            "nothing newest would be kept", mend="use --keep-last 1 or more, --keep-every-steps 1 or more"
+        )
+    found, passed_over = committed(directory)
+    best = [entry.path.name for entry in best_of(found, arguments.keep_best)]
+    keep = Keep(arguments.keep_last, best, arguments.keep_every_steps)
+    superfluous = keep.superfluous(found)
+    for entry in superfluous:
+        print(f"{'would remove' if arguments.dry_run else 'removed'} {entry.path} ({_size(entry.num_bytes)})")
+        if not arguments.dry_run:
+            remove(entry.path)
+    print(f"{len(found) - len(superfluous)} of {len(found)} kept")
+    for reason in passed_over:
+        print(f"left alone: {reason}")
+    return 0
+
+
+def _folder(path: Path) -> Path | None:
+    """The folder of checkpoints of a run folder; None where the path is something else."""
+    return path / "checkpoints" if (path / "checkpoints").is_dir() else None
+
+
+def _found(path: Path) -> tuple[list[Committed], list[str]]:
+    directory = _folder(path)
+    if directory is not None:
+        return committed(directory)
+    if not path.is_dir():
+        raise CheckpointError(f"there is neither a run folder nor a checkpoint {path}", mend="correct the path")
+    try:
+        return [check(path)], []
+    except CheckpointError as error:
+        return [], [error.what]
+
+
+def _verdict(entry: Committed, read: bool) -> str:
+    if not read or entry.format == 1:
+        return "sizes"
+    return "DAMAGED" if faults(entry.path) else "checksums"
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if num_bytes < 1000 or unit == "GB":
+            break
+        num_bytes /= 1000
+    return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+
+
+def _age(since: float) -> str:
+    seconds = max(0.0, time.time() - since)
+    for name, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {name}"
+    return f"{seconds:.0f} s"
