@@ -15,7 +15,7 @@ test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
 
 test-slow: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -m slow
+	$(VENV)/bin/python -m pytest -m "slow and not gpu"
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .

@@ -105,7 +105,7 @@ def read_model(path: Path, *, group: str = "model") -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: the checkpoint is not committed or torn, or has no such tensors.
     """
-    return read_group(path, "model")
+    return read_group(path, group)
 
 
 def groups(path: Path) -> list[str]:

@@ -362,7 +362,7 @@ class ShardedDataModule(pl.LightningDataModule):
         if trainer.accumulate_grad_batches not in (1, accumulation):
             raise ConfigError(
                 f"accumulate_grad_batches is {trainer.accumulate_grad_batches}, but global_batch_size and"
-                f" micro_batch_size on {data_ranks(trainer).size} data-parallel ranks make it {accumulation}",
+                f" micro_batch_size on {data_ranks(trainer).size} ranks make it {accumulation}",
                 mend="leave accumulate_grad_batches out; it is derived",
             )
         trainer.accumulate_grad_batches = accumulation

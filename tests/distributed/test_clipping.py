@@ -134,6 +134,7 @@ def fit(run_dir: Path, data: Path, ranks: int, optimizer: dict[str, Any], *more:
     return run_cli(ranks, arguments, folder=run_dir.parent / "logs")
 
 
+@pytest.mark.slow
 def test_groups_in_yaml_and_at_a_resume(digits: Path, tmp_path: Path) -> None:
     optimizer = {
         "name": "adamw",

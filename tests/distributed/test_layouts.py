@@ -70,6 +70,7 @@ def test_checkpoints_of_copies_load_in_other_layouts(digits: Path, tmp_path: Pat
     assert apart <= 1e-6, f"weights are {apart:.2e} apart"
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_copies_resumes_with_the_same_bits(digits: Path, tmp_path: Path) -> None:
     copies = "{strategy: fsdp, replicate: 2}"
     fit(tmp_path / "whole", digits, 4, copies).ok()

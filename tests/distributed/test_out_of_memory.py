@@ -106,6 +106,7 @@ def test_an_optimizer_step_that_cannot_be_undone(tmp_path: Path) -> None:
         assert "mend: resume from the last checkpoint" in text
 
 
+@pytest.mark.slow
 def test_a_resumed_run_begins_with_what_was_found(tmp_path: Path) -> None:
     """On other ranks too, where it is the most; and another size may be given."""
     parallel, plain = config("ddp"), {"plain": True}

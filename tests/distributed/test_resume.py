@@ -61,7 +61,14 @@ def assert_same_ledger(one: Path, other: Path) -> None:
     assert not different, f"global batches differ at steps {different[:5]}"
 
 
-@pytest.mark.parametrize(("ranks", "strategy", "kills"), [(2, "ddp", 5), (4, "ddp", 2), (2, "fsdp", 2)])
+@pytest.mark.parametrize(
+    ("ranks", "strategy", "kills"),
+    [
+        pytest.param(2, "ddp", 5, marks=pytest.mark.slow),
+        pytest.param(4, "ddp", 2, marks=pytest.mark.slow),
+        (2, "fsdp", 2),
+    ],
+)
 def test_same_layout_gives_the_same_bits(digits: Path, tmp_path: Path, ranks: int, strategy: str, kills: int) -> None:
     fit(tmp_path / "whole", digits, ranks, strategy).ok()
     steps = killed_and_resumed(tmp_path / "killed", digits, ranks, strategy, kills=kills, seed=ranks)
@@ -90,6 +97,7 @@ def test_resumed_under_another_strategy_and_world_size(digits: Path, tmp_path: P
     assert [a["world_size"] for a in read_run(moved)["attempts"]] == [2, 4, 2]
 
 
+@pytest.mark.slow
 def test_resumed_at_epoch_ends(digits: Path, tmp_path: Path) -> None:
     """Checkpoints of epoch ends only, with validation there: the next epoch follows, with its own order."""
     epochs = ("--trainer.validate_every_steps", "null", "--checkpoint.every_steps", "null")
@@ -155,6 +163,7 @@ def test_a_run_that_ended_within_an_epoch_is_extended_exactly(digits: Path, tmp_
     assert {step: ledger[step] for step in range(7, 12)} == read_ledger(tmp_path / "longer" / "ledger")
 
 
+@pytest.mark.slow
 def test_resumed_from_a_named_checkpoint_in_another_folder(digits: Path, tmp_path: Path) -> None:
     fit(tmp_path / "whole", digits, 2, "ddp").ok()
     fit(tmp_path / "first", digits, 2, "ddp", "--checkpoint.keep_last", "9", *kill(29, 0))
@@ -203,6 +212,7 @@ def test_another_optimizer_is_refused_and_kept_settings_are_told(digits: Path, t
     assert "settings are kept: initial_lr 0.003 (the configuration says 0.001)" in outcome.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_running_statistics_are_one_model_on_all_ranks(digits: Path, tmp_path: Path, strategy: str) -> None:
     """What was tested is what was saved, and a resumed run gathers the same statistics."""

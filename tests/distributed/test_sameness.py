@@ -45,8 +45,15 @@ def train(digits: Path, tmp_path_factory: pytest.TempPathFactory):  # type: igno
 LAYOUTS = [(ranks, strategy) for ranks in (2, 3, 4) for strategy in ("ddp", "fsdp")]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize(("ranks", "strategy"), LAYOUTS)
+QUICK = {("sgd", 2, "fsdp"), ("adamw", 4, "ddp"), ("sgd", 3, "ddp")}
+CASES = [
+    pytest.param(name, *layout, marks=[] if (name, *layout) in QUICK else pytest.mark.slow)
+    for name in OPTIMIZERS
+    for layout in LAYOUTS
+]
+
+
+@pytest.mark.parametrize(("optimizer", "ranks", "strategy"), CASES)
 def test_weights_order_and_metrics_do_not_depend_on_the_layout(
     train, optimizer: str, ranks: int, strategy: str
 ) -> None:  # type: ignore[no-untyped-def]

@@ -41,6 +41,7 @@ def test_all_ranks_stop_at_the_step_at_which_one_process_stops(digits: Path, tmp
     assert len(set(bests.values())) == 1, f"best at steps {bests}"
 
 
+@pytest.mark.slow
 def test_patience_and_best_survive_a_resume(digits: Path, tmp_path: Path) -> None:
     fit(tmp_path / "whole", digits, 2).ok()
     whole = read_run(tmp_path / "whole")
@@ -71,6 +72,7 @@ def test_a_run_that_had_decided_to_stop_stays_stopped(digits: Path, tmp_path: Pa
     assert again["result"] == stopped["result"]
 
 
+@pytest.mark.slow
 def test_best_weights_are_restored(digits: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     fit(run_dir, digits, 2).ok()

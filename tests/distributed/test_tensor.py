@@ -75,10 +75,10 @@ def alone(sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("ranks", "parallel", "more"),
     [
-        (2, "{strategy: fsdp, tensor: 2}", ()),
+        pytest.param(2, "{strategy: fsdp, tensor: 2}", (), marks=pytest.mark.slow),
         (4, "{strategy: fsdp, tensor: 2}", ()),
         (4, "{strategy: fsdp, tensor: 2}", ("--model.sequence_parallel", "true")),
-        (4, "{strategy: fsdp, tensor: 4, activation_checkpointing: blocks}", ()),
+        pytest.param(4, "{strategy: fsdp, tensor: 4, activation_checkpointing: blocks}", (), marks=pytest.mark.slow),
     ],
 )
 def test_a_run_is_that_of_one_process(
@@ -96,6 +96,7 @@ def test_a_run_is_that_of_one_process(
         assert result[name] == pytest.approx(value, rel=1e-5), name
 
 
+@pytest.mark.slow
 def test_clipping_and_adamw(sentences: Path, tmp_path: Path) -> None:
     more = ("--model.optimizer", ADAMW, "--trainer.gradient_clip_norm", "0.5", "--trainer.log_every_steps", "1")
     fit(tmp_path / "alone", sentences, 1, "{strategy: ddp}", *more).ok()
@@ -112,6 +113,7 @@ def _norms(run_dir: Path) -> list[float]:
     return [value for _, value in read_metrics(run_dir / "metrics.csv")["train/grad_norm"]]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_in_other_layouts(sentences: Path, tmp_path: Path, alone: Path) -> None:
     moved = tmp_path / "moved"
     fit(moved, sentences, 4, "{strategy: fsdp, tensor: 2}", *kill(5))
@@ -131,7 +133,7 @@ def test_killed_and_resumed_in_other_layouts(sentences: Path, tmp_path: Path, al
     assert not differing(straight, final_weights(killed))
 
 
-@pytest.mark.parametrize("sequence_parallel", ["false", "true"])
+@pytest.mark.parametrize("sequence_parallel", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_the_tree_gives_one_tensor_degree_the_same_bits(
     sentences: Path, tmp_path: Path, sequence_parallel: str
 ) -> None:

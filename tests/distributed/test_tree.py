@@ -90,7 +90,10 @@ LAYOUTS_OF_TWO = [(1, "ddp"), (2, "ddp"), (2, "fsdp")]
 LAYOUTS = [(1, "fsdp"), (2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")]
 
 
-@pytest.mark.parametrize("case", ["mlp", "mlp-loose", "transformer", "bf16"])
+LATER = [pytest.param(case, marks=pytest.mark.slow) for case in ("mlp-loose", "bf16")]
+
+
+@pytest.mark.parametrize("case", ["mlp", "transformer", *LATER])
 @pytest.mark.parametrize(("ranks", "strategy"), LAYOUTS)
 def test_eight_micro_batches_give_the_same_bits(train, case: str, ranks: int, strategy: str) -> None:  # type: ignore[no-untyped-def]
     alone = train(case, 1, 8, TREE["ddp"])
@@ -99,7 +102,10 @@ def test_eight_micro_batches_give_the_same_bits(train, case: str, ranks: int, st
     assert bool(clipped.any()) == (case != "mlp-loose"), f"norms {alone['norms']}"
 
 
-@pytest.mark.parametrize(("ranks", "strategy"), [*LAYOUTS, (3, "ddp"), (3, "fsdp")])
+@pytest.mark.parametrize(
+    ("ranks", "strategy"),
+    [*(pytest.param(*layout, marks=pytest.mark.slow) for layout in LAYOUTS), (3, "ddp"), (3, "fsdp")],
+)
 def test_twelve_micro_batches_give_the_same_bits(train, ranks: int, strategy: str) -> None:  # type: ignore[no-untyped-def]
     assert_same_bits(train("transformer", 1, 12, TREE["ddp"]), train("transformer", ranks, 12, TREE[strategy]))
 
@@ -146,6 +152,7 @@ def test_the_fast_reduction_does_not(train) -> None:  # type: ignore[no-untyped-
     assert max(float((tree[name] - a[name]).abs().max()) for name in a) < 1e-4, "another gradient than the fast one's"
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_in_other_layouts(digits: Path, tmp_path: Path) -> None:
     """Two DDP ranks, then four of FSDP, then one process: the bits of a run that was never killed."""
 
