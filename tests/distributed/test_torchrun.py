@@ -33,6 +33,7 @@ TREE = ("--trainer.parallel.reduction", "tree")
 def kill(step: int, rank: int) -> list[str]:
     name = "--trainer.callbacks"
     return [
+        *("--checkpoint.save", "sync"),  # on disk before the next step begins
         f"{name}+=tests.support.callbacks.KillAt",
         f"{name}.step={step}",
         f"{name}.rank={rank}",
