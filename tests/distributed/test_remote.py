@@ -82,6 +82,7 @@ def assert_same_samples(local: Path, streamed: Path, steps: int = STEPS) -> None
     assert not different, f"global batches differ at steps {different[:5]}"
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_with_a_cold_cache(digits: Path, url: str, tmp_path: Path) -> None:
     fit(tmp_path / "local", str(digits), 4, tmp_path / "unused").ok()
     kill = ["--trainer.callbacks+=tests.support.callbacks.KillAt", "--trainer.callbacks.step=22"]

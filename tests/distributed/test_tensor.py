@@ -133,7 +133,8 @@ def test_killed_and_resumed_in_other_layouts(sentences: Path, tmp_path: Path, al
     assert not differing(straight, final_weights(killed))
 
 
-@pytest.mark.parametrize("sequence_parallel", [pytest.param("false", marks=pytest.mark.slow), "true"])
+@pytest.mark.slow
+@pytest.mark.parametrize("sequence_parallel", ["false", "true"])
 def test_the_tree_gives_one_tensor_degree_the_same_bits(
     sentences: Path, tmp_path: Path, sequence_parallel: str
 ) -> None:
