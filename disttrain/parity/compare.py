@@ -31,7 +31,7 @@ class Comparison:
         weights: distance of the weights after the last step.
         loss: largest relative difference of a step's loss.
         grad_norm: largest relative difference of a step's gradient norm.
-        metrics: largest difference of a metric.
+        metrics: largest difference of a metric, relative to it where it is larger than 1.
         first: what left the tolerance first, or the last bit where nothing did; empty where all bits are equal.
         causes: what may be the reason, the likeliest first; only where the runs differ.
         distances: distance of the weights after each step.
@@ -59,8 +59,13 @@ def compare(reference: Trace, other: Trace, tolerance: float) -> Comparison:
     steps = sorted(set(reference.steps) & set(other.steps))
     loss = _largest(reference, other, steps, "loss")
     norm = _largest(reference, other, steps, "grad_norm")
+    # Of a mean squared error of thousands the absolute difference would be all rounding.
     metrics = max(
-        (abs(value - other.metrics.get(name, math.nan)) for name, value in reference.metrics.items()), default=0
+        (
+            abs(value - other.metrics.get(name, math.nan)) / max(1.0, abs(value))
+            for name, value in reference.metrics.items()
+        ),
+        default=0.0,
     )
     distances: dict[int, float] = {}
     first_bit = first_out = ""
