@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -24,7 +25,8 @@ class KillAt(Callback):
     Args:
         step: optimizer steps done before.
         micro_batch: micro batch of the step that follows.
-        rank: which rank dies; all by default.
+        rank: which rank dies; all by default, at the moment at which the first of them comes there, since a rank
+            that outlives another by a moment would end by itself, of the lost connection.
         once: only in the first attempt that comes there.
     """
 
@@ -42,7 +44,24 @@ class KillAt(Callback):
             if self.once and marker.exists():
                 return
             marker.touch()
+            if self.rank is None and trainer.world_size > 1:
+                for process in _siblings():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process, signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _siblings() -> list[int]:
+    """The other ranks: the processes that the one which started this one has started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(parent) == os.getppid() and state != "Z" and int(stat.parent.name) != os.getpid():
+            found.append(int(stat.parent.name))
+    return found
 
 
 class SignalAt(Callback):
