@@ -186,8 +186,15 @@ class Trainer(pl.Trainer):
 
     def _quieten(self) -> None:
         # What Lightning warns of that does not hold here: its own use of a deprecated name, loaders without
-        # worker processes (disttrain's have threads), and loaders without a state (ours need none).
-        for message in (".*LeafSpec", ".*does not have many workers", ".*dataloader is.not resumable"):
+        # worker processes (disttrain's have threads), loaders without a state (ours need none), and a SLURM that is
+        # installed and not used, as on a login node.
+        usual = (
+            ".*LeafSpec",
+            ".*does not have many workers",
+            ".*dataloader is.not resumable",
+            ".*srun. command is avail",
+        )
+        for message in usual:
             warnings.filterwarnings("ignore", message=message)
         # A broadcast before every batch (https://github.com/Lightning-AI/pytorch-lightning/pull/20825) and
         # handlers that broadcast: under rank skew they hang, and without it they cost a collective a step.
