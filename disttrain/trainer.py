@@ -41,6 +41,7 @@ from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.precision import ScaledPrecision, use_tensor_cores
 from disttrain.parallel.strategies import build_strategy
 from disttrain.runs import Start, find_start, stopped_by_request
+from disttrain.stepping import SteppingEpochLoop
 from disttrain.world import detect_world
 
 PrecisionName = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
@@ -153,6 +154,7 @@ class Trainer(pl.Trainer):
         )
         self._quieten()
         self.fit_loop.__class__ = EndingFitLoop
+        self.fit_loop.epoch_loop.__class__ = SteppingEpochLoop
 
     def connect(self) -> None:
         """Join the other ranks now rather than in ``fit``; a later call does nothing."""

@@ -119,17 +119,12 @@ class Checkpointing(Checkpoint):
         """Minutes count from here."""
         self.times.begin(trainer.global_step)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hear how the last save ended; save where one is due and no validation follows, which changes the state."""
-        loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate():
-            return
         self._settle(trainer, self._saver.poll())
         if not self._due(trainer):
             return
-        if loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
+        if trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
             return
         self._save(trainer, value=None)
 

@@ -97,14 +97,11 @@ class Preemption(Checkpoint):  # Lightning calls its checkpoint callbacks last
         if not trainer.fit_loop._should_accumulate():
             self._begin(trainer)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the vote at the step boundary."""
-        loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate() or not (agreed := self._result()):
+        if not (agreed := self._result()):
             return
-        self._validation_due = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+        self._validation_due = trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
         self._stop(trainer, agreed)
 
     def on_validation_batch_start(

@@ -104,6 +104,22 @@ def test_resumed_at_epoch_ends(digits: Path, tmp_path: Path) -> None:
     assert [a["from_step"] for a in read_run(killed)["attempts"]] == [0, 19, 38]
 
 
+def test_what_a_module_does_at_the_end_of_a_step_is_in_its_checkpoint(digits: Path, tmp_path: Path) -> None:
+    def fit_teacher(run_dir: Path, *more: str) -> Outcome:
+        splits = [word for name in ("train", "val") for word in (f"--data.{name}", f"{digits}/{name}.json")]
+        fields = "{image: image.npy, label: cls}"
+        words = ["fit", "--model", "tests.support.tasks.TeacherDigits", *splits, "--data.fields", fields]
+        words += ["--data.global_batch_size", "64", "--trainer.max_steps", "12", "--trainer.run_dir", str(run_dir)]
+        words += ["--checkpoint.every_steps", "4", "--checkpoint.save", "sync", *more]
+        return run_cli(1, words, folder=tmp_path / "logs")
+
+    fit_teacher(tmp_path / "whole").ok()
+    fit_teacher(tmp_path / "killed", *killed_at(10))
+    fit_teacher(tmp_path / "killed").ok()
+    names = differing(final_weights(tmp_path / "whole"), final_weights(tmp_path / "killed"))
+    assert not names, f"not equal bit by bit: {names}"
+
+
 def test_a_half_written_checkpoint_is_passed_over(digits: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     fit(run_dir, digits, 1, "ddp", "--checkpoint.keep_last", "3", *killed_at(18, 0))

@@ -34,6 +34,19 @@ class PlainDigits(ClassificationTask):
         super().__init__(model, num_classes=10, scale=1 / 16, optimizer=OptimizerConfig(name="sgd", lr=lr))
 
 
+class TeacherDigits(PlainDigits):
+    """Has a teacher, which follows the weights in the module's own last hook of a step."""
+
+    teacher: Tensor
+
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr)
+        self.register_buffer("teacher", torch.zeros(10))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.teacher.lerp_(self.model[3].bias.detach(), 0.1)
+
+
 class RankDependentDigits(PlainDigits):
     """A planted mistake: the loss depends on the rank."""
 
