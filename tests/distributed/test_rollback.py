@@ -15,7 +15,7 @@ from disttrain.data.order import Order, OrderConfig
 from disttrain.metrics_file import read_rows
 from disttrain.runs import read_run
 from tests.support.ranks import Outcome, run_cli
-from tests.support.shards import npy, write_shard
+from tests.support.shards import Sample, npy, write_shard
 from tests.support.weights import differing, final_weights
 
 STEPS, GLOBAL = 24, 16
@@ -29,19 +29,29 @@ LEFT_OUT = [11, 12, 13, 14, 15]
 
 def write_data(folder: Path, bad_steps: tuple[int, ...]) -> Path:
     """Samples of six features; in each of some steps' batches, one is not a number."""
-    ids = Order([STEPS * GLOBAL], OrderConfig(GLOBAL)).sample_ids(0, 0, STEPS)
-    sick = {int(ids[step - 1, step % GLOBAL]) for step in bad_steps}
-    draw = np.random.default_rng(3)
-    samples = []
-    for number in range(STEPS * GLOBAL):
-        features = draw.normal(size=6).astype(np.float32)
-        label = int(features[0] > 0)
-        if number in sick:
-            features[2] = np.nan
-        samples.append({"__key__": f"s{number:03d}", "features.npy": npy(features), "cls": str(label).encode()})
+    return write_samples(folder, STEPS, sick_samples(STEPS, 0, bad_steps))
+
+
+def sick_samples(steps: int, epoch: int, bad_steps: tuple[int, ...]) -> set[int]:
+    """One sample of each of some steps of an epoch."""
+    ids = Order([steps * GLOBAL], OrderConfig(GLOBAL)).sample_ids(epoch, 0, steps)
+    return {int(ids[step - 1, step % GLOBAL]) for step in bad_steps}
+
+
+def write_samples(folder: Path, steps: int, sick: set[int]) -> Path:
+    """A shard for so many steps."""
     folder.mkdir(exist_ok=True)
-    write_shard(folder / "train-0.tar", samples)
+    write_shard(folder / "train-0.tar", [sample(number, sick=number in sick) for number in range(steps * GLOBAL)])
     return folder
+
+
+def sample(number: int, *, sick: bool = False) -> Sample:
+    """A sample of its own, which may be spoilt."""
+    features = np.random.default_rng(number).normal(size=6).astype(np.float32)
+    label = int(features[0] > 0)
+    if sick:
+        features[2] = np.nan
+    return {"__key__": f"s{number:03d}", "features.npy": npy(features), "cls": str(label).encode()}
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +194,44 @@ def test_a_spike_on_one_rank_is_one_on_all(tmp_path: Path) -> None:
     files = sorted((tmp_path / "run" / "skipped").glob("rank-*.jsonl"))
     told = [[json.loads(line)["step"] for line in file.read_text().splitlines()] for file in files]
     assert told == [[12], [12]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [False, True])
+def test_back_into_the_epoch_before_past_validations(tmp_path: Path, killed: bool) -> None:
+    """Validations, early stopping, the best checkpoint and the schedule are those of the run without a streak."""
+    steps, epochs = 12, 3
+    sick = sick_samples(steps, 1, (2, 3, 4))
+    data = write_samples(tmp_path / "data", steps, sick)
+    write_shard(tmp_path / "data" / "val-0.tar", [sample(number) for number in range(40)])
+    ids = Order([steps * GLOBAL], OrderConfig(GLOBAL)).sample_ids
+    others = [
+        epoch * steps + step + 1
+        for epoch in (0, 2)
+        for step in range(steps)
+        if sick & set(ids(epoch, step)[0].tolist())
+    ]
+    more = [
+        *("--data.val", str(tmp_path / "data" / "val-0.tar"), "--trainer.validate_every_steps", "6"),
+        *("--trainer.max_steps", str(epochs * steps), "--checkpoint.every_steps", "5", "--checkpoint.keep_last", "3"),
+        *("--early_stopping.monitor", "val/loss", "--early_stopping.patience", "50"),
+        *("--model.cosine", "true"),
+    ]
+    left_out = extra("LeaveOut", steps=[12, 13, 14, 15, 16, *others])
+    fit(tmp_path / "reference", data, 1, TREE, *more, "--guard.enabled", "false", *left_out).ok()
+    if killed:
+        trap = extra("KillInRollback", place="replay", step=12)
+        assert -9 in fit(tmp_path / "run", data, 2, FSDP, *more, *GUARD, *trap).codes
+    fit(tmp_path / "run", data, 2, TREE, *more, *GUARD).ok()
+    told = [(event["from_step"], event["to_step"], event["first_skipped"]) for event in rollbacks(tmp_path / "run")]
+    assert told == [(18, 10, 12)]
+    assert not differing(final_weights(tmp_path / "reference"), final_weights(tmp_path / "run"))
+    ran, wanted = (read_run(tmp_path / name)["best"] for name in ("run", "reference"))
+    assert ran == wanted
+    ran, wanted = (
+        [(row.step, row.epoch, row.values["val/loss"]) for row in read_rows(tmp_path / name / "metrics.csv")
+         if "val/loss" in row.values]
+        for name in ("run", "reference")
+    )  # fmt: skip
+    assert ran == wanted
+    assert read_ledger(tmp_path / "run" / "ledger") == read_ledger(tmp_path / "reference" / "ledger")
