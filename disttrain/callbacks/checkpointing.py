@@ -87,6 +87,8 @@ class Checkpointing(Checkpoint):
         """Who this process is among those that may write here; set before training where a start was looked for."""
         self.tell: Callable[[int, str, str], None] = _say_nothing
         """Told of step, kind and text of events worth recording; on rank 0."""
+        self.held_below: Callable[[], int] = _hold_nothing
+        """Asked on rank 0 at a save: checkpoints of earlier steps than this are kept for now."""
         self._saver = Saver()
         self._best: list[tuple[float, int, str]] = []  # (value, step, directory name), best first
         self._best_before: list[tuple[float, int, str]] = []
@@ -176,6 +178,42 @@ class Checkpointing(Checkpoint):
         self._saved_step = trainer.global_step
         return True
 
+    def settle(self, trainer: pl.Trainer) -> None:
+        """Wait for the save that is under way. A collective.
+
+        Raises:
+            CheckpointError: it failed, unless ``on_save_error`` says to go on.
+        """
+        self._settle(trainer, self._saver.wait())
+
+    def forget_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps, newest first; no save may be under way. Rank 0 only.
+
+        Raises:
+            CheckpointError: one cannot be deleted, or a newer attempt has taken over.
+        """
+        directory = self._directory()
+        try:
+            later = [entry for entry in store.committed(directory)[0] if entry.global_step > step]
+            guard(directory, self.attempt)
+            for entry in reversed(later):
+                store.remove(entry.path)
+        except OSError as error:
+            raise CheckpointError(
+                f"a checkpoint in {directory} cannot be deleted: {error.strerror}",
+                mend="make the folder writable, and start the run again",
+            ) from error
+
+    def has_best_of(self, path: Path) -> bool:
+        """Whether all checkpoints that were the best when another one was made still exist."""
+        callbacks = store.read_meta(path)["trainer"].get("callbacks", {})
+        names = [name for _, _, name in callbacks.get(self.state_key, {}).get("best", [])]
+        return all((path.parent / name / store.MARKER).exists() for name in names)
+
+    def on_roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget what was saved; the checkpoint that is loaded next says what was best."""
+        self._best, self._saved_step = [], -1
+
     def state_dict(self) -> dict[str, Any]:
         """Which checkpoints are the best."""
         return {"monitor": self.monitor and self.monitor.name, "best": [list(entry) for entry in self._best]}
@@ -252,7 +290,8 @@ class Checkpointing(Checkpoint):
     def _pruning(self) -> Callable[[], None]:
         """What deletes older checkpoints once the new one is committed; it knows what is best now, not later."""
         directory, attempt = self._directory(), self.attempt
-        keep = Keep(self.keep_last, [name for _, _, name in self._best], self.keep_every_steps)
+        best = [name for _, _, name in self._best]
+        keep = Keep(self.keep_last, best, self.keep_every_steps, below_step=self.held_below())
 
         def prune() -> None:
             try:
@@ -272,3 +311,7 @@ class Checkpointing(Checkpoint):
 
 def _say_nothing(step: int, kind: str, text: str) -> None:
     pass
+
+
+def _hold_nothing() -> int:
+    return 0

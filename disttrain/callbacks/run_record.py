@@ -47,6 +47,7 @@ class RunRecord(Callback):
         self.record: dict[str, Any] = {}
         self.awaits_result = False
         """Whether the run is complete only once :meth:`add_result` was called."""
+        self._rolled_back = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Hear of checkpoints that could not be written."""
@@ -55,12 +56,17 @@ class RunRecord(Callback):
             checkpoints.tell = self.tell
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open the record, or go on with it, and begin an attempt."""
+        """Open the record, or go on with it, and begin an attempt; after a rollback, the attempt goes on."""
         for logger in trainer.loggers:
             if isinstance(logger, MetricsLog):
                 logger.truncate_after(trainer.global_step)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not self._rolled_back:
             self._begin_attempt(trainer)
+        self._rolled_back = False
+
+    def on_roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Training starts once more in this attempt."""
+        self._rolled_back = True
 
     def _begin_attempt(self, trainer: pl.Trainer) -> None:
         now = time.time()
@@ -92,9 +98,10 @@ class RunRecord(Callback):
             self.event(trainer.global_step, "start", note)
         self._write()
 
-    def event(self, step: int, kind: str, text: str) -> None:
+    def event(self, step: int, kind: str, text: str, **more: Any) -> None:
         """Note something that happened; written with the next change of the record."""
-        self.record.setdefault("events", []).append({"step": step, "time": time.time(), "kind": kind, "text": text})
+        told = {"step": step, "time": time.time(), "kind": kind, "text": text, **more}
+        self.record.setdefault("events", []).append(told)
 
     def note_micro_batch_size(self, size: int) -> None:
         """Note the size that an attempt has come to, where it is to be found. Rank 0 only."""
@@ -105,9 +112,9 @@ class RunRecord(Callback):
         """Keep the ranks' step times; written with the next change of the record. Rank 0 only."""
         self.record["ranks"] = ranks
 
-    def tell(self, step: int, kind: str, text: str) -> None:
+    def tell(self, step: int, kind: str, text: str, **more: Any) -> None:
         """Note something and write it down now. Rank 0 only."""
-        self.event(step, kind, text)
+        self.event(step, kind, text, **more)
         if "attempts" in self.record:
             self._write()
 

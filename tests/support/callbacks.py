@@ -16,7 +16,10 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
+from disttrain.callbacks import guard
+from disttrain.callbacks.find import find_callback
 from disttrain.checkpoint import checksum, staging, store, write
+from disttrain.tasks.base import Task
 
 
 class KillAt(Callback):
@@ -264,3 +267,88 @@ _written = checksum.SummedFile.write
 
 def _over_quota(self: checksum.SummedFile, data: Any, /) -> int:
     raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+
+class LeaveOut(Callback):
+    """Leaves out the updates of some steps by itself, knowing nothing of the guard.
+
+    Args:
+        steps: which, counted from 1.
+    """
+
+    def __init__(self, steps: list[int]) -> None:
+        self.steps = steps
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """Take the gradients away."""
+        if trainer.global_step + 1 in self.steps:
+            for parameter in pl_module.parameters():
+                parameter.grad = None
+
+
+class KillInRollback(Callback):
+    """Kills its own process at a place of the first rollback.
+
+    Args:
+        place: ``deleted``, after the first later checkpoint was; ``before-record`` or ``recorded``, around the writing
+            of the record, all on rank 0; ``restore``, before the state is loaded, or ``replay``, in a step after that,
+            on all ranks.
+        step: optimizer steps done before, for ``replay``.
+    """
+
+    def __init__(self, place: str, step: int = -1) -> None:
+        self.place, self.step, self.rolled_back = place, step, False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Set the trap."""
+        if stage != "fit":
+            return
+        if self.place == "deleted":
+            store.remove = self._trap(store.remove, before=False)
+        elif self.place in ("before-record", "recorded"):
+            guard.write_rollbacks = self._trap(guard.write_rollbacks, before=self.place == "before-record")
+
+    def _trap(self, function: Callable[..., Any], *, before: bool) -> Callable[..., Any]:
+        def trapped(*arguments: Any) -> None:
+            if not before:
+                function(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return trapped
+
+    def on_roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Die here."""
+        self.rolled_back = True
+        if self.place == "restore":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Or here."""
+        if self.place == "replay" and self.rolled_back and trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class SkewedNorm(Callback):
+    """Has one rank see a much larger gradient norm than the others see, in one step.
+
+    Args:
+        step: which, counted from 1.
+        rank: whose.
+    """
+
+    def __init__(self, step: int, rank: int) -> None:
+        self.step, self.rank = step, rank
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Get between the task and the guard."""
+        if not isinstance(pl_module, Task) or pl_module.judge is None or trainer.global_rank != self.rank:
+            return
+        judge = pl_module.judge
+        if trainer.global_step + 1 == self.step:
+            pl_module.judge = lambda optimizer, loss, norm: judge(optimizer, loss, norm * 1e9)
+        elif trainer.global_step == self.step:
+            pl_module.judge = find_callback(trainer, guard.UpdateGuard)._judge  # type: ignore[union-attr]

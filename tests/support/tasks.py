@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from disttrain import ClassificationTask, OptimizerConfig
+from disttrain import ClassificationTask, OptimizerConfig, ScheduleConfig
 
 
 class BatchNormDigits(ClassificationTask):
@@ -81,7 +81,8 @@ class MeanOfMeansDigits(pl.LightningModule):
 class FeatureTask(ClassificationTask):
     """Two classes by six features, with momentum, whose state a spoilt step would spoil too."""
 
-    def __init__(self, lr: float = 0.05) -> None:
+    def __init__(self, lr: float = 0.05, cosine: bool = False) -> None:
         model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 2))
         optimizer = OptimizerConfig(name="sgd", lr=lr, momentum=0.9)
-        super().__init__(model, num_classes=2, input="features", optimizer=optimizer)
+        schedule = ScheduleConfig(name="cosine" if cosine else "constant")
+        super().__init__(model, num_classes=2, input="features", optimizer=optimizer, schedule=schedule)
