@@ -87,6 +87,8 @@ class Checkpointing(Checkpoint):
         """Who this process is among those that may write here; set before training where a start was looked for."""
         self.tell: Callable[[int, str, str], None] = _say_nothing
         """Told of step, kind and text of events worth recording; on rank 0."""
+        self.log_event: Callable[[int, str, str], object] = _say_nothing
+        """Told of each checkpoint, likewise."""
         self.held_below: Callable[[], int] = _hold_nothing
         """Asked on rank 0 at a save: checkpoints of earlier steps than this are kept for now."""
         self._saver = Saver()
@@ -277,6 +279,9 @@ class Checkpointing(Checkpoint):
             return
         self.write_seconds += outcome.seconds
         if outcome.error is None:
+            if trainer.is_global_zero:
+                text = f"{outcome.path.name} is committed, {outcome.seconds:.2f} s after its save began"
+                self.log_event(outcome.global_step, "checkpoint", text)
             return
         self._best, self._saved_step = self._best_before, -1
         if must or outcome.fatal or self.on_save_error == "stop":
