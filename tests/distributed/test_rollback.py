@@ -151,6 +151,28 @@ def test_a_kill_around_a_rollback_changes_nothing(
 
 
 @pytest.mark.slow
+def test_a_run_asked_to_stop_in_the_step_of_a_rollback_stops_after_it(
+    poisoned: Path, reference: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    stopped = fit(run_dir, poisoned, 2, TREE, *GUARD, *extra("SignalAt", phase="train", step=19, ranks="[1]"))
+    assert stopped.codes == [75, 75], stopped.text
+    assert "stopped at step 8 by SIGTERM on rank 1" in stopped.text
+    fit(run_dir, poisoned, 2, FSDP, *GUARD).ok()
+    assert len(rollbacks(run_dir)) == 1
+    assert not differing(final_weights(reference), final_weights(run_dir))
+
+
+@pytest.mark.slow
+def test_a_micro_batch_size_that_is_found_survives(poisoned: Path, reference: Path, tmp_path: Path) -> None:
+    more = ("--data.micro_batch_size", "auto", *extra("OutOfMemoryAt", step=17, size=8))
+    fit(tmp_path / "run", poisoned, 2, FSDP, *GUARD, *more).ok()
+    assert read_run(tmp_path / "run")["attempts"][0]["micro_batch_size"] == 4
+    assert len(rollbacks(tmp_path / "run")) == 1
+    assert read_ledger(tmp_path / "run" / "ledger") == read_ledger(reference / "ledger")
+
+
+@pytest.mark.slow
 def test_the_checkpoint_to_go_back_to_is_kept_while_a_streak_lasts(poisoned: Path, tmp_path: Path) -> None:
     """With one checkpoint kept, that of step 16 would have replaced the last good one, of step 12."""
     text = fit(tmp_path / "run", poisoned, 1, "{}", *GUARD, "--checkpoint.keep_last", "1").ok().text
