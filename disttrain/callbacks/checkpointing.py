@@ -207,8 +207,11 @@ class Checkpointing(Checkpoint):
             ) from error
 
     def has_best_of(self, path: Path) -> bool:
-        """Whether all checkpoints that were the best when another one was made still exist."""
-        callbacks = store.read_meta(path)["trainer"].get("callbacks", {})
+        """Whether all checkpoints that were the best when another one was made still exist; no where it is damaged."""
+        try:
+            callbacks = store.read_meta(path)["trainer"].get("callbacks", {})
+        except CheckpointError:
+            return False
         names = [name for _, _, name in callbacks.get(self.state_key, {}).get("best", [])]
         return all((path.parent / name / store.MARKER).exists() for name in names)
 

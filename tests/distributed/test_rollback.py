@@ -38,19 +38,20 @@ def sick_samples(steps: int, epoch: int, bad_steps: tuple[int, ...]) -> set[int]
     return {int(ids[step - 1, step % GLOBAL]) for step in bad_steps}
 
 
-def write_samples(folder: Path, steps: int, sick: set[int]) -> Path:
-    """A shard for so many steps."""
+def write_samples(folder: Path, steps: int, sick: set[int], spoil: float = np.nan) -> Path:
+    """A shard for so many steps, some of whose samples have one feature of that value."""
     folder.mkdir(exist_ok=True)
-    write_shard(folder / "train-0.tar", [sample(number, sick=number in sick) for number in range(steps * GLOBAL)])
+    samples = [sample(number, spoil if number in sick else None) for number in range(steps * GLOBAL)]
+    write_shard(folder / "train-0.tar", samples)
     return folder
 
 
-def sample(number: int, *, sick: bool = False) -> Sample:
+def sample(number: int, spoil: float | None = None) -> Sample:
     """A sample of its own, which may be spoilt."""
     features = np.random.default_rng(number).normal(size=6).astype(np.float32)
     label = int(features[0] > 0)
-    if sick:
-        features[2] = np.nan
+    if spoil is not None:
+        features[2] = spoil
     return {"__key__": f"s{number:03d}", "features.npy": npy(features), "cls": str(label).encode()}
 
 
@@ -151,6 +152,28 @@ def test_a_kill_around_a_rollback_changes_nothing(
 
 
 @pytest.mark.slow
+def test_a_run_asked_to_stop_in_the_step_of_a_rollback_stops_after_it(
+    poisoned: Path, reference: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    stopped = fit(run_dir, poisoned, 2, TREE, *GUARD, *extra("SignalAt", phase="train", step=19, ranks="[1]"))
+    assert stopped.codes == [75, 75], stopped.text
+    assert "stopped at step 8 by SIGTERM on rank 1" in stopped.text
+    fit(run_dir, poisoned, 2, FSDP, *GUARD).ok()
+    assert len(rollbacks(run_dir)) == 1
+    assert not differing(final_weights(reference), final_weights(run_dir))
+
+
+@pytest.mark.slow
+def test_a_micro_batch_size_that_is_found_survives(poisoned: Path, reference: Path, tmp_path: Path) -> None:
+    more = ("--data.micro_batch_size", "auto", *extra("OutOfMemoryAt", step=17, size=8))
+    fit(tmp_path / "run", poisoned, 2, FSDP, *GUARD, *more).ok()
+    assert read_run(tmp_path / "run")["attempts"][0]["micro_batch_size"] == 4
+    assert len(rollbacks(tmp_path / "run")) == 1
+    assert read_ledger(tmp_path / "run" / "ledger") == read_ledger(reference / "ledger")
+
+
+@pytest.mark.slow
 def test_the_checkpoint_to_go_back_to_is_kept_while_a_streak_lasts(poisoned: Path, tmp_path: Path) -> None:
     """With one checkpoint kept, that of step 16 would have replaced the last good one, of step 12."""
     text = fit(tmp_path / "run", poisoned, 1, "{}", *GUARD, "--checkpoint.keep_last", "1").ok().text
@@ -176,6 +199,20 @@ def test_a_second_rollback_goes_back_further(tmp_path: Path) -> None:
     fit(tmp_path / "run", data, 1, "{}", *GUARD).ok()
     told = [(event["from_step"], event["to_step"], event["first_skipped"]) for event in rollbacks(tmp_path / "run")]
     assert told == [(20, 8, 11), (24, 8, 9)]
+
+
+@pytest.mark.slow
+def test_weights_that_one_step_has_ruined_are_healed(tmp_path: Path) -> None:
+    """Its gradient is finite, so step 12 passes; all later losses are not. The margin takes it out."""
+    data = write_samples(tmp_path / "data", STEPS, sick_samples(STEPS, 0, (12,)), spoil=1e25)
+    fit(tmp_path / "run", data, 2, TREE, *GUARD).ok()
+    told = [(event["to_step"], event["first_skipped"], event["last_skipped"]) for event in rollbacks(tmp_path / "run")]
+    assert told == [(8, 11, 20)]
+    left_out = extra("LeaveOut", steps=list(range(11, 21)))
+    fit(tmp_path / "reference", data, 1, TREE, "--guard.enabled", "false", *left_out).ok()
+    healed = final_weights(tmp_path / "run")
+    assert max(float(value.abs().max()) for value in healed.values()) < 10
+    assert not differing(final_weights(tmp_path / "reference"), healed)
 
 
 @pytest.mark.slow
