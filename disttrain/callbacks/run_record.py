@@ -25,8 +25,9 @@ from disttrain.callbacks.early_stopping import EarlyStopping
 from disttrain.callbacks.find import find_callback
 from disttrain.data.mixture import Mixture
 from disttrain.data.module import sharded_data
+from disttrain.files import remove_leftovers
 from disttrain.metrics_log import MetricsLog
-from disttrain.runs import COMPLETED, PREEMPTED, Start, launch_id, read_run, take_back, write_run
+from disttrain.runs import COMPLETED, PREEMPTED, RUN_FILE, Start, launch_id, read_run, take_back, write_run
 from disttrain.version import __version__
 
 
@@ -65,6 +66,7 @@ class RunRecord(Callback):
     def _begin_attempt(self, trainer: pl.Trainer) -> None:
         now = time.time()
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.run_dir / RUN_FILE)
         self.record = read_run(self.run_dir) or {
             "format": 1,
             "name": self.run_dir.name,
