@@ -28,6 +28,7 @@ from disttrain.callbacks.find import find_callback
 from disttrain.data.mixture import Mixture
 from disttrain.data.module import sharded_data
 from disttrain.errors import DisttrainError
+from disttrain.files import remove_leftovers
 from disttrain.metrics_log import MetricsLog
 from disttrain.parallel.agree import raise_together
 from disttrain.runs import COMPLETED, PREEMPTED, RUN_FILE, Start, launch_id, read_run, take_back, write_run
@@ -78,6 +79,7 @@ class RunRecord(Callback):
     def _begin_attempt(self, trainer: pl.Trainer) -> None:
         now = time.time()
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.run_dir / RUN_FILE)
         self.record = read_run(self.run_dir) or {
             "format": 1,
             "name": self.run_dir.name,

@@ -215,6 +215,24 @@ class KillInSave(Callback):
         setattr(owner, name, trapped)
 
 
+class KillAtReplace(Callback):
+    """Kills its own process when a file is about to be replaced by a new one that lies beside it.
+
+    Args:
+        name: of the file.
+    """
+
+    def __init__(self, name: str) -> None:
+        known = os.replace
+
+        def trapped(source: Any, target: Any, **more: Any) -> None:
+            if Path(target).name == name:
+                os.kill(os.getpid(), signal.SIGKILL)
+            known(source, target, **more)
+
+        os.replace = trapped
+
+
 class StopAt(Callback):
     """Stops its own process at the start of a step, as a debugger or a suspended machine would, until it is woken.
 
