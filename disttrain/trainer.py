@@ -166,7 +166,8 @@ class Trainer(pl.Trainer):
         Pass ``ckpt_path=start.checkpoint`` to :meth:`fit`.
 
         Raises:
-            CheckpointError: the named checkpoint does not exist or is torn, or ``auto`` meets another run's.
+            CheckpointError: the named checkpoint does not exist or is torn, ``auto`` meets another run's, or the
+                copies cannot be reached or are another run's.
             Preempted: this launch was asked to stop, and has been restarted by torchrun.
         """
         self.connect()
@@ -175,7 +176,13 @@ class Trainer(pl.Trainer):
         if stopped := self.strategy.broadcast(stopped):
             raise Preempted(f"not started again: this launch was {stopped}")
         checkpoints = find_callback(self, Checkpointing)
-        start = find_start(self.run_dir, resume, checksums=checkpoints is None or checkpoints.verify_checksums)
+        start = find_start(
+            self.run_dir,
+            resume,
+            checksums=checkpoints is None or checkpoints.verify_checksums,
+            mirror=checkpoints.mirror if checkpoints is not None else None,
+            best=checkpoints.keep_best if checkpoints is not None else 0,
+        )
         if checkpoints is not None:
             checkpoints.attempt = start.attempt
         self.record.start = start

@@ -55,7 +55,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(
         [
             *(f"data.{name}" for name in ("tar", "index", "order", "samples", "write", "tables", "sources", "pack")),
-            *(f"data.{name}" for name in ("mixture", "remote", "remote_index", "sidecar", "transport")),
+            *(f"data.{name}" for name in ("mixture", "objects", "remote", "remote_index", "sidecar", "transport")),
             *(f"data.{name}" for name in ("indexing", "statistics", "stream", "together")),
             "data.verify",
             "data.verify_keys",
@@ -63,6 +63,7 @@ LAYERS: dict[str, int] = {
             "checkpoint.checksum",
             "checkpoint.fence",
             "checkpoint.marker",
+            "checkpoint.mirror",
             "checkpoint.prune",
             "parallel.config",
             "parallel.tree",
@@ -104,7 +105,9 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(["ending", "stepping", "parallel.joining", "parallel.votes"], 2),
     **dict.fromkeys(["parallel.ranks", "parallel.reduction", "parallel.summation", "parallel.tensor"], 2),
     **dict.fromkeys(["checkpoint.store", "checkpoint.groups", "checkpoint.progress", "checkpoint.state"], 2),
-    **dict.fromkeys([f"checkpoint.{name}" for name in ("saver", "staging", "verify", "weights", "write")], 2),
+    **dict.fromkeys(
+        [f"checkpoint.{name}" for name in ("mirroring", "saver", "staging", "verify", "weights", "write")], 2
+    ),
     **dict.fromkeys(["parallel.backup", "parallel.lockstep", "parallel.out_of_memory"], 2),
     **dict.fromkeys(["parallel.strategies", "data.loader", "data.module", "data.splits", "tasks.*"], 3),
     "callbacks.*": 4,

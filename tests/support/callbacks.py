@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from disttrain.callbacks import guard
 from disttrain.callbacks.find import find_callback
 from disttrain.checkpoint import checksum, staging, store, write
+from disttrain.checkpoint.mirror import Mirror
 from disttrain.tasks.base import Task
 
 
@@ -208,11 +209,29 @@ class KillInSave(Callback):
         known: Callable[..., Any] = getattr(owner, name)
 
         def trapped(*arguments: Any, **more: Any) -> Any:
-            if trainer.global_step >= self.step:
+            if self._is_due(trainer, arguments):
                 os.kill(os.getpid(), signal.SIGKILL)
             return known(*arguments, **more)
 
         setattr(owner, name, trapped)
+
+    def _is_due(self, trainer: pl.Trainer, arguments: tuple[Any, ...]) -> bool:
+        return trainer.global_step >= self.step
+
+
+class KillInCopy(KillInSave):
+    """Kills its own process while a checkpoint is copied to remote storage.
+
+    Args:
+        place: ``uploading`` or ``committing``: before that is done.
+        step: the first checkpoint that it is done to is of this step or a later one.
+        rank: which rank.
+    """
+
+    PLACES: ClassVar[dict[str, tuple[Any, str]]] = {"uploading": (Mirror, "upload"), "committing": (Mirror, "commit")}
+
+    def _is_due(self, trainer: pl.Trainer, arguments: tuple[Any, ...]) -> bool:
+        return int(arguments[1][5:13]) >= self.step
 
 
 class KillAtReplace(Callback):
