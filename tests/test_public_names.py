@@ -51,7 +51,7 @@ PUBLIC = [
 ]
 
 LAYERS: dict[str, int] = {
-    **dict.fromkeys(["durations", "errors", "files", "signals", "whereabouts", "world", "version"], 0),
+    **dict.fromkeys(["durations", "errors", "files", "meeting", "signals", "whereabouts", "world", "version"], 0),
     **dict.fromkeys(
         [
             *(f"data.{name}" for name in ("tar", "index", "order", "samples", "write", "tables", "sources", "pack")),
@@ -98,7 +98,9 @@ LAYERS: dict[str, int] = {
         ],
         2,
     ),
-    **dict.fromkeys(["parallel.agree", "parallel.gradients", "parallel.randomness", "parallel.shard"], 2),
+    **dict.fromkeys(
+        ["parallel.agree", "parallel.alike", "parallel.gradients", "parallel.randomness", "parallel.shard"], 2
+    ),
     **dict.fromkeys(["parallel.compiling", "parallel.initialize", "parallel.precision", "parallel.synced_norm"], 2),
     **dict.fromkeys(["parallel.collectives", "parallel.fsdp_internals", "parallel.narrow", "parallel.recompute"], 2),
     **dict.fromkeys(["ending", "parallel.joining", "parallel.votes"], 2),
