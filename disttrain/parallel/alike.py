@@ -122,6 +122,12 @@ def _texts(settings: Mapping[str, Any]) -> dict[str, str]:
     return {f"setting {name}": re.sub(r" at 0x\w+", "", repr(value))[:200] for name, value in kept.items()}
 
 
+def package_checksum() -> str:
+    """One checksum of all sources of this package."""
+    own = {name: text for name, text in _sources().items() if not name.startswith(_MODULE)}
+    return f"{zlib.crc32(json.dumps(own).encode()):08x}"
+
+
 def _sources() -> dict[str, str]:
     """Checksums of the sources of this package, and of loaded modules that are neither Python's nor installed."""
     root = Path(__file__).parents[1]

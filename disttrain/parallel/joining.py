@@ -13,8 +13,8 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Final
 
@@ -25,7 +25,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from disttrain.errors import JoinError
-from disttrain.meeting import announce, find_meeting, hear
+from disttrain.meeting import Meeting, announce, find_meeting, hear
 from disttrain.world import World, detect_world
 
 _POLL_SECONDS: Final = 0.02
@@ -115,17 +115,29 @@ def join(world: World, timeout: timedelta) -> Store:
     """
     meeting = find_meeting(world)
     deadline = time.monotonic() + timeout.total_seconds()
-    with ExitStack() as until_agreed:
-        if _has_agent_store():
-            store = _client(meeting.host, meeting.ports[0], timeout)
-        elif world.rank == 0:
-            store = TCPStore(meeting.host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
-            until_agreed.enter_context(announce(meeting, store.port))
-        else:
-            store = _client(meeting.host, hear(meeting, deadline), timeout)
+    with meet(meeting, world, timeout) as store:
         left = max(0.1, deadline - time.monotonic())
         name = agree_on_a_name(store, world.rank, world.size, left, call=lambda rank: meeting.on_host(rank, world))
     return PrefixStore(f"disttrain/{name}", store)
+
+
+@contextmanager
+def meet(meeting: Meeting, world: World, timeout: timedelta) -> Iterator[Store]:
+    """The store of the meeting; rank 0 answers who comes for as long as the context lasts.
+
+    Raises:
+        ConfigError: another program has the port.
+        JoinError: rank 0 cannot be reached.
+    """
+    if _has_agent_store():
+        yield _client(meeting.host, meeting.ports[0], timeout)
+    elif world.rank == 0:
+        store = TCPStore(meeting.host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        with announce(meeting, store.port):
+            yield store
+    else:
+        port = hear(meeting, time.monotonic() + timeout.total_seconds())
+        yield _client(meeting.host, port, timeout)
 
 
 def _client(host: str, port: int, timeout: timedelta) -> TCPStore:
