@@ -2,8 +2,8 @@
 
 Ranks meet in a store before they meet in a process group: what a rank knows of itself is with rank 0 before anything
 can hang, so that rank 0 can tell who did not come, who differs, and who stopped answering. A last guard ends a rank
-that is caught in a call of a library, with what is known by then. The whole takes some seconds; where ranks do not come or
-hang, a few times the time limit.
+that is caught in a call of a library, with what is known by then. The whole takes some seconds; where ranks do not
+come, or hang, a few times the time limit.
 """
 
 from __future__ import annotations
@@ -275,9 +275,8 @@ class _Together:
     def conclude(self, plan: Mapping[str, Any]) -> None:
         """Rank 0 judges and tells the others what came out; they end as it does."""
         self.report.stage = "waiting for the others' results"
-        patience = 2 * self.options.timeout + 10
         if self.world.rank > 0:
-            text = self._read("verdict", patience)
+            text = self._read("verdict", 2 * self.options.timeout + 10)
             if text is None:
                 self.report.findings.append(failure("peers", "rank 0 went away", "look at what rank 0 printed"))
             else:
@@ -285,7 +284,7 @@ class _Together:
                 self.store.add("read", 1)
             return
         came = sorted(int(rank) for rank in plan["hosts"])
-        ready = self._wait_for("result", came, patience)
+        ready = self._wait_for("result", came, self.options.timeout + 5)
         hosts = {int(rank): str(host) for rank, host in plan["hosts"].items()}
         told = {rank: json.loads(self.store.get(f"result/{rank}")) for rank in ready}
         self._judge_results(told, hosts, [rank for rank in came if rank not in ready])

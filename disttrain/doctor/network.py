@@ -131,7 +131,9 @@ def examine_port(port: int) -> Finding:
         socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
     except OSError as error:
         owner = _owner(port)
-        said = f"port {port} of {socket.gethostname()}: {error.strerror}{f', by {owner}' if owner else ''}"
+        said = (
+            f"port {port} of {socket.gethostname()}: {os.strerror(error.errno or 0)}{f', by {owner}' if owner else ''}"
+        )
         return failure("port", said, "end that program, or set MASTER_PORT to a free one; `disttrain launch` finds one")
     return ok("port", f"port {port} is free")
 
@@ -186,7 +188,8 @@ def _reach(place: tuple[str, int]) -> str:
     try:
         with socket.create_connection(place, _REACH_SECONDS) as connection:
             connection.settimeout(_REACH_SECONDS)
-            return "" if connection.recv(5) == b"here\n" else "something else answers"
+            said = connection.recv(5)
+            return "" if said == b"here\n" else "something else answers" if said else "it hung up"
     except TimeoutError:
         return f"no answer in {_REACH_SECONDS:g} s"
     except OSError as error:

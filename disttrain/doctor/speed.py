@@ -20,6 +20,8 @@ from disttrain.parallel.collectives import all_gather_single
 from disttrain.world import World
 
 _COMPUTE_SECONDS: Final = 0.6
+_PRODUCTS: Final = 30
+"""Of one turn: long enough that a rank that is stopped at times does not slip through between two stops."""
 _EXCHANGE_SECONDS: Final = 0.5
 _LATENCY_ROUNDS: Final = 50
 
@@ -32,18 +34,21 @@ def device_of(world: World) -> torch.device:
 
 
 def compute_seconds(device: torch.device) -> float:
-    """Median time of one fixed piece of work: a product of matrices."""
+    """Time of one product of matrices: the median of several turns of the same work."""
     length = 4096 if device.type == "cuda" else 384
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     left, right = (torch.full((length, length), 1e-3, dtype=dtype, device=device) for _ in range(2))
+    left @ right  # loads what it needs
     times: list[float] = []
     start = time.perf_counter()
-    while time.perf_counter() - start < _COMPUTE_SECONDS or len(times) < 5:
-        began = time.perf_counter()
-        left @ right
+    while time.perf_counter() - start < _COMPUTE_SECONDS or len(times) < 3:
         _wait(device)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+        began = time.perf_counter()
+        for _ in range(_PRODUCTS):
+            left @ right
+        _wait(device)
+        times.append((time.perf_counter() - began) / _PRODUCTS)
+    return statistics.median(times)
 
 
 def join_group(store: Store, world: World, device: torch.device, timeout: timedelta) -> None:
