@@ -51,7 +51,9 @@ PUBLIC = [
 ]
 
 LAYERS: dict[str, int] = {
-    **dict.fromkeys(["durations", "errors", "files", "signals", "whereabouts", "world", "version"], 0),
+    **dict.fromkeys(
+        ["durations", "endings", "errors", "files", "meeting", "signals", "whereabouts", "world", "version"], 0
+    ),
     **dict.fromkeys(
         [
             *(f"data.{name}" for name in ("tar", "index", "order", "samples", "write", "tables", "sources", "pack")),
@@ -99,7 +101,9 @@ LAYERS: dict[str, int] = {
         ],
         2,
     ),
-    **dict.fromkeys(["parallel.agree", "parallel.gradients", "parallel.randomness", "parallel.shard"], 2),
+    **dict.fromkeys(
+        ["parallel.agree", "parallel.alike", "parallel.gradients", "parallel.randomness", "parallel.shard"], 2
+    ),
     **dict.fromkeys(["parallel.compiling", "parallel.initialize", "parallel.precision", "parallel.synced_norm"], 2),
     **dict.fromkeys(["parallel.collectives", "parallel.fsdp_internals", "parallel.narrow", "parallel.recompute"], 2),
     **dict.fromkeys(["ending", "stepping", "parallel.joining", "parallel.votes"], 2),
@@ -111,7 +115,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(["parallel.backup", "parallel.lockstep", "parallel.out_of_memory"], 2),
     **dict.fromkeys(["parallel.strategies", "data.loader", "data.module", "data.splits", "tasks.*"], 3),
     "callbacks.*": 4,
-    "parity.*": 4,
+    **dict.fromkeys(["doctor.*", "parity.*"], 4),
     **dict.fromkeys(["trainer", "commands.*"], 5),
     **dict.fromkeys(["cli", "__main__"], 6),
 }
