@@ -23,10 +23,12 @@ from disttrain.callbacks.bad_samples import FOLDER, BadSamples
 from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.early_stopping import EarlyStopping
 from disttrain.callbacks.find import find_callback
+from disttrain.checkpoint.fence import guard
 from disttrain.data.mixture import Mixture
 from disttrain.data.module import sharded_data
 from disttrain.metrics_log import MetricsLog
 from disttrain.runs import COMPLETED, PREEMPTED, Start, launch_id, read_run, take_back, write_run
+from disttrain.slurm.requeue import job_of
 from disttrain.version import __version__
 
 
@@ -45,14 +47,15 @@ class RunRecord(Callback):
         self.start = Start(None)
         """What was decided before the run started; its notes become events."""
         self.record: dict[str, Any] = {}
+        self._checkpoints: Checkpointing | None = None
         self.awaits_result = False
         """Whether the run is complete only once :meth:`add_result` was called."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Hear of checkpoints that could not be written."""
-        checkpoints = find_callback(trainer, Checkpointing)
-        if checkpoints is not None:
-            checkpoints.tell = self.tell
+        self._checkpoints = find_callback(trainer, Checkpointing)
+        if self._checkpoints is not None:
+            self._checkpoints.tell = self.tell
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the record, or go on with it, and begin an attempt."""
@@ -86,6 +89,7 @@ class RunRecord(Callback):
         }
         if launch := launch_id():
             attempt["launch"] = launch
+        attempt |= job_of()
         self.record["attempts"].append(attempt)
         self.record |= {"status": "running", "ended": None, "environment": _environment(trainer.strategy.root_device)}
         for note in self.start.notes:
@@ -173,6 +177,9 @@ class RunRecord(Callback):
         self._write()
 
     def _write(self) -> None:
+        if self._checkpoints is not None and self._checkpoints.directory is not None:
+            # A process whose run goes on elsewhere, of which this node did not hear, leaves the record alone too.
+            guard(self._checkpoints.directory, self._checkpoints.attempt)
         write_run(self.run_dir, self.record)
 
 
