@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +53,11 @@ class _Reader(TrainingCLI):
     def checked(self) -> Checked:
         get = self.config.fit.get
         parallel = get("trainer.parallel")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # jsonargparse's, of a keyword that older versions need
+            text = self._config_text()
         return Checked(
-            text=self._config_text(),
+            text=text,
             run_dir=Path(get("trainer.run_dir")),
             resume=str(get("resume")),
             parallel=ParallelConfig() if parallel is None else ParallelConfig(**parallel.as_dict()),

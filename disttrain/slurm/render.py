@@ -23,9 +23,9 @@ INDEX: Final = "%a"
 SUBMIT: Final = "submit"
 """Folder within a run folder that holds script, configuration and the state of the code at submission."""
 _PLACE: Final = re.compile(r"\{\{(\w+)\}\}")
-_OWN: Final = frozenset(
-    ["job-name", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time", "partition"]
-    + ["account", "qos", "array", "requeue", "no-requeue", "open-mode", "signal", "output", "chdir"]
+_OWN: Final = (
+    *("job-name", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time", "partition"),
+    *("account", "qos", "array", "requeue", "no-requeue", "open-mode", "signal", "output", "chdir"),
 )
 
 

@@ -1,21 +1,22 @@
 """A real SLURM on this machine: munge, slurmctld, and a slurmd a node, each node with a network of its own.
 
 All of it lives in one process namespace with its own network, mounts and host names. Its first process ends when the
-test process closes a pipe, or dies, and the kernel then ends every process in it and frees the rest: nothing can be left
-behind, and nothing of the machine's own is touched. Nodes share the file system, as on a cluster. Needs root, for the
-namespaces, and SLURM's programs; :func:`missing` says what is not there.
+test process closes a pipe, or dies, and the kernel then ends every process in it and frees the rest: nothing can be
+left behind, and nothing of the machine's own is touched. Nodes share the file system, as on a cluster. Needs root, for
+the namespaces, and SLURM's programs; :func:`missing` says what is not there.
 """
 
 from __future__ import annotations
 
 import os
-import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,7 @@ SlurmctldHost=head(10.77.0.254)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket,cred_expire=4
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
@@ -172,6 +173,22 @@ class Cluster:
         self._inner = psutil.Process(outer.pid).children()[0].pid
         wait_until(lambda: self.idle() == self.nodes, 60, self.logs)
 
+        self._write_commands()
+
+    def _write_commands(self) -> None:
+        """SLURM's commands for a process of the machine: each runs inside, and hands on no trace of being a cover."""
+        (self.folder / "bin").mkdir()
+        for name in ("sbatch", "squeue", "scontrol", "sinfo", "scancel"):
+            cover = self.folder / "bin" / name
+            inside = " ".join(shlex.quote(word) for word in self._inside)
+            words = f"PATH={shlex.quote(self.environ['PATH'])} SLURM_CONF={self.folder}/slurm.conf"
+            cover.write_text(f'#!/bin/sh\nexport {words}\nexec {inside} --wd="$PWD" {name} "$@"\n')
+            cover.chmod(0o755)
+
+    @property
+    def _inside(self) -> list[str]:
+        return ["nsenter", "--target", str(self._inner), "--mount", "--net", "--uts", "--pid"]
+
     def stop(self) -> None:
         """End every process of the cluster, and remove its files."""
         if self._outer is not None and self._outer.stdin is not None:
@@ -194,10 +211,8 @@ class Cluster:
         self, arguments: Sequence[str], *, folder: Path | None = None, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
         """Run a command as on the cluster's login node."""
-        where = ["--target", str(self._inner), "--mount", "--net", "--uts", "--pid", f"--wd={folder or ROOT}"]
-        done = subprocess.run(
-            ["nsenter", *where, *arguments], capture_output=True, text=True, env=self.environ, timeout=120
-        )
+        words = [*self._inside, f"--wd={folder or ROOT}", *arguments]
+        done = subprocess.run(words, capture_output=True, text=True, env=self.environ, timeout=120)
         assert not check or done.returncode == 0, f"{arguments} ended with {done.returncode}:\n{done.stderr}"
         return done
 
@@ -207,12 +222,15 @@ class Cluster:
         """Run ``disttrain ARGUMENTS`` there."""
         return self.run([sys.executable, "-m", "disttrain", *arguments], folder=folder, check=check)
 
-    def submit(self, *arguments: str) -> str:
-        """``disttrain submit ARGUMENTS``; the job's number."""
-        done = self.disttrain("submit", *arguments)
-        match = re.search(r"submitted job (\d+)", done.stdout)
-        assert match is not None, done.stdout + done.stderr
-        return match[1]
+    @contextmanager
+    def as_here(self) -> Iterator[None]:
+        """This process has the cluster's commands, as on its login node."""
+        before = os.environ["PATH"]
+        os.environ["PATH"] = f"{self.folder / 'bin'}:{before}"
+        try:
+            yield
+        finally:
+            os.environ["PATH"] = before
 
     def job(self, number: str) -> Job:
         """How a job stands."""
