@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from disttrain.errors import Preempted
 from disttrain.parallel.votes import Votes
 from disttrain.runs import launch_id
 from disttrain.signals import NotedSignals
-from disttrain.slurm.requeue import ask_to_requeue
+from disttrain.slurm.requeue import ask_to_requeue, is_to_be_requeued
 from disttrain.world import detect_world
 
 STOP_FILE: Final = "STOP"
@@ -178,10 +179,11 @@ class Preemption(Checkpoint):  # Lightning calls its checkpoint callbacks last
             if record is not None:
                 record.stopped(trainer, f"preempted by {cause}")
             (self.run_dir / STOP_FILE).unlink(missing_ok=True)
-            if number in _REQUEUE and (asked := ask_to_requeue(self.run_dir)):
-                message += f"; {asked}"
+            if number in _REQUEUE and is_to_be_requeued():
+                print(f"disttrain: {message}", file=sys.stderr, flush=True)  # SLURM may leave no time for it later
+                message = ask_to_requeue(self.run_dir)
                 if record is not None:
-                    record.tell(trainer.global_step, "requeue", asked)
+                    record.tell(trainer.global_step, "requeue", message)
         # A launcher ends all ranks with the first that ends: none does before rank 0 is done.
         assert self._votes is not None, "the callback is not set up"
         self._votes.now(0)

@@ -32,18 +32,21 @@ def job_of(environ: Mapping[str, str] | None = None) -> dict[str, str | int]:
     return {"slurm_job": name, "slurm_restart": _restarts(env), "nodes": nodes}
 
 
+def is_to_be_requeued(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether the script of this job wants it to go on after a stop."""
+    env = os.environ if environ is None else environ
+    return bool(env.get("SLURM_JOB_ID")) and _limit(env) > 0
+
+
 def ask_to_requeue(run_dir: Path, environ: Mapping[str, str] | None = None) -> str:
-    """Have this job queued again, where its script wants that. Rank 0 only, after it has saved.
+    """Have this job queued again. Rank 0 only, after it has saved; SLURM may end this process at once then.
 
     Returns:
-        what was done, in words; empty where nothing was to be done.
+        what was done, in words.
     """
     env = os.environ if environ is None else environ
-    job, limit = env.get("SLURM_JOB_ID"), env.get(VARIABLE, "0")
-    if not job or not limit.isdigit() or not int(limit):
-        return ""
-    restarts = _restarts(env)
-    if restarts >= int(limit):
+    job, restarts = env.get("SLURM_JOB_ID", ""), _restarts(env)
+    if restarts >= _limit(env):
         return f"job {job} is not requeued: it has been {restarts} times, as often as it may"
     try:
         write_atomically(run_dir / NOTE, f"{job} {restarts}\n")
@@ -74,6 +77,11 @@ def is_restarted_by_slurm(environ: Mapping[str, str] | None = None) -> bool:
 
 def _restarts(env: Mapping[str, str]) -> int:
     text = env.get("SLURM_RESTART_COUNT", "0")
+    return int(text) if text.isdigit() else 0
+
+
+def _limit(env: Mapping[str, str]) -> int:
+    text = env.get(VARIABLE, "0")
     return int(text) if text.isdigit() else 0
 
 

@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from disttrain.callbacks.ledger import read_ledger
 from disttrain.runs import read_run
-from tests.support.ranks import run_cli
 from tests.support.slurm import Cluster, missing, wait_until
-from tests.support.slurm_jobs import STEPS, callbacks, log_of, queue_job, settings, slowly, wait_for
+from tests.support.slurm_jobs import STEPS, callbacks, log_of, queue_job, slowly, wait_for
 from tests.support.weights import differing, final_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    one = Cluster(nodes=4)
-    try:
-        one.start()
-        yield one
-    finally:
-        one.stop()
-
-
-@pytest.fixture(scope="module")
-def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 4 local ranks that nothing stops; its sums do not depend on their number."""
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    words = [f"--{name}={value}" for name, value in settings(run_dir, digits).items()]
-    run_cli(4, ["fit", "--config", "recipes/digits.yaml", *words], folder=run_dir.parent / "logs").ok()
-    return run_dir
 
 
 def assert_same(whole: Path, run_dir: Path, *, attempts: int) -> None:
@@ -66,7 +45,8 @@ def test_the_time_limit_requeues_under_both_styles(cluster: Cluster, digits: Pat
     runs = {}
     for style in ("srun", "torchrun"):
         run_dir, go = tmp_path / style, tmp_path / f"go-{style}"
-        options = ("--nodes", "2", "--tasks-per-node", "1", "--style", style, "--requeue")
+        nodes = "2" if style == "srun" else "1"
+        options = ("--nodes", nodes, "--tasks-per-node", "1", "--style", style, "--requeue")
         job = queue_job(
             cluster,
             run_dir,
@@ -83,7 +63,7 @@ def test_the_time_limit_requeues_under_both_styles(cluster: Cluster, digits: Pat
         cluster.wait_done(job, log=log_of(run_dir, job))
         run = read_run(run_dir)
         assert run["attempts"][0]["stop_reason"].startswith("preempted by SIGUSR1"), run["attempts"]
-        assert [attempt["from_step"] for attempt in run["attempts"]] == [0, 7]
+        assert run["attempts"][1]["from_step"] == run["attempts"][0]["to_step"] <= 7
         assert [attempt["slurm_restart"] for attempt in run["attempts"]] == [0, 1]
         assert_same(whole, run_dir, attempts=2)
         assert (run_dir / "tensorboard").is_dir()
@@ -105,7 +85,8 @@ def test_preemption_with_ranks_apart(cluster: Cluster, digits: Path, tmp_path: P
     run = read_run(run_dir)
     assert "preempted by SIGTERM" in run["attempts"][0]["stop_reason"]
     assert run["attempts"][1]["from_step"] == run["attempts"][0]["to_step"] < STEPS
-    assert "is requeued and goes on by itself" in log.read_text()
+    assert f"job {job} is requeued and goes on by itself" in [event["text"] for event in run["events"]]
+    assert "disttrain: stopped at step" in log.read_text()
     assert_same(whole, run_dir, attempts=2)
 
 
@@ -133,7 +114,7 @@ def test_a_dead_node_is_replaced(cluster: Cluster, digits: Path, tmp_path: Path,
     cluster.kill_node("n2")
     cluster.wait_done(job, log=log)
     attempts = read_run(run_dir)["attempts"]
-    assert [attempt["nodes"] for attempt in attempts] == ["n[1-2]", "n[1,3]"]
+    assert [attempt["nodes"] for attempt in attempts] in (["n[1-2]", "n[1,3]"], ["n[1-2]", "n[3-4]"])
     assert attempts[1]["from_step"] >= 8
     assert_same(whole, run_dir, attempts=2)
     cluster.settle()
