@@ -25,6 +25,8 @@ _TOOLS = {
     "doctor": "check devices, network, folders and speed, on one rank or all",
     "shards": "pack, index, verify, list and measure shards",
     "checkpoints": "list, verify, export and prune the checkpoints of a run",
+    "submit": "check a training job and queue it on a SLURM cluster",
+    "jobs": "list runs with the state of their SLURM jobs",
     "parity": "show that a recipe trains the same in several layouts",
     "report": "draw the report of a run, or compare several",
 }
@@ -107,6 +109,14 @@ def _dispatch(arguments: list[str]) -> int:
         from disttrain.commands import report
 
         return report.main(rest)
+    if name == "submit":
+        from disttrain.commands import submit
+
+        return submit.main(rest)
+    if name == "jobs":
+        from disttrain.commands import jobs
+
+        return jobs.main(rest)
     if name in _TRAINING:
         from disttrain.commands import training
 

@@ -31,6 +31,7 @@ from disttrain.checkpoint.write import from_lead
 from disttrain.errors import CheckpointError
 from disttrain.files import write_atomically
 from disttrain.parallel.agree import is_distributed, raise_together
+from disttrain.slurm.requeue import is_restarted_by_slurm, job_of
 
 RUN_FILE: Final = "run.json"
 CHECKPOINTS: Final = "checkpoints"
@@ -219,6 +220,14 @@ def stopped_by_request(run_dir: Path) -> str:
     if not mine or attempts[-1].get("launch") != mine or attempts[-1].get("status") != PREEMPTED:
         return ""
     return str(attempts[-1].get("stop_reason", PREEMPTED))
+
+
+def finished_by_this_job(run_dir: Path) -> bool:
+    """Whether the SLURM job that runs here completed the run before SLURM started it again, as after a late signal."""
+    record, job = read_run(run_dir), job_of()
+    attempts = record.get("attempts") or [{}]
+    before = attempts[-1].get("slurm_job") == job.get("slurm_job")
+    return is_restarted_by_slurm() and before and record.get("status") == COMPLETED
 
 
 def write_run(run_dir: Path, record: dict[str, Any]) -> None:

@@ -62,6 +62,7 @@ LAYERS: dict[str, int] = {
             "data.verify",
             "data.verify_keys",
             "metrics_file",
+            *(f"slurm.{name}" for name in ("commands", "job", "render", "requeue", "runs", "site", "snapshot")),
             "checkpoint.checksum",
             "checkpoint.fence",
             "checkpoint.marker",

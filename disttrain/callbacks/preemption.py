@@ -3,7 +3,8 @@
 SIGTERM, SIGUSR1, SIGINT, ``stop_after`` and the file ``STOP`` in the run's folder only leave a note. The ranks
 vote on their notes during each step, so all of them decide at the same step boundary from the same number,
 however far apart the signals came. They save a checkpoint there, and the run ends with a
-:class:`~disttrain.errors.Preempted`: exit code 75. A validation that was due or under way is left; the
+:class:`~disttrain.errors.Preempted`: exit code 75; in a SLURM job that is to go on, rank 0 has it requeued first,
+while all ranks are alive. A validation that was due or under way is left; the
 checkpoint says so, and the resumed run begins with it, which makes its weights those of a run that was never
 stopped. Cost: one vote a step and a validation batch, in the background (:mod:`disttrain.parallel.votes`).
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,11 +34,13 @@ from disttrain.errors import Preempted
 from disttrain.parallel.votes import Votes
 from disttrain.runs import launch_id
 from disttrain.signals import NotedSignals
+from disttrain.slurm.requeue import ask_to_requeue, is_to_be_requeued
 from disttrain.world import detect_world
 
 STOP_FILE: Final = "STOP"
 _CAUSES: Final = ("", "the file STOP", "trainer.stop_after", "SIGUSR1", "SIGTERM", "SIGINT")
 _SIGNALS: Final = {signal.SIGUSR1: 3, signal.SIGTERM: 4, signal.SIGINT: 5}
+_REQUEUE: Final = (2, 3, 4)  # causes after which a job goes on; a stop file and Ctrl-C are a person's
 _RANK_BITS: Final = 32
 _LOOK_SECONDS: Final = 1.0  # between two looks for the stop file
 
@@ -176,6 +180,14 @@ class Preemption(Checkpoint):  # Lightning calls its checkpoint callbacks last
             if record is not None:
                 record.stopped(trainer, f"preempted by {cause}")
             (self.run_dir / STOP_FILE).unlink(missing_ok=True)
+            if number in _REQUEUE and is_to_be_requeued():
+                print(f"disttrain: {message}", file=sys.stderr, flush=True)  # SLURM may leave no time for it later
+                message = ask_to_requeue(self.run_dir)
+                if record is not None:
+                    record.tell(trainer.global_step, "requeue", message)
+        # A launcher ends all ranks with the first that ends: none does before rank 0 is done.
+        assert self._votes is not None, "the callback is not set up"
+        self._votes.now(0)
         raise Preempted(message)
 
     def _kept(self, trainer: pl.Trainer) -> str:

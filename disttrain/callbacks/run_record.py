@@ -25,6 +25,7 @@ from disttrain.callbacks.bad_samples import FOLDER, BadSamples
 from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.early_stopping import EarlyStopping
 from disttrain.callbacks.find import find_callback
+from disttrain.checkpoint.fence import guard
 from disttrain.data.mixture import Mixture
 from disttrain.data.module import sharded_data
 from disttrain.errors import DisttrainError
@@ -32,6 +33,7 @@ from disttrain.files import remove_leftovers
 from disttrain.metrics_log import MetricsLog
 from disttrain.parallel.agree import raise_together
 from disttrain.runs import COMPLETED, PREEMPTED, RUN_FILE, Start, launch_id, read_run, take_back, write_run
+from disttrain.slurm.requeue import job_of
 from disttrain.version import __version__
 
 EVENT_LOG: Final = "events.jsonl"
@@ -52,6 +54,7 @@ class RunRecord(Callback):
         self.start = Start(None)
         """What was decided before the run started; its notes become events."""
         self.record: dict[str, Any] = {}
+        self._checkpoints: Checkpointing | None = None
         self.awaits_result = False
         """Whether the run is complete only once :meth:`add_result` was called."""
         self._rolled_back = False
@@ -59,9 +62,9 @@ class RunRecord(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Hear of checkpoints that could not be written."""
-        checkpoints = find_callback(trainer, Checkpointing)
-        if checkpoints is not None:
-            checkpoints.tell, checkpoints.log_event = self.tell, self.log_event
+        self._checkpoints = find_callback(trainer, Checkpointing)
+        if self._checkpoints is not None:
+            self._checkpoints.tell, self._checkpoints.log_event = self.tell, self.log_event
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the record, or go on with it, and begin an attempt; after a rollback, the attempt goes on."""
@@ -101,6 +104,7 @@ class RunRecord(Callback):
         }
         if launch := launch_id():
             attempt["launch"] = launch
+        attempt |= job_of()
         self.record["attempts"].append(attempt)
         ranks = f"{trainer.world_size} rank{'s' * (trainer.world_size > 1)}"
         layout = f"{ranks}, {self._layout['strategy']}, {self._layout['precision']}"
@@ -206,6 +210,9 @@ class RunRecord(Callback):
         self._write(must=True)
 
     def _write(self, *, must: bool = False) -> None:
+        if self._checkpoints is not None and self._checkpoints.directory is not None:
+            # A process whose run goes on elsewhere, of which this node did not hear, leaves the record alone too.
+            guard(self._checkpoints.directory, self._checkpoints.attempt)
         try:
             write_run(self.run_dir, self.record)
         except OSError as error:

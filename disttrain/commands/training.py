@@ -37,7 +37,7 @@ from disttrain.errors import ConfigError
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.strategies import strategy_of
 from disttrain.report import write_report
-from disttrain.runs import best_checkpoint
+from disttrain.runs import best_checkpoint, finished_by_this_job
 from disttrain.trainer import Trainer
 from disttrain.version import __version__
 from disttrain.world import detect_world
@@ -165,6 +165,11 @@ class TrainingCLI(LightningCLI):
     def fit(self) -> None:
         """Train, then test and report."""
         trainer, data = self.trainer, self.datamodule
+        trainer.connect()
+        if trainer.strategy.broadcast(trainer.is_global_zero and finished_by_this_job(trainer.run_dir)):
+            if trainer.is_global_zero:
+                _say([f"nothing is left to do: this job has completed the run in {trainer.run_dir}"])
+            return
         trainer.record.awaits_result = True
         start = trainer.find_start(self._get(self.config, "resume"))
         if start.checkpoint is None:  # a resumed run has its own weights

@@ -1,0 +1,87 @@
+"""A training configuration read as ``disttrain fit`` reads it, but neither made nor run: for checks before a job waits.
+
+Everything that parsing finds is found here: unknown settings, wrong types, classes that cannot be imported. What only
+data, devices or several ranks can show is not. Cost: the imports of training.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from disttrain.commands.training import TrainingCLI
+from disttrain.errors import ConfigError
+from disttrain.parallel.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a job has to know of a configuration.
+
+    Attributes:
+        text: the whole configuration as YAML, defaults included; ``--config`` takes it again.
+        run_dir: the run's folder.
+        resume: what ``fit`` is to start from.
+        parallel: how the model is spread over ranks.
+        global_batch_size: samples of a step.
+        micro_batch_size: samples of a forward pass of a rank.
+    """
+
+    text: str
+    run_dir: Path
+    resume: str
+    parallel: ParallelConfig
+    global_batch_size: int
+    micro_batch_size: int | Literal["auto"]
+
+
+class _Reader(TrainingCLI):
+    def _set_seed(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        """Make nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+    def checked(self) -> Checked:
+        get = self.config.fit.get
+        parallel = get("trainer.parallel")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # jsonargparse's, of a keyword that older versions need
+            text = self._config_text()
+        return Checked(
+            text=text,
+            run_dir=Path(get("trainer.run_dir")),
+            resume=str(get("resume")),
+            parallel=ParallelConfig() if parallel is None else ParallelConfig(**parallel.as_dict()),
+            global_batch_size=int(get("data.global_batch_size")),
+            micro_batch_size=get("data.micro_batch_size"),
+        )
+
+
+def read_config(configs: Sequence[str], settings: Sequence[str]) -> Checked:
+    """Read a configuration for ``fit``.
+
+    Args:
+        configs: files, later ones over earlier ones.
+        settings: ``NAME=VALUE``, over all files.
+
+    Raises:
+        ConfigError: what ``fit`` would say of it.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    for one in configs:
+        if not Path(one).is_file():
+            raise ConfigError(f"there is no configuration {one}", mend="correct --config")
+    words = ["fit"]
+    for one in configs:
+        words += ["--config", one]
+    return _Reader([*words, *(f"--{one}" for one in settings)]).checked()

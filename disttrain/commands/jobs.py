@@ -1,0 +1,83 @@
+"""``disttrain jobs``: the runs under a folder, with the state of their SLURM jobs, step and last checkpoint.
+
+Reads run folders, asks ``squeue`` once, and ``sacct`` once for jobs that have left the queue where the cluster keeps
+accounts; without SLURM the run folders alone tell. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from disttrain.errors import ConfigError
+from disttrain.slurm import commands
+from disttrain.slurm.runs import Row, find_runs, rows_of
+from disttrain.slurm.snapshot import read_job
+
+
+def main(argv: list[str]) -> int:
+    """Run the command.
+
+    Returns:
+        the exit code.
+
+    Raises:
+        ConfigError: a folder does not exist.
+    """
+    arguments = _parser().parse_args(argv)
+    for folder in arguments.folders:
+        if not folder.is_dir():
+            raise ConfigError(f"there is no folder {folder}", mend="name the folder of a run, or one that holds runs")
+    runs = find_runs(arguments.folders)
+    queued: dict[str, commands.Queued] = {}
+    if commands.has("squeue"):
+        try:
+            queued = {one.job: one for one in commands.queue()}
+        except commands.SlurmError as error:
+            print(f"disttrain: states are those of the run folders: {error.what}", file=sys.stderr)
+        gone = {str(job) for run in runs if (job := read_job(run).get("job"))}
+        gone = {job for job in gone if not any(name.partition("_")[0] == job for name in queued)}
+        queued |= {one.job: one for one in commands.ended(sorted(gone))}
+    rows = [row for run in runs for row in rows_of(run, queued)]
+    if arguments.json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        _print(rows)
+    return 0
+
+
+def _print(rows: list[Row]) -> None:
+    if not rows:
+        print("no runs here")
+        return
+    cells = [("run", "job", "state", "attempts", "step", "checkpoint", "note")]
+    for row in rows:
+        saved = "" if row.checkpoint is None else f"{row.checkpoint}"
+        if row.checkpoint_age_seconds is not None:
+            saved += f" ({_age(row.checkpoint_age_seconds)} ago)"
+        step = "" if row.step is None else f"{row.step}"
+        cells.append((row.run, row.job, row.state, f"{row.attempts}", step, saved, row.note))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _age(seconds: float) -> str:
+    for name, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {name}"
+    return f"{seconds:.0f} s"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="disttrain jobs", description="List runs with the state of their jobs, step and last checkpoint."
+    )
+    parser.add_argument(
+        "folders", metavar="FOLDER", nargs="*", type=Path, default=[Path("runs")], help="where runs are; runs/"
+    )
+    parser.add_argument("--json", action="store_true", help="print the list as JSON")
+    return parser

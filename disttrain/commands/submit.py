@@ -1,0 +1,218 @@
+"""``disttrain submit``: a training job for SLURM, checked before it is queued.
+
+Reads the configuration as ``fit`` does, checks it against the ranks asked for, renders the script of the chosen style,
+lets SLURM test it, keeps script, configuration and the state of the code in the run folder, queues it, and says how to
+follow. ``--dry-run`` prints the script and queues nothing; it needs no SLURM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+from disttrain.errors import ConfigError
+from disttrain.slurm import commands
+from disttrain.slurm.job import Job, Style, check_ranks
+from disttrain.slurm.render import INDEX, SUBMIT, Script, render
+from disttrain.slurm.runs import record_of
+from disttrain.slurm.site import DEFAULT, VARIABLE, Site, find_site, load_site
+from disttrain.slurm.snapshot import read_job, write_job, write_snapshot
+
+
+def main(argv: list[str]) -> int:
+    """Run the command.
+
+    Returns:
+        the exit code.
+
+    Raises:
+        DisttrainError: what the user can mend; nothing was queued then.
+        SystemExit: argparse's own.
+    """
+    arguments = _parser().parse_args(argv)
+    site_file = find_site(arguments.site)
+    site = _with_options(load_site(site_file), arguments)
+    job = Job(
+        name=arguments.name or Path(arguments.config[0]).stem,
+        nodes=arguments.nodes,
+        gpus_per_node=arguments.gpus_per_node,
+        tasks_per_node=arguments.tasks_per_node,
+        style=arguments.style,
+        time=arguments.time,
+        partition=arguments.partition,
+        array=arguments.array,
+        requeue=arguments.requeue,
+        max_requeues=arguments.max_requeues,
+        signal_seconds=arguments.signal_seconds,
+    )
+    fixed, by_index = _settings(arguments.set, job)
+
+    from disttrain.commands.config_check import read_config  # loads torch
+
+    # Values that differ by index are checked with the first one's.
+    if first := [f"{name}={value.replace(INDEX, str(job.first_index))}" for name, value in by_index.items()]:
+        read_config(arguments.config, [*fixed, *first])
+    checked = read_config(arguments.config, fixed)
+    layout = check_ranks(job, checked.parallel, checked.global_batch_size, checked.micro_batch_size)
+    script = Script(
+        run_dir=Path(os.path.abspath(checked.run_dir)),
+        folder=Path.cwd(),
+        python=site.python or sys.executable,
+        settings=by_index,
+        output=None if arguments.output is None else os.path.abspath(arguments.output),
+    )
+    _check_folder(script, checked.resume)
+    _check_output(script)
+    text = render(job, site, script)
+    if arguments.dry_run:
+        print(text, end="")
+        return 0
+    said = _let_slurm_check(job, site, script, text)
+    path = write_snapshot(script, config=checked.text, text=text, arguments=["disttrain", "submit", *argv])
+    number = commands.submit(path)
+    write_job(script, job, number)
+    _tell(number, job, script, layout, said, site_file)
+    return 0
+
+
+def _with_options(site: Site, arguments: argparse.Namespace) -> Site:
+    """The site's settings, with those of the command line over them."""
+    given = {name: getattr(arguments, name) for name in ("account", "qos", "cpus_per_task", "memory")}
+    options: dict[str, str | None] = dict(site.sbatch)
+    for text in arguments.sbatch:
+        name, equals, value = text.lstrip("-").partition("=")
+        options[name] = value if equals else None
+    return replace(site, sbatch=options, **{name: value for name, value in given.items() if value is not None})
+
+
+def _settings(given: list[str], job: Job) -> tuple[list[str], dict[str, str]]:
+    """The settings that hold for the whole job, and those that differ by index."""
+    fixed: list[str] = []
+    by_index: dict[str, str] = {}
+    for text in given:
+        name, equals, value = text.removeprefix("--").partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set {text} is no setting", mend="write --set NAME=VALUE")
+        if INDEX not in value:
+            fixed.append(f"{name}={value}")
+        elif job.array is None:
+            raise ConfigError(
+                f"--set {text} holds {INDEX}, the index of a job array, and there is none",
+                mend="give --array, such as --array 0-3",
+            )
+        elif name == "trainer.run_dir":
+            raise ConfigError(
+                f"--set {text}: the runs of an array have folders of their own already",
+                mend=f"leave {INDEX} out of it: run 3 goes to RUN_DIR/3",
+            )
+        else:
+            by_index[name] = value
+    return fixed, by_index
+
+
+def _check_folder(script: Script, resume: str) -> None:
+    """The run folder has to be one that the job, however often it is started, goes on in."""
+    if resume == "never":
+        raise ConfigError(
+            "resume is never, so each start of the job, after a preemption too, would begin anew",
+            mend="leave it out, and set trainer.run_dir to a new folder: --set trainer.run_dir=FOLDER",
+        )
+    if record_of(script.run_dir).get("status") == "completed":
+        raise ConfigError(
+            f"run folder {script.run_dir} holds a complete run",
+            mend="name another one, --set trainer.run_dir=FOLDER, or move it away",
+        )
+    before = str(read_job(script.run_dir).get("job", ""))
+    if before and commands.has("squeue"):
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
+        alive = [one for one in commands.queue([before]) if one.state not in over]
+        if alive:
+            raise ConfigError(
+                f"job {alive[0].job} of run folder {script.run_dir} is {alive[0].state.lower()}",
+                mend=f"wait for it, or end it: scancel {before}",
+            )
+
+
+def _check_output(script: Script) -> None:
+    """SLURM takes a job whose output cannot be opened, and it fails without a word."""
+    if script.output is not None:
+        folder = Path(script.output).parent
+        if INDEX not in str(folder) and not folder.is_dir():
+            raise ConfigError(
+                f"folder {folder} of --output does not exist, and SLURM does not make it",
+                mend=f"make it: mkdir -p {shlex.quote(str(folder))}; or leave --output out",
+            )
+        if not os.access(folder, os.W_OK):
+            raise ConfigError(f"folder {folder} of --output cannot be written", mend="name another one")
+
+
+def _let_slurm_check(job: Job, site: Site, script: Script, text: str) -> str:
+    if not commands.has("sbatch"):
+        raise ConfigError("there is no sbatch here", mend="submit on a machine of the cluster, or use --dry-run")
+    if partition := job.partition or site.partition:
+        commands.check_partition(partition)
+    with tempfile.NamedTemporaryFile("w", suffix=".sbatch", prefix="disttrain-") as file:
+        file.write(text)
+        file.flush()
+        return commands.check_script(Path(file.name))
+
+
+def _tell(number: str, job: Job, script: Script, layout: str, said: str, site_file: Path | None) -> None:
+    output = script.output_of(job).replace("%j", number).replace("%A", number)
+    shown = Path(os.path.relpath(script.run_dir))
+    print(f"submitted job {number}: {shown} on {layout}, style {job.style}")
+    lines = [("script", str(shown / SUBMIT / "job.sbatch"))]
+    if site_file is not None:
+        lines.append(("site", str(site_file)))
+    if said:
+        lines.append(("SLURM says", said))
+    lines.append(("follow", f"tail -F {shlex.quote(os.path.relpath(output)).replace('%a', str(job.first_index))}"))
+    lines += [("state", f"disttrain jobs {shlex.quote(str(shown))}"), ("end it", f"scancel {number}")]
+    for name, value in lines:
+        print(f"  {name:<11} {value}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="disttrain submit", description="Queue `disttrain fit` as a SLURM job, after checking it."
+    )
+    add = parser.add_argument
+    add("--config", "-c", metavar="FILE", action="append", required=True, help="configuration; several merge")
+    add(
+        "--set",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help=f"a setting, over the configuration; {INDEX} in a value is the index of the job array",
+    )
+    add("--nodes", metavar="N", type=int, default=1, help="nodes (1)")
+    add("--gpus-per-node", metavar="K", type=int, default=0, help="GPUs of each node; a rank each")
+    add("--tasks-per-node", metavar="K", type=int, help="ranks of each node, on a cluster without GPUs")
+    add("--cpus-per-task", metavar="C", type=int, help="cores of each rank; the site's")
+    add("--memory", metavar="SIZE", help="memory of each node, such as 64G, 0 for all; the site's")
+    add("--time", metavar="T", help="time limit: 3h50m, or as SLURM writes it; the partition's")
+    add("--partition", metavar="P", help="partition; the site's")
+    add("--account", metavar="A", help="account; the site's")
+    add("--qos", metavar="Q", help="quality of service; the site's")
+    add("--array", metavar="INDICES", help="a job array, such as 0-3; run 3 goes to RUN_DIR/3")
+    add("--style", choices=get_args(Style), default="srun", help="who starts the ranks of a node (srun)")
+    add(
+        "--requeue",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="go on by itself after a preemption, the time limit, or the death of a node (no)",
+    )
+    add("--max-requeues", metavar="N", type=int, default=50, help="how often it goes on by itself (50)")
+    add("--signal-seconds", metavar="S", type=int, default=120, help="seconds to save before the time limit (120)")
+    add("--name", metavar="NAME", help="name of the job; the configuration's")
+    add("--output", metavar="FILE", help="output of the job, in SLURM's notation; RUN_DIR/submit/%%j.log")
+    add("--sbatch", metavar="OPTION", action="append", default=[], help="another option, such as constraint=h100")
+    add("--site", metavar="FILE", type=Path, help=f"settings of the cluster; ${VARIABLE}, else {DEFAULT}")
+    add("--dry-run", action="store_true", help="print the script; queue nothing")
+    return parser

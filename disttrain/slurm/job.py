@@ -1,0 +1,162 @@
+"""What a job asks of SLURM, checked before anything is queued. Pure decisions over frozen dataclasses.
+
+Two styles start the same ranks: ``srun`` starts one task a rank; ``torchrun`` starts one task a node, whose
+torchrun starts the ranks of that node.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from disttrain.durations import parse_duration
+from disttrain.errors import ConfigError
+from disttrain.parallel.config import BatchPlan, ParallelConfig
+
+Style = Literal["srun", "torchrun"]
+STYLES: Final = ("srun", "torchrun")
+_ARRAY: Final = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
+_SLURM_TIME: Final = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of some nodes with as many ranks each.
+
+    Attributes:
+        name: of the job.
+        nodes: how many.
+        gpus_per_node: GPUs, and so ranks, of each node; 0 on a cluster without.
+        tasks_per_node: ranks of each node where there are no GPUs; otherwise None or the number of GPUs.
+        style: who starts the ranks of a node.
+        time: limit, as SLURM writes it (``1-00:00:00``) or as disttrain does (``23h50m``); None is the partition's.
+        partition: where to run; None is the site's or the cluster's default.
+        array: indices of a job array, such as ``0-3`` or ``0-9%2``.
+        requeue: whether the job goes on by itself after a preemption, the time limit, or the death of a node.
+        max_requeues: how often it does.
+        signal_seconds: how long before the time limit the ranks are told.
+    """
+
+    name: str
+    nodes: int = 1
+    gpus_per_node: int = 0
+    tasks_per_node: int | None = None
+    style: Style = "srun"
+    time: str | None = None
+    partition: str | None = None
+    array: str | None = None
+    requeue: bool = False
+    max_requeues: int = 50
+    signal_seconds: int = 120
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("nodes", self.nodes, 1),
+            ("gpus-per-node", self.gpus_per_node, 0),
+            ("tasks-per-node", self.tasks_per_node, 1),
+            ("max-requeues", self.max_requeues, 1),
+            ("signal-seconds", self.signal_seconds, 1),
+        ):
+            if value is not None and value < least:
+                raise ConfigError(f"--{name} is {value}", mend=f"use at least {least}")
+        if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
+            raise ConfigError(
+                f"--tasks-per-node is {self.tasks_per_node} and --gpus-per-node {self.gpus_per_node}:"
+                " a rank has one GPU, and a GPU one rank",
+                mend="leave --tasks-per-node out, or --gpus-per-node on a cluster without GPUs",
+            )
+        if not self.gpus_per_node and self.tasks_per_node is None:
+            raise ConfigError(
+                "how many ranks a node has is not said",
+                mend="give --gpus-per-node K, or --tasks-per-node K on a cluster without GPUs",
+            )
+        if self.style not in STYLES:
+            raise ConfigError(f"--style is {self.style!r}", mend=f"use {' or '.join(STYLES)}")
+        if self.array is not None and not _ARRAY.fullmatch(self.array):
+            raise ConfigError(f"--array is {self.array!r}", mend="write indices such as 0-3, 1,5,7 or 0-9%2")
+        limit = self.limit_seconds
+        if self.requeue and limit is not None and limit <= self.signal_seconds:
+            raise ConfigError(
+                f"--time is {limit} s, and ranks would be told {self.signal_seconds} s before its end: at once",
+                mend="raise --time, or lower --signal-seconds",
+            )
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks of each node."""
+        return self.gpus_per_node or self.tasks_per_node or 1
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the job."""
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def limit_seconds(self) -> int | None:
+        """The time limit in seconds; None where the partition's holds.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        return None if self.time is None else _seconds(self.time)
+
+    @property
+    def first_index(self) -> int | None:
+        """The first index of an array; None without one."""
+        return None if self.array is None else int(re.split(r"[-,%:]", self.array)[0])
+
+
+def slurm_time(seconds: int) -> str:
+    """A duration as SLURM writes it, ``D-HH:MM:SS``."""
+    days, rest = divmod(seconds, 86400)
+    hours, rest = divmod(rest, 3600)
+    clock = f"{hours:02d}:{rest // 60:02d}:{rest % 60:02d}"
+    return f"{days}-{clock}" if days else clock
+
+
+def check_ranks(
+    job: Job, parallel: ParallelConfig, global_batch_size: int, micro_batch_size: int | Literal["auto"]
+) -> str:
+    """Whether a configuration can be trained on the ranks of a job.
+
+    Returns:
+        the layout in words.
+
+    Raises:
+        ConfigError: the ranks do not fit the degrees or the global batch; the message lists what does.
+    """
+    ranks = job.num_ranks
+    here = f"{job.nodes} node{'s' * (job.nodes > 1)} x {job.ranks_per_node} rank{'s' * (job.ranks_per_node > 1)}"
+    try:
+        degrees = parallel.degrees(ranks)
+        size = 1 if micro_batch_size == "auto" else micro_batch_size
+        plan = BatchPlan(global_batch_size, size, degrees.data)
+    except ConfigError as error:
+        raise ConfigError(
+            f"the configuration does not fit {here}: {error.what}", mend=f"{error.mend}; or other --nodes"
+        ) from None
+    if micro_batch_size == "auto":
+        return f"{here}, {plan.rank_batch_size} samples a rank and step"
+    return f"{here}, {plan.accumulation} x {micro_batch_size} samples a rank and step"
+
+
+def _seconds(text: str) -> int:
+    if re.search("[dhms]", text):
+        seconds = math.ceil(parse_duration(text, "--time"))
+    else:
+        match = _SLURM_TIME.fullmatch(text)
+        if match is None:
+            raise ConfigError(f"--time is {text!r}", mend="write 3h50m, or as SLURM does: MM, HH:MM:SS or D-HH:MM:SS")
+        days, *parts = (None if part is None else int(part) for part in match.groups())
+        first, second, third = parts[0] or 0, parts[1], parts[2]
+        if days is not None:  # D-HH[:MM[:SS]]
+            seconds = days * 86400 + first * 3600 + (second or 0) * 60 + (third or 0)
+        elif third is not None:  # HH:MM:SS
+            seconds = first * 3600 + (second or 0) * 60 + third
+        else:  # MM[:SS]
+            seconds = first * 60 + (second or 0)
+    if seconds <= 0:
+        raise ConfigError(f"--time is {text!r}: no time at all", mend="use a positive duration, such as 3h50m")
+    return seconds

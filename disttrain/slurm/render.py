@@ -1,0 +1,163 @@
+"""The script of a job, from a template for its style. Pure: text in, text out, the same for the same job.
+
+The templates lie in this package, so an installed disttrain has them; ``slurm/`` of the repository shows what they
+become. A placeholder is ``{{name}}``; one that is not known, or not filled, is a bug and raises.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Final
+
+from disttrain.errors import ConfigError
+from disttrain.slurm.job import Job, slurm_time
+from disttrain.slurm.site import Site
+
+INDEX: Final = "%a"
+"""Stands for the index of a job array in the value of a setting, as in SLURM's own file names."""
+SUBMIT: Final = "submit"
+"""Folder within a run folder that holds script, configuration and the state of the code at submission."""
+_PLACE: Final = re.compile(r"\{\{(\w+)\}\}")
+_OWN: Final = (
+    *("job-name", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time", "partition"),
+    *("account", "qos", "array", "requeue", "no-requeue", "open-mode", "signal", "output", "chdir"),
+)
+
+
+@dataclass(frozen=True)
+class Script:
+    """What a job runs.
+
+    Attributes:
+        run_dir: the run's folder, absolute; the runs of an array have folders within, by index.
+        folder: working folder of the job, absolute.
+        python: the interpreter that ranks run.
+        settings: settings that hold ``%a``, by name; all others are in the configuration of the run folder.
+        output: file of the job's output, absolute, in SLURM's notation; None is one in the run folder.
+    """
+
+    run_dir: Path
+    folder: Path
+    python: str
+    settings: Mapping[str, str]
+    output: str | None = None
+
+    @property
+    def config(self) -> Path:
+        """The configuration as it was at submission."""
+        return self.run_dir / SUBMIT / "config.yaml"
+
+    def output_of(self, job: Job) -> str:
+        """The file of the job's output, in SLURM's notation."""
+        return self.output or str(self.run_dir / SUBMIT / ("%A_%a.log" if job.array else "%j.log"))
+
+
+def render(job: Job, site: Site, script: Script) -> str:
+    """The text of a job's script.
+
+    Raises:
+        ConfigError: a further option of sbatch is one that disttrain sets.
+    """
+    run_dir = script.run_dir / INDEX if job.array else script.run_dir
+    settings = {"config": str(script.config), "trainer.run_dir": '"$RUN_DIR"', **script.settings}
+    arguments = [
+        f"--{name}={value if name == 'trainer.run_dir' else _quote(value)}" for name, value in settings.items()
+    ]
+    requeue = _template("requeue.sh", {"max_requeues": str(job.max_requeues)}) if job.requeue else ""
+    pass_on = _template("pass_on.sh", {}) if job.requeue and job.style == "torchrun" else ""
+    places = {
+        "title": f"{job.name}: {job.nodes} x {job.ranks_per_node} ranks",
+        "directives": "\n".join(f"#SBATCH {line}" for line in _directives(job, site, script)),
+        "run_dir": _quote(str(run_dir)),
+        "setup": "\n".join(_setup(job, site)),
+        "srun": " \\\n    ".join(_srun(site, script)),
+        "python": shlex.quote(script.python),
+        "arguments": " ".join(arguments),
+        "ranks_per_node": str(job.ranks_per_node),
+        "finish": _template("finish.sh", {"pass_on": pass_on.rstrip("\n"), "requeue": requeue.rstrip("\n")}).rstrip(),
+    }
+    return _template(f"{job.style}.sbatch", places).rstrip("\n") + "\n"
+
+
+def _directives(job: Job, site: Site, script: Script) -> list[str]:
+    by_node = job.style == "torchrun"
+    tasks = 1 if by_node else job.ranks_per_node
+    limit = job.limit_seconds
+    options: dict[str, object] = {
+        "job-name": job.name,
+        "account": site.account,
+        "partition": job.partition or site.partition,
+        "qos": site.qos,
+        "nodes": job.nodes,
+        "ntasks-per-node": tasks,
+        "gpus-per-node": job.gpus_per_node or None,
+        "cpus-per-task": _cpus_per_task(job, site),
+        "mem": site.memory,
+        "time": None if limit is None else slurm_time(limit),
+        "array": job.array,
+        "chdir": script.folder,
+        "output": script.output_of(job),
+        "open-mode": "append",
+    }
+    if job.requeue:
+        # To the tasks where these are the ranks; to this shell where torchrun is in between.
+        options["signal"] = f"{'B:' if by_node else ''}USR1@{job.signal_seconds}"
+    lines = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
+    lines.append("--requeue" if job.requeue else "--no-requeue")
+    for name, value in site.sbatch.items():
+        if name in _OWN:
+            raise ConfigError(
+                f"sbatch option {name} is given, which disttrain sets itself",
+                mend=f"use the setting for it; see `disttrain submit --help` for --{name}",
+            )
+        lines.append(f"--{name}" if value is None else f"--{name}={shlex.quote(value)}")
+    return lines
+
+
+def _cpus_per_task(job: Job, site: Site) -> int | None:
+    if site.cpus_per_task is None:
+        return job.ranks_per_node if job.style == "torchrun" else None
+    return site.cpus_per_task * (job.ranks_per_node if job.style == "torchrun" else 1)
+
+
+def _setup(job: Job, site: Site) -> list[str]:
+    lines = [f"module load {' '.join(map(shlex.quote, site.modules))}"] if site.modules else []
+    lines += site.setup
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
+    lines.append(f"export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{site.cpus_per_task or 1}}}")
+    if (cpus := _cpus_per_task(job, site)) is not None:
+        lines.append(f"export SRUN_CPUS_PER_TASK={cpus}  # srun does not take it from sbatch since SLURM 22.05")
+    if job.requeue:
+        lines.append(f"export DISTTRAIN_REQUEUE={job.max_requeues}  # a rank that stops requeues the job")
+    return lines
+
+
+def _srun(site: Site, script: Script) -> list[str]:
+    """srun's options, and the command that ranks run under in a container."""
+    words = ["--kill-on-bad-exit=1"]
+    if site.container is None:
+        return words
+    image, mounts = shlex.quote(site.container.image), [str(script.folder), *site.container.mounts]
+    if not script.run_dir.is_relative_to(script.folder):
+        mounts.append(str(script.run_dir))
+    joined = shlex.quote(",".join(mounts))
+    if site.container.runtime == "pyxis":
+        both = shlex.quote(",".join(one if ":" in one else f"{one}:{one}" for one in mounts))
+        return [*words, f"--container-image={image} --container-mounts={both}"]
+    return [*words, f"apptainer exec --nv --bind {joined} --pwd {shlex.quote(str(script.folder))} {image}"]
+
+
+def _quote(text: str) -> str:
+    """A word of shell, in which ``%a`` is the index of the array."""
+    parts: Sequence[str] = text.split(INDEX)
+    return '"$SLURM_ARRAY_TASK_ID"'.join(shlex.quote(part) if part else "" for part in parts) or "''"
+
+
+def _template(name: str, places: Mapping[str, str]) -> str:
+    text = resources.files("disttrain.slurm").joinpath("templates", name).read_text()
+    return _PLACE.sub(lambda match: places[match[1]], text)

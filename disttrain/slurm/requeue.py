@@ -1,0 +1,97 @@
+"""Going on in the same job: a run that was told to stop and has saved asks SLURM to queue its job again.
+
+One rank asks, while all ranks are alive: a job that has ended, be it well, is not queued again. A job that was
+cancelled stays cancelled, and a process that a newer attempt of the same job has replaced asks for nothing. Where
+there is no ``scontrol``, as in a container, a note in the run folder lets the job's script do it, outside.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from disttrain.files import write_atomically
+
+VARIABLE: Final = "DISTTRAIN_REQUEUE"
+NOTE: Final = "requeue"
+_TIMEOUT_SECONDS: Final = 20
+
+
+def job_of(environ: Mapping[str, str] | None = None) -> dict[str, str | int]:
+    """The SLURM job that this process belongs to, for the record; empty outside of one."""
+    env = os.environ if environ is None else environ
+    job = env.get("SLURM_JOB_ID")
+    if not job:
+        return {}
+    array, index = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
+    nodes = env.get("SLURM_JOB_NODELIST", env.get("SLURM_NODELIST", ""))
+    name = f"{array}_{index}" if array and index else job
+    return {"slurm_job": name, "slurm_restart": _restarts(env), "nodes": nodes}
+
+
+def is_to_be_requeued(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether the script of this job wants it to go on after a stop."""
+    env = os.environ if environ is None else environ
+    return bool(env.get("SLURM_JOB_ID")) and _limit(env) > 0
+
+
+def ask_to_requeue(run_dir: Path, environ: Mapping[str, str] | None = None) -> str:
+    """Have this job queued again. Rank 0 only, after it has saved; SLURM may end this process at once then.
+
+    Returns:
+        what was done, in words.
+    """
+    env = os.environ if environ is None else environ
+    job, restarts = env.get("SLURM_JOB_ID", ""), _restarts(env)
+    if restarts >= _limit(env):
+        return f"job {job} is not requeued: it has been {restarts} times, as often as it may"
+    try:
+        write_atomically(run_dir / NOTE, f"{job} {restarts}\n")
+    except OSError as error:
+        return f"job {job} is not requeued: {run_dir / NOTE} cannot be written: {error.strerror}"
+    try:
+        shown = _scontrol("-o", "show", "job", job)
+    except FileNotFoundError:
+        return f"no scontrol here: the script of job {job} is to requeue it"
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"the script of job {job} is to requeue it: scontrol failed: {_said(error)}"
+    about = dict(word.split("=", 1) for word in shown.split() if "=" in word)
+    if about.get("JobState") != "RUNNING":
+        return f"job {job} is not requeued: it is {about.get('JobState', 'gone')}"
+    if about.get("Restarts") != str(restarts):
+        return f"job {job} is not requeued: it was restarted without this process"
+    try:
+        _scontrol("requeue", job)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"the script of job {job} is to requeue it: scontrol failed: {_said(error)}"
+    return f"job {job} is requeued and goes on by itself"
+
+
+def is_restarted_by_slurm(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether SLURM has started this job before."""
+    return _restarts(os.environ if environ is None else environ) > 0
+
+
+def _restarts(env: Mapping[str, str]) -> int:
+    text = env.get("SLURM_RESTART_COUNT", "0")
+    return int(text) if text.isdigit() else 0
+
+
+def _limit(env: Mapping[str, str]) -> int:
+    text = env.get(VARIABLE, "0")
+    return int(text) if text.isdigit() else 0
+
+
+def _scontrol(*arguments: str) -> str:
+    done = subprocess.run(
+        ["scontrol", *arguments], capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=True
+    )
+    return done.stdout
+
+
+def _said(error: Exception) -> str:
+    text = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+    return " ".join(str(text).split()) or "it said nothing"

@@ -1,0 +1,124 @@
+"""The runs under a folder and the jobs that train them: state, step, last checkpoint. Reads small files, no torch.
+
+A run's state is that of its job while SLURM knows it, and otherwise what the run's record says; a record that says
+``running`` of a job that is gone is ``lost``: it was killed, and the same command goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from disttrain.checkpoint.marker import committed
+from disttrain.errors import DataError
+from disttrain.metrics_file import FILE_NAME, read_rows
+from disttrain.slurm.commands import Queued
+from disttrain.slurm.render import SUBMIT
+from disttrain.slurm.snapshot import JOB, read_job
+
+_DEPTH: Final = 4
+_OVER: Final = ("COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run as ``disttrain jobs`` lists it.
+
+    Attributes:
+        run: its folder.
+        job: number of its SLURM job; empty without one.
+        state: of the job while SLURM knows it, else of the run.
+        attempts: how often it was started.
+        step: last step that was logged or saved; None before the first.
+        checkpoint: step of the newest committed checkpoint.
+        checkpoint_age_seconds: how long ago that was committed.
+        note: why it waits, where it runs, or why it stopped.
+    """
+
+    run: str
+    job: str
+    state: str
+    attempts: int
+    step: int | None
+    checkpoint: int | None
+    checkpoint_age_seconds: float | None
+    note: str
+
+
+def find_runs(roots: Sequence[Path]) -> list[Path]:
+    """The run folders in or below some folders, by name; those that were submitted and have not begun too."""
+    found: set[Path] = set()
+
+    def look(folder: Path, depth: int) -> None:
+        if (folder / "run.json").exists() or (folder / SUBMIT / JOB).exists():
+            found.add(folder)
+        if depth:
+            for child in folder.iterdir():
+                skipped = child.name in (SUBMIT, "checkpoints", "tensorboard", "report", "hangs")
+                if child.is_dir() and not skipped and not child.name.startswith("."):
+                    look(child, depth - 1)
+
+    for root in roots:
+        if root.is_dir():
+            look(root, _DEPTH)
+    return sorted(found)
+
+
+def rows_of(run_dir: Path, queued: Mapping[str, Queued]) -> list[Row]:
+    """A run's row; for the folder of a job array, the rows of those of its runs that have not begun."""
+    submitted, record = read_job(run_dir), record_of(run_dir)
+    number = str(submitted.get("job", ""))
+    if submitted.get("array") and not record:
+        waiting = {name: one for name, one in queued.items() if name.startswith(f"{number}_")}
+        begun = {name for name in waiting if (run_dir / name.partition("_")[2] / "run.json").exists()}
+        return [
+            Row(str(run_dir / name.partition("_")[2]), name, one.state, 0, None, None, None, one.reason)
+            for name, one in sorted(waiting.items())
+            if name not in begun
+        ]
+    attempts = record.get("attempts") or []
+    job = str(attempts[-1].get("slurm_job", "")) if attempts else ""
+    if not job or (number and number != job and "_" not in job):
+        job = number  # submitted again since
+    state, note = _state(record, queued.get(job), known=bool(job))
+    steps = [int(one["to_step"]) for one in attempts if one.get("to_step") is not None]
+    found = committed(run_dir / "checkpoints")[0]
+    newest = found[-1] if found else None
+    steps += [newest.global_step] if newest else []
+    steps += [_logged(run_dir)]
+    age = None if newest is None or newest.about.time is None else max(0.0, time.time() - newest.about.time)
+    step = max(steps) if max(steps) >= 0 else None
+    return [Row(str(run_dir), job, state, len(attempts), step, newest.global_step if newest else None, age, note)]
+
+
+def _state(record: Mapping[str, Any], job: Queued | None, *, known: bool) -> tuple[str, str]:
+    """State and note of a run."""
+    own, reason = str(record.get("status", "")), str(record.get("stop_reason", ""))
+    if job is not None and job.state not in _OVER and not job.state.startswith("CANCELLED"):
+        return job.state.lower(), job.reason.strip("()")
+    if own == "running":
+        ending = f": its job is {job.state.lower()}" if job is not None else ": its job is gone" if known else ""
+        return ("lost", f"killed{ending}") if known else ("running", "")
+    if job is not None and own != "completed" and not job.state.startswith("COMPLETED"):
+        return job.state.lower(), reason
+    return own or (job.state.lower() if job is not None else "gone"), reason
+
+
+def _logged(run_dir: Path) -> int:
+    try:
+        return max((row.step for row in read_rows(run_dir / FILE_NAME)), default=-1)
+    except (DataError, OSError):
+        return -1
+
+
+def record_of(run_dir: Path) -> dict[str, Any]:
+    """A run's ``run.json``; empty where there is none."""
+    try:
+        content = json.loads((run_dir / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,160 @@
+"""What a cluster needs of every job, in one small YAML: account, partition, modules, container, environment.
+
+It is written once a site and shared by all its users and recipes, so that a recipe names no hardware and no
+account. Unknown names and wrong types are errors that name the field; nothing of the file is executed but the
+lines under ``setup``, which go into the job's script as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from disttrain.errors import ConfigError, nearest
+
+VARIABLE: Final = "DISTTRAIN_SITE"
+DEFAULT: Final = Path("~/.config/disttrain/site.yaml")
+RUNTIMES: Final = ("apptainer", "pyxis")
+_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Container:
+    """The image that ranks run in.
+
+    Attributes:
+        image: file or address of the image.
+        runtime: ``apptainer`` or ``pyxis`` (NVIDIA's plugin of srun).
+        mounts: folders to mount, as ``/folder`` or ``/outside:/inside``; the working folder always is.
+    """
+
+    image: str
+    runtime: str = "apptainer"
+    mounts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.runtime not in RUNTIMES:
+            raise ConfigError(
+                f"container.runtime is {self.runtime!r}", mend=f"use one of them; {nearest(self.runtime, RUNTIMES)}"
+            )
+
+
+@dataclass(frozen=True)
+class Site:
+    """Settings of a cluster; all may be left out.
+
+    Attributes:
+        account: what is charged.
+        partition: where jobs go that name none.
+        qos: quality of service.
+        python: the interpreter that ranks run, in the container where there is one; by default the one that submits.
+        cpus_per_task: cores of each rank.
+        memory: memory of each node, as SLURM writes it, such as ``64G``; ``0`` for all of it.
+        modules: modules to load.
+        setup: lines of shell before the ranks start, such as ``source /shared/venv/bin/activate``.
+        environment: variables of the ranks.
+        sbatch: further options of sbatch by name; null for one without a value.
+        container: the image that ranks run in.
+    """
+
+    account: str | None = None
+    partition: str | None = None
+    qos: str | None = None
+    python: str | None = None
+    cpus_per_task: int | None = None
+    memory: str | None = None
+    modules: tuple[str, ...] = ()
+    setup: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    sbatch: Mapping[str, str | None] = field(default_factory=dict)
+    container: Container | None = None
+
+    def __post_init__(self) -> None:
+        if self.cpus_per_task is not None and self.cpus_per_task < 1:
+            raise ConfigError(f"cpus_per_task is {self.cpus_per_task}", mend="use at least 1")
+        for name in self.environment:
+            if not _NAME.fullmatch(name):
+                raise ConfigError(
+                    f"environment has {name!r}, which is no name of a variable", mend="use letters, digits and _"
+                )
+
+
+def find_site(named: Path | None) -> Path | None:
+    """The file of the site: the one named, that of ``DISTTRAIN_SITE``, or the default one; None without any."""
+    if named is None and VARIABLE in os.environ:
+        named = Path(os.environ[VARIABLE])
+    if named is not None:
+        return named
+    default = DEFAULT.expanduser()
+    return default if default.exists() else None
+
+
+def load_site(path: Path | None) -> Site:
+    """Read the settings of a cluster; without a file, none.
+
+    Raises:
+        ConfigError: the file cannot be read, is no YAML, or has a field that cannot be; the message names it.
+    """
+    if path is None:
+        return Site()
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"site file {path} cannot be read: {error.strerror}", mend="correct --site") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"site file {path} is no YAML{where}", mend="correct that line") from None
+    try:
+        return Site(**_read(Site, {} if content is None else content, ""))
+    except ConfigError as error:
+        raise ConfigError(f"site file {path}: {error.what}", mend=error.mend) from None
+
+
+def _read(kind: type[Any], content: Any, prefix: str) -> dict[str, Any]:
+    """The arguments of a dataclass, checked by name and type."""
+    if not isinstance(content, dict):
+        raise ConfigError(f"{prefix.rstrip('.') or 'the file'} holds no names with values", mend="write NAME: VALUE")
+    known = {one.name: str(one.type) for one in fields(kind)}
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        if name not in known:
+            raise ConfigError(
+                f"there is no field {prefix}{name}", mend=f"correct or remove it; {nearest(str(name), known)}"
+            )
+        if value is not None:
+            found[name] = _value(f"{prefix}{name}", known[name], value)
+    if kind is Container and "image" not in found:
+        raise ConfigError("container.image is missing", mend="name the image, or remove container")
+    return found
+
+
+def _value(name: str, kind: str, value: Any) -> Any:
+    def wrong(expected: str) -> ConfigError:
+        return ConfigError(f"{name} is {value!r}", mend=f"it must be {expected}")
+
+    if kind.startswith("Container"):
+        return Container(**_read(Container, value, f"{name}."))
+    if kind.startswith("tuple"):
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise wrong("a list of texts")
+        return tuple(value)
+    if kind.startswith("Mapping"):
+        if not isinstance(value, dict) or not all(isinstance(one, str | int | float | None) for one in value.values()):
+            raise wrong("names with values")
+        if "None" not in kind and None in value.values():
+            raise wrong("names with values, none of them empty")
+        return {str(key): None if one is None or one is True else str(one) for key, one in value.items()}
+    if kind.startswith("int"):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise wrong("a whole number")
+        return value
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise wrong("a text")
+    return str(value)

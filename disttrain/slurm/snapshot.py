@@ -1,0 +1,96 @@
+"""What was submitted, kept in the run folder: script, configuration, and the state of the code.
+
+``submit/`` of a run folder holds ``job.sbatch``, ``config.yaml``, ``git.json`` (commit, branch, changed files),
+``changes.diff`` where the working folder had any, and ``job.json``. The configuration is what the job trains with;
+the code is not copied, so the record tells later whether it was still the same.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from disttrain.errors import ConfigError
+from disttrain.files import write_atomically
+from disttrain.slurm.job import Job
+from disttrain.slurm.render import SUBMIT, Script
+
+SCRIPT: Final = "job.sbatch"
+JOB: Final = "job.json"
+_TIMEOUT_SECONDS: Final = 30
+
+
+def git_state(folder: Path) -> tuple[dict[str, Any], str]:
+    """Commit, branch and changed files of a working folder, and the changes; empty outside a repository."""
+    commit = _git(folder, "rev-parse", "HEAD").strip()
+    if not commit:
+        return {}, ""
+    state = {
+        "commit": commit,
+        "branch": _git(folder, "rev-parse", "--abbrev-ref", "HEAD").strip(),
+        "changed": _git(folder, "status", "--porcelain").splitlines(),
+    }
+    return state, _git(folder, "diff", "HEAD")
+
+
+def write_snapshot(script: Script, *, config: str, text: str, arguments: list[str]) -> Path:
+    """Keep what is being submitted; the script's path.
+
+    Raises:
+        ConfigError: the run folder cannot be written.
+    """
+    folder = script.run_dir / SUBMIT
+    state, changes = git_state(script.folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(script.config, config)
+        write_atomically(folder / SCRIPT, text)
+        write_atomically(folder / "git.json", json.dumps({**state, "submitted_with": arguments}, indent=2) + "\n")
+        (folder / "changes.diff").unlink(missing_ok=True)
+        if changes:
+            write_atomically(folder / "changes.diff", changes)
+    except OSError as error:
+        raise ConfigError(
+            f"run folder {script.run_dir} cannot be written: {error.strerror}",
+            mend="set trainer.run_dir to a folder that you may write to: --set trainer.run_dir=FOLDER",
+        ) from None
+    return folder / SCRIPT
+
+
+def write_job(script: Script, job: Job, number: str) -> None:
+    """Keep the number that SLURM gave the job."""
+    content = {"job": number, "submitted": time.time(), "output": script.output_of(job), **asdict(job)}
+    write_atomically(script.run_dir / SUBMIT / JOB, json.dumps(content, indent=2) + "\n")
+
+
+def read_job(run_dir: Path) -> dict[str, Any]:
+    """What was kept of a run's submission; empty where there is nothing."""
+    try:
+        content = json.loads((run_dir / SUBMIT / JOB).read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    git = shutil.which("git")
+    if git is None:
+        return ""
+    try:
+        done = subprocess.run(
+            [git, *arguments],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            timeout=_TIMEOUT_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""

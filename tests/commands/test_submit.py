@@ -1,0 +1,105 @@
+"""``disttrain submit --dry-run`` and what is refused without any SLURM; ``disttrain jobs`` on run folders alone."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from disttrain.commands import jobs, submit
+from disttrain.errors import ConfigError
+from disttrain.slurm.commands import Queued
+from disttrain.slurm.runs import rows_of
+
+CONFIG = ["--config", "recipes/digits.yaml", "--set", "data.micro_batch_size=16"]
+
+
+def test_a_dry_run_prints_the_script_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run_dir = tmp_path / "run"
+    options = ["--set", f"trainer.run_dir={run_dir}", "--nodes", "2", "--gpus-per-node", "2", "--sbatch", "nice=5"]
+    assert submit.main([*CONFIG, *options, "--account", "me", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    for line in ("--job-name=digits", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--nice=5"):
+        assert f"#SBATCH {line}\n" in text
+    assert "#SBATCH --account=me\n" in text
+    assert f"RUN_DIR={run_dir}\n" in text
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "what", "mend"),
+    [
+        (["--config", "absent.yaml"], "there is no configuration absent.yaml", "--config"),
+        (["--set", "seed_everything"], "--set seed_everything is no setting", "NAME=VALUE"),
+        (["--set", "seed_everything=%a"], "holds %a, the index of a job array, and there is none", "--array"),
+        (["--set", "trainer.run_dir=a/%a", "--array", "0-1"], "folders of their own already", "RUN_DIR/3"),
+        (["--set", "seed_everything=%a.5", "--array", "0-1"], "seed_everything is '0.5'|seed_everything", ""),
+        (["--set", "trainer.max_stepz=%a", "--array", "0-1"], "no setting 'trainer.max_stepz'", "did you mean"),
+        (["--site", "absent.yaml"], "site file absent.yaml cannot be read", "--site"),
+    ],
+)
+def test_mistakes(options: list[str], what: str, mend: str) -> None:
+    with pytest.raises(ConfigError, match=what) as caught:
+        submit.main([*CONFIG, "--tasks-per-node", "2", *options, "--dry-run"])
+    assert mend in caught.value.mend
+
+
+def test_a_complete_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"status": "completed"}')
+    with pytest.raises(ConfigError, match="holds a complete run") as caught:
+        submit.main([*CONFIG, "--tasks-per-node", "1", "--set", f"trainer.run_dir={tmp_path}", "--dry-run"])
+    assert "trainer.run_dir" in caught.value.mend
+
+
+def test_without_slurm_only_a_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="there is no sbatch here"):
+        submit.main([*CONFIG, "--tasks-per-node", "1", "--set", f"trainer.run_dir={tmp_path / 'run'}"])
+
+
+def a_run(folder: Path, status: str, **more: object) -> Path:
+    (folder / "submit").mkdir(parents=True)
+    (folder / "submit" / "job.json").write_text('{"job": "7", "submitted": 1.0}')
+    attempts = [{"slurm_job": "7", "to_step": 5}]
+    record = {"format": 1, "status": status, "attempts": attempts, "stop_reason": "why", **more}
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "metrics.csv").write_text(f"step,epoch,time,train/loss\n8,0,{time.time()},0.5\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("status", "queued", "state"),
+    [
+        ("running", Queued("7", "RUNNING", "n1"), "running"),
+        ("preempted", Queued("7", "PENDING", "(BeginTime)"), "pending"),
+        ("running", None, "lost"),
+        ("running", Queued("7", "NODE_FAIL"), "lost"),
+        ("preempted", None, "preempted"),
+        ("preempted", Queued("7", "CANCELLED"), "cancelled"),
+        ("completed", Queued("7", "COMPLETED"), "completed"),
+        ("completed", None, "completed"),
+    ],
+)
+def test_the_state_of_a_run(tmp_path: Path, status: str, queued: Queued | None, state: str) -> None:
+    run_dir = a_run(tmp_path / "run", status)
+    (row,) = rows_of(run_dir, {} if queued is None else {"7": queued})
+    assert (row.state, row.job, row.step, row.checkpoint) == (state, "7", 8, None)
+
+
+def test_jobs_lists_runs_below_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no squeue
+    a_run(tmp_path / "runs" / "group" / "a", "completed")
+    a_run(tmp_path / "runs" / "b", "running")
+    assert jobs.main([str(tmp_path / "runs")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["run", "job", "state", "attempts", "step", "checkpoint", "note"]
+    assert [line.split()[2] for line in lines[1:]] == ["lost", "completed"]
+    with pytest.raises(ConfigError, match="there is no folder"):
+        jobs.main([str(tmp_path / "absent")])

@@ -1,0 +1,54 @@
+"""The rendered scripts that are kept in ``slurm/`` are what the templates give, and shell can read them."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from disttrain.errors import ConfigError
+from disttrain.slurm.job import Job
+from disttrain.slurm.render import Script, render
+from disttrain.slurm.site import Site
+from tests.support.slurm_examples import FOLDER, examples
+
+SCRIPT = Script(FOLDER / "runs" / "a run", FOLDER, "/usr/bin/python3", {})
+
+
+@pytest.mark.parametrize("name", sorted(examples()))
+def test_the_examples_are_what_is_rendered(name: str) -> None:
+    kept = (FOLDER / name).read_text()
+    assert kept == examples()[name], f"run python -m tests.support.slurm_examples and read the change of slurm/{name}"
+    checked = subprocess.run(["bash", "-n", str(FOLDER / name)], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_there_is_no_example_of_nothing() -> None:
+    assert sorted(path.name for path in FOLDER.glob("*.sbatch")) == sorted(examples())
+
+
+def test_the_signal_goes_to_the_ranks_or_to_the_shell() -> None:
+    by_rank = Job("a", tasks_per_node=1, requeue=True, signal_seconds=90)
+    by_node = Job("a", tasks_per_node=1, requeue=True, signal_seconds=90, style="torchrun")
+    assert "#SBATCH --signal=USR1@90\n" in render(by_rank, Site(), SCRIPT)
+    assert "#SBATCH --signal=B:USR1@90\n" in render(by_node, Site(), SCRIPT)
+    asleep = render(Job("a", tasks_per_node=1), Site(), SCRIPT)
+    assert "--signal" not in asleep
+    assert "#SBATCH --no-requeue\n" in asleep
+    assert "DISTTRAIN_REQUEUE" not in asleep
+
+
+def test_names_with_spaces_stay_one_word() -> None:
+    text = render(Job("a job", tasks_per_node=1), Site(environment={"NOTE": "it's one"}), SCRIPT)
+    run_dir = next(line for line in text.splitlines() if line.startswith("RUN_DIR="))
+    said = subprocess.run(["bash", "-c", f'{run_dir}; printf %s "$RUN_DIR"'], capture_output=True, text=True)
+    assert said.stdout == str(SCRIPT.run_dir)
+    assert "#SBATCH --job-name='a job'\n" in text
+    exported = next(line for line in text.splitlines() if line.startswith("export NOTE="))
+    said = subprocess.run(["bash", "-c", f'{exported}; printf %s "$NOTE"'], capture_output=True, text=True)
+    assert said.stdout == "it's one"
+
+
+def test_an_option_that_disttrain_sets_is_refused() -> None:
+    with pytest.raises(ConfigError, match="sbatch option ntasks is given"):
+        render(Job("a", tasks_per_node=1), Site(sbatch={"ntasks": "4"}), SCRIPT)

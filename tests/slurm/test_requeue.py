@@ -1,0 +1,143 @@
+"""On a real SLURM: a job that is stopped, preempted, or loses a node goes on in the same run folder, exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from disttrain.callbacks.ledger import read_ledger
+from disttrain.runs import read_run
+from tests.support.slurm import Cluster, missing, wait_until
+from tests.support.slurm_jobs import STEPS, callbacks, log_of, queue_job, slowly, wait_for
+from tests.support.weights import differing, final_weights
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
+
+
+def assert_same(whole: Path, run_dir: Path, *, attempts: int) -> None:
+    """The run has the bits and samples of the whole one, and one identity."""
+    run = read_run(run_dir)
+    assert run["status"] == "completed", run
+    assert len(run["attempts"]) == attempts, run["attempts"]
+    assert not differing(final_weights(whole), final_weights(run_dir))
+    assert read_ledger(whole / "ledger") == read_ledger(run_dir / "ledger")
+    assert run["result"] == read_run(whole)["result"]
+    jobs = {attempt["slurm_job"] for attempt in run["attempts"]}
+    assert len(jobs) == 1, jobs
+
+
+@pytest.mark.parametrize("style", ["srun", "torchrun"])
+def test_both_styles_train_as_local_ranks_do(
+    cluster: Cluster, digits: Path, tmp_path: Path, whole: Path, style: str
+) -> None:
+    """2 nodes x 2 (made-up) GPUs give 4 ranks."""
+    run_dir = tmp_path / "run"
+    job = queue_job(cluster, run_dir, digits, "--nodes", "2", "--gpus-per-node", "2", "--style", style)
+    cluster.wait_done(job, log=log_of(run_dir, job))
+    assert read_run(run_dir)["attempts"][0]["world_size"] == 4
+    assert read_run(run_dir)["attempts"][0]["nodes"] == "n[1-2]"
+    assert_same(whole, run_dir, attempts=1)
+
+
+def test_the_time_limit_requeues_under_both_styles(cluster: Cluster, digits: Path, tmp_path: Path, whole: Path) -> None:
+    """SIGUSR1 reaches the ranks under srun, and past a torchrun that it would end."""
+    runs = {}
+    for style in ("srun", "torchrun"):
+        run_dir, go = tmp_path / style, tmp_path / f"go-{style}"
+        nodes = "2" if style == "srun" else "1"
+        options = ("--nodes", nodes, "--tasks-per-node", "1", "--style", style, "--requeue")
+        job = queue_job(
+            cluster,
+            run_dir,
+            digits,
+            *(*options, "--time", "60s", "--signal-seconds", "10"),
+            more=callbacks(wait_for(6, go)),
+        )
+        runs[style] = (run_dir, job, go)
+    for run_dir, job, go in runs.values():
+        log = log_of(run_dir, job)
+        wait_until(lambda log=log: log.exists() and "SIGUSR1: stopping" in log.read_text(), 100, cluster.logs)  # type: ignore[misc]
+        go.touch()
+    for run_dir, job, _ in runs.values():
+        cluster.wait_done(job, log=log_of(run_dir, job))
+        run = read_run(run_dir)
+        assert run["attempts"][0]["stop_reason"].startswith("preempted by SIGUSR1"), run["attempts"]
+        assert run["attempts"][1]["from_step"] == run["attempts"][0]["to_step"] <= 7
+        assert [attempt["slurm_restart"] for attempt in run["attempts"]] == [0, 1]
+        assert_same(whole, run_dir, attempts=2)
+        assert (run_dir / "tensorboard").is_dir()
+        assert not list(run_dir.parent.glob(f"{run_dir.name}.*")), "the run was set aside"
+
+
+def test_preemption_with_ranks_apart(cluster: Cluster, digits: Path, tmp_path: Path, whole: Path) -> None:
+    """Rank 1 comes to everything half a second later; a job of a higher priority takes the nodes."""
+    run_dir = tmp_path / "run"
+    options = ("--nodes", "2", "--tasks-per-node", "1", "--partition", "low", "--requeue")
+    job = queue_job(cluster, run_dir, digits, *options, more=callbacks(slowly(0.5, rank=1)))
+    log = log_of(run_dir, job)
+    wait_until((run_dir / "checkpoints" / "step-00000004").exists, 90, log.read_text)
+    urgent = cluster.run(
+        ["sbatch", "--parsable", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+    ).stdout.strip()
+    cluster.wait_done(urgent, log=log)
+    cluster.wait_done(job, log=log)
+    run = read_run(run_dir)
+    assert "preempted by SIGTERM" in run["attempts"][0]["stop_reason"]
+    assert run["attempts"][1]["from_step"] == run["attempts"][0]["to_step"] < STEPS
+    assert f"job {job} is requeued and goes on by itself" in [event["text"] for event in run["events"]]
+    assert "disttrain: stopped at step" in log.read_text()
+    assert_same(whole, run_dir, attempts=2)
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, digits: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    options = ("--tasks-per-node", "1", "--requeue")
+    job = queue_job(cluster, run_dir, digits, *options, more=callbacks(slowly(0.3)))
+    log = log_of(run_dir, job)
+    wait_until((run_dir / "checkpoints" / "step-00000004").exists, 90, log.read_text)
+    cluster.run(["scancel", job])
+    wait_until(lambda: read_run(run_dir).get("status") == "preempted", 30, log.read_text)
+    cluster.wait_state(job, "CANCELLED", log=log)
+    wait_until(lambda: cluster.idle() == cluster.nodes, 30, cluster.logs)
+    assert cluster.job(job).state == "CANCELLED"
+    assert cluster.job(job).restarts == 0
+    assert (run_dir / "checkpoints" / f"step-{read_run(run_dir)['attempts'][0]['to_step']:08d}").exists()
+
+
+def test_a_dead_node_is_replaced(cluster: Cluster, digits: Path, tmp_path: Path, whole: Path) -> None:
+    run_dir = tmp_path / "run"
+    options = ("--nodes", "2", "--tasks-per-node", "1", "--requeue")
+    job = queue_job(cluster, run_dir, digits, *options, more=callbacks(slowly(0.3)))
+    log = log_of(run_dir, job)
+    wait_until((run_dir / "checkpoints" / "step-00000008").exists, 90, log.read_text)
+    cluster.kill_node("n2")
+    cluster.wait_done(job, log=log)
+    attempts = read_run(run_dir)["attempts"]
+    assert [attempt["nodes"] for attempt in attempts] in (["n[1-2]", "n[1,3]"], ["n[1-2]", "n[3-4]"])
+    assert attempts[1]["from_step"] >= 8
+    assert_same(whole, run_dir, attempts=2)
+    cluster.settle()
+
+
+def test_a_node_that_is_cut_off_writes_nothing_more(
+    cluster: Cluster, digits: Path, tmp_path: Path, whole: Path
+) -> None:
+    run_dir, go = tmp_path / "run", tmp_path / "go"
+    options = ("--tasks-per-node", "1", "--requeue")
+    job = queue_job(cluster, run_dir, digits, *options, more=callbacks(wait_for(6, go)))
+    log = log_of(run_dir, job)
+    wait_until((run_dir / "waits-0").exists, 90, log.read_text)
+    node = cluster.job(job).nodes
+    cluster.cut(node)
+    cluster.wait_done(job, log=log)  # elsewhere
+    record = (run_dir / "run.json").read_bytes()
+    names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert cluster.processes_of(node, "disttrain fit"), "its rank was to be alive still"
+    go.touch()
+    wait_until(lambda: not cluster.processes_of(node, "disttrain fit"), 60, log.read_text)
+    assert "has taken it over" in log.read_text()
+    assert (run_dir / "run.json").read_bytes() == record, "the stale rank wrote the record"
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == names
+    assert_same(whole, run_dir, attempts=2)
+    cluster.settle()
