@@ -45,6 +45,7 @@ class Row:
         kill: whether a process was killed.
         in_save: whether that was during a save.
         resumed_at: where the next attempt went on; None until it is known, 0 from the start.
+        survived: whether this attempt went on all the same.
     """
 
     layout: Layout
@@ -53,6 +54,7 @@ class Row:
     kill: bool = False
     in_save: bool = False
     resumed_at: int | None = None
+    survived: bool = False
 
 
 @dataclass
@@ -180,7 +182,7 @@ class Campaign:
         else:
             disk.flip(file, self.chance.randrange(8 * file.stat().st_size))
         self.damaged.append(path.name)
-        self.rows.append(Row(layout, f"{what}, {'marker' if what == 'marker' else 'tensors'}", None))
+        self.rows.append(Row(layout, "flip, marker" if what == "marker" else f"{what}, tensors", None))
         print(f"  {self.number:3d}  {layout}  before: {what} {path.name}/{file.name}", flush=True)
         return f"passed over: checkpoint {path} "
 
@@ -197,7 +199,7 @@ class Campaign:
         assert shard.name in outcome.text, f"it does not name {shard.name}\n{outcome.text}"
         assert "Traceback" not in outcome.text, outcome.text
         assert checks.sound(self.checkpoints) == before
-        self.rows.append(Row(layout, "shard gone, start", None))
+        self.rows.append(Row(layout, "delete, shard", None))
         print(f"  {self.number:3d}  {layout}  before: without {shard.name}", flush=True)
 
     def _check_codes(self, attempt: Attempt, outcome: Outcome) -> None:
@@ -264,7 +266,7 @@ class Campaign:
 def fault_row(layout: Layout, fault: Fault, step: int) -> Row:
     """The row of a fault that happened."""
     kill = fault.act in ("kill", "kill-all", "kill-launcher")
-    return Row(layout, str(fault), step if step >= 0 else None, kill, kill and fault.in_save)
+    return Row(layout, str(fault), step if step >= 0 else None, kill, kill and fault.in_save, survived=fault.survives)
 
 
 def fit_arguments(run_dir: Path, data: Path, layout: Layout, more: Sequence[str] = ()) -> list[str]:
