@@ -6,13 +6,14 @@ shards: every run ends with the bits, the samples and the results of one that no
 file too many.
 
 Method: for each layout one run of 48 steps of the digits, on real ranks, with a checkpoint every 3 steps in the
-background and averaged weights, is brought down by a schedule drawn from the seed (``tests/support/chaos``). After every
-attempt its exit codes, its messages, the checkpoint it resumed from and the number of checkpoints are checked; at the
-end all tensors of the last checkpoint, the ledger of samples, ``metrics.csv``, test metrics, files and processes. Then
-one more run changes its layout at every attempt, with the tree's sums, and two run under torchrun, which is killed too.
+background and averaged weights, is brought down by a schedule drawn from the seed (``tests/support/chaos``). After
+every attempt its exit codes, its messages, the checkpoint it resumed from and the number of checkpoints are checked; at
+the end all tensors of the last checkpoint, the ledger of samples, ``metrics.csv``, test metrics, files and processes.
+Then one more run changes its layout at every attempt, with the tree's sums, and two run under torchrun, which is killed
+too.
 
-How to read it: a cell lists *step of the fault* → *step that the next attempt began at*. A fault in a save stands at the
-save's step, ``start`` is before the first step, ``-`` between two attempts; without an arrow the attempt went on.
+How to read it: a cell lists *step of the fault* → *step that the next attempt began at*. A fault in a save stands at
+the save's step, ``start`` is before the first step, ``-`` between two attempts; without an arrow the attempt went on.
 
 ``python -m benchmarks.chaos`` from the repository; a quarter of an hour on 2 CPU cores. ``--seed`` and ``--layouts``
 repeat one campaign of it. Disks are filled where file systems can be mounted (root). Writes

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import psutil
 
+from disttrain.checkpoint.marker import LATEST, MARKER
 from tests.support.chaos import checks, disk
 from tests.support.chaos.plan import EVERY, FAILING, STEPS, Attempt, Between, Fault, Layout
 from tests.support.chaos.trap import RUN_DIR, SCHEDULE
@@ -175,7 +176,7 @@ class Campaign:
         if len(there) < 2:  # then the run would lose all it has, and rightly so
             return ""
         path = self.checkpoints / there[-1]
-        files = sorted(path.glob("*.distcp")) if what != "marker" else [path / "COMMITTED"]
+        files = sorted(path.glob("*.distcp")) if what != "marker" else [path / MARKER]
         file = self.chance.choice(files)
         if what == "truncate":
             disk.truncate(file)
@@ -245,13 +246,14 @@ class Campaign:
 
     def _wake(self, ranks: Ranks) -> None:
         """A process that was stopped while others took its run over publishes nothing, and ends."""
-        before = checks.sound(self.checkpoints)
+        before, latest = checks.sound(self.checkpoints), (self.checkpoints / LATEST).read_text()
         os.kill(ranks.processes[0].pid or 0, signal.SIGCONT)
         outcome = ranks.wait(60)
         assert set(outcome.codes) <= {_ERROR}, f"woken, it ended with {outcome.codes}\n{outcome.text}"
         assert "it publishes nothing" in outcome.text, outcome.text
         assert "Traceback" not in outcome.text, outcome.text
         assert checks.sound(self.checkpoints) == before, "an old process has changed the checkpoints"
+        assert (self.checkpoints / LATEST).read_text() == latest, "an old process has turned LATEST back"
 
     def _check_end(self) -> None:
         try:
