@@ -19,7 +19,8 @@ def write_atomically(path: Path, text: str) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with suppress(FileNotFoundError):  # somebody has taken the file over
+            os.unlink(temporary)
         raise
 
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +109,11 @@ class RunRecord(Callback):
         self.record["ranks"] = ranks
 
     def tell(self, step: int, kind: str, text: str) -> None:
-        """Note something and write it down now. Rank 0 only."""
+        """Note something and write it down now, or with the next change where the disk is full. Rank 0 only."""
         self.event(step, kind, text)
         if "attempts" in self.record:
-            self._write()
+            with suppress(OSError):
+                self._write()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say why training stopped and what was best, once the end of the run is safe."""
