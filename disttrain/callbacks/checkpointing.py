@@ -346,8 +346,8 @@ class Checkpointing(Checkpoint):
         def prune() -> None:
             try:
                 superfluous = keep.superfluous(store.committed(directory)[0])
-                guard(directory, attempt)  # after the look: nothing of a newer attempt's is among them
                 for entry in superfluous:
+                    guard(directory, attempt)  # after the look: nothing of a newer attempt's is among them
                     store.remove(entry.path)
             except OSError as error:  # the new one is safe; the next save tries again
                 print(f"disttrain: an old checkpoint could not be removed: {error}", file=sys.stderr)

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,11 @@ class Job:
             guard(directory, self.attempt)
             # Into the directory that was written, not into one of a newer attempt that may have its name by now.
             write_marker(opened, self.about, entries)
-        write_synced(directory / LATEST, f"{self.final.name}\n")
+        # A newer attempt says that it is there, then clears: after this look the temporary file would be gone.
+        label = self.attempt.label if self.attempt else ""
+        write_synced(
+            directory / LATEST, f"{self.final.name}\n", label=label, check=partial(guard, directory, self.attempt)
+        )
         sync_directory(directory)
 
 
