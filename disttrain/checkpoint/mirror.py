@@ -60,7 +60,7 @@ class MirrorConfig:
         scheme, _, rest = self.url.partition("://")
         if not is_remote(self.url) or scheme.lower() in _READ_ONLY or not rest.strip("/"):
             raise ConfigError(
-                f"checkpoints cannot be copied to {shown(self.url)!r} (checkpoint.mirror.url)",
+                f"checkpoints cannot be copied to {shown(self.url) if rest else self.url!r} (checkpoint.mirror.url)",
                 mend="use a URL such as s3://bucket/folder, gs://bucket/folder or file:///folder",
             )
 
