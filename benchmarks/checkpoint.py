@@ -14,6 +14,8 @@ the cores. Resume: new processes go on from the last checkpoint, as they do afte
 process to the end of the first step, on rank 0: Python's imports, comparing all checksums, loading model and optimizer
 (from files that are in memory), everything else before the first batch, and the step.
 
+`--repeats 2 --steps 13 --every_steps 4` takes about four minutes on two cores, and five gigabytes of memory.
+
 How to read it: compare ratios within one run. Seconds follow the disk and the machine, and whatever else it does. Where
 writing takes longer than the steps between two saves, the next save waits, and the stall says so.
 """
