@@ -179,7 +179,7 @@ def pack_meta(meta: dict[str, Any]) -> bytes:
         torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"the state to save holds an object that could only be unpickled: {str(error).splitlines()[0]}",
+            f"the state to save holds an object that could only be unpickled: {cause(error)}",
             mend="keep plain values and tensors in state_dict() and on_save_checkpoint() of callbacks and modules",
         ) from None
     return stream.getvalue()

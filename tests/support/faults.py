@@ -108,6 +108,7 @@ class Case:
         prepare: spoils the folder.
         code: the exit code that is due.
         needs: whether it can be run here.
+        slow: whether only slow runs of the tests run it.
     """
 
     what: str
@@ -115,6 +116,7 @@ class Case:
     prepare: Callable[[Scene], object] = lambda scene: None
     code: int = 2
     needs: bool = True
+    slow: bool = False
 
     def block(self, text: str) -> str:
         """Its part of the page."""
@@ -147,7 +149,7 @@ def run(made: Scene, arguments: Sequence[str]) -> tuple[int, str]:
     for instead, what in here.items():
         words = [word.replace(instead, what) for word in words]
     environment = {"DISTTRAIN_CACHE": "cache", "COLUMNS": "120", **made.environment}
-    if words[0] == "shards":
+    if words[0] in ("shards", "checkpoints"):
         code, text = _in_process(made.folder, words, environment)
     else:
         ended = run_ranks(1, _child, str(made.folder), words, environment, folder=made.folder / "logs")
@@ -156,7 +158,22 @@ def run(made: Scene, arguments: Sequence[str]) -> tuple[int, str]:
     text = text[max(0, begin) :].strip()
     for what, instead in {**made.hidden, f"{made.folder}/": "", str(made.folder): "."}.items():
         text = text.replace(what, instead)
-    return code, re.sub(r"in \d+\.\d s\b", "in N s", text)
+    for pattern, instead in _DIFFERS:
+        text = re.sub(pattern, instead, text)
+    return code, text
+
+
+_DIFFERS = (
+    (r"in \d+\.\d s\b", "in N s"),
+    (r"\brun (?!f{12})[0-9a-f]{12}\b", "run 244ee6bdc4ab"),
+    (r"\.a(\d+)-[0-9a-f]{8}\b", r".a\1-b9f34c9a"),
+    # What a checkpoint's files hold is PyTorch's, and its versions'.
+    (r"checksum [0-9a-f]{8}, its marker says [0-9a-f]{8}", "checksum ca9932a4, its marker says cc5682f1"),
+    (r"the [\d,]+ bytes of", "the N bytes of"),
+    (r"its marker says \d+", "its marker says N"),
+    (r"about [\d,]+ bytes, [\d,]+ are free", "about N bytes, M are free"),
+)
+"""What differs from machine to machine, and what the page shows instead."""
 
 
 def _in_process(folder: Path, words: list[str], environment: dict[str, str]) -> tuple[int, str]:
