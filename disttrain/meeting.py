@@ -150,7 +150,8 @@ def hear(meeting: Meeting, deadline: float) -> int:
                 return int(announced)
             why[port] = said if word != _GREETING else f"{name} meets there, not {meeting.name}"
         if time.monotonic() > deadline:
-            told = "; ".join(dict.fromkeys(f"port {port}: {text}" for port, text in why.items()))
+            ports = {text: [str(port) for port in why if why[port] == text] for text in why.values()}
+            told = "; ".join(f"port {', '.join(numbers)}: {text}" for text, numbers in ports.items())
             raise JoinError(
                 f"rank 0 at {meeting.host} was not reached in time; {told}",
                 mend="see whether rank 0 has started, and whether a firewall is between; `disttrain doctor` tells more",

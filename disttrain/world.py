@@ -123,7 +123,8 @@ def _slurm_step(env: Mapping[str, str]) -> World | None:
         )
     rank, local_rank = _number(env, "SLURM_PROCID"), _number(env, "SLURM_LOCALID")
     world = World(rank, size, local_rank, size // nodes, launcher="slurm")
-    if nodes > 1 and rank % world.local_size != local_rank:
+    dealt = env.get("SLURM_DISTRIBUTION", "").partition(":")[0] in ("cyclic", "plane", "arbitrary")
+    if 1 < nodes < size and (dealt or rank % world.local_size != local_rank):
         raise ConfigError(
             f"srun gave task {rank} the place {local_rank} on its node: the tasks are dealt to the nodes by turns",
             mend="give srun --distribution=block: the ranks of a node are to follow each other",

@@ -101,6 +101,7 @@ def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch)
         (SRUN | {"SLURM_NNODES": "9"}, ["slurm environment is contradictory"]),
         (SRUN | {"SLURM_NNODES": "3"}, ["8 tasks unevenly over 3 nodes", "--ntasks-per-node"]),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "3(x2),2"}, ["unevenly", "3(x2),2"]),
+        (SRUN | {"SLURM_DISTRIBUTION": "cyclic"}, ["by turns", "--distribution=block"]),
         (SRUN | {"SLURM_LOCALID": "2"}, ["task 5", "place 2", "--distribution=block"]),
         (SRUN | TORCHRUN, ["torchrun runs inside srun with 4 tasks a node", "task 5 of 8", "--ntasks-per-node=1"]),
         (

@@ -37,6 +37,10 @@ from disttrain.world import World
 
 _POLL_SECONDS: Final = 0.05
 _LAST_SECONDS: Final = 3.0
+_LOOK_AT_RANK_0: Final = (
+    "see whether rank 0 has started and what it printed, whether MASTER_ADDR is its node, and whether a firewall is"
+    " between"
+)
 
 
 @dataclass(frozen=True)
@@ -144,11 +148,12 @@ def _examine_together(report: Report, options: Options, meeting: Meeting, used: 
             store = stack.enter_context(meet(meeting, world, timeout))
         except DisttrainError as error:
             check = "port" if world.rank == 0 else "peers"
+            mend = error.mend if world.rank == 0 else _LOOK_AT_RANK_0
             # Rank 0 does not know of this one; nobody else can tell.
             report.speaks = True
             found = network.examine_port(meeting.ports[-1]) if world.rank == 0 else None
             said = found.said if found is not None and found.status == "failure" else error.what
-            report.findings.append(failure(check, said, error.mend))
+            report.findings.append(failure(check, said, mend))
             return
         store = PrefixStore(f"doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         together = _Together(report, options, meeting, store)
