@@ -51,6 +51,7 @@ def test_an_array_has_a_folder_a_run(
 ) -> None:
     run_dir, go = tmp_path / "run", tmp_path / "go"
     more = {**callbacks(wait_for(2, go)), "trainer.max_steps": "3", "seed_everything": "%a"}
+    more["model.schedule.warmup_steps"] = "1"
     job = queue_job(cluster, run_dir, digits, "--tasks-per-node", "1", "--array", "0-3%2", more=more)
     cluster.wait_state(f"{job}_1", "RUNNING")
     with cluster.as_here():
