@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import sys
 
+from disttrain.endings import note_ending
 from disttrain.errors import PREEMPTED_CODE, ConfigError, DisttrainError, Preempted, RankError, nearest
-from disttrain.world import detect_world
+from disttrain.world import World, detect_world
 
 _TRAINING = {
     "fit": "train, stop early, restore the best weights, test and report",
@@ -20,6 +21,8 @@ _TRAINING = {
     "predict": "write one result for each sample, in order",
 }
 _TOOLS = {
+    "launch": "run a subcommand in several ranks on this machine",
+    "doctor": "check devices, network, folders and speed, on one rank or all",
     "shards": "pack, index, verify, list and measure shards",
     "checkpoints": "list, verify, export and prune the checkpoints of a run",
     "submit": "check a training job and queue it on a SLURM cluster",
@@ -31,7 +34,18 @@ _TOOLS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit code."""
-    arguments = sys.argv[1:] if argv is None else argv
+    code = 1
+    try:
+        code = _main(sys.argv[1:] if argv is None else argv)
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+        raise
+    finally:
+        note_ending(code)
+    return code
+
+
+def _main(arguments: list[str]) -> int:
     try:
         return _dispatch(arguments)
     except DisttrainError as error:
@@ -41,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         if not _lost_a_peer(error):
             raise
         world = detect_world()
+        note_ending(RankError.exit_code, follows=True)
         print(f"disttrain: rank {world.rank} of {world.size} stops: another rank failed or was killed", file=sys.stderr)
         return RankError.exit_code
     except KeyboardInterrupt:
@@ -70,6 +85,14 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(f"disttrain {__version__}")
         return 0
+    if name == "launch":
+        from disttrain.commands import launch
+
+        return launch.main(rest)
+    if name == "doctor":
+        from disttrain.commands import doctor
+
+        return doctor.main(rest)
     if name == "shards":
         from disttrain.commands import shards
 
@@ -119,9 +142,17 @@ def _usage() -> str:
 
 
 def _print_error(error: DisttrainError) -> None:
-    world = detect_world()
-    if isinstance(error, RankError) or (world.rank > 0 and isinstance(error, ConfigError)):
-        return  # another rank prints its own; all ranks have the same configuration
+    try:
+        world = detect_world()
+    except ConfigError:  # it is what is wrong
+        world = World()
+    if isinstance(error, RankError):
+        note_ending(error.exit_code, follows=True)
+        return  # another rank prints its own
+    if note_ending(error.exit_code, message=str(error)):
+        return  # the launcher prints it
+    if world.rank > 0 and isinstance(error, ConfigError):
+        return  # all ranks have the same configuration
     where = f" (rank {world.rank} of {world.size})" if world.size > 1 else ""
     print(f"disttrain: error{where}: {error}", file=sys.stderr)
 

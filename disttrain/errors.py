@@ -64,6 +64,10 @@ class RankError(DisttrainError):
     """A failure on some ranks that every rank is told of, so that all stop together."""
 
 
+class JoinError(DisttrainError):
+    """Ranks that did not find each other in time."""
+
+
 class Preempted(SystemExit):
     """Training was stopped from outside, at a step boundary, and what it had is saved.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -20,6 +21,19 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed while they replaced a file have left beside it.
+
+    For whoever is the only one to write the file from now on: a forgotten process that is writing it fails.
+    """
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}")  # as tempfile names them
+    with suppress(FileNotFoundError):
+        for entry in list(os.scandir(path.parent)):
+            if pattern.fullmatch(entry.name):
+                with suppress(FileNotFoundError):
+                    os.unlink(entry.path)
 
 
 def write_synced(path: Path, text: str, *, within: int | None = None) -> None:

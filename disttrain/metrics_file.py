@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from disttrain.errors import ConfigError, DataError
+from disttrain.files import remove_leftovers
 
 FILE_NAME: Final = "metrics.csv"
 FIRST_COLUMNS: Final = ("step", "epoch", "time")
@@ -91,9 +92,10 @@ class MetricsFile:
         """Drop the rows of later steps, so that a run resumed at ``step`` logs none of them twice.
 
         It always leaves a new file behind, even if no row had to go: a forgotten process of an earlier
-        attempt, still appending, then writes where nobody reads.
+        attempt, still appending, then writes where nobody reads. What a copy that was killed has left is removed.
         """
         self.close()
+        remove_leftovers(self.path)
         columns = _read_header(self.path)
         if columns:
             _rewrite(self.path, columns, last_step=step)

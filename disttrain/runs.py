@@ -5,6 +5,7 @@ continues an interrupted run from its newest committed and sound checkpoint and 
 complete; ``never`` starts anew; a path names a checkpoint or a run folder. Starting anew never deletes: an older
 run is renamed aside. A folder's checkpoints are those of one run: another run's are an error, unless they are
 named. Rank 0 looks and tells the others; all ranks read a share of the checkpoint's files to compare checksums.
+Where checkpoints are copied to remote storage and a copy is newer than what is here, ``auto`` fetches it.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import psutil
 import torch.distributed
 
 from disttrain.checkpoint import store, verify
-from disttrain.checkpoint.fence import Attempt, claim, run_of
+from disttrain.checkpoint.fence import Attempt, run_of
+from disttrain.checkpoint.mirror import Mirror, Stored, another_run, begin
+from disttrain.checkpoint.mirroring import fetch
+from disttrain.checkpoint.prune import best_of
 from disttrain.checkpoint.write import from_lead
 from disttrain.errors import CheckpointError
 from disttrain.files import write_atomically
@@ -53,34 +57,47 @@ class Start:
     attempt: Attempt | None = None
 
 
-def find_start(run_dir: Path, resume: str, *, checksums: bool = True) -> Start:
+def find_start(
+    run_dir: Path, resume: str, *, checksums: bool = True, mirror: Mirror | None = None, best: int = 1
+) -> Start:
     """Decide where an attempt in a run folder starts, on all ranks, and read the checkpoint once. A collective.
 
     Args:
         run_dir: the run's folder; it need not exist.
         resume: ``auto``, ``never``, or the path of a checkpoint or of a run folder.
         checksums: compare the checkpoint's files with their checksums; by their sizes they are judged anyway.
+        mirror: copies on remote storage, which ``auto`` fetches where they are newer.
+        best: how many of the best copies to fetch with it.
 
     Raises:
-        CheckpointError: the named checkpoint does not exist or is torn, or ``auto`` meets another run's. Ranks
-            other than 0 raise a ``RankError``.
+        CheckpointError: the named checkpoint does not exist or is torn, ``auto`` meets another run's, or copies cannot
+            be reached. Ranks other than 0 raise a ``RankError``.
     """
+    lead = not is_distributed() or torch.distributed.get_rank() == 0
     faulty: dict[Path, str] = {}
+    unfit: dict[str, str] = {}  # copies that were fetched, or found damaged
     attempt: Attempt | None = None
-    cleared: list[str] = []
+    notes: list[str] = []
     while True:
-        start = Start(None)  # rank 0's, once it has looked
+        start, copies = Start(None), list[Stored]()  # rank 0's, once it has looked
         with raise_together():
-            if not is_distributed() or torch.distributed.get_rank() == 0:
-                if attempt is None and resume == "auto" and _is_interrupted(run_dir):
-                    before = choose_start(run_dir, resume).notes  # a folder of another run's is left alone
-                    # From here on no earlier attempt can commit, or prune, what is being looked at.
-                    attempt = claim(run_dir / CHECKPOINTS, run=_recorded_id(run_dir))
-                    after = choose_start(run_dir, resume).notes
-                    cleared = [note for note in before if note not in after and note.startswith(_PASSED_OVER)]
+            if lead:
+                if attempt is None:
+                    attempt, notes = _take_over(run_dir, resume, mirror)
                 start = choose_start(run_dir, resume, faulty=faulty)
-                start = replace(start, notes=[*cleared, *start.notes], attempt=attempt)
-        agreed: Start = from_lead(start)
+                if mirror is not None and attempt is not None:
+                    copies, passed_over = _newer(mirror, start, run_dir / CHECKPOINTS, unfit, best)
+                    notes += passed_over
+                start = replace(start, notes=[*notes, *start.notes], attempt=attempt)
+        agreed, wanted = cast(tuple[Start, list[Stored]], from_lead((start, copies)))
+        for copy in wanted:
+            assert mirror is not None
+            assert agreed.attempt is not None
+            fault = fetch(mirror, copy, run_dir / CHECKPOINTS, agreed.attempt)
+            unfit[copy.name] = fault
+            notes.append(f"{_PASSED_OVER}{fault}" if fault else f"fetched {mirror.url}/{copy.name}")
+        if wanted:
+            continue
         if agreed.checkpoint is None:
             return agreed
         if not checksums:
@@ -90,6 +107,45 @@ def find_start(run_dir: Path, resume: str, *, checksums: bool = True) -> Start:
         if not fault:
             return agreed
         faulty[agreed.checkpoint] = fault
+
+
+def _take_over(run_dir: Path, resume: str, mirror: Mirror | None) -> tuple[Attempt | None, list[str]]:
+    """Begin an attempt if ``auto`` may go on with what is here or in a mirror; and what was cleared away."""
+    owner = mirror.owner() if mirror is not None else {}
+    goes_on = resume == "auto" and read_run(run_dir).get("status") != COMPLETED
+    if mirror is not None and owner and not goes_on and resume in ("auto", "never"):
+        raise another_run(mirror, str(owner["run"]), "")  # before anything is moved
+    if not goes_on or not (owner or _is_interrupted(run_dir)):
+        return None, []
+    before = choose_start(run_dir, resume).notes  # a folder of another run's is left alone
+    # From here on no earlier attempt can commit, or prune, what is being looked at.
+    attempt, cleared = begin(run_dir / CHECKPOINTS, mirror, run=_recorded_id(run_dir), adopt=True)
+    after = choose_start(run_dir, resume).notes
+    local = [note for note in before if note not in after and note.startswith(_PASSED_OVER)]
+    return attempt, [*local, *(f"{_PASSED_OVER}{reason}" for reason in cleared)]
+
+
+def _newer(
+    mirror: Mirror, start: Start, directory: Path, unfit: Mapping[str, str], best: int
+) -> tuple[list[Stored], list[str]]:
+    """The copies to fetch, the one to resume from first: none where what is here is as new; and notes."""
+    found, passed_over = mirror.committed()
+    notes = [] if unfit else [f"{_PASSED_OVER}{reason}" for reason in passed_over]
+    here = store.check(start.checkpoint).global_step if start.checkpoint is not None else -1
+    sound = [copy for copy in found if not unfit.get(copy.name)]
+    newest = sound[-1] if sound else None
+    if newest is None or newest.name in unfit or newest.entry.global_step <= here:
+        return [], notes
+    rated = best_of([copy.entry for copy in sound], best)
+    also = [
+        copy
+        for copy in sound
+        if copy is not newest
+        and copy.name not in unfit
+        and any(copy.entry is entry for entry in rated)
+        and not (directory / copy.entry.path / store.MARKER).exists()
+    ]
+    return [newest, *also], notes
 
 
 def choose_start(run_dir: Path, resume: str, *, faulty: Mapping[Path, str] | None = None) -> Start:

@@ -37,10 +37,13 @@ from disttrain.ending import EndingFitLoop
 from disttrain.errors import ConfigError, Preempted
 from disttrain.metrics_log import MetricsLog
 from disttrain.parallel.agree import raise_together
+from disttrain.parallel.alike import check_alike
 from disttrain.parallel.config import ParallelConfig
+from disttrain.parallel.joining import WorldEnvironment
 from disttrain.parallel.precision import ScaledPrecision, use_tensor_cores
 from disttrain.parallel.strategies import build_strategy
 from disttrain.runs import Start, find_start, stopped_by_request
+from disttrain.stepping import SteppingEpochLoop
 from disttrain.world import detect_world
 
 PrecisionName = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
@@ -105,9 +108,14 @@ class Trainer(pl.Trainer):
             use_tensor_cores(tf32)
         world = detect_world()
         plugins: list[Any] = [ScaledPrecision(device)] if precision == "16-mixed" else []
-        if world.launcher == "alone":  # a lone process inside a SLURM allocation is not one of its tasks
-            plugins.append(LightningEnvironment())
+        # Never what Lightning finds: a lone process inside a SLURM allocation is not one of its tasks.
+        plugins.append(LightningEnvironment() if world.launcher == "alone" else WorldEnvironment(world))
+        if device == "cuda":
+            world.check_devices(torch.cuda.device_count())
         self.run_dir = Path(run_dir)
+        self.settings: dict[str, Any] = {}
+        """Settings by dotted name, for :meth:`connect` to compare."""
+        self._compared = False
         self.record = RunRecord(self.run_dir, strategy=parallel.strategy, precision=precision)
         self.step_log = StepLog(log_every_steps)
         self.preemption = Preemption(self.run_dir, stop_after=stop_after)
@@ -153,10 +161,19 @@ class Trainer(pl.Trainer):
         )
         self._quieten()
         self.fit_loop.__class__ = EndingFitLoop
+        self.fit_loop.epoch_loop.__class__ = SteppingEpochLoop
 
     def connect(self) -> None:
-        """Join the other ranks now rather than in ``fit``; a later call does nothing."""
+        """Join the other ranks now rather than in ``fit``, and see that they run the same; later calls do nothing.
+
+        Raises:
+            ConfigError: versions, source code or :attr:`settings` differ between the ranks.
+            JoinError: some ranks did not come.
+        """
         self.strategy.setup_environment()
+        if not self._compared:
+            self._compared = True
+            check_alike(self.settings)
 
     def find_start(self, resume: str) -> Start:
         """Where to start: ``auto``, ``never``, or a path; rank 0 decides for all. A collective.
@@ -164,7 +181,8 @@ class Trainer(pl.Trainer):
         Pass ``ckpt_path=start.checkpoint`` to :meth:`fit`.
 
         Raises:
-            CheckpointError: the named checkpoint does not exist or is torn, or ``auto`` meets another run's.
+            CheckpointError: the named checkpoint does not exist or is torn, ``auto`` meets another run's, or the
+                copies cannot be reached or are another run's.
             Preempted: this launch was asked to stop, and has been restarted by torchrun.
         """
         self.connect()
@@ -173,7 +191,13 @@ class Trainer(pl.Trainer):
         if stopped := self.strategy.broadcast(stopped):
             raise Preempted(f"not started again: this launch was {stopped}")
         checkpoints = find_callback(self, Checkpointing)
-        start = find_start(self.run_dir, resume, checksums=checkpoints is None or checkpoints.verify_checksums)
+        start = find_start(
+            self.run_dir,
+            resume,
+            checksums=checkpoints is None or checkpoints.verify_checksums,
+            mirror=checkpoints.mirror if checkpoints is not None else None,
+            best=checkpoints.keep_best if checkpoints is not None else 0,
+        )
         if checkpoints is not None:
             checkpoints.attempt = start.attempt
         self.record.start = start
@@ -186,8 +210,10 @@ class Trainer(pl.Trainer):
 
     def _quieten(self) -> None:
         # What Lightning warns of that does not hold here: its own use of a deprecated name, loaders without
-        # worker processes (disttrain's have threads), and loaders without a state (ours need none).
-        for message in (".*LeafSpec", ".*does not have many workers", ".*dataloader is.not resumable"):
+        # worker processes (disttrain's have threads), loaders without a state (ours need none), and an `srun` that
+        # is installed but not used.
+        unfit = (".*LeafSpec", ".*does not have many workers", ".*dataloader is.not resumable", ".*`srun` command is")
+        for message in unfit:
             warnings.filterwarnings("ignore", message=message)
         # A broadcast before every batch (https://github.com/Lightning-AI/pytorch-lightning/pull/20825) and
         # handlers that broadcast: under rank skew they hang, and without it they cost a collective a step.

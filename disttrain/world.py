@@ -1,16 +1,22 @@
 """Who this process is among its peers, read from the environment that the launcher set.
 
 One place knows the launchers (torchrun, SLURM's ``srun`` with a task a rank, or none); everything else asks
-for a :class:`World`. Reading it costs a few dictionary look-ups and imports neither torch nor lightning.
+for a :class:`World`. Environments that two launchers have written, or an older one has left behind, are refused with
+what each of them says. Reading it costs a few dictionary look-ups and imports neither torch nor lightning.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from disttrain.errors import ConfigError
+
+_BY_HAND: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class World:
         size: number of processes in the run.
         local_rank: this process among those of its node.
         local_size: number of processes on this node.
-        launcher: ``"torchrun"``, ``"slurm"`` or ``"alone"``.
+        launcher: ``"torchrun"`` (or variables set by hand as it sets them), ``"slurm"`` or ``"alone"``.
     """
 
     rank: int = 0
@@ -49,31 +55,110 @@ class World:
             )
         return self.size // self.local_size
 
+    @property
+    def node(self) -> int:
+        """Number of this node; its ranks follow each other."""
+        return self.rank // self.local_size
+
+    def check_devices(self, num_devices: int) -> None:
+        """Refuse to run on fewer GPUs than this node has ranks; local rank *i* takes GPU *i*.
+
+        Args:
+            num_devices: GPUs that this process sees.
+
+        Raises:
+            ConfigError: there are too few.
+        """
+        if num_devices >= self.local_size:
+            return
+        what = f"this node has {self.local_size} ranks, but PyTorch sees {_count(num_devices, 'GPU')}"
+        if self.launcher == "slurm" and num_devices == 1:
+            raise ConfigError(
+                f"{what}: SLURM shows each task one of its own",
+                mend="ask for GPUs by node, not by task (--gpus-per-node=N, no --gpus-per-task), and give srun"
+                " --gpu-bind=none: local rank i takes GPU i of the node",
+            )
+        raise ConfigError(
+            what,
+            mend="start at most one rank a GPU, or correct CUDA_VISIBLE_DEVICES; to use none: trainer.accelerator cpu",
+        )
+
 
 def detect_world(environ: Mapping[str, str] | None = None) -> World:
     """The world that the launcher's environment variables describe.
 
     Raises:
-        ConfigError: a variable that is set holds no number, or the numbers contradict each other.
+        ConfigError: a variable that is set holds no number, the numbers contradict each other, SLURM spreads the
+            tasks unevenly or by turns, or the variables of two launchers do not go together.
     """
     env = os.environ if environ is None else environ
-    if "TORCHELASTIC_RUN_ID" in env or ("RANK" in env and "WORLD_SIZE" in env and "LOCAL_RANK" in env):
-        names = {"rank": "RANK", "size": "WORLD_SIZE", "local_rank": "LOCAL_RANK"}
+    step = _slurm_step(env)
+    if "TORCHELASTIC_RUN_ID" in env or all(name in env for name in _BY_HAND):
+        names = dict(zip(("rank", "size", "local_rank"), _BY_HAND, strict=True))
         local_size = _number(env, "LOCAL_WORLD_SIZE", default=_number(env, "WORLD_SIZE"))
         values = {field: _number(env, name) for field, name in names.items()}
-        return World(**values, local_size=local_size, launcher="torchrun")
+        world = World(**values, local_size=local_size, launcher="torchrun")
+        if step is not None:
+            _check_mixture(env, world, step)
+        return world
+    return World() if step is None else step
+
+
+def _slurm_step(env: Mapping[str, str]) -> World | None:
+    """The world of the tasks that one ``srun`` started, if it started this process and several of them."""
     # `salloc` and `sbatch` set SLURM_NTASKS too; only a task that srun started has a SLURM_PROCID and a step.
-    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and _number(env, "SLURM_NTASKS", default=1) > 1:
-        size = _number(env, "SLURM_NTASKS")
-        nodes = _number(env, "SLURM_NNODES", default=1)
-        return World(
-            rank=_number(env, "SLURM_PROCID"),
-            size=size,
-            local_rank=_number(env, "SLURM_LOCALID"),
-            local_size=size // nodes,
-            launcher="slurm",
+    if "SLURM_PROCID" not in env or "SLURM_STEP_ID" not in env:
+        return None
+    # A step may be smaller than its job.
+    size = _number(env, "SLURM_STEP_NUM_TASKS", default=_number(env, "SLURM_NTASKS", default=1))
+    if size == 1:
+        return None
+    nodes = _number(env, "SLURM_STEP_NUM_NODES", default=_number(env, "SLURM_NNODES", default=1))
+    spread = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", ""))
+    counts = {int(count) for count in re.findall(r"(?:^|,)(\d+)", spread)}  # as in 2(x3),1
+    if len(counts) > 1 or (nodes < size and size % nodes):
+        raise ConfigError(
+            f"srun spreads {size} tasks unevenly over {nodes} nodes ({spread or 'not the same number on each'})",
+            mend="give --nodes=N --ntasks-per-node=K, and no other number with --ntasks",
         )
-    return World()
+    rank, local_rank = _number(env, "SLURM_PROCID"), _number(env, "SLURM_LOCALID")
+    world = World(rank, size, local_rank, size // nodes, launcher="slurm")
+    if nodes > 1 and rank % world.local_size != local_rank:
+        raise ConfigError(
+            f"srun gave task {rank} the place {local_rank} on its node: the tasks are dealt to the nodes by turns",
+            mend="give srun --distribution=block: the ranks of a node are to follow each other",
+        )
+    return world
+
+
+def _check_mixture(env: Mapping[str, str], world: World, step: World) -> None:
+    """Refuse what torchrun's variables and those of the srun around it cannot mean together."""
+    if "TORCHELASTIC_RUN_ID" not in env:
+        if (world.rank, world.size, world.local_rank) == (step.rank, step.size, step.local_rank):
+            return  # a script that sets them from SLURM's
+        raise ConfigError(
+            f"srun started this process as task {step.rank} of {step.size}, but RANK, WORLD_SIZE and LOCAL_RANK say"
+            f" rank {world.rank} of {world.size}, local rank {world.local_rank}",
+            mend="unset RANK WORLD_SIZE LOCAL_RANK before srun: another launcher or a script has left them",
+        )
+    if step.local_size > 1:
+        raise ConfigError(
+            f"torchrun runs inside srun with {step.local_size} tasks a node: each of them has started ranks of its own,"
+            f" and this is rank {world.rank} of {world.size} in task {step.rank} of {step.size}",
+            mend="give srun --ntasks-per-node=1 where torchrun starts the ranks, or leave torchrun out and let srun"
+            " start a task a rank; if torchrun is not meant, unset its TORCHELASTIC_RUN_ID, RANK, ... before srun",
+        )
+    if _number(env, "GROUP_WORLD_SIZE", default=2) == 1 and env.get("MASTER_ADDR", "") in _LOOPBACK:
+        raise ConfigError(
+            f"srun started torchrun on {step.size} nodes, but each of these has no other node than its own:"
+            f" {step.size} separate runs of {_count(world.size, 'rank')}",
+            mend=f"give torchrun --nnodes {step.size}, --rdzv-backend c10d and --rdzv-endpoint with the first node's"
+            " name, not --standalone",
+        )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
 
 
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -51,11 +51,13 @@ PUBLIC = [
 ]
 
 LAYERS: dict[str, int] = {
-    **dict.fromkeys(["durations", "errors", "files", "signals", "whereabouts", "world", "version"], 0),
+    **dict.fromkeys(
+        ["durations", "endings", "errors", "files", "meeting", "signals", "whereabouts", "world", "version"], 0
+    ),
     **dict.fromkeys(
         [
             *(f"data.{name}" for name in ("tar", "index", "order", "samples", "write", "tables", "sources", "pack")),
-            *(f"data.{name}" for name in ("mixture", "remote", "remote_index", "sidecar", "transport")),
+            *(f"data.{name}" for name in ("mixture", "objects", "remote", "remote_index", "sidecar", "transport")),
             *(f"data.{name}" for name in ("indexing", "statistics", "stream", "together")),
             "data.verify",
             "data.verify_keys",
@@ -64,6 +66,7 @@ LAYERS: dict[str, int] = {
             "checkpoint.checksum",
             "checkpoint.fence",
             "checkpoint.marker",
+            "checkpoint.mirror",
             "checkpoint.prune",
             "parallel.config",
             "parallel.tree",
@@ -99,17 +102,21 @@ LAYERS: dict[str, int] = {
         ],
         2,
     ),
-    **dict.fromkeys(["parallel.agree", "parallel.gradients", "parallel.randomness", "parallel.shard"], 2),
+    **dict.fromkeys(
+        ["parallel.agree", "parallel.alike", "parallel.gradients", "parallel.randomness", "parallel.shard"], 2
+    ),
     **dict.fromkeys(["parallel.compiling", "parallel.initialize", "parallel.precision", "parallel.synced_norm"], 2),
     **dict.fromkeys(["parallel.collectives", "parallel.fsdp_internals", "parallel.narrow", "parallel.recompute"], 2),
-    **dict.fromkeys(["ending", "parallel.joining", "parallel.votes"], 2),
+    **dict.fromkeys(["ending", "stepping", "parallel.joining", "parallel.votes"], 2),
     **dict.fromkeys(["parallel.ranks", "parallel.reduction", "parallel.summation", "parallel.tensor"], 2),
     **dict.fromkeys(["checkpoint.store", "checkpoint.groups", "checkpoint.progress", "checkpoint.state"], 2),
-    **dict.fromkeys([f"checkpoint.{name}" for name in ("saver", "staging", "verify", "weights", "write")], 2),
+    **dict.fromkeys(
+        [f"checkpoint.{name}" for name in ("mirroring", "saver", "staging", "verify", "weights", "write")], 2
+    ),
     **dict.fromkeys(["parallel.backup", "parallel.lockstep", "parallel.out_of_memory"], 2),
     **dict.fromkeys(["parallel.strategies", "data.loader", "data.module", "data.splits", "tasks.*"], 3),
     "callbacks.*": 4,
-    "parity.*": 4,
+    **dict.fromkeys(["doctor.*", "parity.*"], 4),
     **dict.fromkeys(["trainer", "commands.*"], 5),
     **dict.fromkeys(["cli", "__main__"], 6),
 }

@@ -7,6 +7,7 @@ import json
 import math
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,31 @@ def test_pictures_mark_best_stop_and_resumes(tmp_path: Path) -> None:
     assert {picture.resumes for picture in pictures.values()} == {(40,)}
     assert (pictures["accuracy"].best, pictures["accuracy"].stop) == (None, None)
     assert pictures["accuracy"].lines[0].color == loss.lines[1].color, "validation changes its colour"
+
+
+def test_the_loss_shows_the_life_of_the_run(tmp_path: Path) -> None:
+    attempts = [
+        {"started": START, "from_step": 0, "to_step": 40, "status": "preempted", "stop_reason": "preempted by SIGTERM"},
+        {"started": START + 100, "from_step": 40},
+    ]
+    numbers = {"from_step": 80, "to_step": 50, "first_skipped": 60, "last_skipped": 62}
+    events = [
+        {"step": 31, "time": START, "kind": "skip", "text": "step 31: the update was left out"},
+        {"step": 62, "time": START, "kind": "skip", "text": "step 62: the update was left out"},
+        {"step": 80, "time": START, "kind": "rollback", "text": "going back", **numbers},
+        {"step": 9, "time": START, "kind": "rollback", "text": "damaged", "to_step": "x", "last_skipped": 10**12},
+    ]
+    folder = make_run(tmp_path / "run", attempts=attempts, events=events)
+    pictures = {picture.name: picture for picture in pictures_of_run(read_run(folder))}
+    loss = pictures.pop("loss")
+    assert (loss.preempted, loss.left_out, loss.rollbacks) == ((40,), (31, 60, 61, 62), ((80, 50),))
+    assert {(p.preempted, p.left_out, p.rollbacks) for p in pictures.values()} == {((), (), ())}
+    plain = draw(replace(loss, preempted=(), left_out=(), rollbacks=()))
+    for part in ({"preempted": ()}, {"left_out": ()}, {"rollbacks": ()}):
+        assert draw(replace(loss, **part)) not in (plain, draw(loss)), f"{list(part)} is not drawn"
+    page = Page(write_report([folder]))
+    assert page.texts[page.texts.index("updates left out") + 1 :][0] == "4"
+    assert page.texts[page.texts.index("rollbacks") + 1 :][0] == "1"
 
 
 def test_a_killed_run_has_a_report(tmp_path: Path) -> None:

@@ -16,6 +16,14 @@ SRUN = {
     "SLURM_NNODES": "2",
     "SLURM_JOB_ID": "77",
 }
+# One task a node of the same job, and its batch script.
+ONE_A_NODE = SRUN | {
+    "SLURM_PROCID": "1",
+    "SLURM_NTASKS": "2",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+}
+BATCH = {name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"} | {"SLURM_PROCID": "0"}
 
 
 def without(environment: dict[str, str], *names: str) -> dict[str, str]:
@@ -38,7 +46,26 @@ def without(environment: dict[str, str], *names: str) -> dict[str, str]:
         pytest.param({"RANK": "3", "WORLD_SIZE": "4"}, World(), 1, id="stale variables without a local rank"),
         pytest.param(SRUN, World(5, 8, 1, 4, "slurm"), 2, id="srun"),
         pytest.param(without(SRUN, "SLURM_NNODES"), World(5, 8, 1, 8, "slurm"), 1, id="srun on one node"),
-        pytest.param(SRUN | TORCHRUN, World(5, 8, 1, 4, "torchrun"), 2, id="torchrun under srun"),
+        pytest.param(ONE_A_NODE | TORCHRUN, World(5, 8, 1, 4, "torchrun"), 2, id="torchrun under srun"),
+        pytest.param(BATCH | TORCHRUN, World(5, 8, 1, 4, "torchrun"), 2, id="torchrun in a batch script"),
+        pytest.param(
+            ONE_A_NODE | TORCHRUN | {"GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "n1"},
+            World(5, 8, 1, 4, "torchrun"),
+            2,
+            id="an elastic job of one node that is left",
+        ),
+        pytest.param(
+            SRUN | {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
+            World(5, 8, 1, 4, "torchrun"),
+            2,
+            id="a script under srun that sets the ranks",
+        ),
+        pytest.param(
+            SRUN | {"SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_NUM_NODES": "3", "SLURM_STEP_TASKS_PER_NODE": "2(x3)"},
+            World(5, 6, 1, 2, "slurm"),
+            3,
+            id="a step smaller than its job",
+        ),
         pytest.param(without(SRUN, "SLURM_STEP_ID"), World(), 1, id="batch script"),
         pytest.param(without(SRUN, "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_LOCALID"), World(), 1, id="salloc"),
         pytest.param(SRUN | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, World(), 1, id="srun of one task"),
@@ -72,6 +99,18 @@ def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch)
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "9"}, ["contradictory", "local rank 1 of 9"]),
         (TORCHRUN | {"WORLD_SIZE": "0"}, ["contradictory", "rank 5 of 0"]),
         (SRUN | {"SLURM_NNODES": "9"}, ["slurm environment is contradictory"]),
+        (SRUN | {"SLURM_NNODES": "3"}, ["8 tasks unevenly over 3 nodes", "--ntasks-per-node"]),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "3(x2),2"}, ["unevenly", "3(x2),2"]),
+        (SRUN | {"SLURM_LOCALID": "2"}, ["task 5", "place 2", "--distribution=block"]),
+        (SRUN | TORCHRUN, ["torchrun runs inside srun with 4 tasks a node", "task 5 of 8", "--ntasks-per-node=1"]),
+        (
+            SRUN | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+            ["task 5 of 8", "rank 0 of 2, local rank 0", "unset RANK WORLD_SIZE LOCAL_RANK before srun"],
+        ),
+        (
+            ONE_A_NODE | TORCHRUN | {"GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "localhost"},
+            ["torchrun on 2 nodes", "2 separate runs of 8 ranks", "not --standalone"],
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(environment: dict[str, str], words: list[str]) -> None:
@@ -84,3 +123,16 @@ def test_what_makes_no_sense_is_refused(environment: dict[str, str], words: list
 def test_uneven_nodes_are_refused() -> None:
     with pytest.raises(ConfigError, match="7 ranks cannot be spread evenly over nodes of 4 ranks"):
         _ = World(0, 7, 0, 4).num_nodes
+
+
+def test_ranks_need_a_device_each() -> None:
+    World(3, 4, 3, 4, "torchrun").check_devices(4)
+    World(3, 4, 3, 4, "torchrun").check_devices(8)
+    with pytest.raises(ConfigError, match=r"this node has 4 ranks, but PyTorch sees 2 GPUs\n.*one rank a GPU"):
+        World(3, 4, 3, 4, "torchrun").check_devices(2)
+    with pytest.raises(ConfigError, match=r"this node has 4 ranks, but PyTorch sees 1 GPU: .*\n.*--gpu-bind=none"):
+        World(3, 4, 3, 4, "slurm").check_devices(1)
+
+
+def test_ranks_of_a_node_follow_each_other() -> None:
+    assert [World(rank, 6, rank % 2, 2).node for rank in range(6)] == [0, 0, 1, 1, 2, 2]

@@ -82,6 +82,12 @@ class BadSamples(Callback):
         """Forget a step that was not done; it will come up again."""
         self._under_way.clear()
 
+    def on_roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget what comes up again; the checkpoint that is loaded next has the sums."""
+        self._under_way.clear()
+        self._unsummed.clear()
+        self._of_pass.clear()
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sum up the rest of an epoch."""
         self._sum_up(trainer, "train")

@@ -4,6 +4,7 @@ A checkpoint is taken at a step boundary, after the validation that is due there
 validation decided, and a resumed run neither repeats nor misses one. It is copied to CPU memory and written by
 a background thread while training goes on; a save that comes due meanwhile waits for it. An error of a background
 save is told to all ranks at one step. Older checkpoints are deleted only after a newer one is committed.
+Committed ones may be copied to remote storage, in the background too, under the same rules.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +22,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from disttrain.callbacks.monitor import Mode, Monitor
 from disttrain.callbacks.save_times import SaveTimes
 from disttrain.checkpoint import store
-from disttrain.checkpoint.fence import Attempt, claim, guard
+from disttrain.checkpoint.fence import Attempt, guard
 from disttrain.checkpoint.marker import Metric
+from disttrain.checkpoint.mirror import Mirror, MirrorConfig, begin
+from disttrain.checkpoint.mirroring import Mirroring
 from disttrain.checkpoint.prune import Keep
 from disttrain.checkpoint.saver import Outcome, Saver, SaveRequest
 from disttrain.errors import CheckpointError, ConfigError
@@ -48,6 +52,7 @@ class Checkpointing(Checkpoint):
         on_save_error: ``stop`` ends the run where a checkpoint cannot be written; ``continue`` trains on, and the
             event is recorded. The end of a run is an error in any case.
         verify: what is compared at a resume: ``checksums`` of all files, or ``sizes`` alone.
+        mirror: remote storage to copy committed checkpoints to, and to resume from where they are not here.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class Checkpointing(Checkpoint):
         save: Literal["async", "sync"] = "async",
         on_save_error: Literal["stop", "continue"] = "stop",
         verify: Literal["checksums", "sizes"] = "checksums",
+        mirror: MirrorConfig | None = None,
     ) -> None:
         self.times = SaveTimes(
             every_steps=every_steps,
@@ -82,12 +88,19 @@ class Checkpointing(Checkpoint):
         self.background = save == "async"
         self.on_save_error = on_save_error
         self.verify_checksums = verify == "checksums"
+        self.mirror = Mirror(mirror) if mirror is not None and mirror.url is not None else None
+        """The copies on remote storage, if there are to be any."""
         self.directory: Path | None = None
         self.attempt: Attempt | None = None
         """Who this process is among those that may write here; set before training where a start was looked for."""
         self.tell: Callable[[int, str, str], None] = _say_nothing
         """Told of step, kind and text of events worth recording; on rank 0."""
+        self.log_event: Callable[[int, str, str], object] = _say_nothing
+        """Told of each checkpoint, likewise."""
+        self.held_below: Callable[[], int] = _hold_nothing
+        """Asked on rank 0 at a save: checkpoints of earlier steps than this are kept for now."""
         self._saver = Saver()
+        self._mirroring: Mirroring | None = None
         self._best: list[tuple[float, int, str]] = []  # (value, step, directory name), best first
         self._best_before: list[tuple[float, int, str]] = []
         self._saved_step = -1
@@ -112,24 +125,26 @@ class Checkpointing(Checkpoint):
         if stage == "fit" and self.attempt is None:
             with raise_together():
                 if trainer.is_global_zero:
-                    self.attempt = claim(self.directory)
+                    self.attempt, _ = begin(self.directory, self.mirror)
             self.attempt = trainer.strategy.broadcast(self.attempt)
+        if stage == "fit" and self.mirror is not None and self.attempt is not None:
+            with raise_together():
+                if trainer.local_rank == 0 and not trainer.is_global_zero:  # does this node reach it, too?
+                    self.mirror.guard(self.attempt)
+            self._mirroring = Mirroring(self.mirror, self.attempt)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Minutes count from here."""
         self.times.begin(trainer.global_step)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hear how the last save ended; save where one is due and no validation follows, which changes the state."""
-        loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate():
-            return
         self._settle(trainer, self._saver.poll())
+        if self._mirroring is not None:
+            self._hear(trainer, self._mirroring.poll())
         if not self._due(trainer):
             return
-        if loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
+        if trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
             return
         self._save(trainer, value=None)
 
@@ -147,8 +162,11 @@ class Checkpointing(Checkpoint):
         self._saver.release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let the save that is under way come to its end; whatever it is, the run has an error already."""
+        """Let what is under way come to its end; whatever it is, the run has an error already."""
+        started = time.monotonic()
         self._saver.wait(_GRACE_SECONDS)
+        if self._mirroring is not None:
+            self._mirroring.wait(max(0.0, started + _GRACE_SECONDS - time.monotonic()), last=True)
 
     def finish(self, trainer: pl.Trainer) -> None:
         """Save the end of the run, and make sure that it was this attempt's to save. A collective.
@@ -162,7 +180,7 @@ class Checkpointing(Checkpoint):
                 guard(self._directory(), self.attempt)
 
     def save_if_new(self, trainer: pl.Trainer) -> None:
-        """Commit the present step before this returns, unless a checkpoint of it exists. A collective.
+        """Commit the present step before this returns, unless a checkpoint of it exists, and copy it. A collective.
 
         Raises:
             CheckpointError: it cannot be written, whatever ``on_save_error`` says.
@@ -170,6 +188,12 @@ class Checkpointing(Checkpoint):
         self._settle(trainer, self._saver.wait())
         if self._saved_step != trainer.global_step:
             self._save(trainer, value=None, background=False, must=True)
+        copied = False
+        while self._mirroring is not None and (outcome := self._mirroring.wait()) is not None:
+            self._hear(trainer, outcome)
+            copied = True
+        if copied and trainer.is_global_zero:
+            self._pruning()()  # what was kept only because it was being copied
 
     def restore_best(self, trainer: pl.Trainer) -> bool:
         """Load the best checkpoint's weights; False where there is none. A collective."""
@@ -180,6 +204,45 @@ class Checkpointing(Checkpoint):
         # What is in memory is no longer the state of this step.
         self._saved_step = trainer.global_step
         return True
+
+    def settle(self, trainer: pl.Trainer) -> None:
+        """Wait for the save that is under way. A collective.
+
+        Raises:
+            CheckpointError: it failed, unless ``on_save_error`` says to go on.
+        """
+        self._settle(trainer, self._saver.wait())
+
+    def forget_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps, newest first; no save may be under way. Rank 0 only.
+
+        Raises:
+            CheckpointError: one cannot be deleted, or a newer attempt has taken over.
+        """
+        directory = self._directory()
+        try:
+            later = [entry for entry in store.committed(directory)[0] if entry.global_step > step]
+            guard(directory, self.attempt)
+            for entry in reversed(later):
+                store.remove(entry.path)
+        except OSError as error:
+            raise CheckpointError(
+                f"a checkpoint in {directory} cannot be deleted: {error.strerror}",
+                mend="make the folder writable, and start the run again",
+            ) from error
+
+    def has_best_of(self, path: Path) -> bool:
+        """Whether all checkpoints that were the best when another one was made still exist; no where it is damaged."""
+        try:
+            callbacks = store.read_meta(path)["trainer"].get("callbacks", {})
+        except CheckpointError:
+            return False
+        names = [name for _, _, name in callbacks.get(self.state_key, {}).get("best", [])]
+        return all((path.parent / name / store.MARKER).exists() for name in names)
+
+    def on_roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget what was saved; the checkpoint that is loaded next says what was best."""
+        self._best, self._saved_step = [], -1
 
     def state_dict(self) -> dict[str, Any]:
         """Which checkpoints are the best."""
@@ -244,20 +307,41 @@ class Checkpointing(Checkpoint):
             return
         self.write_seconds += outcome.seconds
         if outcome.error is None:
+            if trainer.is_global_zero:
+                text = f"{outcome.path.name} is committed, {outcome.seconds:.2f} s after its save began"
+                self.log_event(outcome.global_step, "checkpoint", text)
+            if self._mirroring is not None:
+                self._mirroring.offer(outcome.path, outcome.global_step, self._keep())
             return
         self._best, self._saved_step = self._best_before, -1
         if must or outcome.fatal or self.on_save_error == "stop":
             raise outcome.error
+        self._tell_error(trainer, f"no checkpoint of step {outcome.global_step}", outcome.error)
+
+    def _hear(self, trainer: pl.Trainer, outcome: Outcome | None) -> None:
+        """Take note of how a copy ended; all ranks have the same outcome."""
+        if outcome is None or outcome.error is None:
+            return
+        assert self.mirror is not None
+        if outcome.fatal or self.mirror.config.on_error == "stop":
+            raise outcome.error
+        self._tell_error(trainer, f"no copy of the checkpoint of step {outcome.global_step}", outcome.error)
+
+    def _tell_error(self, trainer: pl.Trainer, what: str, error: BaseException) -> None:
         if trainer.is_global_zero:
-            what = outcome.error.what if isinstance(outcome.error, CheckpointError) else str(outcome.error)
-            text = f"no checkpoint of step {outcome.global_step}, training goes on: {what}"
+            text = f"{what}, training goes on: {error.what if isinstance(error, CheckpointError) else error}"
             print(f"disttrain: {text}", file=sys.stderr)
             self.tell(trainer.global_step, "save", text)
 
+    def _keep(self) -> Keep:
+        best = [name for _, _, name in self._best]
+        return Keep(self.keep_last, best, self.keep_every_steps, below_step=self.held_below())
+
     def _pruning(self) -> Callable[[], None]:
         """What deletes older checkpoints once the new one is committed; it knows what is best now, not later."""
-        directory, attempt = self._directory(), self.attempt
-        keep = Keep(self.keep_last, [name for _, _, name in self._best], self.keep_every_steps)
+        directory, attempt, keep = self._directory(), self.attempt, self._keep()
+        if self._mirroring is not None:
+            keep = replace(keep, best=[*keep.best, *self._mirroring.needed])
 
         def prune() -> None:
             try:
@@ -277,3 +361,7 @@ class Checkpointing(Checkpoint):
 
 def _say_nothing(step: int, kind: str, text: str) -> None:
     pass
+
+
+def _hold_nothing() -> int:
+    return 0

@@ -1,18 +1,25 @@
-"""A step whose loss or gradient is not finite, or far above the usual, changes nothing.
+"""A step whose loss or gradient is not finite, or far above the usual, changes nothing; after too many a run goes back.
 
-Loss and gradient norm of a step are sums over all ranks, the same numbers on each, so all ranks leave the update out
-together or none does. The step still counts, its schedule moves on, and its samples are listed under
-``<run_dir>/skipped``. Too many in a row end the run with one error. What is usual is the median of the norms of recent
-steps; a spike is further above it than ``spikes`` robust deviations (1.4826 times the median absolute deviation).
+Loss and gradient norm of a step are sums over all ranks, and where a threshold decides, the ranks take the maximum of
+their decisions: so all leave the update out together or none does. The step still counts, its schedule moves on, and
+its samples are listed under ``<run_dir>/skipped``. What is usual is the median of the norms of recent steps; a spike is
+further above it than ``spikes`` robust deviations (1.4826 times the median absolute deviation).
 
-Guarantee: which steps are skipped does not depend on the layout, but for norms within rounding of the threshold; the
-state is part of checkpoints. Cost: the norm of the gradient, which is also logged. On CUDA with a fused optimizer the
-device decides and nothing waits for it; other optimizers there wait once a step. Every ten steps the host looks at what
-happened, with one reduction of one number. ``16-mixed`` has its own rule and is left alone.
+``patience`` bad steps in a row say that the weights may be harmed already, by steps just before that passed for usual.
+The run then goes back to a checkpoint from before, trains again, and leaves out those batches and some before them
+(:mod:`disttrain.callbacks.streak`); what it does in between is the same to the bit. After ``rollbacks`` of these, it
+ends with one error.
+
+Guarantee: which steps are left out does not depend on the layout, but for norms within rounding of the threshold; nor
+on kills, at whatever moment (:mod:`disttrain.callbacks.rollback`). Cost: the norm of the gradient, which is also
+logged, and with ``spikes`` one all-reduce of a number. On CUDA with a fused optimizer the device decides and nothing
+waits for it; other optimizers there wait once a step. The host looks at what happened every ten steps, before
+validations, and at the end of an epoch or run. ``16-mixed`` has its own rule and is left alone.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -21,15 +28,21 @@ from typing import Any, Final
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.find import find_callback
+from disttrain.callbacks.rollback import find_target, read_rollbacks, restore, write_rollbacks
 from disttrain.callbacks.run_record import RunRecord
+from disttrain.callbacks.streak import Rollback, Streak, merged, planned_steps, roll_back
 from disttrain.data.batches import KEY
+from disttrain.ending import EndingFitLoop, GoBack
 from disttrain.errors import ConfigError, DisttrainError
+from disttrain.parallel.agree import is_distributed, raise_together
 from disttrain.parallel.ranks import data_ranks
 from disttrain.tasks.base import Task
 
@@ -40,20 +53,31 @@ _NORMAL: Final = 1.4826
 
 
 class UpdateGuard(Callback):
-    """Leaves out updates that would harm the weights.
+    """Leaves out updates that would harm the weights, and goes back where weights may be harmed already.
 
     Args:
         enabled: whether to look at all.
         spikes: robust deviations above the median of recent norms from which on an update is left out; 0 for never, so
             that only losses and gradients which are not finite are.
         window: steps that are recent. No spike is seen before a quarter of them.
-        patience: updates left out in a row after which the run ends.
+        patience: updates left out in a row after which the run goes back to a checkpoint from before them.
+        rollbacks: how often a run may go back; once more ends it, and so does having no such checkpoint.
+        margin: batches just before such a row that are left out too after going back.
 
     Raises:
         ConfigError: a number is out of range.
     """
 
-    def __init__(self, *, enabled: bool = True, spikes: float = 0.0, window: int = 128, patience: int = 20) -> None:
+    def __init__(
+        self,
+        *,
+        enabled: bool = True,
+        spikes: float = 0.0,
+        window: int = 128,
+        patience: int = 20,
+        rollbacks: int = 2,
+        margin: int = 10,
+    ) -> None:
         if spikes < 0 or (0 < spikes < 3):
             raise ConfigError(f"guard.spikes is {spikes}", mend="use 0 for none, or at least 3, such as 10")
         if window < 4 or patience < 1:
@@ -61,12 +85,18 @@ class UpdateGuard(Callback):
                 f"guard.window is {window} and guard.patience {patience}",
                 mend="use a window of 4 or more and a patience of 1 or more",
             )
+        if rollbacks < 0 or margin < 0:
+            raise ConfigError(f"guard.rollbacks is {rollbacks} and guard.margin {margin}", mend="use 0 or more")
         self.enabled, self.spikes, self.window, self.patience = enabled, spikes, window, patience
+        self.max_rollbacks, self.margin = rollbacks, margin
         self.skipped = 0
         """Updates left out in the run so far, as of the last look."""
+        self.rollbacks: list[Rollback] = []
+        """Those of the run so far."""
+        self._planned: set[int] = set()  # steps that they leave out
+        self._streak = Streak(patience)
         self._recent = torch.full((window,), math.nan, dtype=torch.float64)
         self._accepted = torch.zeros((), dtype=torch.int64)
-        self._in_a_row = torch.zeros((), dtype=torch.int64)
         self._judged: tuple[Tensor, Tensor, Tensor] | None = None  # of the step under way: bad, loss, norm
         self._trainer: pl.Trainer | None = None
         self._found: list[tuple[int, int, float, float]] = []  # left out and not told yet: step, epoch, loss, norm
@@ -74,30 +104,47 @@ class UpdateGuard(Callback):
         self._keys: dict[int, list[str]] = {}  # samples of this rank by step, since the last look
         self._fused: Optimizer | None = None
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Have the checkpoints kept that the run may have to go back to."""
+        checkpoints = find_callback(trainer, Checkpointing)
+        if checkpoints is not None and self.enabled:
+            checkpoints.held_below = self._streak_begins
+
     def state_dict(self) -> dict[str, Any]:
-        """What is usual, and how many were left out."""
+        """What is usual, how many were left out, and which are to be."""
         self._learn()  # a checkpoint may be taken before this callback's turn
         self._see()
         oldest = int(self._accepted) % self.window
         in_time = [*self._recent[oldest:].tolist(), *self._recent[:oldest].tolist()]
         recent = [value for value in in_time if not math.isnan(value)]
-        return {"recent": recent, "in_a_row": int(self._in_a_row), "skipped": self.skipped}
+        return {
+            "recent": recent,
+            "skipped": self.skipped,
+            "streak": self._streak.state(),
+            "rollbacks": [each.as_dict() for each in self.rollbacks],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint, of any layout."""
         recent = state_dict["recent"][-self.window :]
+        self._recent.fill_(math.nan)
         self._recent[: len(recent)] = torch.tensor(recent, dtype=torch.float64)
         self._accepted.fill_(len(recent))
-        self._in_a_row.fill_(state_dict["in_a_row"])
         self.skipped = int(state_dict["skipped"])
+        self._streak.clear()
+        if "streak" in state_dict:  # older checkpoints have none
+            self._streak.load(state_dict["streak"])
+        self._plan([Rollback(**entry) for entry in state_dict.get("rollbacks", [])])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Watch a task's updates."""
+        """Watch a task's updates; know the rollbacks that the checkpoint does not know of. A collective."""
         if not self.enabled or trainer.precision == "16-mixed" or not isinstance(pl_module, Task):
             return
-        device = pl_module.device
-        self._recent, self._accepted = self._recent.to(device), self._accepted.to(device)
-        self._in_a_row = self._in_a_row.to(device)
+        recorded: list[Rollback] = []
+        with raise_together():
+            if trainer.is_global_zero:
+                recorded = read_rollbacks(_folder(trainer))
+        self._plan(trainer.strategy.broadcast(recorded))
         self._trainer, pl_module.judge = trainer, self._judge
 
     def on_train_batch_start(
@@ -111,10 +158,13 @@ class UpdateGuard(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Learn from a step that is done, and look back at the last ones where that is due."""
-        if trainer.fit_loop.epoch_loop._should_accumulate() or self._trainer is None:
+        loop = trainer.fit_loop.epoch_loop
+        if loop._should_accumulate() or self._trainer is None:
             return
         self._learn()
-        if trainer.global_step % _LOOK_EVERY == 0:
+        # A validation may end the run; and what follows a streak is not worth validating.
+        validates = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+        if trainer.global_step % _LOOK_EVERY == 0 or validates or loop._is_training_done:
             self._look(trainer)
 
     def on_step_thrown_away(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -122,10 +172,15 @@ class UpdateGuard(Callback):
         self._judged = None
         self._keys.pop(trainer.global_step + 1, None)
 
+    def on_roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget what was learned since; the checkpoint that is loaded next says what is usual."""
+        self._judged = None
+        self._unseen.clear()
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look at the rest."""
+        """Tell of the rest, where something else than this run's limits ended it."""
         if self._trainer is not None:
-            self._look(trainer)
+            self._tell(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Watch no more."""
@@ -134,14 +189,24 @@ class UpdateGuard(Callback):
 
     def _judge(self, optimizer: Optimizer, loss: Tensor, norm: Tensor) -> None:
         """Leave out the update of this step, if it would do harm. Called when its gradient is complete."""
+        assert self._trainer is not None
+        on_device = norm.is_cuda
+        norm = norm.to(loss.device)  # that of offloaded gradients is on the CPU
+        self._recent, self._accepted = self._recent.to(loss.device), self._accepted.to(loss.device)
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         if self.spikes:
             usual = self._recent.nanmedian()
             spread = (self._recent - usual).abs().nanmedian() * _NORMAL
             bad |= (norm > usual + self.spikes * spread) & (self._accepted >= self.window // 4)
+            if is_distributed():  # the norms of ranks may differ in the last bit
+                agreed = bad.float()
+                dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+                bad = agreed > 0
+        if self._trainer.global_step + 1 in self._planned:
+            bad = torch.ones_like(bad)
         self._judged = (bad, loss.double(), norm.double())
         bare: Any = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        if norm.is_cuda and all(group.get("fused") for group in bare.param_groups):
+        if on_device and all(group.get("fused") for group in bare.param_groups):
             bare.found_inf, self._fused = bad.float(), bare  # what a loss scaler would set: the kernels look at it
         elif bool(bad):
             for group in bare.param_groups:
@@ -159,7 +224,6 @@ class UpdateGuard(Callback):
         here = torch.arange(self.window, device=norm.device) == self._accepted % self.window
         self._recent = torch.where(here & ~bad, norm, self._recent)
         self._accepted = self._accepted + ~bad
-        self._in_a_row = torch.where(bad, self._in_a_row + 1, 0)
         place = (self._trainer.global_step, self._trainer.current_epoch)
         self._unseen.append((*place, torch.stack((bad.double(), loss, norm))))
 
@@ -169,43 +233,105 @@ class UpdateGuard(Callback):
             return
         numbers = torch.stack([judged for _, _, judged in self._unseen]).tolist()
         for (step, epoch, _), (bad, loss, norm) in zip(self._unseen, numbers, strict=True):
+            self._streak.add(step, left_out=bool(bad), planned=step in self._planned)
             if bad:
                 self._found.append((step, epoch, loss, norm))
                 self.skipped += 1
         self._unseen.clear()
 
     def _look(self, trainer: pl.Trainer) -> None:
-        """Tell what was left out since the last look; end the run where it is too much. A collective."""
+        """Tell what was left out since the last look; go back, or end the run, where it is too much. On all ranks."""
         self._see()
-        if self._found:
-            self._tell(trainer, self._found)
-            self._found.clear()
-        self._keys.clear()
-        in_a_row = int(trainer.strategy.reduce(self._in_a_row.float(), reduce_op="max"))
-        if in_a_row >= self.patience:
+        self._tell(trainer)
+        if not self._streak.too_long:
+            return
+        if self.max_rollbacks and isinstance(trainer.fit_loop, EndingFitLoop):
+            if len(self.rollbacks) < self.max_rollbacks:
+                raise GoBack(functools.partial(self._go_back, trainer))
+            self._give_up(trainer, f"; the run has gone back {_times(len(self.rollbacks))} already")
+        self._give_up(trainer, "")
+
+    def _go_back(self, trainer: pl.Trainer) -> None:
+        """Return to a checkpoint from before the streak. A collective, outside of Lightning's loops."""
+        checkpoints, step, number = find_callback(trainer, Checkpointing), trainer.global_step, len(self._streak.bad)
+        if checkpoints is None:
+            self._give_up(trainer, "; the run keeps no checkpoints to go back to")
+        assert checkpoints is not None
+        checkpoints.settle(trainer)
+        target = find_target(trainer, checkpoints, self._streak, margin=self.margin)
+        if target is None:
+            self._give_up(trainer, f"; there is no checkpoint from before step {self._streak.first} to go back to")
+        assert target is not None
+        made = roll_back(self._streak, from_step=step, to_step=target.global_step, margin=self.margin)
+        rollbacks = [*self.rollbacks, made]
+        with raise_together():
+            if trainer.is_global_zero:
+                checkpoints.forget_after(made.to_step)
+                write_rollbacks(_folder(trainer), rollbacks)
+        self._plan(rollbacks)
+        record = find_callback(trainer, RunRecord)
+        if trainer.is_global_zero and record is not None:
+            text = (
+                f"step {step}: {number} updates in a row were left out; going back to {target.path.name}, from where"
+                f" on the batches of steps {made.first_skipped} to {made.last_skipped} are left out"
+            )
+            print(f"disttrain: {text}", file=sys.stderr, flush=True)
+            record.tell(step, "rollback", text, **made.as_dict())
+        restore(trainer, target.path)
+
+    def _give_up(self, trainer: pl.Trainer, why: str) -> None:
+        """End the run on all ranks. A collective.
+
+        Raises:
+            DisttrainError: always; a ``RankError`` on ranks other than 0.
+        """
+        with raise_together():
             raise DisttrainError(
-                f"the last {in_a_row} updates were left out, because loss or gradient were not finite"
-                + (" or far above the usual" if self.spikes else ""),
+                f"the last {len(self._streak.bad)} updates were left out, because loss or gradient were not finite"
+                + (" or far above the usual" if self.spikes else "")
+                + why,
                 mend=f"see the samples in {_folder(trainer)}; resume from an older checkpoint with a lower learning"
-                " rate or with gradient clipping",
+                " rate or with gradient clipping; checkpoint.every_steps and keep_last say what there is to go back to,"
+                " guard.rollbacks how often",
             )
 
-    def _tell(self, trainer: pl.Trainer, found: list[tuple[int, int, float, float]]) -> None:
-        folder = _folder(trainer)
-        ranks = data_ranks(trainer)
-        if ranks.leads:
+    def _plan(self, rollbacks: list[Rollback]) -> None:
+        """Leave out what these say, too."""
+        self.rollbacks = merged(self.rollbacks, rollbacks)
+        self._planned = planned_steps(self.rollbacks)
+
+    def _streak_begins(self) -> int:
+        """The first of the steps in a row that were left out up to now, or 0."""
+        self._learn()
+        self._see()
+        return self._streak.first
+
+    def _tell(self, trainer: pl.Trainer) -> None:
+        """List what was left out since the last time, with the samples."""
+        self._see()
+        folder, ranks = _folder(trainer), data_ranks(trainer)
+        found, self._found = self._found, []
+        if ranks.leads and found:
             folder.mkdir(parents=True, exist_ok=True)
             with open(folder / f"rank-{trainer.global_rank:05d}.jsonl", "a") as file:
                 for step, epoch, loss, norm in found:
                     place = {"step": step, "epoch": epoch, "loss": str(loss), "grad_norm": str(norm)}
-                    file.write(json.dumps({**place, "keys": self._keys.get(step, [])}) + "\n")
+                    planned = {"planned": True} if step in self._planned else {}
+                    file.write(json.dumps({**place, **planned, "keys": self._keys.get(step, [])}) + "\n")
+        self._keys.clear()
         record = find_callback(trainer, RunRecord)
         if trainer.is_global_zero and record is not None:
             for step, _, loss, norm in found:
+                if step in self._planned:  # the rollback has told
+                    continue
                 text = f"step {step}: the update was left out; loss {loss:.4g}, gradient norm {norm:.4g}"
                 print(f"disttrain: {text}", file=sys.stderr, flush=True)
-                record.event(step, "skip", text)
+                record.tell(step, "skip", text)
 
 
 def _folder(trainer: pl.Trainer) -> Path:
     return Path(trainer.default_root_dir) / FOLDER
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"

@@ -20,8 +20,8 @@ from disttrain.parallel.ranks import data_ranks
 class SampleLedger(Callback):
     """Writes the sample keys of every training micro batch.
 
-    A resumed run appends; where a step stands twice, the later line is the one that counts (the earlier
-    step's result was lost with the process).
+    A run that is resumed or rolled back appends; where a step stands twice, the later line is the one that counts
+    (the earlier step's result was lost).
     """
 
     def __init__(self) -> None:
@@ -34,6 +34,7 @@ class SampleLedger(Callback):
             return
         folder = Path(trainer.default_root_dir) / "ledger"
         folder.mkdir(parents=True, exist_ok=True)
+        self.teardown(trainer, pl_module, "fit")  # training may start once more, after a rollback
         self._file = open(folder / f"rank-{trainer.global_rank:05d}.jsonl", "a", buffering=1)
 
     def on_train_batch_start(

@@ -40,6 +40,7 @@ class MicroBatchSearch(Callback):
         self._guard: MemoryGuard | None = None
         self._data: ShardedDataModule | None = None
         self._copy: Any = None
+        self._started = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Guard a training whose micro batch size is to be found. A collective there.
@@ -71,7 +72,9 @@ class MicroBatchSearch(Callback):
         """The module is wrapped by now."""
         if self._guard is not None:
             assert self._data is not None
-            self._guard.start()
+            if not self._started:  # training may start once more, after a rollback
+                self._guard.start()
+                self._started = True
             if trainer.is_global_zero:
                 self._record.note_micro_batch_size(self._data.micro_batch_size)
 
@@ -100,6 +103,7 @@ class MicroBatchSearch(Callback):
         if self._guard is None or stage != "fit":
             return
         self._guard.close()
+        self._started = False
         strategy_of(trainer).memory_guard = self._guard = None
         data: Any = self._data
         vars(data).pop("transfer_batch_to_device", None)

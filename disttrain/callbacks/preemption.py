@@ -101,15 +101,16 @@ class Preemption(Checkpoint):  # Lightning calls its checkpoint callbacks last
         if not trainer.fit_loop._should_accumulate():
             self._begin(trainer)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the vote at the step boundary."""
-        loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate() or not (agreed := self._result()):
+        if not (agreed := self._result()):
             return
-        self._validation_due = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+        self._validation_due = trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
         self._stop(trainer, agreed)
+
+    def on_roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End the vote of the step that is gone back from; who wants to stop says so again before the next one."""
+        self._result()
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -34,6 +34,7 @@ class StepProgress(ProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the bar."""
+        self._close()  # training may start once more, after a rollback
         if not (self._enabled and trainer.is_global_zero and self._console.is_terminal):
             return
         columns = (

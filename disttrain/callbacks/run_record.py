@@ -1,18 +1,20 @@
 """The record of a run, ``run.json``: attempts, events, why it stopped, its best and its result.
 
 Rank 0 rewrites the small file atomically when something happens, never per step, so that a run killed at any
-time leaves a record of what it was. The report is drawn from it.
+time leaves a record of what it was. The report is drawn from it. Each event is also a line of ``events.jsonl``, as are
+attempts and checkpoints; that file is only appended to, so it keeps what several attempts saw, in order.
 """
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import lightning
 import lightning.pytorch as pl
@@ -26,10 +28,15 @@ from disttrain.callbacks.find import find_callback
 from disttrain.checkpoint.fence import guard
 from disttrain.data.mixture import Mixture
 from disttrain.data.module import sharded_data
+from disttrain.errors import DisttrainError
+from disttrain.files import remove_leftovers
 from disttrain.metrics_log import MetricsLog
-from disttrain.runs import COMPLETED, PREEMPTED, Start, launch_id, read_run, take_back, write_run
+from disttrain.parallel.agree import raise_together
+from disttrain.runs import COMPLETED, PREEMPTED, RUN_FILE, Start, launch_id, read_run, take_back, write_run
 from disttrain.slurm.requeue import job_of
 from disttrain.version import __version__
+
+EVENT_LOG: Final = "events.jsonl"
 
 
 class RunRecord(Callback):
@@ -50,24 +57,32 @@ class RunRecord(Callback):
         self._checkpoints: Checkpointing | None = None
         self.awaits_result = False
         """Whether the run is complete only once :meth:`add_result` was called."""
+        self._rolled_back = False
+        self._complaints: set[tuple[str, int | None]] = set()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Hear of checkpoints that could not be written."""
         self._checkpoints = find_callback(trainer, Checkpointing)
         if self._checkpoints is not None:
-            self._checkpoints.tell = self.tell
+            self._checkpoints.tell, self._checkpoints.log_event = self.tell, self.log_event
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open the record, or go on with it, and begin an attempt."""
+        """Open the record, or go on with it, and begin an attempt; after a rollback, the attempt goes on."""
         for logger in trainer.loggers:
             if isinstance(logger, MetricsLog):
                 logger.truncate_after(trainer.global_step)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not self._rolled_back:
             self._begin_attempt(trainer)
+        self._rolled_back = False
+
+    def on_roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Training starts once more in this attempt."""
+        self._rolled_back = True
 
     def _begin_attempt(self, trainer: pl.Trainer) -> None:
         now = time.time()
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.run_dir / RUN_FILE)
         self.record = read_run(self.run_dir) or {
             "format": 1,
             "name": self.run_dir.name,
@@ -91,14 +106,29 @@ class RunRecord(Callback):
             attempt["launch"] = launch
         attempt |= job_of()
         self.record["attempts"].append(attempt)
+        ranks = f"{trainer.world_size} rank{'s' * (trainer.world_size > 1)}"
+        layout = f"{ranks}, {self._layout['strategy']}, {self._layout['precision']}"
+        self.log_event(trainer.global_step, "attempt", f"attempt {len(self.record['attempts'])} begins: {layout}")
         self.record |= {"status": "running", "ended": None, "environment": _environment(trainer.strategy.root_device)}
         for note in self.start.notes:
             self.event(trainer.global_step, "start", note)
         self._write()
 
-    def event(self, step: int, kind: str, text: str) -> None:
+    def event(self, step: int, kind: str, text: str, **more: Any) -> None:
         """Note something that happened; written with the next change of the record."""
-        self.record.setdefault("events", []).append({"step": step, "time": time.time(), "kind": kind, "text": text})
+        told = self.log_event(step, kind, text, **more)
+        self.record.setdefault("events", []).append(told)
+
+    def log_event(self, step: int, kind: str, text: str, **more: Any) -> dict[str, Any]:
+        """Add a line to the log of events alone; gives what it says. Rank 0 only."""
+        told = {"step": step, "time": time.time(), "kind": kind, "text": text, **more}
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            with open(self.run_dir / EVENT_LOG, "a") as file:
+                file.write(json.dumps(told) + "\n")  # one write: a kill leaves the line or nothing
+        except OSError as error:
+            self._complain(EVENT_LOG, error)
+        return told
 
     def note_micro_batch_size(self, size: int) -> None:
         """Note the size that an attempt has come to, where it is to be found. Rank 0 only."""
@@ -109,9 +139,9 @@ class RunRecord(Callback):
         """Keep the ranks' step times; written with the next change of the record. Rank 0 only."""
         self.record["ranks"] = ranks
 
-    def tell(self, step: int, kind: str, text: str) -> None:
+    def tell(self, step: int, kind: str, text: str, **more: Any) -> None:
         """Note something and write it down now. Rank 0 only."""
-        self.event(step, kind, text)
+        self.event(step, kind, text, **more)
         if "attempts" in self.record:
             self._write()
 
@@ -120,13 +150,16 @@ class RunRecord(Callback):
         checkpoints = find_callback(trainer, Checkpointing)
         if checkpoints is not None:
             checkpoints.finish(trainer)
-        if not trainer.is_global_zero:
-            return
+        with raise_together():
+            if trainer.is_global_zero:
+                self._end(trainer)
+
+    def _end(self, trainer: pl.Trainer) -> None:
         now = time.time()
         reason = stop_reason(trainer)
         self.record["attempts"][-1] |= {"ended": now, "to_step": trainer.global_step, "stop_reason": reason}
         status = "trained" if self.awaits_result else COMPLETED
-        self.record |= {"status": status, "ended": now, "stop_reason": reason}
+        self.record |= {"status": status, "ended": now, "stop_reason": reason, **_samples_seen(trainer)}
         stopping = find_callback(trainer, EarlyStopping)
         if stopping is not None and stopping.monitor is not None and stopping.has_best:
             monitor = stopping.monitor
@@ -146,7 +179,7 @@ class RunRecord(Callback):
             text = f"bad samples were met and skipped {bad.total} times; {self.run_dir / FOLDER} lists them"
             self.event(trainer.global_step, "data", text)
         self.event(trainer.global_step, "stop", reason)
-        self._write()
+        self._write(must=True)
 
     def stopped(self, trainer: pl.Trainer, reason: str) -> None:
         """Training was stopped from outside and goes on in another attempt. Rank 0 only."""
@@ -154,7 +187,7 @@ class RunRecord(Callback):
             self._begin_attempt(trainer)
         ending = {"ended": time.time(), "stop_reason": reason, "status": PREEMPTED}
         self.record["attempts"][-1] |= {"to_step": trainer.global_step, **ending}
-        self.record |= ending
+        self.record |= {**ending, **_samples_seen(trainer)}
         self.event(trainer.global_step, "stop", reason)
         self._write()
 
@@ -174,13 +207,37 @@ class RunRecord(Callback):
         self.record["result"] = {**self.record.get("result", {}), **result}
         if self.awaits_result:
             self.record["status"] = COMPLETED
-        self._write()
+        self._write(must=True)
 
-    def _write(self) -> None:
+    def _write(self, *, must: bool = False) -> None:
         if self._checkpoints is not None and self._checkpoints.directory is not None:
             # A process whose run goes on elsewhere, of which this node did not hear, leaves the record alone too.
             guard(self._checkpoints.directory, self._checkpoints.attempt)
-        write_run(self.run_dir, self.record)
+        try:
+            write_run(self.run_dir, self.record)
+        except OSError as error:
+            if must:
+                raise DisttrainError(
+                    f"{self.run_dir / RUN_FILE} cannot be written: {error.strerror}",
+                    mend="make room, or the folder writable; the same command ends the run from its last checkpoint",
+                ) from error
+            self._complain(RUN_FILE, error)
+
+    def _complain(self, name: str, error: OSError) -> None:
+        """A full disk is no reason to end a training; what is lost is said, once a file and cause."""
+        if (name, error.errno) not in self._complaints:
+            self._complaints.add((name, error.errno))
+            print(
+                f"disttrain: {self.run_dir / name} cannot be written, training goes on: {error.strerror}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _samples_seen(trainer: pl.Trainer) -> dict[str, int]:
+    """How many samples the weights have learned from, repeated ones counted again."""
+    data = sharded_data(trainer)
+    return {} if data is None else {"samples_seen": trainer.global_step * data.global_batch_size}
 
 
 def stop_reason(trainer: pl.Trainer) -> str:

@@ -44,8 +44,11 @@ class StepLog(Callback):
         self._saving = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock; the loss is that of the steps from here on."""
         self._since, self._wait, self._steps = time.perf_counter(), _waited(trainer), 0
+        self._saving = _saving_seconds(trainer)
+        if isinstance(pl_module, Task):
+            pl_module.take_train_loss()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -87,6 +87,10 @@ class Stragglers(Callback):
         """The step after a validation is not counted: it holds the validation."""
         self._since = None
 
+    def on_roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nor is the one that holds the loading of a checkpoint."""
+        self._since = None
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:

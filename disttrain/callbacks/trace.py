@@ -38,7 +38,7 @@ class StepTrace(Callback):
 
     Args:
         stop_at: step after which the run ends, with the schedule that it has; -1 for where it ends by itself.
-        kill_at: step before which every rank kills itself, once; -1 for never.
+        kill_at: step before which rank 0 kills itself, once, and with it ends the run; -1 for never.
     """
 
     def __init__(self, stop_at: int = -1, kill_at: int = -1) -> None:
@@ -63,8 +63,8 @@ class StepTrace(Callback):
     ) -> None:
         """Look at the generators before a micro batch; die where that was asked for."""
         boundary = batch_idx % trainer.accumulate_grad_batches == 0
-        marker = self._folder / f"killed-{trainer.global_rank:05d}"
-        if boundary and trainer.global_step == self._kill_at and not marker.exists():
+        marker = self._folder / "killed"
+        if boundary and trainer.is_global_zero and trainer.global_step == self._kill_at and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         self._before = _generators(pl_module)

@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import Callback
 
 from disttrain.callbacks.hang_report import FOLDER, REPORT, make_report
 from disttrain.durations import parse_duration
+from disttrain.endings import note_ending
 from disttrain.errors import HUNG_CODE
 from disttrain.whereabouts import whereabouts
 from disttrain.world import World, detect_world
@@ -154,6 +155,7 @@ class Watchdog(Callback):
         except Exception as error:  # a full disk must not keep the rank from ending
             print(f"disttrain: rank {world.rank} hangs, and cannot report it: {error}", file=sys.stderr, flush=True)
         finally:
+            note_ending(HUNG_CODE)
             os._exit(HUNG_CODE)
 
 

@@ -58,12 +58,13 @@ def run_of(directory: Path) -> str:
     return str(_read(directory).get("run", ""))
 
 
-def claim(directory: Path, *, run: str = "") -> Attempt:
+def claim(directory: Path, *, run: str = "", after: int = 0) -> Attempt:
     """Begin an attempt in a folder of checkpoints, and move away what earlier ones left unfinished. Rank 0 only.
 
     Args:
         directory: the folder; it is made if it is not there.
         run: id of the run where the folder does not know it; by default a new one.
+        after: the number of an attempt elsewhere that came before.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -74,7 +75,7 @@ def claim(directory: Path, *, run: str = "") -> Attempt:
         number = was.get("number", 0)
         attempt = Attempt(
             run=str(was.get("run") or run or secrets.token_hex(6)),
-            number=(number if isinstance(number, int) else 0) + 1,
+            number=max(number if isinstance(number, int) else 0, after) + 1,
             token=secrets.token_hex(4),
         )
         who = {"host": platform.node(), "pid": os.getpid(), "time": time.time()}

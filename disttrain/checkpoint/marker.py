@@ -186,7 +186,7 @@ def free_path(directory: Path, name: str) -> Path:
     return final
 
 
-def newer_format(path: Path, found: object) -> CheckpointError:
+def newer_format(path: Path | str, found: object) -> CheckpointError:
     """The error for a checkpoint that was written by a later disttrain."""
     return CheckpointError(
         f"{path} has checkpoint format {found}, this disttrain reads up to {FORMAT}", mend="install a newer disttrain"
@@ -203,14 +203,30 @@ def _read(path: Path) -> Committed:
         raise CheckpointError(
             f"checkpoint {path} has a damaged {MARKER}: {reason}", mend="resume from an earlier one"
         ) from None
+    return parse(text, path)
+
+
+def parse(text: str, path: Path, *, shown: str = "") -> Committed:
+    """What a marker says.
+
+    Args:
+        text: the marker's.
+        path: the checkpoint's directory.
+        shown: what messages call it, if not by that.
+
+    Raises:
+        CheckpointError: the marker is damaged, or of a newer format.
+    """
     try:
         content = json.loads(text)
         number = int(content["format"])
         if number > FORMAT:
-            raise newer_format(path, number)
+            raise newer_format(shown or path, number)
         return _first(path, content) if number == 1 else _second(path, content)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"checkpoint {path} has a damaged {MARKER}", mend="resume from an earlier one") from None
+        raise CheckpointError(
+            f"checkpoint {shown or path} has a damaged {MARKER}", mend="resume from an earlier one"
+        ) from None
 
 
 def _first(path: Path, content: Mapping[str, Any]) -> Committed:

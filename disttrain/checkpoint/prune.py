@@ -16,18 +16,22 @@ class Keep:
         last: how many of the newest.
         best: names of directories to keep whatever their age.
         every_steps: keep those whose step is a multiple, for good.
+        below_step: keep those of earlier steps than this: the run may have to go back to one.
     """
 
     last: int = 1
     best: Collection[str] = ()
     every_steps: int | None = None
+    below_step: int = 0
 
     def superfluous(self, found: Sequence[Committed]) -> list[Committed]:
         """Those of ``found``, oldest first, that need not be kept."""
         return [
             entry
             for entry in found[: max(0, len(found) - self.last)]
-            if entry.path.name not in self.best and not (self.every_steps and entry.global_step % self.every_steps == 0)
+            if entry.path.name not in self.best
+            and entry.global_step >= self.below_step
+            and not (self.every_steps and entry.global_step % self.every_steps == 0)
         ]
 
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch.distributed as dist
 
@@ -29,6 +29,21 @@ from disttrain.checkpoint.store import Tensors
 from disttrain.checkpoint.write import Job, pack_meta
 from disttrain.errors import DisttrainError
 from disttrain.parallel.agree import is_distributed, raise_together
+
+
+class Work(Protocol):
+    """What is done for a checkpoint: it is written, or copied elsewhere."""
+
+    @property
+    def final(self) -> Path:
+        """The checkpoint's directory."""
+
+    @property
+    def about(self) -> About:
+        """What its marker says."""
+
+    def run(self, group: dist.ProcessGroup | None = None) -> None:
+        """Do it. A collective of the group; a user's error comes to all ranks."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +69,7 @@ class Outcome:
 class _Flight:
     """A save that is under way."""
 
-    job: Job
+    job: Work
     done: Callable[[], None] | None
     state: Literal["writing", "agreeing", "decided"] = "writing"
     due: int = 0
@@ -89,11 +104,11 @@ class Saver:
         if self._flight is None:
             self._stage.release()
 
-    def begin(self, job: Job, *, background: bool, done: Callable[[], None] | None = None) -> None:
+    def begin(self, job: Work, *, background: bool, done: Callable[[], None] | None = None) -> None:
         """Write a checkpoint, in the background or now; :meth:`wait` or :meth:`poll` tell how it ended. A collective.
 
         Args:
-            job: what to write; in the background, of staged tensors.
+            job: what to do; in the background, a checkpoint's tensors are staged ones.
             background: return at once.
             done: called after the commit, by the same thread; it must not fail.
         """

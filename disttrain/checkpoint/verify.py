@@ -31,7 +31,7 @@ def fault_together(path: Path) -> str:
         return ""
     own = ""
     try:
-        own = next(iter(faults(path, _share(check(path).files, rank, ranks))), "")
+        own = next(iter(faults(path, share(check(path).files, rank, ranks))), "")
     except CheckpointError as error:
         own = error.what
     told: list[str] = [own]
@@ -60,8 +60,8 @@ def trust(path: Path) -> None:
     _sound.add(_mark(path))
 
 
-def _share(files: Mapping[str, Sum], rank: int, ranks: int) -> dict[str, Sum]:
-    """A rank's part of the files: the largest first, each to the rank with the fewest bytes."""
+def share(files: Mapping[str, Sum], rank: int, ranks: int) -> dict[str, Sum]:
+    """A rank's part of a checkpoint's files: the largest first, each to the rank with the fewest bytes."""
     loads, own = [0] * ranks, {}
     for name in sorted(files, key=lambda name: (-files[name].num_bytes, name)):
         least = loads.index(min(loads))

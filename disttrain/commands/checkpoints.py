@@ -1,4 +1,4 @@
-"""``disttrain checkpoints``: list, verify, export and prune the checkpoints of a run.
+"""``disttrain checkpoints``: list, verify, export and prune the checkpoints of a run, here or on remote storage.
 
 ``ls``, ``verify`` and ``prune`` read markers and files and load no torch; ``export`` reads the tensors, without the
 model's class and without a GPU. What a user can mend is raised as a
@@ -8,12 +8,17 @@ model's class and without a GPU. What a user can mend is raised as a
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from disttrain.checkpoint.marker import Committed, check, committed, faults, remove
+from disttrain.checkpoint.marker import MARKER, Committed, check, committed, faults, remove
+from disttrain.checkpoint.mirror import Mirror, MirrorConfig, Stored, copy_of
 from disttrain.checkpoint.prune import Keep, best_of
+from disttrain.data.remote import is_remote
 from disttrain.errors import CheckpointError, ConfigError
 
 
@@ -45,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         command.set_defaults(run=run)
-        command.add_argument("path", metavar="PATH", type=Path, help="a run folder, or one checkpoint")
+        command.add_argument("path", metavar="PATH", help="a run folder, one checkpoint, or the URL of either's copies")
         if name == "ls":
             command.add_argument("--verify", action="store_true", help="compare checksums too; reads all files")
         if name == "export":
@@ -63,20 +68,20 @@ def _parser() -> argparse.ArgumentParser:
 
 def _ls(arguments: argparse.Namespace) -> int:
     found, passed_over = _found(arguments.path)
-    best = {entry.path for entry in best_of(found, 1)}
+    best = best_of([one.entry for one in found], 1)
     rows = [("checkpoint", "step", "epoch", "size", "age", "verified", "metric")]
-    for entry in found:
-        about = entry.about
+    for one in found:
+        entry, about = one.entry, one.entry.about
         metric = f"{about.metric.name} {about.metric.value:.6g}" if about.metric else ""
         rows.append(
             (
-                entry.path.name,
+                one.name,
                 f"{entry.global_step}",
                 "" if about.epoch is None else f"{about.epoch}",
                 _size(entry.num_bytes),
                 _age(about.time if about.time is not None else entry.path.stat().st_mtime),
-                _verdict(entry, arguments.verify),
-                f"{metric} (best)" if entry.path in best else metric,
+                _verdict(one, arguments.verify),
+                f"{metric} (best)" if any(entry is other for other in best) else metric,
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -90,12 +95,12 @@ def _ls(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     found, told = _found(arguments.path)
-    for entry in found:
-        wrong = faults(entry.path)
+    for one in found:
+        entry, wrong = one.entry, one.faults()
         told += wrong
         if not wrong:
             sums = "all checksums are right" if entry.format > 1 else "sizes are right; format 1 has no checksums"
-            print(f"{entry.path}: {len(entry.files)} files, {_size(entry.num_bytes)}: {sums}")
+            print(f"{one.where}: {len(entry.files)} files, {_size(entry.num_bytes)}: {sums}")
     for reason in told:
         print(f"fault: {reason}")
     return 1 if told else 0
@@ -107,26 +112,48 @@ def _export(arguments: argparse.Namespace) -> int:
 
     if arguments.out.exists() and not arguments.overwrite:
         raise ConfigError(f"{arguments.out} exists", mend="name another file, or add --overwrite")
-    path: Path = arguments.path
-    if _folder(path) is not None:
-        path = best_checkpoint(path, arguments.which)
     group = "ema" if arguments.ema else "model"
-    tensors = read_weights(path, group=group)
-    about = {"disttrain_checkpoint": path.name, "disttrain_step": f"{check(path).global_step}"}
+    with tempfile.TemporaryDirectory(prefix="disttrain-", ignore_cleanup_errors=True) as folder:
+        if is_remote(arguments.path):
+            path, where = _fetched(arguments.path, arguments.which, Path(folder))
+        else:
+            path = Path(arguments.path)
+            path = best_checkpoint(path, arguments.which) if _folder(path) is not None else path
+            where = str(path)
+        tensors = read_weights(path, group=group)
+        about = {"disttrain_checkpoint": path.name, "disttrain_step": f"{check(path).global_step}"}
     write_weights(arguments.out, tensors, about=about)
     elements = sum(tensor.numel() for tensor in tensors.values())
-    print(f"{path} ({group}): {len(tensors)} tensors, {elements:,} elements -> {arguments.out}")
+    print(f"{where} ({group}): {len(tensors)} tensors, {elements:,} elements -> {arguments.out}")
     return 0
 
 
+def _fetched(url: str, which: str, folder: Path) -> tuple[Path, str]:
+    """A copy in a folder of its own, and where it comes from."""
+    mirror, found, _ = _copies(url)
+    if not found:
+        raise CheckpointError(f"{mirror.url} holds no committed checkpoint", mend="correct the URL")
+    rated = best_of([one.entry for one in found], 1) if which == "best" else []
+    stored = next((one for one in found if any(one.entry is entry for entry in rated)), found[-1])
+    path = folder / stored.entry.path
+    path.mkdir()
+    for file in stored.entry.files:
+        if fault := mirror.fault(stored, file, path):
+            raise CheckpointError(fault, mend="use another checkpoint")
+    (path / MARKER).write_bytes(stored.marker)
+    return path, f"{mirror.url}/{stored.name}"
+
+
 def _prune(arguments: argparse.Namespace) -> int:
-    directory = _folder(arguments.path)
-    if directory is None:
-        raise ConfigError(f"{arguments.path} is no run folder", mend="name the folder that holds checkpoints/")
     if arguments.keep_last < 1 or arguments.keep_best < 0 or (arguments.keep_every_steps or 1) < 1:
         raise ConfigError(
             "nothing newest would be kept", mend="use --keep-last 1 or more, --keep-every-steps 1 or more"
         )
+    if is_remote(arguments.path):
+        return _prune_copies(arguments)
+    directory = _folder(Path(arguments.path))
+    if directory is None:
+        raise ConfigError(f"{arguments.path} is no run folder", mend="name the folder that holds checkpoints/")
     found, passed_over = committed(directory)
     best = [entry.path.name for entry in best_of(found, arguments.keep_best)]
     keep = Keep(arguments.keep_last, best, arguments.keep_every_steps)
@@ -141,27 +168,78 @@ def _prune(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _prune_copies(arguments: argparse.Namespace) -> int:
+    mirror, found, passed_over = _copies(arguments.path)
+    best = [entry.path.name for entry in best_of([one.entry for one in found], arguments.keep_best)]
+    keep = Keep(arguments.keep_last, best, arguments.keep_every_steps)
+    gone, number = mirror.prune(keep, dry_run=arguments.dry_run)
+    for one in gone:
+        what = "would remove" if arguments.dry_run else "removed"
+        print(f"{what} {mirror.url}/{one.name} ({_size(one.entry.num_bytes)})")
+    print(f"{number - len(gone)} of {number} kept")
+    for reason in passed_over:
+        print(f"left alone: {reason}")
+    return 0
+
+
+@dataclass(frozen=True)
+class _One:
+    """A checkpoint to show: its name, where it is, what its marker says, and what is wrong with its files."""
+
+    name: str
+    where: str
+    entry: Committed
+    faults: Callable[[], list[str]]
+
+
+def _copies(url: str) -> tuple[Mirror, list[Stored], list[str]]:
+    """The copies at a URL, or the one that it names."""
+    folder, name = copy_of(url)
+    mirror = Mirror(MirrorConfig(folder))
+    found, passed_over = mirror.committed()
+    if name:
+        found = [one for one in found if one.name == name]
+        passed_over = [reason for reason in passed_over if f"/{name} " in reason]
+    if not found and not passed_over:
+        raise CheckpointError(f"there is no checkpoint at {mirror.url}{name and '/'}{name}", mend="correct the URL")
+    return mirror, found, passed_over
+
+
 def _folder(path: Path) -> Path | None:
     """The folder of checkpoints of a run folder; None where the path is something else."""
     return path / "checkpoints" if (path / "checkpoints").is_dir() else None
 
 
-def _found(path: Path) -> tuple[list[Committed], list[str]]:
+def _found(place: str) -> tuple[list[_One], list[str]]:
+    if is_remote(place):
+        mirror, copies, passed_over = _copies(place)
+
+        def wrong(one: Stored) -> list[str]:
+            return [fault for file in one.entry.files if (fault := mirror.fault(one, file))]
+
+        return [
+            _One(one.name, f"{mirror.url}/{one.name}", one.entry, partial(wrong, one)) for one in copies
+        ], passed_over
+    path = Path(place)
     directory = _folder(path)
+    found: list[Committed] = []
+    passed_over = []
     if directory is not None:
-        return committed(directory)
-    if not path.is_dir():
+        found, passed_over = committed(directory)
+    elif not path.is_dir():
         raise CheckpointError(f"there is neither a run folder nor a checkpoint {path}", mend="correct the path")
-    try:
-        return [check(path)], []
-    except CheckpointError as error:
-        return [], [error.what]
+    else:
+        try:
+            found = [check(path)]
+        except CheckpointError as error:
+            passed_over = [error.what]
+    return [_One(one.path.name, str(one.path), one, partial(faults, one.path)) for one in found], passed_over
 
 
-def _verdict(entry: Committed, read: bool) -> str:
-    if not read or entry.format == 1:
+def _verdict(one: _One, read: bool) -> str:
+    if not read or one.entry.format == 1:
         return "sizes"
-    return "DAMAGED" if faults(entry.path) else "checksums"
+    return "DAMAGED" if one.faults() else "checksums"
 
 
 def _size(num_bytes: float) -> str:

@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from disttrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from disttrain.parity.compare import Comparison
+    from disttrain.parity.layouts import Layout
 
 _TOLERANCE: Final = 1e-5
 _LOOSER: Final = 10
@@ -36,24 +41,15 @@ def main(argv: list[str]) -> int:
     from disttrain.parity.layouts import parse_layouts
 
     layouts = parse_layouts(arguments.layouts)
-    if arguments.steps < 1:
-        raise ConfigError(f"--steps is {arguments.steps}", mend="use at least 1")
-    if not 0 <= arguments.tolerance < 1:
-        raise ConfigError(f"--tolerance is {arguments.tolerance}", mend="use a small number, such as 1e-5")
-    if not Path(arguments.config).is_file():
-        raise ConfigError(f"{arguments.config} does not exist", mend="correct --config")
-    reduction = ["--trainer.parallel.reduction", arguments.reduction] if arguments.reduction else []
+    _check(arguments)
     out = Path(arguments.out)
-    if out.exists() and not (out / "parity.json").exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} holds something else than a comparison", mend="choose another folder with --out")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    (out / "parity.json").write_text("{}")
+    _clear(out)
 
-    from disttrain.parity.compare import CLOSE, DIFFERENT, SAME, compare  # here: --help and mistakes need no torch
+    from disttrain.parity.compare import DIFFERENT, compare  # here: --help and mistakes need no torch
     from disttrain.parity.launch import Runs
     from disttrain.parity.show import draw_pictures, print_comparisons, write_json
 
+    reduction = ["--trainer.parallel.reduction", arguments.reduction] if arguments.reduction else []
     runs = Runs(("--config", arguments.config, *more, *reduction), out, arguments.steps, arguments.kill)
     print(
         f"disttrain parity: {arguments.steps} steps in {len(layouts)} layouts, the first is the reference", flush=True
@@ -62,29 +58,55 @@ def main(argv: list[str]) -> int:
     for layout in layouts:
         traces.append(runs.run(layout))
         print(f"  {layout.name}: done", flush=True)
-    alike = [layout.tensor == layouts[0].tensor for layout in layouts]
-    tolerances = [arguments.tolerance * (1 if same else _LOOSER) for same in alike]
+    tolerances = [arguments.tolerance * (1 if _adds_alike(layout, layouts) else _LOOSER) for layout in layouts]
     compared = [
         compare(traces[0], trace, tolerance) for trace, tolerance in zip(traces[1:], tolerances[1:], strict=True)
     ]
-    tree = arguments.reduction == "tree"
-    wanted = {
-        layout.name: {SAME} if tree and same else {SAME, CLOSE} for layout, same in zip(layouts, alike, strict=True)
-    }
+    again = None
     if any(comparison.verdict == DIFFERENT for comparison in compared):
         # A run that does not even repeat itself differs for another reason than its layout.
         again = compare(traces[0], runs.run(layouts[0], f"{layouts[0].name}-again"), arguments.tolerance)
-    else:
-        again = None
     print_comparisons(traces[0], compared, again, tolerance=arguments.tolerance)
     pictures = draw_pictures(traces, compared, out)
     write_json(out / "parity.json", traces[0], compared, again)
     print("pictures: " + ", ".join(str(path) for path in pictures))
-    failed = [comparison.name for comparison in compared if comparison.verdict not in wanted[comparison.name]]
+    exact = {layout.name for layout in layouts if arguments.reduction == "tree" and _adds_alike(layout, layouts)}
+    return _judge(compared, exact, arguments.tolerance)
+
+
+def _adds_alike(layout: Layout, layouts: Sequence[Layout]) -> bool:
+    """Whether a layout rounds as the first: another tensor degree adds other parts of each product."""
+    return layout.tensor == layouts[0].tensor
+
+
+def _judge(compared: Sequence[Comparison], exact: set[str], tolerance: float) -> int:
+    """Tell which layouts differ from the first by more than they may; gives the exit code."""
+    from disttrain.parity.compare import CLOSE, SAME
+
+    failed = [one.name for one in compared if one.verdict not in ({SAME} if one.name in exact else {SAME, CLOSE})]
     if failed:
-        need = "the same bits" if arguments.reduction == "tree" else f"a tolerance of {arguments.tolerance:g}"
+        need = "the same bits" if exact else f"a tolerance of {tolerance:g}"
         print(f"FAILED: {', '.join(failed)} does not keep to {need}")
     return 1 if failed else 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse numbers that are none, and a recipe that does not exist."""
+    if arguments.steps < 1:
+        raise ConfigError(f"--steps is {arguments.steps}", mend="use at least 1")
+    if not 0 <= arguments.tolerance < 1:
+        raise ConfigError(f"--tolerance is {arguments.tolerance}", mend="use a small number, such as 1e-5")
+    if not Path(arguments.config).is_file():
+        raise ConfigError(f"{arguments.config} does not exist", mend="correct --config")
+
+
+def _clear(out: Path) -> None:
+    """Make an empty folder, in place of an earlier comparison alone."""
+    if out.exists() and not (out / "parity.json").exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} holds something else than a comparison", mend="choose another folder with --out")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / "parity.json").write_text("{}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -195,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         action="append",
         default=[],
-        help=f"a setting, over the configuration; {INDEX} in a value is the index of the job array",
+        help=f"a setting, over the configuration; %{INDEX} in a value is the index of the job array",
     )
     add("--nodes", metavar="N", type=int, default=1, help="nodes (1)")
     add("--gpus-per-node", metavar="K", type=int, default=0, help="GPUs of each node; a rank each")

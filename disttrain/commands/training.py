@@ -155,6 +155,9 @@ class TrainingCLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:
             raise own_error(error) or explain(str(error), []) from None
+        assert self.subcommand is not None
+        config = self.config[self.subcommand]
+        self.trainer.settings = vars(config.as_flat()) if isinstance(config, Namespace) else {}
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {}  # the methods below take what they need from the configuration

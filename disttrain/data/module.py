@@ -200,7 +200,9 @@ class ShardedDataModule(pl.LightningDataModule):
             state_dict: what :meth:`state_dict` gave when it was made.
         """
         if "micro_batch_size" in state_dict:
-            self.limit_micro_batch_size(int(state_dict["micro_batch_size"]))
+            saved = int(state_dict["micro_batch_size"])
+            # A run that is rolled back may have come to a smaller one since.
+            self.limit_micro_batch_size(min(saved, self.micro_batch_size or saved))
 
     def train_dataloader(self) -> TrainLoader:
         """The training micro batches of this rank, from where the trainer stands."""

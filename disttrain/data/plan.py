@@ -126,8 +126,8 @@ class Plans:
                     now = int.from_bytes(file.read(_HEAD_BYTES), "little")
                     body = self._bodies.get(path.name)
                     bodies[path.name] = np.frombuffer(file.read(), dtype=_RECORD) if body is None else body
-            except FileNotFoundError:
-                continue  # closed just now
+            except (FileNotFoundError, PermissionError):
+                continue  # closed just now, or another user's
             found.append((now, bodies[path.name]))
         self._bodies = bodies
         return found
@@ -137,19 +137,21 @@ def remove_if_dead(path: Path) -> bool:
     """Remove a file that nobody holds a lock of: its owner is gone, or nobody reads it.
 
     Returns:
-        Whether it is gone.
+        Whether it is gone. Another user's that may not be opened or removed is theirs to remove.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return True
+    except PermissionError:
+        return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if is_at(fd, path):  # else the name is another file's by now
             path.unlink(missing_ok=True)
             return True
         return False
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         return False
     finally:
         os.close(fd)

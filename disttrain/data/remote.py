@@ -150,31 +150,57 @@ class RemoteFile:
         return answer.body
 
     def _try(self, attempt: Callable[[], T]) -> T:
-        started = time.monotonic()
-        for number in range(1, self.retry.attempts + 1):
-            try:
-                return attempt()
-            except AttemptError as failed:
-                wait = max(self.retry.wait_seconds(number, self._random.random()), failed.after_seconds)
-                spent = time.monotonic() - started
-                over = number == self.retry.attempts or spent + wait > self.retry.budget_seconds
-                if over or not failed.again:
-                    raise self._error(failed, number, spent) from None
-            except NoLibraryError as error:
-                raise ConfigError(f"{self.name} cannot be read: {error}", mend=error.mend) from None
-            self.sleep(wait)
-        raise AssertionError("unreachable: the last attempt returns or raises")
+        return try_again(attempt, self.url, self.retry, sleep=self.sleep, chance=self._random.random)
 
-    def _error(self, failed: AttemptError, attempts: int, seconds: float) -> RemoteError:
-        tries = "1 attempt" if attempts == 1 else f"{attempts} attempts in {seconds:.1f} s"
-        status = f"HTTP {failed.status}: " if failed.status is not None else ""
-        # What a library says may hold the URL as it is.
-        what = _URL_IN_TEXT.sub(lambda found: shown(found[0]), str(failed))
-        return RemoteError(
-            f"{self.name}: {status}{what} ({tries}; credentials: {credential_source(self.url)})",
-            mend=failed.mend or _WAIT,
-            status=failed.status,
-        )
+
+def try_again(
+    attempt: Callable[[], T],
+    url: str,
+    retry: RetryConfig,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+    chance: Callable[[], float] | None = None,
+) -> T:
+    """Attempt something until it succeeds, or will not any more.
+
+    Args:
+        attempt: what may raise an ``AttemptError``.
+        url: what it is about, for the message.
+        retry: how long to try.
+        sleep: waits between attempts.
+        chance: numbers in [0, 1) that the waits vary by.
+
+    Raises:
+        RemoteError: the last attempt has failed; names URL, status, attempts and where credentials came from.
+        ConfigError: the library for this kind of URL is not installed.
+    """
+    chance = chance or random.Random().random  # never the global one, which belongs to the run
+    started = time.monotonic()
+    for number in range(1, retry.attempts + 1):
+        try:
+            return attempt()
+        except AttemptError as failed:
+            wait = max(retry.wait_seconds(number, chance()), failed.after_seconds)
+            spent = time.monotonic() - started
+            over = number == retry.attempts or spent + wait > retry.budget_seconds
+            if over or not failed.again:
+                raise _error(url, failed, number, spent) from None
+        except NoLibraryError as error:
+            raise ConfigError(f"{shown(url)} cannot be read: {error}", mend=error.mend) from None
+        sleep(wait)
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _error(url: str, failed: AttemptError, attempts: int, seconds: float) -> RemoteError:
+    tries = "1 attempt" if attempts == 1 else f"{attempts} attempts in {seconds:.1f} s"
+    status = f"HTTP {failed.status}: " if failed.status is not None else ""
+    # What a library says may hold the URL as it is.
+    what = _URL_IN_TEXT.sub(lambda found: shown(found[0]), str(failed))
+    return RemoteError(
+        f"{shown(url)}: {status}{what} ({tries}; credentials: {credential_source(url)})",
+        mend=failed.mend or _WAIT,
+        status=failed.status,
+    )
 
 
 def is_remote(path: str) -> bool:

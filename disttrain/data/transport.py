@@ -1,4 +1,4 @@
-"""One attempt to ask a server for some bytes of a file, and what its failure means.
+"""One attempt to ask a server for some bytes of a file, or to give it some, and what its failure means.
 
 :func:`describe` and :func:`fetch` go through fsspec's file systems; over HTTP the request is made here, so that
 status, ``Content-Range`` and ``ETag`` are seen. Every failure becomes an :class:`AttemptError`: in words, with
@@ -12,6 +12,7 @@ import importlib
 import os
 import re
 import ssl
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from threading import Lock
@@ -20,7 +21,10 @@ from typing import Any, Final
 _HTTP: Final = ("http", "https")
 _S3: Final = ("s3", "s3a")
 _GCS: Final = ("gs", "gcs")
+_LOCAL: Final = ("file", "local")
 _CONTENT_RANGE: Final = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
+NO_BUCKET: Final = "bucket does not exist"
+"""What stores say of a bucket that is not there, rather than a file."""
 _WAITING_HELPS: Final = frozenset({408, 425, 429})
 _SMALL_BYTES: Final = 2**16
 _NO_CREDENTIALS: Final = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError")
@@ -118,6 +122,42 @@ def fetch(url: str, start: int, stop: int, timeout: float) -> Answer:
     return Answer(_call(url, "cat_file", timeout, start=start, end=stop))
 
 
+def fetch_whole(url: str, timeout: float) -> bytes:
+    """All bytes of a small object; errors as those of :func:`describe`."""
+    return bytes(_call(url, "cat_file", timeout))
+
+
+def put(url: str, data: bytes, timeout: float) -> None:
+    """Make an object of some bytes, or replace it: readers see the old or the new one. Errors as above."""
+    _call(url, "pipe_file", timeout, data)
+
+
+def upload(path: str, url: str, timeout: float) -> None:
+    """Make an object of a local file; it is there once all of it is. Errors as above.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb"):
+        pass  # a local error must not look like a server's
+    _call(url, "put_file", timeout, before=(path,))
+
+
+def remove(url: str, timeout: float) -> None:
+    """Delete an object; errors as above, and an :class:`AttemptError` of status 404 where it is not there."""
+    _call(url, "rm_file", timeout)
+    if _scheme(url) in _LOCAL:  # elsewhere a folder is gone with its last object
+        with suppress(OSError):
+            os.rmdir(os.path.dirname(_filesystem(url, timeout)._strip_protocol(url)))
+
+
+def listing(url: str, timeout: float) -> dict[str, int]:
+    """Sizes of all objects below a URL, by their names from there on; errors as above."""
+    found = _call(url, "find", timeout, detail=True)
+    begin = _filesystem(url, timeout)._strip_protocol(url).rstrip("/") + "/"
+    return {name.removeprefix(begin): int(of["size"] or 0) for name, of in found.items() if name.startswith(begin)}
+
+
 def _scheme(url: str) -> str:
     return url.partition("://")[0].lower()
 
@@ -163,22 +203,24 @@ def _new_filesystem(scheme: str, timeout: float) -> Any:
         once = getattr(kind._request, "__wrapped__", None)
         if once is not None:  # without the decorator that tries six times
             found._request = partial(once, found)
+    elif scheme in _LOCAL:
+        found = kind(**options, auto_mkdir=True)
     else:
         found = kind(**options)
     return found
 
 
-def _call(url: str, method: str, timeout: float, **arguments: Any) -> Any:
+def _call(url: str, method: str, timeout: float, *after: Any, before: tuple[Any, ...] = (), **arguments: Any) -> Any:
     """A method of fsspec's file system, its failures told apart."""
     try:
         system = _filesystem(url, timeout)
         if not system.async_impl:
-            return getattr(system, method)(url, **arguments)
+            return getattr(system, method)(*before, url, *after, **arguments)
         from fsspec.asyn import sync
 
-        # Those set above bound the silence; of others only the whole can be bounded.
-        whole = None if _scheme(url) in (*_S3, *_GCS) else timeout
-        return sync(system.loop, getattr(system, f"_{method}"), url, timeout=whole, **arguments)
+        # Those set above bound the silence; of others only the whole can be bounded, and no file's upload may be.
+        whole = None if method == "put_file" or _scheme(url) in (*_S3, *_GCS) else timeout
+        return sync(system.loop, getattr(system, f"_{method}"), *before, url, *after, timeout=whole, **arguments)
     except NoLibraryError:
         raise
     except Exception as error:  # each library raises its own kinds
@@ -209,7 +251,7 @@ def _failed(error: Exception, timeout: float) -> AttemptError:
         what = "it redirects without end"
     elif status is not None and status >= 400:
         # A library names the file in its own way; of the bucket it says something new.
-        what = f"the server refuses: {text}" if status != 404 or "bucket" in text else "it is not there"
+        what = f"the server refuses: {text}" if status != 404 or NO_BUCKET in text else "it is not there"
     elif isinstance(error, TimeoutError) or "Timeout" in kind:
         what = f"the server was silent for {timeout:g} s"
     elif kind in ("ClientConnectorError", "EndpointConnectionError"):

@@ -1,26 +1,87 @@
-"""How the ranks of a restarted job find each other, and not those of the attempt before.
+"""How the ranks of a job find each other, and not those of another job or of the attempt before.
 
-torchrun (seen in PyTorch 2.13) lets all attempts of a job meet in one store of its agent, under the same keys. A
-restarted rank may so read the address at which a dead one listened: the attempt fails to connect, or hangs. Here
-the ranks first agree on a name that is new for each attempt, by a handshake that no older key can disturb, and meet
-under it. Cost: some requests to the store for each rank, once; nothing without torchrun's store.
+One of them, rank 0 or torchrun's agent, keeps a store at the place of the :class:`~disttrain.meeting.Meeting`. torchrun
+(seen in PyTorch 2.13) lets all attempts of a job meet in one store, under the same keys. A restarted rank may so read
+the address at which a dead one listened: the attempt fails to connect, or hangs. Here the ranks first agree on a name
+that is new for each attempt, by a handshake that no older key can disturb, and meet under it. Who does not come is
+named. Cost: some requests to the store for each rank, once.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Final
 
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from disttrain.errors import RankError
+from disttrain.errors import JoinError
+from disttrain.meeting import Meeting, announce, find_meeting, hear
+from disttrain.world import World, detect_world
 
 _POLL_SECONDS: Final = 0.02
+_NOTE_SECONDS: Final = 30.0
+
+
+class WorldEnvironment(ClusterEnvironment):
+    """Lightning's view of the launcher: the ranks of :func:`~disttrain.world.detect_world`, whichever it was.
+
+    Lightning's own classes would look at torchrun's and SLURM's variables by rules of their own.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        """The launcher has started all ranks."""
+        return True
+
+    @property
+    def main_address(self) -> str:
+        """Host of the meeting."""
+        return find_meeting(self._world).host
+
+    @property
+    def main_port(self) -> int:
+        """Port of the meeting; under SLURM the first of several until the ranks have met."""
+        return find_meeting(self._world).ports[0]
+
+    @staticmethod
+    def detect() -> bool:
+        """Never chosen by Lightning; the Trainer passes it."""
+        return False
+
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self._world.size
+
+    def set_world_size(self, size: int) -> None:
+        """The launcher has set it."""
+
+    def global_rank(self) -> int:
+        """This rank."""
+        return self._world.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        """The launcher has set it."""
+
+    def local_rank(self) -> int:
+        """This rank among those of its node."""
+        return self._world.local_rank
+
+    def node_rank(self) -> int:
+        """Number of this node."""
+        return self._world.node
 
 
 class JoiningMixin(DDPStrategy):
@@ -28,44 +89,92 @@ class JoiningMixin(DDPStrategy):
 
     def setup_distributed(self) -> None:
         """Make the process group, unless there is one. A collective."""
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not dist.is_initialized():
-            self.set_world_ranks()
+        world = detect_world()
+        self.set_world_ranks()
+        ours = world.size == self.world_size and (world.size > 1 or _has_agent_store())
+        if ours and not dist.is_initialized():
             timeout = self._timeout or timedelta(minutes=30)
             options: dict[str, Any] = {} if self.root_device.type == "cpu" else {"device_id": self.root_device}
             dist.init_process_group(
                 self._get_process_group_backend(),
-                store=_store_of_this_attempt(self.global_rank, self.world_size, timeout),
-                rank=self.global_rank,
-                world_size=self.world_size,
+                store=join(world, timeout),
+                rank=world.rank,
+                world_size=world.size,
                 timeout=timeout,
                 **options,
             )
         super().setup_distributed()
 
 
-def _store_of_this_attempt(rank: int, size: int, timeout: timedelta) -> Store:
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        address, port, size, is_master=False, timeout=timeout
-    )
-    name = agree_on_a_name(store, rank, size, timeout.total_seconds())
+def join(world: World, timeout: timedelta) -> Store:
+    """Meet the other ranks of this attempt; what is returned holds nothing of any other. A collective.
+
+    Raises:
+        ConfigError: the environment does not say where to meet, or another program has the port.
+        JoinError: some ranks did not come in time, or rank 0 cannot be reached.
+    """
+    meeting = find_meeting(world)
+    deadline = time.monotonic() + timeout.total_seconds()
+    with meet(meeting, world, timeout) as store:
+        left = max(0.1, deadline - time.monotonic())
+        name = agree_on_a_name(store, world.rank, world.size, left, call=lambda rank: meeting.on_host(rank, world))
     return PrefixStore(f"disttrain/{name}", store)
 
 
-def agree_on_a_name(store: Store, rank: int, size: int, timeout: float) -> str:
+@contextmanager
+def meet(meeting: Meeting, world: World, timeout: timedelta) -> Iterator[Store]:
+    """The store of the meeting; rank 0 answers who comes for as long as the context lasts.
+
+    Raises:
+        ConfigError: another program has the port.
+        JoinError: rank 0 cannot be reached.
+    """
+    if _has_agent_store():
+        yield _client(meeting.host, meeting.ports[0], timeout)
+    elif world.rank == 0:
+        store = TCPStore(meeting.host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        with announce(meeting, store.port):
+            yield store
+    else:
+        port = hear(meeting, time.monotonic() + timeout.total_seconds())
+        yield _client(meeting.host, port, timeout)
+
+
+def _client(host: str, port: int, timeout: timedelta) -> TCPStore:
+    return TCPStore(host, port, is_master=False, timeout=timeout)
+
+
+def _has_agent_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _number(rank: int) -> str:
+    return f"rank {rank}"
+
+
+def agree_on_a_name(store: Store, rank: int, size: int, timeout: float, *, call: Callable[[int], str] = _number) -> str:
     """A name that the ranks of this attempt have in common, and with no other attempt.
 
     Each rank brings a word of its own that nobody could have used before, so rank 0's answer to it is no old one;
-    rank 0 answers until it has seen every rank take the name. Every rank calls this.
+    rank 0 answers until it has seen every rank take the name, and tells every half minute whom it waits for. Every
+    rank calls this.
+
+    Args:
+        store: the store of all ranks.
+        rank: this rank.
+        size: number of ranks.
+        timeout: seconds to wait for the others.
+        call: words for a rank, for messages.
 
     Raises:
-        RankError: some ranks did not come in time.
+        JoinError: some ranks did not come in time.
     """
-    own, deadline = uuid.uuid4().hex, time.monotonic() + timeout
+    own, started = uuid.uuid4().hex, time.monotonic()
+    deadline, noted = started + timeout, started + _NOTE_SECONDS
     if rank > 0:
         store.set(f"hello/{rank}", own)
         while (answer := _read(store, f"welcome/{rank}").split())[:1] != [own]:
-            _pause(deadline, [0])
+            _pause(deadline, [call(0)])
         store.set(f"settled/{rank}", answer[1])
         return answer[1]
     answered: dict[int, str] = {}
@@ -79,7 +188,11 @@ def agree_on_a_name(store: Store, rank: int, size: int, timeout: float) -> str:
             if _read(store, f"settled/{other}") == own:
                 waiting.discard(other)
         if waiting:
-            _pause(deadline, sorted(waiting))
+            missing = [call(other) for other in sorted(waiting)]
+            if time.monotonic() > noted:
+                noted = time.monotonic() + _NOTE_SECONDS
+                print(f"disttrain: still waiting for {_some(missing)}", file=sys.stderr, flush=True)
+            _pause(deadline, missing)
     return own
 
 
@@ -88,7 +201,15 @@ def _read(store: Store, key: str) -> str:
     return store.get(key).decode() if store.check([key]) else ""
 
 
-def _pause(deadline: float, missing: list[int]) -> None:
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:8])
+    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown
+
+
+def _pause(deadline: float, missing: list[str]) -> None:
     if time.monotonic() > deadline:
-        raise RankError(f"rank {', '.join(map(str, missing))} did not join the others in time")
+        raise JoinError(
+            f"{_some(missing)} did not join the others in time",
+            mend="look at what these ranks printed, and whether they have started; `disttrain doctor` tells more",
+        )
     time.sleep(_POLL_SECONDS)

@@ -37,6 +37,7 @@ class SummationMixin(_Base):
     config: ParallelConfig
     memory_guard: MemoryGuard | None = None
     _sums: PartialSums | None = None
+    _of_step: list[tuple[str, Any]]  # the parameters that get gradients in the step under way
 
     @property
     def reduction(self) -> ReductionName:
@@ -83,6 +84,7 @@ class SummationMixin(_Base):
             plan = plan_tree(data_ranks(self._trainer()).size, accumulation)
             if self._sums.count == 0:
                 self._sums.start(plan)
+                self._of_step = self._trained()  # anew for each step: a callback may freeze and thaw layers
             # Lightning has divided the loss by the accumulation; this makes it up, exactly.
             kwargs["gradient"] = torch.full_like(closure_loss, accumulation * 2.0**-plan.scale_exponent)
         return super().backward(closure_loss, optimizer, *args, **kwargs)
@@ -93,7 +95,7 @@ class SummationMixin(_Base):
         sums = self._sums
         if sums is None:
             return
-        parameters = self._trained()
+        parameters = self._of_step
         if self._trainer().fit_loop._should_accumulate():
             sums.add([self._taken(name, parameter) for name, parameter in parameters])
             return

@@ -1,9 +1,9 @@
 """Runs of one recipe on this machine, one layout after the other, in one process a rank, as torchrun would start them.
 
 Each rank has one thread, because sums of several threads depend on how many there are. Output goes to a file a rank.
-Where a run is to be killed, its ranks kill themselves before a step and the same command is started again, which
-resumes. Cost: a run of a few steps a layout. Ranks are forked from a server that has imported disttrain and run none
-of it, so that libraries are loaded once and not once a rank.
+Where a run is to be killed, rank 0 kills itself before a step, which ends the others, and the same command is started
+again, which resumes. Cost: a run of a few steps a layout. Ranks are forked from a server that has imported disttrain
+and run none of it, so that libraries are loaded once and not once a rank.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Runs:
         name = name or layout.name
         run_dir = self.folder / name
         codes = self._start(layout, run_dir)
-        if self.kill and all(code == -signal.SIGKILL for code in codes):
+        if self.kill and codes[0] == -signal.SIGKILL:  # the others end by the lost connection
             codes = self._start(layout, run_dir)
         if any(codes):
             rank = next((r for r, code in enumerate(codes) if code not in (0, -signal.SIGKILL)), 0)
@@ -94,8 +94,9 @@ class Runs:
             for rank in range(layout.num_ranks):
                 environment = _environment(rank, layout.num_ranks, port)
                 arguments = (words, environment, str(_log(run_dir, rank)))
-                processes.append(_CONTEXT.Process(target=_run_rank, args=arguments))
-                processes[-1].start()
+                started = _CONTEXT.Process(target=_run_rank, args=arguments)
+                started.start()
+                processes.append(started)
             return _wait(processes)
         finally:
             for process in processes:

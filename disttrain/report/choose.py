@@ -78,14 +78,21 @@ def caption(picture: Picture) -> str:
 
 
 def _mark(picture: Picture, run: Run) -> Picture:
-    """The picture with the best step, if it shows the monitored metric, and the stop, if it shows the loss."""
+    """The picture with the best step, if it shows the monitored metric, and the run's life, if it shows the loss."""
     best = run.best
     if best is not None and best.monitor in [line.label for line in picture.lines]:
         words = f"best {best.monitor}: {best.value:.4g} at step {best.step:,}"
         picture = replace(picture, best=(best.step, best.value, words))
     if "loss" in picture.title.lower() and run.last_step is not None:
         verb = "stopped" if run.status == "completed" else "last logged"
-        picture = replace(picture, stop=(run.last_step, f"{verb} at step {run.last_step:,}"))
+        preempted = tuple(a.to_step for a in run.attempts if a.preempted and a.to_step is not None)
+        picture = replace(
+            picture,
+            stop=(run.last_step, f"{verb} at step {run.last_step:,}"),
+            preempted=preempted,
+            left_out=tuple(run.left_out),
+            rollbacks=tuple(run.rollbacks),
+        )
     return picture
 
 

@@ -86,6 +86,9 @@ class Picture:
         best: step and value of the best point, and words for the legend.
         from_zero: whether the vertical axis begins at zero.
         percent: whether values are fractions to be shown in percent.
+        preempted: steps at which it was stopped from outside.
+        left_out: steps without an update.
+        rollbacks: from which step to which one it went back.
     """
 
     name: str
@@ -97,6 +100,9 @@ class Picture:
     best: tuple[int, float, str] | None = None
     from_zero: bool = False
     percent: bool = False
+    preempted: tuple[int, ...] = ()
+    left_out: tuple[int, ...] = ()
+    rollbacks: tuple[tuple[int, int], ...] = ()
 
 
 def draw(picture: Picture) -> bytes:
@@ -152,7 +158,7 @@ def _draw_lines(axes: Axes, picture: Picture) -> None:
 def _draw_marks(axes: Axes, picture: Picture) -> None:
     if picture.resumes:
         steps = sorted(picture.resumes)
-        shown = ", ".join(f"{step:,}" for step in steps[:3]) + (", ..." if len(steps) > 3 else "")
+        shown = _first([f"{step:,}" for step in steps])
         for i, step in enumerate(steps):
             label = _plain(f"resumed at step {shown}") if i == 0 else None
             axes.axvline(step, color="#777777", linestyle=":", linewidth=1.4, zorder=1.5, label=label)
@@ -166,6 +172,38 @@ def _draw_marks(axes: Axes, picture: Picture) -> None:
             [step], [height], linestyle="", marker="*", markersize=13, markerfacecolor="#F0E442",
             markeredgecolor=_INK, markeredgewidth=0.9, zorder=5, label=_plain(words),
         )  # fmt: skip
+    _draw_life(axes, picture)
+
+
+def _draw_life(axes: Axes, picture: Picture) -> None:
+    """What happened to the run, along the edges of its curve."""
+    edges = axes.get_xaxis_transform()  # steps across, 0 to 1 upwards
+    for i, (step, to_step) in enumerate(picture.rollbacks):
+        words = f"went back from step {_first([f'{a:,} to {b:,}' for a, b in picture.rollbacks], 2)}"
+        axes.axvspan(to_step, step, color="#F0E442", alpha=0.3, linewidth=0, zorder=0.5, label=None if i else words)
+        height = 0.94 - 0.07 * (i % 8)
+        arrow = {"arrowstyle": "->", "color": _INK, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
+        axes.annotate("", (to_step, height), (step, height), edges, edges, arrowprops=arrow)
+    if picture.left_out:
+        count = len(picture.left_out)
+        words = (
+            f"{count:,} update{'s' * (count > 1)} left out, step {_first([f'{step:,}' for step in picture.left_out])}"
+        )
+        axes.plot(
+            picture.left_out, [0.025] * count, linestyle="", marker="|", markersize=9, markeredgewidth=1.5,
+            color="#AA3377", transform=edges, zorder=4, label=_plain(words),
+        )  # fmt: skip
+    if picture.preempted:
+        words = f"preempted at step {_first([f'{step:,}' for step in picture.preempted])}"
+        axes.plot(
+            picture.preempted, [1.0] * len(picture.preempted), linestyle="", marker="v", markersize=8, clip_on=False,
+            markerfacecolor="#E69F00", markeredgecolor=_INK, markeredgewidth=0.9, transform=edges, zorder=5,
+            label=_plain(words),
+        )  # fmt: skip
+
+
+def _first(words: Sequence[str], number: int = 3) -> str:
+    return ", ".join(words[:number]) + (", ..." if len(words) > number else "")
 
 
 def _dress(axes: Axes, picture: Picture) -> None:

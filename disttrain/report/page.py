@@ -160,6 +160,10 @@ def _results(run: Run) -> dict[str, str]:
     bad = run.series.get("train/bad_samples")
     if bad:
         rows["bad samples skipped"] = f"{bad[-1][1]:,.0f}"
+    if run.left_out:
+        rows["updates left out"] = f"{len(run.left_out):,}"
+    if run.rollbacks:
+        rows["rollbacks"] = f"{len(run.rollbacks):,}"
     speed, wait = run.mean_rate("samples_per_second"), run.mean("data_wait")
     if speed is not None:
         rows["samples/s, mean"] = f"{speed:,.1f}" if speed < 100 else f"{speed:,.0f}"

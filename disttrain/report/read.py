@@ -22,6 +22,7 @@ from disttrain.errors import DataError
 from disttrain.metrics_file import FILE_NAME, Series, read_rows
 
 RUN_FORMAT: Final = 1
+_MOST_STEPS: Final = 100_000  # that an event may name: a damaged record is not to fill the memory
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Attempt:
         strategy: such as ``ddp``.
         precision: such as ``32-true``.
         stop_reason: why it ended; empty where that was not recorded.
+        preempted: whether it was stopped from outside, to go on in another one.
     """
 
     started: float | None
@@ -64,6 +66,7 @@ class Attempt:
     strategy: str
     precision: str
     stop_reason: str = ""
+    preempted: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,16 @@ class Event:
         time_seconds: Unix seconds.
         kind: such as ``resume``.
         text: one sentence.
+        to_step: of a rollback, the step that the run went back to.
+        skipped: of a rollback, the first and the last step that it leaves out.
     """
 
     step: int | None
     time_seconds: float | None
     kind: str
     text: str
+    to_step: int | None = None
+    skipped: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,21 @@ class Run:
     num_epochs: int | None
     wall_seconds: float | None
     ranks: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def rollbacks(self) -> list[tuple[int, int]]:
+        """From which step to which one the run went back, in order."""
+        steps = [(event.step, event.to_step) for event in self.events if event.kind == "rollback"]
+        return [(step, to_step) for step, to_step in steps if step is not None and to_step is not None]
+
+    @property
+    def left_out(self) -> list[int]:
+        """The steps without an update, as far as their events tell."""
+        steps = {event.step for event in self.events if event.kind == "skip" and event.step is not None}
+        for event in self.events:
+            if event.skipped is not None:
+                steps.update(range(event.skipped[0], event.skipped[1] + 1))
+        return sorted(steps)
 
     def mean_rate(self, name: str) -> float | None:
         """The harmonic mean of a rate: over equal numbers of steps, that is all samples over all time."""
@@ -293,12 +315,19 @@ def _attempt(entry: dict[str, Any]) -> Attempt:
         strategy=_text(entry.get("strategy")),
         precision=_text(entry.get("precision")),
         stop_reason=_text(entry.get("stop_reason")),
+        preempted=entry.get("status") == "preempted",
     )
 
 
 def _event(entry: dict[str, Any]) -> Event:
+    first, last = _whole(entry.get("first_skipped")), _whole(entry.get("last_skipped"))
     return Event(
-        _whole(entry.get("step")), _number(entry.get("time")), _text(entry.get("kind")), _text(entry.get("text"))
+        _whole(entry.get("step")),
+        _number(entry.get("time")),
+        _text(entry.get("kind")),
+        _text(entry.get("text")),
+        _whole(entry.get("to_step")),
+        (first, last) if first is not None and last is not None and last - first < _MOST_STEPS else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 
 from disttrain.data.index import ShardIndex
 from disttrain.runs import read_run
+from tests.support.kills import killed_at
 from tests.support.ranks import Outcome, run_cli
 
 RECIPE = "recipes/digits.yaml"
@@ -195,3 +197,32 @@ def test_a_micro_batch_size_is_found(fit: Callable[..., Outcome], digits: Path, 
     test = ("test", "--config", RECIPE, "--trainer.run_dir", str(tmp_path / "run"), f"--data.test={digits}/test.json")
     run_cli(1, [*test, *size], folder=tmp_path / "test").ok()
     assert_error(fit("--data.micro_batch_size", "automatic"), "micro_batch_size", "auto")
+
+
+def test_events_are_logged_through_all_attempts(fit: Callable[..., Outcome], tmp_path: Path) -> None:
+    every = ("--checkpoint.every_steps", "2", "--checkpoint.save", "sync")
+    fit(*every, *killed_at(3), steps=5)
+    fit(*every, steps=5).ok()
+    told = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [(event["kind"], event["step"]) for event in told] == [
+        *[("attempt", 0), ("checkpoint", 2), ("attempt", 2), ("start", 2)],
+        *[("checkpoint", 4), ("checkpoint", 5), ("stop", 5)],
+    ], told
+    assert [event["time"] for event in told] == sorted(event["time"] for event in told)
+    assert read_run(tmp_path / "run")["samples_seen"] == 5 * 64
+
+
+def test_a_record_that_cannot_be_written_is_told_and_ends_no_training(
+    fit: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    for name in ("events.jsonl", "run.json"):  # not even root writes a file over a folder
+        (run_dir / name).mkdir(parents=True)
+    outcome = fit("--checkpoint.every_steps", "1", ranks=2)
+    assert_error(outcome, f"{run_dir}/run.json cannot be written", "make room")
+    for name in ("events.jsonl", "run.json"):
+        assert outcome.text.count(f"{run_dir}/{name} cannot be written, training goes on") == 1, outcome.text
+    (run_dir / "run.json").rmdir()
+    fit().ok()
+    assert read_run(run_dir)["status"] == "completed"
+    assert [attempt["from_step"] for attempt in read_run(run_dir)["attempts"]] == [2], "training was done already"

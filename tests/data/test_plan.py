@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from disttrain.data.mixture import Mixture, Portion
 from disttrain.data.order import Needs, Order, OrderConfig
-from disttrain.data.plan import FAR, Plan, Plans
+from disttrain.data.plan import FAR, Plan, Plans, remove_if_dead
 
 quick = settings(derandomize=True, deadline=None, max_examples=60)
 
@@ -156,3 +156,23 @@ def test_a_plan_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
     open_files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
     assert not [path for path in open_files if path.startswith(str(tmp_path))], "a descriptor stayed open"
+
+
+def test_what_is_another_users_is_left_alone() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o1777)  # as a shared folder is: all may write, none may remove another's files
+        closed, sticky = Path(folder, "closed.plan"), Path(folder, "sticky.plan")
+        for path in (closed, sticky):
+            path.write_bytes(bytes(8))
+        closed.chmod(0)
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.seteuid(65534)
+        try:
+            assert not remove_if_dead(closed), "a file that may not be opened was thought dead"
+            Plans(Path(folder)).steps_until(["a" * 32])
+        finally:
+            if is_root:
+                os.seteuid(0)
+        assert closed.exists()
+        assert not is_root or sticky.exists(), "not this user's to remove"

@@ -20,7 +20,7 @@ from disttrain.parallel.strategies import strategy_of
 from tests.support.checkpoints import commit
 from tests.support.ranks import Outcome, run_cli, run_ranks
 from tests.support.sameness import MicroBatches, PlainModule, TransformerTask
-from tests.support.weights import differing, final_weights
+from tests.support.weights import differing, final_weights, whole_weights
 
 STEPS, MICRO_BATCHES, BOUND = 4, 4, 0.01
 GROUPS = (
@@ -67,8 +67,7 @@ def train_in(out: str, parallel: ParallelConfig, plain: bool) -> None:
     task: Any = PlainModule(OptimizerConfig(name="sgd", lr=0.1, groups=GROUPS[:1])) if plain else Clipped()
     trainer.fit(task, train_dataloaders=batches)
     strategy = strategy_of(trainer)
-    weights = strategy.lightning_module_state_dict()
-    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in weights.items()}
+    whole = whole_weights(trainer)
     groups = strategy.optimizer_state(trainer.optimizers[0])["param_groups"]
     if trainer.is_global_zero:
         torch.save({"weights": whole, "norms": torch.stack(task.norms) if not plain else None, "groups": groups}, out)

@@ -16,7 +16,7 @@ from disttrain import OptimizerConfig, ParallelConfig, Trainer
 from disttrain.runs import read_run
 from tests.support.ranks import Outcome, run_ranks
 from tests.support.sameness import MicroBatches, MLPTask, TransformerTask
-from tests.support.weights import differing, distance
+from tests.support.weights import differing, distance, whole_weights
 
 STEPS, MICRO_BATCHES = 3, 4
 pytestmark = [
@@ -74,8 +74,7 @@ def train_in(out: str, ranks: int, options: dict[str, Any], task: str, caches: s
     trainer.accumulate_grad_batches = accumulation
     batches = MicroBatches(trainer.global_rank, accumulation, micro_batches=MICRO_BATCHES, steps=STEPS)
     trainer.fit(TASKS[task](OptimizerConfig(name="sgd", lr=0.1, momentum=0.9)), train_dataloaders=batches)
-    weights = trainer.strategy.lightning_module_state_dict()
-    whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in weights.items()}
+    whole = whole_weights(trainer)
     if trainer.is_global_zero:
         torch.save(whole, out)
 

@@ -15,11 +15,10 @@ from torch.distributed.tensor import DTensor
 
 from disttrain import EMA, Checkpointing, OptimizerConfig, ParallelConfig, Trainer
 from disttrain.checkpoint.store import committed, read_meta, read_model
-from disttrain.parallel.strategies import strategy_of
 from disttrain.runs import read_run
 from tests.support.ranks import run_cli, run_ranks
 from tests.support.sameness import MicroBatches, MLPTask, TransformerTask
-from tests.support.weights import differing
+from tests.support.weights import differing, whole_weights
 
 STEPS, MICRO_BATCHES, DECAY = 8, 4, 0.7
 LAYOUTS = {
@@ -66,8 +65,7 @@ class Watch(Callback):
             trainer.save_checkpoint(self.folder / f"end-{trainer.global_step}")
 
     def write(self, trainer: pl.Trainer) -> None:
-        weights = strategy_of(trainer).lightning_module_state_dict()
-        whole = {name: t.full_tensor() if isinstance(t, DTensor) else t.clone() for name, t in weights.items()}
+        whole = whole_weights(trainer)
         if trainer.is_global_zero:
             torch.save(whole, self.folder / f"{trainer.global_step}.pt")
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from disttrain import OptimizerConfig, ParallelConfig, Task, Trainer
 from disttrain.data.batches import COUNT, KEY, WEIGHT
 from tests.support.ranks import run_ranks
+from tests.support.weights import whole_weights
 
 GLOBAL, TOKENS, FEATURES = 12, 7, 5
 
@@ -79,8 +80,7 @@ def one_step(ranks: int, size: int, strategy: str, clip: float | None, out: str)
     trainer.accumulate_grad_batches = GLOBAL // ranks // size
     task = TokenTask(optimizer=OptimizerConfig(name="sgd", lr=1.0))
     trainer.fit(task, train_dataloaders=Cut(trainer.global_rank, ranks, size))
-    weights = trainer.strategy.lightning_module_state_dict()
-    whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in weights.items()}
+    whole = whole_weights(trainer)
     if trainer.is_global_zero:
         torch.save(whole, out)
 

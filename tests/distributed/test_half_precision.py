@@ -13,7 +13,7 @@ from torch import Tensor
 from disttrain import OptimizerConfig, ParallelConfig, Trainer
 from tests.support.ranks import run_ranks
 from tests.support.sameness import MicroBatches, MLPTask
-from tests.support.weights import differing, distance
+from tests.support.weights import differing, distance, whole_weights
 
 STEPS = 6
 pytestmark = pytest.mark.slow
@@ -41,8 +41,7 @@ def train_in(out: str, ranks: int, parallel: ParallelConfig, precision: str) -> 
     batches = MicroBatches(trainer.global_rank, 4 // ranks, micro_batches=4, steps=STEPS)
     trainer.accumulate_grad_batches = 4 // ranks
     trainer.fit(Quiet(OptimizerConfig(name="sgd", lr=0.3)), train_dataloaders=batches)
-    weights = trainer.strategy.lightning_module_state_dict()
-    whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in weights.items()}
+    whole = whole_weights(trainer)
     if trainer.is_global_zero:
         torch.save(whole, out)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from disttrain.runs import read_run
+from tests.support.kills import killed_at
 from tests.support.ranks import Outcome, run_cli
 from tests.support.weights import differing, distance, final_weights
 
@@ -36,12 +37,6 @@ def fit(run_dir: Path, data: Path, ranks: int, parallel: str, *more: str) -> Out
     return run_cli(ranks, arguments, folder=run_dir.parent / f"{run_dir.name}-logs")
 
 
-def kill(step: int) -> list[str]:
-    """Arguments that kill every rank with SIGKILL at a step."""
-    callback = "--trainer.callbacks"
-    return [f"{callback}+=tests.support.callbacks.KillAt", f"{callback}.step={step}", f"{callback}.micro_batch=0"]
-
-
 @pytest.fixture(scope="module")
 def alone(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
@@ -61,9 +56,9 @@ def test_copies_of_a_sharded_model_train_as_one_process(
 
 def test_checkpoints_of_copies_load_in_other_layouts(digits: Path, tmp_path: Path, alone: Path) -> None:
     moved = tmp_path / "moved"
-    fit(moved, digits, 4, "{strategy: fsdp, replicate: 2}", *kill(9))
-    fit(moved, digits, 2, "{strategy: ddp}", *kill(14))
-    fit(moved, digits, 4, "{strategy: fsdp, shard: 2, replicate: 2}", *kill(18))
+    fit(moved, digits, 4, "{strategy: fsdp, replicate: 2}", *killed_at(9))
+    fit(moved, digits, 2, "{strategy: ddp}", *killed_at(14))
+    fit(moved, digits, 4, "{strategy: fsdp, shard: 2, replicate: 2}", *killed_at(18))
     fit(moved, digits, 1, "{strategy: fsdp}").ok()
     assert [attempt["from_step"] for attempt in read_run(moved)["attempts"]] == [0, 8, 12, 16]
     apart = distance(final_weights(alone), final_weights(moved))
@@ -74,7 +69,7 @@ def test_checkpoints_of_copies_load_in_other_layouts(digits: Path, tmp_path: Pat
 def test_a_killed_run_of_copies_resumes_with_the_same_bits(digits: Path, tmp_path: Path) -> None:
     copies = "{strategy: fsdp, replicate: 2}"
     fit(tmp_path / "whole", digits, 4, copies).ok()
-    fit(tmp_path / "killed", digits, 4, copies, *kill(11))
+    fit(tmp_path / "killed", digits, 4, copies, *killed_at(11))
     fit(tmp_path / "killed", digits, 4, copies).ok()
     assert read_run(tmp_path / "killed")["attempts"][-1]["from_step"] == 8
     assert not differing(final_weights(tmp_path / "whole"), final_weights(tmp_path / "killed"))

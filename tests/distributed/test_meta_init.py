@@ -12,7 +12,7 @@ from disttrain import OptimizerConfig, ParallelConfig, Trainer
 from disttrain.runs import read_run
 from tests.support.ranks import run_cli, run_ranks
 from tests.support.sameness import TASKS, MicroBatches
-from tests.support.weights import differing, distance, final_weights
+from tests.support.weights import differing, distance, final_weights, whole_weights
 
 LAYOUTS = [
     (1, ParallelConfig(strategy="fsdp", meta_init=True)),
@@ -37,9 +37,7 @@ def start_in(out: str, ranks: int, parallel: ParallelConfig, task: str, precisio
 
     class Watched(TASKS[task]):  # type: ignore[misc]
         def on_train_start(self) -> None:
-            weights = trainer.strategy.lightning_module_state_dict()
-            whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in weights.items()}
-            found.update({name: t.clone() for name, t in whole.items()})
+            found.update(whole_weights(trainer))
 
     torch.manual_seed(trainer.global_rank)  # must not matter
     with torch.device("meta"):

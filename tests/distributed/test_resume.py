@@ -10,6 +10,7 @@ import pytest
 from disttrain.callbacks.ledger import read_ledger
 from disttrain.checkpoint.store import committed
 from disttrain.runs import read_run
+from tests.support.kills import killed_at
 from tests.support.ranks import Outcome, run_cli
 from tests.support.weights import differing, distance, final_weights
 
@@ -32,22 +33,13 @@ def fit(run_dir: Path, data: Path, ranks: int, strategy: str, *more: str) -> Out
     return run_cli(ranks, arguments, folder=run_dir.parent / f"{run_dir.name}-logs")
 
 
-def kill(step: int, micro_batch: int) -> list[str]:
-    """Arguments that kill every rank with SIGKILL at a micro batch."""
-    return [
-        "--trainer.callbacks+=tests.support.callbacks.KillAt",
-        f"--trainer.callbacks.step={step}",
-        f"--trainer.callbacks.micro_batch={micro_batch}",
-    ]
-
-
 def killed_and_resumed(run_dir: Path, data: Path, ranks: int, strategy: str, *, kills: int, seed: int) -> list[int]:
     """Run to the end through several kills at random places; gives the steps at which it was killed."""
     chance = random.Random(seed)
     steps = sorted(chance.sample(range(1, STEPS), kills))
     for step in steps:
         place = chance.randrange(64 // 16 // ranks)
-        codes = fit(run_dir, data, ranks, strategy, *IN_BACKGROUND, *kill(step, place)).codes
+        codes = fit(run_dir, data, ranks, strategy, *IN_BACKGROUND, *killed_at(step, place)).codes
         assert codes == [-9] * ranks, f"not killed at step {step}: exit codes {codes}"
     fit(run_dir, data, ranks, strategy, *IN_BACKGROUND).ok()
     return steps
@@ -87,8 +79,8 @@ def test_same_layout_gives_the_same_bits(digits: Path, tmp_path: Path, ranks: in
 def test_resumed_under_another_strategy_and_world_size(digits: Path, tmp_path: Path) -> None:
     fit(tmp_path / "whole", digits, 2, "ddp").ok()
     moved = tmp_path / "moved"
-    fit(moved, digits, 2, "ddp", *kill(14, 1))
-    fit(moved, digits, 4, "fsdp", *kill(30, 0))
+    fit(moved, digits, 2, "ddp", *killed_at(14, 1))
+    fit(moved, digits, 4, "fsdp", *killed_at(30, 0))
     fit(moved, digits, 2, "ddp").ok()
 
     apart = distance(final_weights(tmp_path / "whole"), final_weights(moved))
@@ -104,7 +96,7 @@ def test_resumed_at_epoch_ends(digits: Path, tmp_path: Path) -> None:
     fit(tmp_path / "whole", digits, 2, "ddp", *epochs).ok()
     killed = tmp_path / "killed"
     for step in (19, 38):
-        fit(killed, digits, 2, "ddp", *epochs, *kill(step, 0))
+        fit(killed, digits, 2, "ddp", *epochs, *killed_at(step, 0))
     fit(killed, digits, 2, "ddp", *epochs).ok()
 
     assert not differing(final_weights(tmp_path / "whole"), final_weights(killed))
@@ -112,9 +104,25 @@ def test_resumed_at_epoch_ends(digits: Path, tmp_path: Path) -> None:
     assert [a["from_step"] for a in read_run(killed)["attempts"]] == [0, 19, 38]
 
 
+def test_what_a_module_does_at_the_end_of_a_step_is_in_its_checkpoint(digits: Path, tmp_path: Path) -> None:
+    def fit_teacher(run_dir: Path, *more: str) -> Outcome:
+        splits = [word for name in ("train", "val") for word in (f"--data.{name}", f"{digits}/{name}.json")]
+        fields = "{image: image.npy, label: cls}"
+        words = ["fit", "--model", "tests.support.tasks.TeacherDigits", *splits, "--data.fields", fields]
+        words += ["--data.global_batch_size", "64", "--trainer.max_steps", "12", "--trainer.run_dir", str(run_dir)]
+        words += ["--checkpoint.every_steps", "4", "--checkpoint.save", "sync", *more]
+        return run_cli(1, words, folder=tmp_path / "logs")
+
+    fit_teacher(tmp_path / "whole").ok()
+    fit_teacher(tmp_path / "killed", *killed_at(10))
+    fit_teacher(tmp_path / "killed").ok()
+    names = differing(final_weights(tmp_path / "whole"), final_weights(tmp_path / "killed"))
+    assert not names, f"not equal bit by bit: {names}"
+
+
 def test_a_half_written_checkpoint_is_passed_over(digits: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    fit(run_dir, digits, 1, "ddp", "--checkpoint.keep_last", "3", *kill(18, 0))
+    fit(run_dir, digits, 1, "ddp", "--checkpoint.keep_last", "3", *killed_at(18, 0))
     found, _ = committed(run_dir / "checkpoints")
     assert [c.global_step for c in found][-2:] == [12, 16]
     data = next(found[-1].path.glob("*.distcp"))
@@ -128,7 +136,7 @@ def test_a_half_written_checkpoint_is_passed_over(digits: Path, tmp_path: Path) 
 
 def test_a_changed_order_is_refused(digits: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    fit(run_dir, digits, 1, "ddp", *kill(9, 0))
+    fit(run_dir, digits, 1, "ddp", *killed_at(9, 0))
     outcome = fit(run_dir, digits, 1, "ddp", "--seed_everything", "2")
     assert outcome.codes == [2]
     assert "another order of samples: seed was 1, is 2" in outcome.text
@@ -166,7 +174,7 @@ def test_a_run_that_ended_within_an_epoch_is_extended_exactly(digits: Path, tmp_
 @pytest.mark.slow
 def test_resumed_from_a_named_checkpoint_in_another_folder(digits: Path, tmp_path: Path) -> None:
     fit(tmp_path / "whole", digits, 2, "ddp").ok()
-    fit(tmp_path / "first", digits, 2, "ddp", "--checkpoint.keep_last", "9", *kill(29, 0))
+    fit(tmp_path / "first", digits, 2, "ddp", "--checkpoint.keep_last", "9", *killed_at(29, 0))
     chosen = next(c.path for c in committed(tmp_path / "first" / "checkpoints")[0] if c.global_step == 12)
 
     for place in (chosen, tmp_path / "first"):  # a checkpoint, and a run folder: its newest
@@ -181,7 +189,7 @@ def test_resumed_from_a_named_checkpoint_in_another_folder(digits: Path, tmp_pat
 
 def test_never_starts_anew_and_keeps_the_old_run(digits: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    fit(run_dir, digits, 1, "ddp", *kill(9, 0))
+    fit(run_dir, digits, 1, "ddp", *killed_at(9, 0))
     outcome = fit(run_dir, digits, 1, "ddp", "--resume", "never").ok()
     assert f"the older run was moved to {run_dir}.1" in outcome.text
     assert read_run(run_dir)["attempts"][0]["from_step"] == 0
@@ -203,7 +211,7 @@ def test_a_start_that_fails_leaves_the_complete_run_in_place(digits: Path, tmp_p
 
 def test_another_optimizer_is_refused_and_kept_settings_are_told(digits: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    fit(run_dir, digits, 1, "ddp", *kill(9, 0))
+    fit(run_dir, digits, 1, "ddp", *killed_at(9, 0))
     outcome = fit(run_dir, digits, 1, "ddp", "--model.optimizer", "{name: sgd, lr: 0.1}")
     assert outcome.codes == [2], outcome.text
     assert "optimizer with other settings or parameter groups than this run's SGD" in outcome.text
@@ -228,7 +236,7 @@ def test_running_statistics_are_one_model_on_all_ranks(digits: Path, tmp_path: P
         run_cli(2, arguments, folder=run_dir.parent / f"{run_dir.name}-logs")
 
     train(tmp_path / "whole")
-    train(tmp_path / "killed", *kill(10, 1))
+    train(tmp_path / "killed", *killed_at(10, 1))
     train(tmp_path / "killed")
     assert read_run(tmp_path / "killed")["attempts"][-1]["from_step"] == 8
     assert not differing(final_weights(tmp_path / "whole"), final_weights(tmp_path / "killed"))

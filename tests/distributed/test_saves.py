@@ -146,3 +146,14 @@ def test_minutes_and_steps_kept_for_good(digits: Path, tmp_path: Path) -> None:
     fit(tmp_path / "run", digits, 2, *more, "--checkpoint.keep_every_steps", "5").ok()
     found, _ = committed(tmp_path / "run" / "checkpoints")
     assert [entry.global_step for entry in found] == [5, 10, 12]
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.csv"])
+def test_killed_while_a_small_file_is_replaced(digits: Path, tmp_path: Path, name: str) -> None:
+    """The new file, under its temporary name, does not stay: the next attempt removes it."""
+    run_dir = tmp_path / "run"
+    trap = ("--trainer.callbacks+=tests.support.callbacks.KillAtReplace", f"--trainer.callbacks.name={name}")
+    assert fit(run_dir, digits, 1, *trap).codes == [-9]
+    assert [path for path in run_dir.iterdir() if path.name.startswith(f".{name}.")], "the trap has no effect"
+    fit(run_dir, digits, 1).ok()
+    assert not [path.name for path in run_dir.iterdir() if path.name.startswith(".")]

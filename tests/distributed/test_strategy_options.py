@@ -13,7 +13,7 @@ from disttrain import OptimizerConfig, ParallelConfig, Trainer
 from disttrain.parallel.fsdp_internals import fsdp_modules, trained_parameters
 from tests.support.ranks import run_ranks
 from tests.support.sameness import MicroBatches, MLPTask
-from tests.support.weights import differing, distance
+from tests.support.weights import differing, distance, whole_weights
 
 STEPS, MICRO_BATCHES = 6, 8
 
@@ -47,8 +47,7 @@ def train_in(out: str, ranks: int, options: dict[str, Any], task: str) -> None:
         records = [record for unit in fsdp_modules(trainer.model) for record in trained_parameters(unit)]
         assert records
         assert all(record.offload_to_cpu for record in records)
-    weights = trainer.strategy.lightning_module_state_dict()
-    whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in weights.items()}
+    whole = whole_weights(trainer)
     if trainer.is_global_zero:
         torch.save(whole, out)
 

@@ -11,6 +11,7 @@ import torch
 from disttrain.callbacks.ledger import read_ledger
 from disttrain.metrics_file import read_metrics
 from disttrain.runs import read_run
+from tests.support.kills import killed_at
 from tests.support.language import write_sentences
 from tests.support.ranks import Outcome, run_cli
 from tests.support.weights import differing, distance, final_weights
@@ -56,12 +57,6 @@ def fit(run_dir: Path, data: Path, ranks: int, parallel: str, *more: str) -> Out
         arguments("fit", run_dir, data, parallel, *words, ledger),
         folder=run_dir.parent / f"{run_dir.name}-logs",
     )
-
-
-def kill(step: int) -> list[str]:
-    """Arguments that kill every rank with SIGKILL at a step."""
-    callback = "--trainer.callbacks"
-    return [f"{callback}+=tests.support.callbacks.KillAt", f"{callback}.step={step}", f"{callback}.micro_batch=0"]
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +111,8 @@ def _norms(run_dir: Path) -> list[float]:
 @pytest.mark.slow
 def test_killed_and_resumed_in_other_layouts(sentences: Path, tmp_path: Path, alone: Path) -> None:
     moved = tmp_path / "moved"
-    fit(moved, sentences, 4, "{strategy: fsdp, tensor: 2}", *kill(5))
-    fit(moved, sentences, 2, "{strategy: ddp}", *kill(9))
+    fit(moved, sentences, 4, "{strategy: fsdp, tensor: 2}", *killed_at(5))
+    fit(moved, sentences, 2, "{strategy: ddp}", *killed_at(9))
     fit(moved, sentences, 2, "{strategy: fsdp, tensor: 2}").ok()
     assert [attempt["from_step"] for attempt in read_run(moved)["attempts"]] == [0, 4, 8]
     apart = distance(final_weights(alone), final_weights(moved))
@@ -128,7 +123,7 @@ def test_killed_and_resumed_in_other_layouts(sentences: Path, tmp_path: Path, al
     fit(again, sentences, 4, "{strategy: fsdp, tensor: 2}").ok()
     straight = final_weights(again)
     killed = tmp_path / "killed"
-    fit(killed, sentences, 4, "{strategy: fsdp, tensor: 2}", *kill(7))
+    fit(killed, sentences, 4, "{strategy: fsdp, tensor: 2}", *killed_at(7))
     fit(killed, sentences, 4, "{strategy: fsdp, tensor: 2}").ok()
     assert not differing(straight, final_weights(killed))
 
@@ -140,7 +135,7 @@ def test_the_tree_gives_one_tensor_degree_the_same_bits(
 ) -> None:
     more = ("--model.optimizer", ADAMW, "--trainer.gradient_clip_norm", "0.5", "--trainer.max_steps", "6")
     parallel = "{strategy: fsdp, tensor: 2, reduction: tree}"
-    for name, ranks, killed in (("two", 2, []), ("four", 4, kill(5))):
+    for name, ranks, killed in (("two", 2, []), ("four", 4, killed_at(5))):
         words = (*more, "--model.sequence_parallel", sequence_parallel)
         if killed:
             fit(tmp_path / name, sentences, ranks, parallel, *words, *killed)

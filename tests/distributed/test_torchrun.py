@@ -11,6 +11,7 @@ import pytest
 
 from disttrain.callbacks.ledger import read_ledger
 from disttrain.runs import read_run
+from tests.support.kills import killed_at
 from tests.support.preemption import STEPS, Stop, fit, fit_arguments
 from tests.support.torchrun import torchrun
 from tests.support.weights import differing, distance, final_weights
@@ -28,22 +29,13 @@ def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 TREE = ("--trainer.parallel.reduction", "tree")
-
-
-def kill(step: int, rank: int) -> list[str]:
-    name = "--trainer.callbacks"
-    return [
-        *("--checkpoint.save", "sync"),  # on disk before the next step begins
-        f"{name}+=tests.support.callbacks.KillAt",
-        f"{name}.step={step}",
-        f"{name}.rank={rank}",
-        f"{name}.once=true",
-    ]
+ON_DISK = ("--checkpoint.save", "sync")  # before the next step begins
 
 
 def test_a_killed_rank_restarts_the_job_by_itself(digits: Path, tmp_path: Path, whole: Path) -> None:
     run_dir = tmp_path / "run"
-    arguments = fit_arguments(run_dir, digits, "ddp", [*TREE, *kill(14, 1), *kill(21, 0)])
+    first, second = killed_at(14, rank=1, once=True), killed_at(21, rank=0, once=True)
+    arguments = fit_arguments(run_dir, digits, "ddp", [*TREE, *ON_DISK, *first, *second])
     with torchrun([*STANDALONE, "--max-restarts", "2"], arguments, tmp_path / "log") as launch:
         assert launch.wait() == 0, launch.log.read_text()
     run = read_run(run_dir)

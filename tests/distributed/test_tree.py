@@ -14,7 +14,7 @@ from disttrain import OptimizerConfig, ParallelConfig, Trainer
 from disttrain.runs import read_run
 from tests.support.ranks import run_cli, run_ranks
 from tests.support.sameness import TASKS, MicroBatches
-from tests.support.weights import final_weights
+from tests.support.weights import final_weights, whole_weights
 
 STEPS = 12
 OPTIMIZERS = {
@@ -54,8 +54,7 @@ def train_in(out: str, ranks: int, micro_batches: int, parallel: ParallelConfig,
     trainer.accumulate_grad_batches = accumulation
     batches = MicroBatches(trainer.global_rank, accumulation, micro_batches=micro_batches, steps=STEPS)
     trainer.fit(Norms(OPTIMIZERS[case["optimizer"]]), train_dataloaders=batches)
-    weights = trainer.strategy.lightning_module_state_dict()
-    whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in weights.items()}
+    whole = whole_weights(trainer)
     if trainer.is_global_zero:
         torch.save({**whole, "norms": torch.stack(norms) if norms else torch.zeros(0)}, out)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from disttrain import OptimizerConfig, ParallelConfig, Trainer
+from disttrain import OptimizerConfig, ParallelConfig, Trainer, UpdateGuard
 from disttrain.parallel.gradients import clip_gradient_norm
 from disttrain.parallel.reduction import PartialSums
 from disttrain.parallel.tree import plan_tree
@@ -124,6 +125,39 @@ def test_meta_init_starts_both_strategies_alike(train, strategy: str) -> None:  
 def test_offloading_trains_as_the_device_alone_does(train, options: dict[str, bool]) -> None:  # type: ignore[no-untyped-def]
     kept, _ = train(strategy="fsdp", **options)
     assert distance(kept, train(strategy="fsdp", offload=True, **options)[0]) <= 1e-5
+
+
+class SickTask(Task):
+    """A loss that is not a number in the third step."""
+
+    def losses(self, outputs: Any, batch: Any) -> Tensor:
+        return super().losses(outputs, batch) * (math.nan if self.trainer.global_step == 2 else 1.0)
+
+
+def train_guarded(out: str, options: dict[str, Any], accelerator: str = "cuda") -> None:
+    """Train through a bad step, with a threshold for norms too."""
+    guard = UpdateGuard(spikes=10, window=64)
+    trainer = Trainer(
+        run_dir=out,
+        max_steps=STEPS,
+        parallel=ParallelConfig(**options),
+        accelerator=accelerator,  # type: ignore[arg-type]
+        callbacks=[guard],
+        progress_bar=False,
+    )
+    trainer.accumulate_grad_batches = MICRO_BATCHES
+    task = SickTask(OptimizerConfig(name="adamw", lr=0.05))
+    trainer.fit(task, train_dataloaders=MicroBatches(0, MICRO_BATCHES, micro_batches=MICRO_BATCHES, steps=STEPS))
+    assert guard.skipped == 1
+    weights = trainer.strategy.lightning_module_state_dict()
+    assert all(
+        bool(torch.isfinite(t.full_tensor() if hasattr(t, "full_tensor") else t).all()) for t in weights.values()
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"strategy": "fsdp"}, {"strategy": "fsdp", "offload": True}])
+def test_a_bad_step_is_left_out_on_the_device_and_offloaded(tmp_path: Path, options: dict[str, Any]) -> None:
+    run_ranks(1, train_guarded, str(tmp_path / "run"), options, folder=tmp_path / "logs", timeout=300).ok()
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from disttrain.errors import RankError
+from disttrain.errors import JoinError
 from disttrain.parallel.joining import agree_on_a_name
 
 
@@ -42,5 +42,5 @@ def test_words_of_a_rank_that_died_in_the_handshake_are_not_taken_for_a_new_one(
 
 def test_ranks_that_do_not_come_are_named(store: dist.TCPStore) -> None:
     store.set("hello/1", "old")
-    with pytest.raises(RankError, match="rank 1, 2 did not join"):
+    with pytest.raises(JoinError, match="rank 1, rank 2 did not join"):
         agree_on_a_name(store, 0, 3, 0.1)

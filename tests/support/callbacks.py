@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -12,10 +13,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
+from disttrain.callbacks import guard
+from disttrain.callbacks.find import find_callback
 from disttrain.checkpoint import checksum, staging, store, write
+from disttrain.checkpoint.mirror import Mirror
+from disttrain.tasks.base import Task
 
 
 class KillAt(Callback):
@@ -24,7 +30,8 @@ class KillAt(Callback):
     Args:
         step: optimizer steps done before.
         micro_batch: micro batch of the step that follows.
-        rank: which rank dies; all by default.
+        rank: which rank dies; all by default, at the moment at which the first of them comes there, since a rank
+            that outlives another by a moment would end by itself, of the lost connection.
         once: only in the first attempt that comes there.
     """
 
@@ -42,7 +49,24 @@ class KillAt(Callback):
             if self.once and marker.exists():
                 return
             marker.touch()
+            if self.rank is None and trainer.world_size > 1:
+                for process in _siblings():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process, signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _siblings() -> list[int]:
+    """The other ranks: the processes that the one which started this one has started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(parent) == os.getppid() and state != "Z" and int(stat.parent.name) != os.getpid():
+            found.append(int(stat.parent.name))
+    return found
 
 
 class SignalAt(Callback):
@@ -185,11 +209,47 @@ class KillInSave(Callback):
         known: Callable[..., Any] = getattr(owner, name)
 
         def trapped(*arguments: Any, **more: Any) -> Any:
-            if trainer.global_step >= self.step:
+            if self._is_due(trainer, arguments):
                 os.kill(os.getpid(), signal.SIGKILL)
             return known(*arguments, **more)
 
         setattr(owner, name, trapped)
+
+    def _is_due(self, trainer: pl.Trainer, arguments: tuple[Any, ...]) -> bool:
+        return trainer.global_step >= self.step
+
+
+class KillInCopy(KillInSave):
+    """Kills its own process while a checkpoint is copied to remote storage.
+
+    Args:
+        place: ``uploading`` or ``committing``: before that is done.
+        step: the first checkpoint that it is done to is of this step or a later one.
+        rank: which rank.
+    """
+
+    PLACES: ClassVar[dict[str, tuple[Any, str]]] = {"uploading": (Mirror, "upload"), "committing": (Mirror, "commit")}
+
+    def _is_due(self, trainer: pl.Trainer, arguments: tuple[Any, ...]) -> bool:
+        return int(arguments[1][5:13]) >= self.step
+
+
+class KillAtReplace(Callback):
+    """Kills its own process when a file is about to be replaced by a new one that lies beside it.
+
+    Args:
+        name: of the file.
+    """
+
+    def __init__(self, name: str) -> None:
+        known = os.replace
+
+        def trapped(source: Any, target: Any, **more: Any) -> None:
+            if Path(target).name == name:
+                os.kill(os.getpid(), signal.SIGKILL)
+            known(source, target, **more)
+
+        os.replace = trapped
 
 
 class StopAt(Callback):
@@ -245,3 +305,111 @@ _written = checksum.SummedFile.write
 
 def _over_quota(self: checksum.SummedFile, data: Any, /) -> int:
     raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+
+class LeaveOut(Callback):
+    """Leaves out the updates of some steps by itself, knowing nothing of the guard.
+
+    Args:
+        steps: which, counted from 1.
+    """
+
+    def __init__(self, steps: list[int]) -> None:
+        self.steps = steps
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """Take the gradients away."""
+        if trainer.global_step + 1 in self.steps:
+            for parameter in pl_module.parameters():
+                parameter.grad = None
+
+
+class KillInRollback(Callback):
+    """Kills its own process at a place of the first rollback.
+
+    Args:
+        place: ``deleted``, after the first later checkpoint was; ``before-record`` or ``recorded``, around the writing
+            of the record, all on rank 0; ``restore``, before the state is loaded, or ``replay``, in a step after that,
+            on all ranks.
+        step: optimizer steps done before, for ``replay``.
+    """
+
+    def __init__(self, place: str, step: int = -1) -> None:
+        self.place, self.step, self.rolled_back = place, step, False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Set the trap."""
+        if stage != "fit":
+            return
+        if self.place == "deleted":
+            store.remove = self._trap(store.remove, before=False)
+        elif self.place in ("before-record", "recorded"):
+            guard.write_rollbacks = self._trap(guard.write_rollbacks, before=self.place == "before-record")
+
+    def _trap(self, function: Callable[..., Any], *, before: bool) -> Callable[..., Any]:
+        def trapped(*arguments: Any) -> None:
+            if not before:
+                function(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return trapped
+
+    def on_roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Die here."""
+        self.rolled_back = True
+        if self.place == "restore":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Or here."""
+        if self.place == "replay" and self.rolled_back and trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class SkewedNorm(Callback):
+    """Has one rank see a much larger gradient norm than the others see, in one step.
+
+    Args:
+        step: which, counted from 1.
+        rank: whose.
+    """
+
+    def __init__(self, step: int, rank: int) -> None:
+        self.step, self.rank = step, rank
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Get between the task and the guard."""
+        if not isinstance(pl_module, Task) or pl_module.judge is None or trainer.global_rank != self.rank:
+            return
+        judge = pl_module.judge
+        if trainer.global_step + 1 == self.step:
+            pl_module.judge = lambda optimizer, loss, norm: judge(optimizer, loss, norm * 1e9)
+        elif trainer.global_step == self.step:
+            pl_module.judge = find_callback(trainer, guard.UpdateGuard)._judge  # type: ignore[union-attr]
+
+
+class OutOfMemoryAt(Callback):
+    """Has a model run out of memory, from a step on, in micro batches of some size or more.
+
+    Args:
+        step: optimizer steps done before.
+        size: samples.
+    """
+
+    def __init__(self, step: int, size: int) -> None:
+        self.step, self.size = step, size
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Watch the model's inputs."""
+
+        def check(model: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            if trainer.training and trainer.global_step >= self.step and len(arguments[0]) >= self.size:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+        model = pl_module.model
+        assert isinstance(model, torch.nn.Module)
+        model.register_forward_pre_hook(check)

@@ -41,19 +41,29 @@ class Outcome:
         return self
 
 
+class Ranks:
+    """Ranks that are under way: one process each."""
+
+    def __init__(self, ranks: int, target: Callable[..., Any], *arguments: Any, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.logs = [folder / f"rank-{rank}.log" for rank in range(ranks)]
+        port = _free_port()
+        self.processes = [
+            _CONTEXT.Process(target=_rank, args=(rank, ranks, port, str(log), target, arguments), daemon=True)
+            for rank, log in enumerate(self.logs)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def wait(self, timeout: float = 120) -> Outcome:
+        """How they ended; those that do not end in time, or not soon after another one failed, are killed."""
+        _join(self.processes, timeout)
+        return Outcome([process.exitcode for process in self.processes], [log.read_text() for log in self.logs])
+
+
 def run_ranks(ranks: int, target: Callable[..., Any], *arguments: Any, folder: Path, timeout: float = 120) -> Outcome:
     """Call a function in that many ranks; an exception in one is its exit code 1."""
-    folder.mkdir(parents=True, exist_ok=True)
-    logs = [folder / f"rank-{rank}.log" for rank in range(ranks)]
-    port = _free_port()
-    processes = [
-        _CONTEXT.Process(target=_rank, args=(rank, ranks, port, str(logs[rank]), target, arguments), daemon=True)
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    _join(processes, timeout)
-    return Outcome([process.exitcode for process in processes], [log.read_text() for log in logs])
+    return Ranks(ranks, target, *arguments, folder=folder).wait(timeout)
 
 
 def run_cli(ranks: int, arguments: Sequence[str], *, folder: Path, timeout: float = 120) -> Outcome:

@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 Fault = str
 """``status:500`` (any), ``cut`` (half the body), ``short`` (a whole answer of half the bytes), ``wrong range``,
@@ -39,6 +39,7 @@ class RangeServer(ThreadingHTTPServer):
         self.faults: dict[str, deque[Fault]] = {}
         self.bytes_served: Counter[str] = Counter()
         self.requests: list[tuple[str, str]] = []
+        self.pieces: dict[str, bytearray] = {}
         self.released = Event()
         self.on_request: Callable[[str, str], None] = lambda name, range_: None
         self._lock = Lock()
@@ -129,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _GcsHandler(_Handler):
-    """Google Cloud Storage's JSON: an object's metadata, its bytes by ranges, and listings.
+    """Google Cloud Storage's JSON: an object's metadata, its bytes by ranges, listings, uploads and deletions.
 
     A bucket is a folder; objects have their MD5 and a generation that changes with the contents.
     """
@@ -160,6 +161,63 @@ class _GcsHandler(_Handler):
             self._range(name, path.read_bytes(), self.headers.get("Range", ""), fault)
         else:
             self._json(_gcs_object(bucket, path))
+
+    def do_POST(self) -> None:
+        """Make an object of a multipart request, or begin one that comes in pieces; ``put NAME`` may fail."""
+        parts = urlsplit(self.path)
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if parts.path.startswith("/pieces/"):
+            self._piece(body)
+            return
+        place = re.fullmatch(r"/upload/storage/v1/b/([^/]+)/o", parts.path)
+        assert place, f"unknown request {self.path}"
+        if "uploadType=resumable" in parts.query:
+            name = json.loads(body)["name"]
+            where = f"{self.server.url}/pieces/{place[1]}/{quote(name, safe='')}"
+            self._answer(200, b"", Location=where)
+            return
+        about, _, rest = body.removeprefix(b"--==0==").partition(b"--==0==\nContent-Type: ")
+        name = json.loads(about.partition(b"\n\n")[2])["name"]
+        self._put(unquote(place[1]), name, rest.partition(b"\n\n")[2].removesuffix(b"\n--==0==--"))
+
+    def _piece(self, body: bytes) -> None:
+        _, _, bucket, name = self.path.split("/")
+        first, last, total = map(int, re.findall(r"\d+", self.headers["Content-Range"]))
+        held = self.server.pieces.setdefault(name, bytearray())
+        assert (len(held), len(body)) == (first, last - first + 1), "a piece in the wrong place"
+        held += body
+        if len(held) < total:
+            self._answer(308, b"", Range=f"bytes=0-{last}")
+        else:
+            self._put(bucket, unquote(name), bytes(self.server.pieces.pop(name)))
+
+    def do_DELETE(self) -> None:
+        """Delete an object, or one that has begun to come in pieces."""
+        if self.path.startswith("/pieces/"):
+            self.server.pieces.pop(self.path.rpartition("/")[2], None)
+            self._answer(204, b"")
+            return
+        place = re.fullmatch(r"/storage/v1/b/([^/]+)/o/(.+)", urlsplit(self.path).path)
+        assert place, f"unknown request {self.path}"
+        path = self.server.folder / unquote(place[1]) / unquote(place[2])
+        if path.is_file():
+            path.unlink()
+            self._answer(204, b"")
+        else:
+            self._error(404, "No such object")
+
+    def _put(self, bucket: str, name: str, content: bytes) -> None:
+        fault = self.server.next_fault(f"put {name}")
+        if fault:
+            self._error(int(fault.removeprefix("status:")), "no")
+            return
+        if not (self.server.folder / bucket).is_dir():
+            self._error(404, "The specified bucket does not exist.")
+            return
+        path = self.server.folder / bucket / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        self._json(_gcs_object(self.server.folder / bucket, path))
 
     def _error(self, status: int, message: str) -> None:
         self._json({"error": {"code": status, "message": message}}, status)
@@ -218,6 +276,40 @@ class S3Server:
     url: str
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     """Method, path and range of each request."""
+    faults: list[tuple[str, str, int, int]] = field(default_factory=list)
+    """Method, part of a path, status, and how many more such requests are answered with it."""
+    _known: Any = None
+
+    def fail(self, method: str, part: str, status: int = 503, times: int = 10**9) -> None:
+        """Answer the next requests of a method and path with an error."""
+        self.faults.append((method, part, status, times))
+
+    def fault_of(self, method: str, path: str) -> int:
+        """The status that a request is to fail with, or 0."""
+        for number, (for_method, part, status, times) in enumerate(self.faults):
+            if times and method == for_method and part in path:
+                self.faults[number] = (for_method, part, status, times - 1)
+                return status
+        return 0
+
+    def make(self, bucket: str) -> None:
+        """A new, empty bucket."""
+        self._client().create_bucket(Bucket=bucket)
+        self.requests.clear()
+
+    def names(self, bucket: str) -> dict[str, bytes]:
+        """All objects of a bucket."""
+        client = self._client()
+        found = [item["Key"] for item in client.list_objects_v2(Bucket=bucket).get("Contents", [])]
+        return {name: client.get_object(Bucket=bucket, Key=name)["Body"].read() for name in found}
+
+    def delete(self, bucket: str, name: str) -> None:
+        """Delete an object."""
+        self._client().delete_object(Bucket=bucket, Key=name)
+
+    def write(self, bucket: str, name: str, content: bytes) -> None:
+        """Make an object, or replace it."""
+        self._client().put_object(Bucket=bucket, Key=name, Body=content)
 
     def upload(self, folder: Path, bucket: str) -> None:
         """Put all files of a folder into a new bucket."""
@@ -225,7 +317,6 @@ class S3Server:
         client.create_bucket(Bucket=bucket)
         for path in sorted(folder.iterdir()):
             client.upload_file(str(path), bucket, path.name)
-        client.close()
         self.requests.clear()
 
     def check_credentials(self, check: bool) -> None:
@@ -233,11 +324,18 @@ class S3Server:
         requests = importlib.import_module("requests")
         requests.post(f"{self.url}/moto-api/reset-auth", data=b"0" if check else b"inf").close()
 
+    def close(self) -> None:
+        """Let go of the connections."""
+        if self._known is not None:
+            self._known.close()
+
     def _client(self) -> Any:
-        keys = dict.fromkeys(("aws_access_key_id", "aws_secret_access_key"), "testing")
-        return importlib.import_module("boto3").client(
-            "s3", endpoint_url=self.url, region_name="us-east-1", verify=False, **keys
-        )
+        if self._known is None:  # it takes long to make
+            keys = dict.fromkeys(("aws_access_key_id", "aws_secret_access_key"), "testing")
+            self._known = importlib.import_module("boto3").client(
+                "s3", endpoint_url=self.url, region_name="us-east-1", verify=False, **keys
+            )
+        return self._known
 
 
 @contextmanager
@@ -248,6 +346,10 @@ def s3_server() -> Iterator[S3Server]:
 
     def counted(environ: dict[str, Any], start_response: Any) -> Any:
         server.requests.append((environ["REQUEST_METHOD"], environ["PATH_INFO"], environ.get("HTTP_RANGE", "")))
+        if status := server.fault_of(environ["REQUEST_METHOD"], environ["PATH_INFO"]):
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start_response(f"{status} Fault", [("Content-Length", "0")])
+            return [b""]
         return application(environ, start_response)
 
     silent = type("Silent", (moto.MotoRequestHandler,), {"log": lambda *_: None})
@@ -260,6 +362,8 @@ def s3_server() -> Iterator[S3Server]:
         yield server
     finally:
         server.check_credentials(False)
+        importlib.import_module("requests").post(f"{server.url}/moto-api/reset").close()  # all servers hold the same
+        server.close()
         running.shutdown()
         running.server_close()
         thread.join()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from disttrain import ClassificationTask, OptimizerConfig
+from disttrain import ClassificationTask, OptimizerConfig, ScheduleConfig
 
 
 class BatchNormDigits(ClassificationTask):
@@ -32,6 +32,19 @@ class PlainDigits(ClassificationTask):
     def __init__(self, lr: float = 0.05) -> None:
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
         super().__init__(model, num_classes=10, scale=1 / 16, optimizer=OptimizerConfig(name="sgd", lr=lr))
+
+
+class TeacherDigits(PlainDigits):
+    """Has a teacher, which follows the weights in the module's own last hook of a step."""
+
+    teacher: Tensor
+
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr)
+        self.register_buffer("teacher", torch.zeros(10))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.teacher.lerp_(self.model[3].bias.detach(), 0.1)
 
 
 class RankDependentDigits(PlainDigits):
@@ -68,7 +81,8 @@ class MeanOfMeansDigits(pl.LightningModule):
 class FeatureTask(ClassificationTask):
     """Two classes by six features, with momentum, whose state a spoilt step would spoil too."""
 
-    def __init__(self, lr: float = 0.05) -> None:
+    def __init__(self, lr: float = 0.05, cosine: bool = False) -> None:
         model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 2))
         optimizer = OptimizerConfig(name="sgd", lr=lr, momentum=0.9)
-        super().__init__(model, num_classes=2, input="features", optimizer=optimizer)
+        schedule = ScheduleConfig(name="cosine" if cosine else "constant")
+        super().__init__(model, num_classes=2, input="features", optimizer=optimizer, schedule=schedule)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from disttrain.checkpoint.store import committed, read_model
 
@@ -26,3 +28,9 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
     """The tensors that are not equal bit by bit."""
     return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def whole_weights(trainer: Any) -> dict[str, torch.Tensor]:
+    """The weights of a run under way, its buffers with them, put together on every rank. A collective."""
+    weights = trainer.strategy.lightning_module_state_dict()
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t.clone() for name, t in weights.items()}

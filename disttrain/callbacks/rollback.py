@@ -1,0 +1,129 @@
+"""Going back to a checkpoint within a process, so that a kill at any moment changes nothing.
+
+The order is what makes it safe. The save under way is waited for. The checkpoints of later steps are deleted, newest
+first: a run killed meanwhile resumes from what is left, comes to the same streak by the same steps, and decides the
+same. The record of the rollback, ``skipped/rollbacks.json``, is written through to the disk: a run killed from then on
+resumes from the checkpoint that was chosen, with it. Only then is the state loaded, by the same code and in the
+same order as in a resume: weights, optimizer, averages, schedules, callbacks, counters. Costs what a resume costs,
+without the start of processes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import lightning.pytorch as pl
+from lightning.pytorch.loops.utilities import _reset_progress
+
+from disttrain.callbacks.checkpointing import Checkpointing
+from disttrain.callbacks.streak import Rollback, Streak, targets
+from disttrain.checkpoint import store, verify
+from disttrain.checkpoint.write import from_lead
+from disttrain.errors import CheckpointError
+from disttrain.files import sync_directory, write_synced
+from disttrain.parallel.agree import raise_together
+
+FILE: Final = "rollbacks.json"
+
+
+def read_rollbacks(folder: Path) -> list[Rollback]:
+    """The rollbacks that a run has made, as its record says; none where there is no record. Rank 0 only.
+
+    Args:
+        folder: ``<run_dir>/skipped``.
+
+    Raises:
+        CheckpointError: the record is damaged.
+    """
+    try:
+        content = json.loads((folder / FILE).read_text())
+        return [Rollback(**entry) for entry in content["rollbacks"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / FILE}, which says what batches are to be left out, cannot be read: {error}",
+            mend="restore it, or move it away to go on with what the checkpoint says",
+        ) from None
+
+
+def write_rollbacks(folder: Path, rollbacks: list[Rollback]) -> None:
+    """Write the record through to the disk. Rank 0 only.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"format": 1, "rollbacks": [each.as_dict() for each in rollbacks]}
+        write_synced(folder / FILE, json.dumps(content, indent=1) + "\n")
+        sync_directory(folder)
+        sync_directory(folder.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder / FILE} cannot be written: {error.strerror}", mend="make room, or the folder writable"
+        ) from error
+
+
+def find_target(
+    trainer: pl.Trainer, checkpoints: Checkpointing, streak: Streak, *, margin: int
+) -> store.Committed | None:
+    """The checkpoint to go back to, found sound by all ranks; None where there is none. A collective."""
+    faulty: set[Path] = set()
+    while True:
+        chosen: store.Committed | None = None
+        with raise_together():
+            if trainer.is_global_zero:
+                chosen = _choose(checkpoints, streak, margin, faulty)
+        chosen = from_lead(chosen)
+        if chosen is None:
+            return None
+        if not checkpoints.verify_checksums:
+            verify.trust(chosen.path)
+        if not verify.fault_together(chosen.path):
+            return chosen
+        faulty.add(chosen.path)
+
+
+def _choose(checkpoints: Checkpointing, streak: Streak, margin: int, faulty: set[Path]) -> store.Committed | None:
+    """The best target that is not faulty. Rank 0 only."""
+    assert checkpoints.directory is not None, "the callback is not set up"
+    own = checkpoints.attempt.run if checkpoints.attempt is not None else ""
+    found = [entry for entry in store.committed(checkpoints.directory)[0] if entry.about.run in ("", own)]
+    candidates = [entry for entry in targets(found, first=streak.first, margin=margin) if entry.path not in faulty]
+    # What an older one names as the best may have been replaced and deleted since.
+    newest = max(candidates, key=lambda entry: entry.global_step, default=None)
+    return next((entry for entry in candidates if entry is newest or checkpoints.has_best_of(entry.path)), None)
+
+
+def restore(trainer: pl.Trainer, path: Path) -> None:
+    """Put a trainer that trains back to a checkpoint, outside of its loops. A collective.
+
+    Callbacks, and the module, may define ``on_roll_back(trainer, pl_module)`` to drop what they keep in memory of steps
+    that will be done again. After that they are asked to ``load_state_dict``, and ``on_train_start`` follows.
+
+    Args:
+        trainer: it stands at a step boundary.
+        path: a sound checkpoint.
+    """
+    fit, module = trainer.fit_loop, trainer.lightning_module
+    for listener in (*trainer.callbacks, module):  # type: ignore[attr-defined]
+        if hasattr(listener, "on_roll_back"):
+            listener.on_roll_back(trainer, module)
+    if fit._data_fetcher is not None:
+        fit._data_fetcher.teardown()  # ends the threads that read ahead
+    fit._data_fetcher = fit._combined_loader = None
+    module._current_fx_name = None  # Lightning resets it only where a hook returns
+    module.zero_grad()
+    trainer.should_stop = False
+    loop: Any = fit.epoch_loop
+    _reset_progress(fit)
+    loop._skip_next_val = loop.val_loop._has_run = False
+    trainer._logger_connector.reset_results()
+    trainer._logger_connector.reset_metrics()
+    connector = trainer._checkpoint_connector
+    connector._restore_modules_and_callbacks(path)
+    connector.restore_training_state()
+    connector.resume_end()

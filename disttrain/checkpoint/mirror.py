@@ -1,0 +1,329 @@
+"""Copies of a run's checkpoints on remote storage: which are there, who may write there, which go.
+
+A copy is a folder of objects, named after the checkpoint's directory and the attempt that has made it, such as
+``step-00000285.a2-b9f34c9a``: two attempts never write the same object. Its marker is put last, the same bytes as the
+local one, with the checksums of all files; without it, or with an object of another size, a copy does not count.
+The object ``ATTEMPT`` names the newest attempt, as the local file does. Whoever begins one puts that first, and then
+deletes what has no marker: an older process reads ``ATTEMPT`` before it puts a marker, and where it was past that,
+the files that the marker lists are gone. So a late marker makes no checkpoint. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import time
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from disttrain.checkpoint.checksum import Sum
+from disttrain.checkpoint.fence import FENCE, Attempt, FencedError, claim, run_of
+from disttrain.checkpoint.marker import MARKER, Committed, parse
+from disttrain.checkpoint.prune import Keep
+from disttrain.data.objects import ObjectFolder
+from disttrain.data.remote import RemoteError, RetryConfig, is_remote, shown
+from disttrain.errors import CheckpointError, ConfigError
+
+_NAME: Final = re.compile(r"(step-\d{8,}(?:\.\d+)?)\.(a\d+-[0-9a-f]+)")
+_READ_ONLY: Final = ("http", "https")
+_MENDS: Final = {
+    401: "give credentials that may read, write, list and delete there",
+    403: "give credentials that may read, write, list and delete there",
+    404: "make the bucket, or correct the URL",
+}
+
+
+@dataclass(frozen=True)
+class MirrorConfig:
+    """Where checkpoints are copied to once they are committed locally.
+
+    Attributes:
+        url: a folder of this run's own, such as ``s3://bucket/runs/digits``; null for no copies.
+        on_error: ``continue`` trains on where a copy cannot be made, and the event is recorded; ``stop`` ends the run.
+        retry: how long requests are tried.
+    """
+
+    url: str | None = None
+    on_error: Literal["continue", "stop"] = "continue"
+    retry: RetryConfig = field(default_factory=RetryConfig)
+
+    def __post_init__(self) -> None:
+        if self.url is None:
+            return
+        scheme, _, rest = self.url.partition("://")
+        if not is_remote(self.url) or scheme.lower() in _READ_ONLY or not rest.strip("/"):
+            raise ConfigError(
+                f"checkpoints cannot be copied to {shown(self.url)!r} (checkpoint.mirror.url)",
+                mend="use a URL such as s3://bucket/folder, gs://bucket/folder or file:///folder",
+            )
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A copy that counts.
+
+    Attributes:
+        name: of its folder of objects.
+        entry: what its marker says; the path is the name of the directory that it was made of.
+        marker: the marker's bytes.
+    """
+
+    name: str
+    entry: Committed
+    marker: bytes = field(repr=False)
+
+
+class Mirror:
+    """The copies below a URL. Every method but :attr:`url` talks to the server, and is one process's work."""
+
+    def __init__(self, config: MirrorConfig) -> None:
+        assert config.url is not None
+        self.config = config
+        self._folder = ObjectFolder(config.url.rstrip("/"), config.retry)
+        self._markers: dict[str, bytes] = {}  # they never change
+
+    @property
+    def url(self) -> str:
+        """Where the copies are, as messages may show it."""
+        return shown(self._folder.url)
+
+    def owner(self) -> dict[str, Any]:
+        """What ``ATTEMPT`` says of the newest attempt; empty where none has begun.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        with self._speaking("cannot be read"):
+            data = self._folder.read(FENCE)
+        if data is None:
+            return {}
+        try:
+            content = json.loads(data)
+        except ValueError:
+            content = None
+        if not isinstance(content, dict) or not content.get("run"):
+            raise CheckpointError(
+                f"{self.url}/{FENCE} is damaged, so it is not known whose checkpoints these are",
+                mend="remove that object, or name another checkpoint.mirror.url",
+            )
+        return content
+
+    def claim(self, attempt: Attempt) -> list[str]:
+        """Become the newest attempt here, and delete what earlier ones left unfinished; says what that was.
+
+        Raises:
+            CheckpointError: it cannot be written, listed or deleted.
+        """
+        who = {"host": platform.node(), "pid": os.getpid(), "time": time.time()}
+        with self._speaking("cannot be written"):
+            self._folder.write(FENCE, (json.dumps({**asdict(attempt), **who}) + "\n").encode())
+            unfinished = {name: files for name, files in self._copies().items() if MARKER not in files}
+            self._folder.remove(f"{name}/{file}" for name, files in unfinished.items() for file in files)
+        return [self._never(name) for name in unfinished]
+
+    def guard(self, attempt: Attempt) -> None:
+        """Go on only as the newest attempt.
+
+        Raises:
+            FencedError: another attempt has begun since.
+            CheckpointError: it cannot be asked.
+        """
+        there = self.owner()
+        if not there:
+            raise CheckpointError(
+                f"{self.url}/{FENCE} is gone, so the copies were moved or deleted", mend="start the run again"
+            )
+        if there.get("token") != attempt.token:
+            who = f"attempt {there.get('number')} (host {there.get('host')}, process {there.get('pid')})"
+            raise FencedError(
+                f"this process is attempt {attempt.number} of run {attempt.run}, but {who} has taken over {self.url};"
+                " it publishes nothing",
+                mend="leave the newer attempt to itself; this process was forgotten, and ends here",
+            )
+
+    def committed(self) -> tuple[list[Stored], list[str]]:
+        """The copies that count, oldest first, and why others do not.
+
+        Raises:
+            CheckpointError: the server cannot be asked.
+        """
+        found: list[Stored] = []
+        passed_over: list[str] = []
+        with self._speaking("cannot be listed"):
+            for name, files in sorted(self._copies().items()):
+                try:
+                    found.append(self._check(name, files))
+                except CheckpointError as error:
+                    passed_over.append(error.what)
+        return sorted(found, key=lambda one: (one.entry.global_step, one.entry.about.attempt)), passed_over
+
+    def upload(self, name: str, path: Path) -> None:
+        """Put a file into a copy.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        with self._speaking("cannot be written"):
+            self._folder.upload(f"{name}/{path.name}", path)
+
+    def commit(self, name: str, marker: bytes) -> None:
+        """Put the marker of a copy that has all its files.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        with self._speaking("cannot be written"):
+            self._folder.write(f"{name}/{MARKER}", marker)
+
+    def prune(self, keep: Keep, *, label: str = "", dry_run: bool = False) -> tuple[list[Stored], int]:
+        """Delete the copies that need not be kept, markers first.
+
+        Args:
+            keep: what to keep.
+            label: of the attempt that asks, whose unfinished copies go too.
+            dry_run: delete nothing.
+
+        Returns:
+            Those that went, and how many there were.
+
+        Raises:
+            CheckpointError: they cannot be listed or deleted.
+        """
+        found = self.committed()[0]
+        entries = [one.entry for one in found]
+        superfluous = keep.superfluous(entries)
+        gone = [one for one in found if any(one.entry is entry for entry in superfluous)]
+        if not dry_run:
+            with self._speaking("cannot be deleted"):
+                self._folder.remove(f"{one.name}/{MARKER}" for one in gone)
+                self._folder.remove(f"{one.name}/{file}" for one in gone for file in one.entry.files)
+                for name, files in self._copies().items() if label else ():
+                    if name.endswith(f".{label}") and MARKER not in files:
+                        self._folder.remove(f"{name}/{file}" for file in files)
+        return gone, len(found)
+
+    def fault(self, stored: Stored, file: str, into: Path | None = None) -> str:
+        """Read a file of a copy, compare it with the marker's checksum, and keep it where that is asked for.
+
+        Args:
+            stored: the copy.
+            file: name of one of its files.
+            into: a directory to write it to, synced.
+
+        Returns:
+            What is wrong with it, or an empty text.
+
+        Raises:
+            CheckpointError: the server cannot be asked.
+            OSError: it cannot be written.
+        """
+        due, crc, size = stored.entry.files[file], 0, 0
+        with self._speaking("cannot be read"), open(into / file if into else os.devnull, "wb") as out:
+            for part in self._folder.parts(f"{stored.name}/{file}", due.num_bytes):
+                crc, size = zlib.crc32(part, crc), size + len(part)
+                if into:
+                    out.write(part)
+            if into:
+                out.flush()
+                os.fsync(out.fileno())
+        there = Sum(size, f"{crc:08x}")
+        if there == due:
+            return ""
+        return (
+            f"checkpoint {self.url}/{stored.name} is damaged: the {size:,} bytes of {file} have checksum {there.crc32},"
+            f" its marker says {due.crc32}"
+        )
+
+    def _copies(self) -> dict[str, dict[str, int]]:
+        """Sizes of the objects of each copy, whole or not."""
+        found: dict[str, dict[str, int]] = defaultdict(dict)
+        for path, size in self._folder.sizes().items():
+            name, _, file = path.partition("/")
+            if _NAME.fullmatch(name) and file:
+                found[name][file] = size
+        return dict(found)
+
+    def _check(self, name: str, files: dict[str, int]) -> Stored:
+        if MARKER not in files:
+            raise CheckpointError(self._never(name))
+        if name not in self._markers:
+            data = self._folder.read(f"{name}/{MARKER}")
+            if data is None:  # deleted meanwhile
+                raise CheckpointError(self._never(name))
+            self._markers[name] = data
+        where, data = f"{self.url}/{name}", self._markers[name]
+        entry = parse(data.decode(errors="replace"), Path(local_name(name)), shown=where)
+        for file, due in entry.files.items():
+            if files.get(file) != due.num_bytes:
+                state = f"has {files[file]} bytes" if file in files else "is missing"
+                raise CheckpointError(f"checkpoint {where} is torn: {file} {state}, its marker says {due.num_bytes}")
+        return Stored(name, entry, data)
+
+    def _never(self, name: str) -> str:
+        return f"checkpoint {self.url}/{name} was never committed"
+
+    @contextmanager
+    def _speaking(self, what: str) -> Iterator[None]:
+        """Say of a server's error what it means for checkpoints."""
+        try:
+            yield
+        except RemoteError as error:
+            raise CheckpointError(
+                f"the folder of checkpoints {self.url} {what}: {error.what}",
+                mend=_MENDS.get(error.status or 0, error.mend),
+            ) from None
+
+
+def local_name(name: str) -> str:
+    """The name of the directory that a copy was made of."""
+    found = _NAME.fullmatch(name)
+    return found[1] if found else name
+
+
+def copy_of(url: str) -> tuple[str, str]:
+    """A URL of a folder of copies, or of one copy: the folder's, and the copy's name or an empty one."""
+    folder, _, name = url.rstrip("/").rpartition("/")
+    return (folder, name) if _NAME.fullmatch(name) else (url, "")
+
+
+def begin(directory: Path, mirror: Mirror | None, *, run: str = "", adopt: bool = False) -> tuple[Attempt, list[str]]:
+    """Begin an attempt in a folder of checkpoints, and where they are copied to. Rank 0 only.
+
+    Args:
+        directory: the local folder.
+        mirror: the copies, if there are any.
+        run: id of the run, where it is known and the folder does not tell.
+        adopt: go on as the run whose copies these are, where the local folder does not know its run.
+
+    Returns:
+        The attempt, and what was deleted of the copies.
+
+    Raises:
+        CheckpointError: a folder cannot be written, or the copies are another run's.
+    """
+    if mirror is None:
+        return claim(directory, run=run), []
+    owner = mirror.owner()
+    ours, theirs = run_of(directory) or run, str(owner.get("run", ""))
+    if theirs and (ours or not adopt) and ours != theirs:
+        raise another_run(mirror, theirs, ours)
+    number = owner.get("number", 0)
+    attempt = claim(directory, run=ours or theirs, after=number if isinstance(number, int) else 0)
+    return attempt, mirror.claim(attempt)
+
+
+def another_run(mirror: Mirror, theirs: str, ours: str) -> CheckpointError:
+    """The error where copies are another run's."""
+    this = f"this folder is that of run {ours}" if ours else "this is a new run"
+    return CheckpointError(
+        f"checkpoint.mirror.url {mirror.url} holds the checkpoints of run {theirs}, {this}",
+        mend="name another checkpoint.mirror.url for this run; or, to go on with that one, a run_dir that is not there"
+        " yet and --resume auto",
+    )

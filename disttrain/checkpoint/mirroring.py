@@ -1,0 +1,189 @@
+"""Copying committed checkpoints to remote storage in the background, and fetching them back, by all ranks.
+
+A thread of each rank uploads its share of a checkpoint's files, rank 0 puts the marker once all are there, then
+deletes older copies by the rule that holds locally. It is one more :class:`~disttrain.checkpoint.saver.Saver`, so
+training waits for nothing and all ranks hear of the outcome at one step. One copy is made at a time. Checkpoints that
+come meanwhile wait for it; of those, only the newest and the ones that are to be kept are copied then.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from disttrain.checkpoint import verify
+from disttrain.checkpoint.fence import Attempt, guard
+from disttrain.checkpoint.marker import MARKER, TEMPORARY, About, Committed, check, free_path
+from disttrain.checkpoint.mirror import Mirror, Stored, local_name
+from disttrain.checkpoint.prune import Keep
+from disttrain.checkpoint.saver import Outcome, Saver
+from disttrain.checkpoint.write import file_errors, from_lead
+from disttrain.errors import CheckpointError
+from disttrain.files import open_directory, sync_directory, write_synced
+from disttrain.parallel.agree import gather, is_distributed, raise_together
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A checkpoint to copy.
+
+    Attributes:
+        final: its directory, which stays while it is copied.
+        about: what its marker says.
+        mirror: where to.
+        attempt: who may.
+        keep: which copies to keep afterwards.
+    """
+
+    final: Path
+    about: About
+    mirror: Mirror
+    attempt: Attempt
+    keep: Keep
+
+    def run(self, group: dist.ProcessGroup | None = None) -> None:
+        """Copy and commit. A collective of the group, by default of all ranks.
+
+        Raises:
+            FencedError: a newer attempt has begun. Other ranks raise a ``RankError``.
+            CheckpointError: a file cannot be read or an object not be written. Older copies are untouched. Ranks that
+                did not fail raise a ``RankError``.
+        """
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+        name = f"{self.final.name}.{self.attempt.label}"
+        with raise_together(group), _reading(self.final):
+            if rank == 0:
+                self.mirror.guard(self.attempt)
+            for file in verify.share(check(self.final).files, rank, ranks):
+                self.mirror.upload(name, self.final / file)
+        with raise_together(group), _reading(self.final):
+            if rank == 0:
+                marker = (self.final / MARKER).read_bytes()
+                self.mirror.guard(self.attempt)
+                self.mirror.commit(name, marker)
+                self.mirror.prune(self.keep, label=self.attempt.label)
+
+
+class Mirroring:
+    """Copies one checkpoint after another. All ranks call every method alike."""
+
+    def __init__(self, mirror: Mirror, attempt: Attempt) -> None:
+        self._mirror, self._attempt = mirror, attempt
+        self._saver = Saver()
+        self._waiting: list[Committed] = []
+        self._under_way: Committed | None = None
+        self._keep = Keep()
+
+    @property
+    def needed(self) -> list[str]:
+        """Names of the local directories that are still to be copied."""
+        return [entry.path.name for entry in (*self._waiting, *filter(None, [self._under_way]))]
+
+    def offer(self, path: Path, global_step: int, keep: Keep) -> None:
+        """Copy a checkpoint that was committed, now or once the one before is done. A collective.
+
+        Args:
+            path: its directory.
+            global_step: its step.
+            keep: what is to be kept, of copies and of those that wait.
+        """
+        self._waiting.append(Committed(path, global_step))
+        self._keep = Keep(1, keep.best, keep.every_steps)
+        gone = self._keep.superfluous(self._waiting)
+        self._waiting = [entry for entry in self._waiting if entry not in gone]
+        self._keep = keep
+        if not self._saver.busy:
+            self._next()
+
+    def poll(self) -> Outcome | None:
+        """At a step boundary: how a copy ended, at the same boundary on all ranks; the next one is begun."""
+        return self._take(self._saver.poll())
+
+    def wait(self, timeout_seconds: float | None = None, *, last: bool = False) -> Outcome | None:
+        """Wait for the copy that is under way; None where there is none, or it takes longer than the limit.
+
+        Args:
+            timeout_seconds: the limit.
+            last: begin no other; this rank may be the only one that asks.
+        """
+        return self._take(self._saver.wait(timeout_seconds), last=last)
+
+    def _take(self, outcome: Outcome | None, *, last: bool = False) -> Outcome | None:
+        if outcome is None:
+            return None
+        entry, self._under_way = self._under_way, None
+        if outcome.error is None and not last:
+            self._next()
+        elif entry is not None:  # tried again with the next one, if it is worth that by then
+            self._waiting.insert(0, entry)
+        return outcome
+
+    def _next(self) -> None:
+        if self._waiting:
+            self._under_way = entry = self._waiting.pop(0)
+            about = About(entry.global_step)
+            self._saver.begin(Upload(entry.path, about, self._mirror, self._attempt, self._keep), background=True)
+
+
+def fetch(mirror: Mirror, stored: Stored, directory: Path, attempt: Attempt) -> str:
+    """Fetch a copy, as a checkpoint of the local folder; gives what is wrong with it, if it is damaged. A collective.
+
+    Raises:
+        CheckpointError: it cannot be read or written. Ranks that did not fail raise a ``RankError``.
+    """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+    final = Path(from_lead(str(free_path(directory, local_name(stored.name)))))
+    temporary = final.with_name(f"{final.name}.{attempt.label}{TEMPORARY}")
+    with raise_together(), file_errors(temporary):
+        if rank == 0:
+            free = shutil.disk_usage(directory).free
+            if free < stored.entry.num_bytes:
+                raise CheckpointError(
+                    f"{mirror.url}/{stored.name} takes {stored.entry.num_bytes:,} bytes, {free:,} are free for"
+                    f" {directory}",
+                    mend="free space, or move trainer.run_dir",
+                )
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+    fault = ""
+    try:
+        with raise_together(), file_errors(temporary):
+            for file in verify.share(stored.entry.files, rank, ranks):
+                fault = fault or mirror.fault(stored, file, temporary)
+        fault = next(filter(None, gather(fault)), "")
+        with raise_together(), file_errors(temporary):
+            if rank == 0 and not fault:
+                _publish(temporary, final, stored, attempt)
+    finally:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+    if not fault:
+        verify.trust(final)
+    return fault
+
+
+def _publish(temporary: Path, final: Path, stored: Stored, attempt: Attempt) -> None:
+    with open_directory(temporary) as opened:
+        os.fsync(opened)
+        guard(final.parent, attempt)
+        os.rename(temporary, final)
+        sync_directory(final.parent)
+        write_synced(Path(MARKER), stored.marker.decode(), within=opened)
+        os.fsync(opened)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say of a local file's error which checkpoint it is of."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot copy checkpoint {path}: {error.strerror or error}", mend="check the run folder's disk"
+        ) from error

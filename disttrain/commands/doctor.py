@@ -1,0 +1,94 @@
+"""``disttrain doctor``: can this machine, or these ranks, train? Alone, or under ``disttrain launch``, torchrun, srun.
+
+Prints a table of versions, devices, network, folders and speeds with what to mend, or JSON. Exit code 0 where all is
+well or there are warnings only, 1 where something would fail a training (or, with ``--strict``, for warnings too), 2
+for a mistake on the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from disttrain.errors import ConfigError
+
+
+def main(argv: list[str]) -> int:
+    """Examine, and print what was found; all ranks end alike.
+
+    Args:
+        argv: the arguments that follow ``disttrain doctor``.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+    arguments = _parser().parse_args(argv)
+    if not arguments.timeout > 0:
+        raise ConfigError(f"--timeout is {arguments.timeout:g}", mend="use some seconds")
+    if arguments.port is not None and not 0 < arguments.port < 65536:
+        raise ConfigError(f"--port is {arguments.port}", mend="use 1024 to 65535")
+
+    # Here: --help and mistakes need no torch.
+    from disttrain.doctor.examine import Options, Report, examine
+    from disttrain.doctor.finding import failure, worst
+    from disttrain.doctor.folders import folders_of
+    from disttrain.doctor.show import print_report
+    from disttrain.world import World, detect_world
+
+    def show(report: Report) -> None:
+        if not report.speaks:
+            return
+        if arguments.json:
+            print(json.dumps(report.as_json(), indent=2), flush=True)
+        else:
+            print_report(report)
+
+    options = Options(
+        folders=folders_of(arguments.config, arguments.run_dir, arguments.data or []),
+        config=Path(arguments.config) if arguments.config else None,
+        shm=Path(arguments.shm),
+        port=arguments.port,
+        timeout=arguments.timeout,
+    )
+    trouble = None
+    try:
+        world = detect_world()
+    except ConfigError as error:
+        # What the launchers say contradicts itself: that is a finding, and this node can be looked at all the same.
+        world, trouble = World(), failure("launcher", error.what, error.mend)
+    report = examine(world, options, caught=show)
+    if trouble is not None:
+        report.findings.append(trouble)
+    show(report)
+    status = worst(report.findings)
+    return int(status == "failure" or (arguments.strict and status == "warning"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="disttrain doctor",
+        description="Check versions, devices, memory, network, ports, folders and, on several ranks, whether they reach"
+        " each other, are alike, and compute and exchange at the speed they should. Run it alone, or on all ranks as a"
+        " training is run: disttrain launch doctor, torchrun ... -m disttrain doctor, srun disttrain doctor.",
+        epilog="Exit code 0 where all is well or there are warnings only, 1 for failures, 2 for a mistake.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="a recipe's YAML: its run folder and data are examined, its content compared")
+    parser.add_argument("--run-dir", help="folder that checkpoints go to (default: the configuration's, or runs)")
+    parser.add_argument("--data", action="append", help="shards or a folder to read; may be given several times")
+    parser.add_argument("--port", type=int, default=_port_of_environment(), help="a port that is to be free on rank 0")
+    parser.add_argument("--shm", default="/dev/shm", help="where shared memory is mounted (default: %(default)s)")
+    parser.add_argument(
+        "--timeout", type=float, default=15.0, help="seconds to wait for other ranks (default: %(default)g)"
+    )
+    parser.add_argument("--strict", action="store_true", help="end with 1 for warnings too")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def _port_of_environment() -> int | None:
+    """``MASTER_PORT``, unless torchrun's own store, or the ranks' meeting, has it."""
+    text = os.environ.get("MASTER_PORT", "")
+    return int(text) if text.isdigit() and "RANK" not in os.environ and "SLURM_PROCID" not in os.environ else None

@@ -1,0 +1,169 @@
+"""``disttrain launch``: a subcommand, or a script, on all GPUs of this machine. A thin front to torchrun.
+
+It counts the GPUs, prints the torchrun command and runs it, with a port that torchrun itself is given by the system, so
+that launches beside each other do not clash. Signals go on to torchrun and so to the ranks, and the exit code is that
+of the ranks (75 preempted, 76 hung, 2 a mistake), where torchrun's own is always 1. Loads no torch itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from disttrain.endings import VARIABLE, Ending, code_of, read_endings
+from disttrain.errors import ConfigError
+from disttrain.world import detect_world
+
+_FORWARDED: Final = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def main(argv: list[str]) -> int:
+    """Run it.
+
+    Args:
+        argv: the arguments that follow ``disttrain launch``.
+
+    Returns:
+        The exit code of the ranks, or torchrun's where they have left none.
+
+    Raises:
+        ConfigError: there is nothing to run, or this process is a rank itself.
+    """
+    arguments = _parser().parse_args(argv)
+    if not arguments.command:
+        raise ConfigError(
+            "disttrain launch is not told what to run", mend="as in: disttrain launch fit --config X.yaml"
+        )
+    if arguments.nproc is not None and arguments.nproc < 1:
+        raise ConfigError(f"--nproc is {arguments.nproc}", mend="use at least 1, or leave it out for a rank a GPU")
+    if arguments.max_restarts < 0:
+        raise ConfigError(f"--max-restarts is {arguments.max_restarts}", mend="use 0 or more")
+    _check_outside(os.environ)
+    nproc = arguments.nproc or max(1, count_gpus(os.environ, Path("/dev")))
+    command = torchrun_command(arguments.command, nproc=nproc, max_restarts=arguments.max_restarts)
+    threads = {} if "OMP_NUM_THREADS" in os.environ or nproc == 1 else {"OMP_NUM_THREADS": "1"}
+    shown = " ".join([*(f"{name}={value}" for name, value in threads.items()), shlex.join(command)])
+    print(f"disttrain: {shown}", file=sys.stderr, flush=True)
+    folder = Path(tempfile.mkdtemp(prefix="disttrain-launch-"))
+    try:
+        code = _run(command, {**os.environ, **threads, VARIABLE: str(folder)})
+        endings = read_endings(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    _tell(endings, nproc)
+    return code_of(endings, code)
+
+
+def torchrun_command(command: list[str], *, nproc: int, max_restarts: int = 0) -> list[str]:
+    """What runs a subcommand of disttrain, or a script, in some ranks of this machine."""
+    target = command if command[0].endswith(".py") else ["-m", "disttrain", *command]
+    options = ["--standalone", "--nproc-per-node", str(nproc), "--signals-to-handle", ",".join(_FORWARDED)]
+    if max_restarts:
+        options += ["--max-restarts", str(max_restarts)]
+    return [sys.executable, "-m", "torch.distributed.run", *options, *target]
+
+
+def count_gpus(env: Mapping[str, str], devices: Path) -> int:
+    """How many GPUs a process that is started from here sees, by device files and ``CUDA_VISIBLE_DEVICES``.
+
+    Args:
+        env: the environment.
+        devices: the folder of device files.
+    """
+    there = sum(re.fullmatch(r"nvidia\d+", path.name) is not None for path in devices.glob("nvidia*"))
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or not there:
+        return there
+    named = [name.strip() for name in visible.split(",")]
+    # CUDA stops at the first that it does not know.
+    known = [name for name in named if not name.isdigit() or int(name) < there]
+    return known.index("-1") if "-1" in known else len([name for name in known if name])
+
+
+def _check_outside(env: Mapping[str, str]) -> None:
+    world = detect_world(env)
+    if world.launcher == "slurm":
+        raise ConfigError(
+            f"srun has started {world.size} tasks, and each of them would launch ranks of its own",
+            mend="leave `launch` out, srun starts a task a rank; or give srun --ntasks-per-node=1 and use torchrun",
+        )
+    if "TORCHELASTIC_RUN_ID" in env:
+        raise ConfigError(
+            f"disttrain launch runs inside rank {world.rank} of {world.size} of a torchrun",
+            mend="give torchrun the subcommand itself; or unset the TORCHELASTIC_ variables if they are left over",
+        )
+
+
+def _run(command: list[str], env: dict[str, str]) -> int:
+    """Run torchrun and pass signals on to it; returns its exit code."""
+    process: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        if process is None:
+            early.append(number)
+        elif process.poll() is None:
+            process.send_signal(number)
+
+    before = {name: signal.signal(signal.Signals[name], forward) for name in _FORWARDED}
+    try:
+        # In a session of its own, so that Ctrl-C on a terminal reaches it once, through here.
+        process = subprocess.Popen(
+            command,
+            env=env,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509 - there is one thread
+        )
+        for number in early:
+            process.send_signal(number)
+        return process.wait()
+    finally:
+        for name, handler in before.items():
+            signal.signal(signal.Signals[name], handler)
+
+
+def _die_with_parent() -> None:
+    """Have torchrun told to stop, as by SIGTERM, when the launcher is killed. Linux only; nothing elsewhere."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _tell(endings: list[Ending], nproc: int) -> None:
+    """Print the mistakes of ranks, each once, below what torchrun has printed."""
+    by_message: dict[str, list[int]] = {}
+    for ending in endings:
+        if ending.message:
+            by_message.setdefault(ending.message, []).append(ending.rank)
+    for message, ranks in by_message.items():
+        where = f" (rank {', '.join(map(str, ranks))} of {nproc})" if nproc > 1 else ""
+        print(f"disttrain: error{where}: {message}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="disttrain launch",
+        usage="disttrain launch [--nproc N] [--max-restarts K] SUBCOMMAND ... | SCRIPT.py ...",
+        description="Run a subcommand of disttrain, or a script, in several ranks on this machine: a rank a GPU, or one"
+        " on the CPU, unless --nproc says otherwise. Prints the torchrun command that it runs.",
+        epilog="Exit code: that of the ranks (see docs/cli.md). For several nodes use torchrun or srun.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--nproc", type=int, help="ranks (default: as many as there are GPUs, or else 1)")
+    parser.add_argument(
+        "--max-restarts", type=int, default=0, help="how often failed ranks are started again (default: %(default)s)"
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="the subcommand or script, with its arguments")
+    return parser

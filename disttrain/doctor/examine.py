@@ -1,0 +1,387 @@
+"""The examination: each rank by itself, then all of them together, with a time limit on everything.
+
+Ranks meet in a store before they meet in a process group: what a rank knows of itself is with rank 0 before anything
+can hang, so that rank 0 can tell who did not come, who differs, and who stopped answering. A last guard ends a rank
+that is caught in a call of a library, with what is known by then. The whole takes some seconds; where ranks do not
+come, or hang, a few times the time limit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from disttrain.doctor import judge, network, speed
+from disttrain.doctor.finding import Finding, failure, ok, worst
+from disttrain.doctor.folders import Folders, SharedSign, examine_folders
+from disttrain.doctor.machine import examine_device, examine_machine
+from disttrain.errors import DisttrainError
+from disttrain.meeting import Meeting, find_meeting
+from disttrain.parallel.alike import package_checksum, versions
+from disttrain.parallel.joining import meet
+from disttrain.world import World
+
+_POLL_SECONDS: Final = 0.05
+_LAST_SECONDS: Final = 3.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to examine.
+
+    Attributes:
+        folders: run folder and data.
+        config: the configuration, whose content ranks compare.
+        shm: where shared memory is mounted.
+        port: a port that rank 0 is to be able to listen at.
+        timeout: seconds to wait for other ranks, each time.
+    """
+
+    folders: Folders
+    config: Path | None = None
+    shm: Path = Path("/dev/shm")
+    port: int | None = None
+    timeout: float = 15.0
+
+
+@dataclass
+class Report:
+    """What is known so far.
+
+    Attributes:
+        world: this rank among all.
+        findings: of this rank and, on rank 0, of all.
+        measured: figures by name, in seconds and bytes a second.
+        speaks: whether this rank is the one that prints.
+        stage: what is being done.
+    """
+
+    world: World
+    findings: list[Finding] = field(default_factory=list)
+    measured: dict[str, Any] = field(default_factory=dict)
+    speaks: bool = True
+    stage: str = "looking at its own node"
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, for programs."""
+        return {
+            "status": worst(self.findings),
+            "world": asdict(self.world),
+            "findings": [asdict(finding) for finding in self.findings],
+            "measured": self.measured,
+        }
+
+
+def examine(world: World, options: Options, *, caught: Callable[[Report], None]) -> Report:
+    """Examine this rank, and all of them where there are several. Every rank calls it.
+
+    Args:
+        world: this rank among all.
+        options: what to examine.
+        caught: called with what is known, in another thread, before a rank that hangs is ended.
+    """
+    report = Report(world, speaks=world.rank == 0)
+    start = time.perf_counter()
+    with _guarded(report, 3 * options.timeout + 30, caught):
+        meeting = _meeting(report)
+        used = _examine_node(report, options, meeting)
+        if world.size == 1:
+            device = speed.device_of(world)
+            report.measured["compute_seconds"] = speed.compute_seconds(device)
+            said = f"{report.measured['compute_seconds'] * 1000:.2f} ms for a product of matrices on {device.type}"
+            report.findings += [ok("computing", said), ok("ranks", "one; for links and other nodes run it on all")]
+        elif meeting is not None:
+            _examine_together(report, options, meeting, used)
+    report.measured["seconds"] = round(time.perf_counter() - start, 1)
+    return report
+
+
+def _meeting(report: Report) -> Meeting | None:
+    if report.world.size == 1:
+        return None
+    try:
+        return find_meeting(report.world)
+    except DisttrainError as error:
+        report.speaks = True
+        report.findings.append(failure("ranks", error.what, error.mend))
+        return None
+
+
+def _examine_node(report: Report, options: Options, meeting: Meeting | None) -> network.Interface | None:
+    world = report.world
+    used = None
+    if world.local_rank == 0:
+        report.findings += examine_machine(world, shm=options.shm)
+        found, used = network.examine_network(os.environ, host=meeting.host if meeting else "")
+        report.findings += found + examine_folders(options.folders)
+    report.findings += examine_device(world)
+    if options.port is not None and world.rank == 0:
+        report.findings.append(network.examine_port(options.port))
+    return used
+
+
+def _examine_together(report: Report, options: Options, meeting: Meeting, used: network.Interface | None) -> None:
+    world, timeout = report.world, timedelta(seconds=options.timeout)
+    report.stage = "meeting the other ranks"
+    with ExitStack() as stack:
+        reached = network.Reached()
+        stack.callback(reached.close)
+        try:
+            store = stack.enter_context(meet(meeting, world, timeout))
+        except DisttrainError as error:
+            check = "port" if world.rank == 0 else "peers"
+            # Rank 0 does not know of this one; nobody else can tell.
+            report.speaks = True
+            found = network.examine_port(meeting.ports[-1]) if world.rank == 0 else None
+            said = found.said if found is not None and found.status == "failure" else error.what
+            report.findings.append(failure(check, said, error.mend))
+            return
+        store = PrefixStore(f"doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        together = _Together(report, options, meeting, store)
+        together.tell_facts(network.towards(meeting.host) if used is None else used.addresses[0], reached.port)
+        plan = together.plan()
+        if plan is None:
+            return
+        together.act(plan, used)
+        together.conclude(plan)
+
+
+class _Together:
+    """A rank's part of the examination of all."""
+
+    def __init__(self, report: Report, options: Options, meeting: Meeting, store: Store) -> None:
+        self.report, self.options, self.meeting, self.store = report, options, meeting, store
+        self.world = report.world
+        self.sign = SharedSign(options.folders.run_dir, meeting.name.replace("/", "-"))
+
+    def tell_facts(self, address: str, port: int) -> None:
+        """Leave what is known of this rank with rank 0."""
+        if self.world.rank == 0:
+            self.sign.leave()
+        facts = {
+            "host": socket.gethostname(),
+            "place": [address, port],
+            "versions": versions(),
+            "code": {"source of disttrain": package_checksum()},
+            "config": _config_facts(self.options.config),
+            "environment": network.watched_environment(),
+            "findings": [asdict(finding) for finding in self.report.findings],
+        }
+        self.store.set(f"facts/{self.world.rank}", json.dumps(facts))
+
+    def plan(self) -> dict[str, Any] | None:
+        """Who came, decided by rank 0; None where rank 0 went away."""
+        self.report.stage = "waiting for the other ranks"
+        if self.world.rank > 0:
+            text = self._read("plan", 2 * self.options.timeout)
+            if text is None:
+                self.report.speaks = True
+                self.report.findings.append(failure("peers", "rank 0 went away", "look at what rank 0 printed"))
+                return None
+            plan: dict[str, Any] = json.loads(text)
+        else:
+            came = self._wait_for("facts", range(self.world.size), self.options.timeout)
+            facts = {rank: json.loads(self.store.get(f"facts/{rank}")) for rank in came}
+            places = {str(rank): facts[rank]["place"] for rank in came}
+            plan = {"hosts": {str(rank): facts[rank]["host"] for rank in came}, "places": places}
+            self._judge_facts(facts)
+            self.store.set("plan", json.dumps(plan))
+        plan["clock"] = time.time()
+        return plan
+
+    def _judge_facts(self, facts: Mapping[int, dict[str, Any]]) -> None:
+        for rank in sorted(facts):
+            if rank > 0:
+                told = [Finding(**{**each, "ranks": (rank,)}) for each in facts[rank]["findings"]]
+                self.report.findings += told
+        missing = [self.meeting.on_host(rank, self.world) for rank in range(self.world.size) if rank not in facts]
+        if missing:
+            shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+            self.report.findings.append(
+                failure(
+                    "peers",
+                    f"{shown} did not come to {self.meeting.host} within {self.options.timeout:g} s",
+                    "look at what they printed; whether they were started; and whether a firewall lets them reach"
+                    f" {self.meeting.host}",
+                )
+            )
+        if len(facts) > 1:
+            self.report.findings += judge.compare_facts([facts[rank] for rank in sorted(facts)])
+
+    def act(self, plan: dict[str, Any], used: network.Interface | None) -> None:
+        """Reach the others, compute, exchange; leave what was found with rank 0."""
+        found: list[Finding] = []
+        told: dict[str, Any] = {"clock": plan["clock"]}
+        world, came = self.world, sorted(int(rank) for rank in plan["hosts"])
+        hosts = set(plan["hosts"].values())
+        self.report.stage = "reaching the other ranks"
+        found += self._reach(plan, came)
+        lost = network.warn_of_loopback(used, len(hosts))
+        if lost is not None:
+            found.append(lost)
+        if world.local_rank == 0 and world.rank > 0 and len(hosts) > 1:
+            found.append(self.sign.seen())
+        device = speed.device_of(world)
+        self.report.stage = "computing"
+        told["compute_seconds"] = speed.compute_seconds(device)
+        if len(came) == world.size:
+            self.report.stage = "exchanging tensors"
+            try:
+                timeout = timedelta(seconds=self.options.timeout)
+                with _quiet():
+                    speed.join_group(PrefixStore("group", self.store), world, device, timeout)
+                    told["speeds"] = speed.exchange_speeds(device)
+            except RuntimeError as error:
+                mend = "see the other lines; NCCL_DEBUG=INFO, or TORCH_DISTRIBUTED_DEBUG=DETAIL for gloo, tell more"
+                found.append(failure("collectives", f"{str(error).splitlines()[0]:.300}", mend))
+            finally:
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+        told["findings"] = [asdict(finding) | {"ranks": [world.rank]} for finding in found]
+        if world.rank == 0:
+            told["loopback"], told["megabits"] = network.loopback_speed(), used.megabits if used else 0
+        self.store.set(f"result/{world.rank}", json.dumps(told))
+
+    def _reach(self, plan: Mapping[str, Any], came: list[int]) -> list[Finding]:
+        """Each rank tries some others, at distances of powers of two: all are tried, and few each."""
+        here, size = came.index(self.world.rank), len(came)
+        peers = {came[(here + 2**k) % size] for k in range(size.bit_length()) if 2**k < size}
+        places = {rank: (str(plan["places"][str(rank)][0]), int(plan["places"][str(rank)][1])) for rank in peers}
+        return [
+            failure(
+                "peers",
+                f"rank {self.world.rank} on {socket.gethostname()} cannot reach rank {rank} on"
+                f" {plan['hosts'][str(rank)]} at {places[rank][0]}: {why}",
+                "let the nodes reach each other at all ports; or name the interface that they share by"
+                " GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME",
+            )
+            for rank, why in network.reach(places).items()
+        ]
+
+    def conclude(self, plan: Mapping[str, Any]) -> None:
+        """Rank 0 judges and tells the others what came out; they end as it does."""
+        self.report.stage = "waiting for the others' results"
+        if self.world.rank > 0:
+            text = self._read("verdict", 2 * self.options.timeout + 10)
+            if text is None:
+                self.report.findings.append(failure("peers", "rank 0 went away", "look at what rank 0 printed"))
+            else:
+                self.report.findings = [Finding(**each) for each in json.loads(text)]
+                self.store.add("read", 1)
+            return
+        came = sorted(int(rank) for rank in plan["hosts"])
+        ready = self._wait_for("result", came, self.options.timeout + 5)
+        hosts = {int(rank): str(host) for rank, host in plan["hosts"].items()}
+        told = {rank: json.loads(self.store.get(f"result/{rank}")) for rank in ready}
+        self._judge_results(told, hosts, [rank for rank in came if rank not in ready])
+        self.sign.remove()
+        self.store.set("verdict", json.dumps([asdict(finding) for finding in self.report.findings]))
+        deadline = time.monotonic() + _LAST_SECONDS
+        while self.store.add("read", 0) < len(ready) - 1 and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+
+    def _judge_results(self, told: Mapping[int, dict[str, Any]], hosts: Mapping[int, str], silent: list[int]) -> None:
+        report = self.report
+        for rank in silent:
+            said = f"rank {rank} on {hosts[rank]} came, but stopped answering"
+            report.findings.append(failure("peers", said, "look at what it printed: it says where it was"))
+        for each in told.values():
+            report.findings += [Finding(**finding) for finding in each["findings"]]
+        clocks = {rank: float(each["clock"]) for rank, each in told.items()}
+        seconds = {rank: float(each["compute_seconds"]) for rank, each in told.items()}
+        report.measured |= {"compute_seconds": seconds, "clocks": {rank: c - clocks[0] for rank, c in clocks.items()}}
+        if len(set(hosts.values())) > 1:
+            report.findings.append(judge.compare_clocks(clocks, hosts))
+        if len(told) > 1:
+            report.findings += judge.compare_speeds(seconds, hosts)
+        if "speeds" in told[0]:
+            report.measured |= {**told[0]["speeds"], "loopback": told[0]["loopback"]}
+            backend = "nccl" if speed.device_of(self.world).type == "cuda" else "gloo"
+            report.findings.append(
+                judge.judge_links(
+                    told[0]["speeds"],
+                    backend=backend,
+                    num_hosts=len(set(hosts.values())),
+                    megabits=int(told[0]["megabits"]),
+                    loopback=float(told[0]["loopback"]),
+                )
+            )
+
+    def _read(self, key: str, seconds: float) -> str | None:
+        """What a key holds, once it does; None where that takes too long."""
+        try:
+            self.store.wait([key], timedelta(seconds=seconds))
+            return self.store.get(key).decode()
+        except RuntimeError:
+            return None
+
+    def _wait_for(self, what: str, ranks: Any, seconds: float) -> list[int]:
+        """Which of some ranks have left something in time."""
+        deadline, waiting = time.monotonic() + seconds, set(ranks)
+        came: list[int] = []
+        while waiting:
+            now = [rank for rank in sorted(waiting) if self.store.check([f"{what}/{rank}"])]
+            came, waiting = came + now, waiting - set(now)
+            if waiting and time.monotonic() > deadline:
+                break
+            if waiting:
+                time.sleep(_POLL_SECONDS)
+        return sorted(came)
+
+
+def _config_facts(config: Path | None) -> dict[str, str]:
+    if config is None:
+        return {}
+    try:
+        return {str(config): f"{zlib.crc32(config.read_bytes()):08x}"}
+    except OSError as error:
+        return {str(config): f"unreadable ({error.strerror})"}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Gloo tells on standard output that it is connected; that is for results."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextmanager
+def _guarded(report: Report, seconds: float, caught: Callable[[Report], None]) -> Iterator[None]:
+    """End this process if what is inside does not end."""
+
+    def end() -> None:
+        world = report.world
+        said = f"rank {world.rank} on {socket.gethostname()} hung for more than {seconds:g} s while {report.stage}"
+        report.findings.append(failure("peers", said, "see the other lines, and what the other ranks printed"))
+        with suppress(Exception):
+            caught(report)
+            sys.stdout.flush()
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

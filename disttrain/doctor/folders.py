@@ -1,0 +1,209 @@
+"""The folders of a training: can they be written and read, how fast, and do all nodes see the same one.
+
+Each probe is bounded in time and bytes, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from disttrain.doctor.finding import Finding, failure, ok, size, warning
+from disttrain.errors import ConfigError
+
+_MIB: Final = 2**20
+_GIB: Final = 2**30
+_WRITE_BYTES: Final = 32 * _MIB
+_READ_BYTES: Final = 64 * _MIB
+_SECONDS: Final = 1.0
+_SLOW: Final = 50 * 10**6
+_SEE_SECONDS: Final = 3.0
+
+
+@dataclass(frozen=True)
+class Folders:
+    """What a training reads and writes.
+
+    Attributes:
+        run_dir: the run's folder, which need not exist.
+        data: shards, manifests or folders; a pattern stands for its folder.
+    """
+
+    run_dir: Path
+    data: tuple[Path, ...] = ()
+
+
+def folders_of(config: str | None, run_dir: str | None, data: Sequence[str]) -> Folders:
+    """The folders that a configuration names; what is given besides comes first.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    settings: dict[str, Any] = {}
+    if config is not None:
+        try:
+            settings = yaml.safe_load(Path(config).read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"{config} cannot be read: {error}", mend="correct --config") from None
+    trainer, sources = settings.get("trainer") or {}, settings.get("data") or {}
+    named = list(data) or [text for key in ("train", "val", "test") for text in _texts(sources.get(key))]
+    local = [text for text in named if "://" not in text]
+    return Folders(Path(run_dir or trainer.get("run_dir") or "runs"), tuple(dict.fromkeys(map(_readable, local))))
+
+
+def _texts(source: Any) -> Iterator[str]:
+    """The paths in a setting of data: one, several, or weighted sources by name."""
+    if isinstance(source, str):
+        yield source
+    elif isinstance(source, dict):
+        for key, value in source.items():
+            if isinstance(value, dict | list) or key in ("shards", "path"):
+                yield from _texts(value)
+    elif isinstance(source, list):
+        for value in source:
+            yield from _texts(value)
+
+
+def _readable(text: str) -> Path:
+    path = Path(text)
+    return path.parent if any(sign in path.name for sign in "{*?[") else path
+
+
+def examine_folders(folders: Folders) -> list[Finding]:
+    """Write where checkpoints go and read where data lies; the first rank of each node calls it."""
+    found = [_examine_run_folder(folders.run_dir)]
+    return found + [_examine_data(path) for path in folders.data]
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _examine_run_folder(run_dir: Path) -> Finding:
+    check, folder = "run folder", _existing(run_dir)
+    where = str(run_dir) if folder == run_dir.absolute() else f"{run_dir} (made below {folder})"
+    mend = "set trainer.run_dir to a folder that you may write to, with space for a few checkpoints"
+    probe = folder / f".disttrain-doctor-{os.uname().nodename}-{os.getpid()}"
+    try:
+        if not folder.is_dir():
+            return failure(check, f"{folder} is a file", mend)
+        seconds, written = _write(probe)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        why = "the file system is read-only" if error.errno == errno.EROFS else error.strerror
+        return failure(check, f"{where} cannot be written: {why}", mend)
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+    speed = written / seconds
+    said = f"{where}: {size(free)} free, writes {speed / 1e6:,.0f} MB/s through to the disk"
+    if free < _GIB:
+        return warning(check, said, "make room: a checkpoint is about three times the weights with Adam")
+    if speed < _SLOW:
+        return warning(check, said, "a checkpoint takes long: save less often, or use a faster file system")
+    return ok(check, said)
+
+
+def _write(path: Path) -> tuple[float, int]:
+    """Seconds and bytes of a file that is written and synced."""
+    block, written, start = os.urandom(4 * _MIB), 0, time.perf_counter()
+    with open(path, "wb") as file:
+        while written < _WRITE_BYTES and time.perf_counter() - start < _SECONDS:
+            file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            written += len(block)
+    return time.perf_counter() - start, written
+
+
+def _examine_data(path: Path) -> Finding:
+    check, mend = "data", "correct data.train, data.val or data.test, or mount the file system on this node"
+    if not path.exists():
+        return failure(check, f"{path} does not exist", mend)
+    largest = max(_files(path), key=lambda each: each[0], default=(0, path))
+    try:
+        seconds, read = _read(largest[1])
+    except OSError as error:
+        return failure(check, f"{largest[1]} cannot be read: {error.strerror}", mend)
+    if not read:
+        return warning(check, f"{path} holds no shard", mend)
+    said = f"{path}: reads {read / seconds / 1e6:,.0f} MB/s ({size(read)} of {largest[1].name}, not from the cache)"
+    if read / seconds < _SLOW and read >= _MIB:
+        return warning(check, said, "copy the data to a local disk, or set data.cache.directory to one")
+    return ok(check, said)
+
+
+def _files(path: Path) -> Iterator[tuple[int, Path]]:
+    """Sizes of files, at most a thousand."""
+    folder = path if path.is_dir() else path.parent
+    with suppress(OSError):
+        for number, entry in enumerate(os.scandir(folder)):
+            if number < 1000 and entry.is_file() and (entry.name.endswith(".tar") or Path(entry.path) == path):
+                yield entry.stat().st_size, Path(entry.path)
+
+
+def _read(path: Path) -> tuple[float, int]:
+    """Seconds and bytes of the beginning of a file, read past the page cache."""
+    if path.is_dir():
+        return 0.0, 0
+    with open(path, "rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        read, start = 0, time.perf_counter()
+        while read < _READ_BYTES and time.perf_counter() - start < _SECONDS and (block := file.read(4 * _MIB)):
+            read += len(block)
+    return max(time.perf_counter() - start, 1e-9), read
+
+
+class SharedSign:
+    """A file that rank 0 leaves in the run folder for the other nodes to see.
+
+    Args:
+        run_dir: the run's folder.
+        name: of this examination.
+    """
+
+    def __init__(self, run_dir: Path, name: str) -> None:
+        self.run_dir = run_dir
+        self.path = _existing(run_dir) / f".disttrain-doctor-{name}"
+
+    def leave(self) -> bool:
+        """Rank 0 writes it; whether it could."""
+        try:
+            self.path.write_text("")
+        except OSError:
+            return False
+        return True
+
+    def seen(self) -> Finding:
+        """Another node looks for it, for a few seconds, since network file systems show new files late."""
+        deadline = time.monotonic() + _SEE_SECONDS
+        while not self.path.exists():
+            if time.monotonic() > deadline:
+                return failure(
+                    "run folder",
+                    f"{self.run_dir} is not the one that rank 0 writes to",
+                    "set trainer.run_dir to a folder on a file system that all nodes share, by one path",
+                )
+            with suppress(OSError):
+                os.listdir(self.path.parent)  # has NFS look again
+            time.sleep(0.1)
+        return ok("run folder", f"{self.run_dir} is rank 0's")
+
+    def remove(self) -> None:
+        """Rank 0 takes it away."""
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)

@@ -1,0 +1,124 @@
+"""What only shows when ranks are compared: versions, code, settings, clocks, a slow rank, links. Pure functions."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from disttrain.doctor.finding import Finding, failure, ok, warning
+from disttrain.parallel.alike import describe_differences, name_ranks
+
+_CLOCK_SECONDS: Final = 1.0
+_SLOWER: Final = 1.5
+_OF_LINK: Final = 0.25
+
+
+def compare_facts(facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Versions, code, configuration and environment of the ranks that came, in rank order."""
+    hosts = [each["host"] for each in facts]
+    found = []
+    for check, key, mend in (
+        (
+            "versions",
+            "versions",
+            "install the same versions on every node: pip install -c constraints.txt, or one container",
+        ),
+        ("code", "code", "check out the same commit on every node, or run from a folder that all nodes share"),
+        ("configuration", "config", "give every rank the same --config, or put it into a folder that all nodes share"),
+    ):
+        differing = describe_differences([each[key] for each in facts], hosts)
+        if differing:
+            found.append(failure(check, f"not the same on all ranks: {differing}", mend))
+    differing = describe_differences([each["environment"] for each in facts], hosts)
+    if differing:
+        mend = "export them before the launcher, so that all ranks have them (srun --export=ALL)"
+        found.append(warning("environment", f"not the same on all ranks: {differing}", mend))
+    if not found:
+        found.append(ok("ranks", f"{len(facts)} ranks on {_nodes(hosts)} have the same versions, code and settings"))
+    return found
+
+
+def compare_clocks(seconds: Mapping[int, float], hosts: Mapping[int, str]) -> Finding:
+    """Clocks, read by all ranks as rank 0 said so.
+
+    Args:
+        seconds: what each rank's clock showed, by rank.
+        hosts: node of each.
+    """
+    offsets = {rank: each - seconds[0] for rank, each in seconds.items()}
+    rank = max(offsets, key=lambda each: abs(offsets[each]))
+    if abs(offsets[rank]) > _CLOCK_SECONDS:
+        return warning(
+            "clocks",
+            f"the clock of {hosts[rank]} is {offsets[rank]:+.1f} s off that of {hosts[0]}",
+            "run chrony or ntpd on every node; logs and events are ordered by these clocks",
+        )
+    return ok("clocks", f"within {abs(offsets[rank]) * 1000:.0f} ms, the time of asking included")
+
+
+def compare_speeds(seconds: Mapping[int, float], hosts: Mapping[int, str]) -> list[Finding]:
+    """Ranks that need longer than the others for the same work at the same time.
+
+    The measure is the lower median, so that with two ranks it is the faster one.
+
+    Args:
+        seconds: of the work, by rank.
+        hosts: node of each.
+    """
+    usual = statistics.median_low(seconds.values())
+    slow = {rank: each / usual for rank, each in seconds.items() if each > _SLOWER * usual}
+    if not slow:
+        spread = max(seconds.values()) / min(seconds.values())
+        return [
+            ok("computing", f"{usual * 1000:.2f} ms for the same work, slowest rank {spread:.2f} times the fastest")
+        ]
+    names = [hosts[rank] for rank in range(max(hosts) + 1) if rank in hosts]
+    order = sorted(hosts)
+    whom = name_ranks([order.index(rank) for rank in slow], names) if order == list(range(len(order))) else str([*slow])
+    return [
+        warning(
+            "computing",
+            f"{whom} takes {max(slow.values()):.1f} times as long as the others for the same work"
+            f" ({max(seconds[rank] for rank in slow) * 1000:.1f} ms, not {usual * 1000:.1f} ms)",
+            "look there with `top` and `nvidia-smi -q -d PERFORMANCE` for other processes, heat and power limits, and"
+            " whether ranks share cores (srun --cpu-bind=cores); take the node out with --exclude",
+        )
+    ]
+
+
+def judge_links(
+    speeds: Mapping[str, float], *, backend: str, num_hosts: int, megabits: int, loopback: float
+) -> Finding:
+    """The slowest link, against what it should carry.
+
+    Args:
+        speeds: what :func:`disttrain.doctor.speed.exchange_speeds` returned.
+        backend: ``gloo`` or ``nccl``.
+        num_hosts: nodes.
+        megabits: speed of the interface between nodes; 0 where it is not known.
+        loopback: bytes a second of one TCP connection inside a node.
+    """
+    reduce, gather = speeds["all_reduce"], speeds["all_gather"]
+    said = (
+        f"{backend}: all-reduce {_rate(reduce)}, all-gather {_rate(gather)} a link, latency"
+        f" {speeds['latency'] * 1e6:,.0f} us"
+    )
+    if num_hosts > 1 and megabits > 0 and backend == "gloo":
+        link = megabits * 1e6 / 8
+        said += f"; the interface has {_rate(link)}"
+        if max(reduce, gather) < _OF_LINK * link:
+            mend = "look for a slower interface in between (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), or other traffic"
+            return warning("collectives", said, mend)
+    elif num_hosts == 1 and backend == "gloo" and loopback:
+        said += f"; one TCP connection inside the node carries {_rate(loopback)}"
+    return ok("collectives", said)
+
+
+def _rate(speed: float) -> str:
+    return f"{speed / 1e9:.2f} GB/s" if speed >= 1e8 else f"{speed / 1e6:.1f} MB/s"
+
+
+def _nodes(hosts: Sequence[str]) -> str:
+    number = len(set(hosts))
+    return f"{number} node{'' if number == 1 else 's'}"

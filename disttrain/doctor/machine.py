@@ -1,0 +1,171 @@
+"""This node by itself: versions, processors, devices, memory, shared memory, limits. Some milliseconds without CUDA."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Final
+
+import psutil
+import torch
+
+from disttrain.doctor.finding import Finding, failure, ok, size, warning
+from disttrain.errors import ConfigError
+from disttrain.parallel.alike import versions
+from disttrain.world import World
+
+_MIB: Final = 2**20
+_GIB: Final = 2**30
+_SMI_SECONDS: Final = 5.0
+
+
+def examine_machine(world: World, *, shm: Path) -> list[Finding]:
+    """What concerns the whole node; its first rank calls it.
+
+    Args:
+        world: ranks and their number on this node.
+        shm: where shared memory is mounted.
+    """
+    found = [ok("versions", ", ".join(f"{name} {text}" for name, text in versions().items()))]
+    found += [_processors(world), _memory(world), _shared_memory(shm), _open_files()]
+    return found + _devices(world)
+
+
+def _processors(world: World) -> Finding:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1
+    load = os.getloadavg()[0]
+    said = f"{usable} usable cores, {_plural(nodes, 'NUMA node')}, load {load:.1f}, {platform.machine()}"
+    if usable < world.local_size:
+        return warning(
+            "processors",
+            f"{said}: fewer cores than the {world.local_size} ranks of this node",
+            "start fewer ranks, or ask for more cores (--cpus-per-task; taskset and cpuset limit them too)",
+        )
+    if load > 1.5 * usable + world.local_size:
+        return warning(
+            "processors", f"{said}: others compute here", "look with `top`; SLURM's --exclusive keeps others out"
+        )
+    return ok("processors", said)
+
+
+def _memory(world: World) -> Finding:
+    free = psutil.virtual_memory().available
+    limit = _cgroup_limit()
+    said = f"{size(free)} free of {size(psutil.virtual_memory().total)}"
+    if limit is not None:
+        said += f", limited to {size(limit)} by the job"
+        free = min(free, limit)
+    if free < world.local_size * _GIB:
+        return warning(
+            "memory",
+            f"{said} for {_plural(world.local_size, 'rank')}",
+            "a rank with PyTorch takes about 1 GiB before its model: end what else runs, or ask for more (--mem)",
+        )
+    return ok("memory", said)
+
+
+def _cgroup_limit() -> int | None:
+    """What the control group leaves, in bytes, where it has a limit."""
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            most = int(Path(limit).read_text())
+            left = most - int(Path(used).read_text())
+        except (OSError, ValueError):
+            continue
+        return max(0, left) if most < psutil.virtual_memory().total else None
+    return None
+
+
+def _shared_memory(shm: Path) -> Finding:
+    mend = (
+        f"delete what dead processes left in {shm}; in a container give it more: docker --shm-size=8g or --ipc=host,"
+        " Kubernetes an emptyDir with medium Memory"
+    )
+    try:
+        free = shutil.disk_usage(shm).free
+        probe = shm / f".disttrain-doctor-{os.getpid()}"
+        try:
+            with open(probe, "wb") as file:
+                file.write(bytes(_MIB))
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        return failure("shared memory", f"{shm} cannot be written: {error.strerror}", mend)
+    said = f"{size(free)} free in {shm}"
+    if free < 64 * _MIB:
+        return failure("shared memory", f"{said}: NCCL and worker processes need more", mend)
+    return warning("shared memory", said, mend) if free < _GIB else ok("shared memory", said)
+
+
+def _open_files() -> Finding:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 1024:
+        return warning("open files", f"at most {soft} (hard limit {hard})", "raise it: ulimit -n 65536")
+    return ok("open files", f"at most {soft:,}")
+
+
+def _devices(world: World) -> list[Finding]:
+    if not torch.cuda.is_available():
+        if _smi("--list-gpus"):
+            return [
+                failure(
+                    "devices",
+                    f"nvidia-smi lists GPUs, but PyTorch {torch.__version__} sees none",
+                    "install the build of PyTorch for this driver's CUDA version; in a container pass --gpus all",
+                )
+            ]
+        return [ok("devices", "no GPU: ranks compute on the CPU, over gloo")]
+    number = torch.cuda.device_count()
+    names = {torch.cuda.get_device_name(i) for i in range(number)}
+    driver = _smi("--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0] or "unknown"
+    found = [ok("devices", f"{number} x {', '.join(sorted(names))}, driver {driver}")]
+    try:
+        world.check_devices(number)
+    except ConfigError as error:
+        return [*found, failure("devices", error.what, error.mend)]
+    if number > world.local_size > 1:
+        mend = f"start {number} ranks a node, or hide the others by CUDA_VISIBLE_DEVICES"
+        found.append(warning("devices", f"{number - world.local_size} of {number} GPUs have no rank", mend))
+    pairs = [(i, j) for i in range(number) for j in range(number) if i != j]
+    apart = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
+    if apart and world.local_size > 1:
+        mend = "look at `nvidia-smi topo -m`; IOMMU or ACS in the BIOS, or a virtual machine, may forbid it"
+        found.append(warning("topology", f"{len(apart)} of {len(pairs)} pairs of GPUs have no direct access", mend))
+    elif pairs:
+        found.append(ok("topology", f"all {_plural(number, 'GPU')} reach each other directly"))
+    return found
+
+
+def examine_device(world: World) -> list[Finding]:
+    """The GPU of this rank: free memory. Every rank calls it."""
+    if not torch.cuda.is_available() or world.local_rank >= torch.cuda.device_count():
+        return []
+    free, total = torch.cuda.mem_get_info(world.local_rank)
+    said = f"GPU {world.local_rank}: {size(free)} free of {size(total)}"
+    if free < 0.9 * total:
+        return [warning("GPU memory", said, "another process holds the rest: look with `nvidia-smi`")]
+    return [ok("GPU memory", said)]
+
+
+def _smi(*arguments: str) -> str:
+    """What nvidia-smi prints; empty where there is none or it fails."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return ""
+    try:
+        done = subprocess.run([command, *arguments], capture_output=True, text=True, timeout=_SMI_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,100 @@
+"""How fast a rank computes, and how fast all of them exchange tensors: on the GPU over NCCL, on the CPU over gloo.
+
+All ranks compute the same at the same time, so that one that is slower than the others shows, whatever the cause: a hot
+or throttled device, a stranger's process, a wrong binding to cores. Bounded to about two seconds in all.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+
+from disttrain.parallel.collectives import all_gather_single
+from disttrain.world import World
+
+_COMPUTE_SECONDS: Final = 0.6
+_PRODUCTS: Final = 30
+"""Of one turn: long enough that a rank that is stopped at times does not slip through between two stops."""
+_EXCHANGE_SECONDS: Final = 0.5
+_LATENCY_ROUNDS: Final = 50
+
+
+def device_of(world: World) -> torch.device:
+    """What a rank computes on."""
+    if torch.cuda.is_available() and world.local_rank < torch.cuda.device_count():
+        return torch.device("cuda", world.local_rank)
+    return torch.device("cpu")
+
+
+def compute_seconds(device: torch.device) -> float:
+    """Time of one product of matrices: the median of several turns of the same work."""
+    length = 4096 if device.type == "cuda" else 384
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    left, right = (torch.full((length, length), 1e-3, dtype=dtype, device=device) for _ in range(2))
+    left @ right  # loads what it needs
+    times: list[float] = []
+    start = time.perf_counter()
+    while time.perf_counter() - start < _COMPUTE_SECONDS or len(times) < 3:
+        _wait(device)
+        began = time.perf_counter()
+        for _ in range(_PRODUCTS):
+            left @ right
+        _wait(device)
+        times.append((time.perf_counter() - began) / _PRODUCTS)
+    return statistics.median(times)
+
+
+def join_group(store: Store, world: World, device: torch.device, timeout: timedelta) -> None:
+    """Make the process group. A collective of all ranks."""
+    options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout, **options)
+
+
+def exchange_speeds(device: torch.device) -> dict[str, float]:
+    """Bytes a second over the slowest link, and latency. A collective of the default group.
+
+    Returns:
+        ``all_reduce`` and ``all_gather``: bus bandwidth in bytes a second, that is, what each link carries in a ring;
+        ``latency``: seconds of an all-reduce of one number.
+    """
+    size = dist.get_world_size()
+    elements = 2**26 if device.type == "cuda" else 2**20  # 256 MiB, 4 MiB
+    tensor = torch.zeros(elements - elements % size, device=device)
+    part, number = torch.zeros(len(tensor) // size, device=device), torch.zeros(1, device=device)
+    small = _median_seconds(lambda: dist.all_reduce(number), device, rounds=_LATENCY_ROUNDS)
+    reduce = _median_seconds(lambda: dist.all_reduce(tensor), device)
+    gather = _median_seconds(lambda: all_gather_single(tensor, part), device)
+    num_bytes = tensor.numel() * tensor.element_size()
+    return {
+        "all_reduce": 2 * (size - 1) / size * num_bytes / reduce,
+        "all_gather": (size - 1) / size * num_bytes / gather,
+        "latency": small,
+    }
+
+
+def _median_seconds(act: Callable[[], Any], device: torch.device, *, rounds: int = 0) -> float:
+    """Median time of a collective; rank 0 says how often it is repeated."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        act()
+        _wait(device)
+        return time.perf_counter() - start
+
+    once()
+    again = torch.tensor([rounds or max(2, min(20, int(_EXCHANGE_SECONDS / max(once(), 1e-6))))], device=device)
+    dist.broadcast(again, 0)
+    return statistics.median(once() for _ in range(int(again)))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,79 @@
+"""How each rank ended, noted for the launcher.
+
+torchrun ends with 1 whichever way its ranks ended. ``disttrain launch`` names a folder in the environment; each rank
+leaves its exit code there, whether it only followed another rank's failure, and a user's mistake in words, which the
+launcher then prints once, below torchrun's report. Without that folder nothing is noted. Cost: one small file a rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from disttrain.errors import HUNG_CODE, PREEMPTED_CODE
+from disttrain.files import write_atomically
+
+VARIABLE: Final = "DISTTRAIN_ENDINGS"
+"""The environment variable that names the folder."""
+_BY_WEIGHT: Final = (HUNG_CODE, 1, PREEMPTED_CODE, 2, 130)
+"""Which of several codes is that of the run: ranks that do not end the same way follow the first of these."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a rank ended.
+
+    Attributes:
+        rank: which one.
+        code: its exit code.
+        follows: whether it ended because of another rank.
+        message: a user's mistake, for the launcher to print.
+    """
+
+    rank: int
+    code: int
+    follows: bool = False
+    message: str = ""
+
+
+def note_ending(code: int, *, follows: bool = False, message: str = "") -> bool:
+    """Note how this rank ends, unless that is noted already; whether there is a launcher that reads it."""
+    folder = os.environ.get(VARIABLE)
+    if not folder:
+        return False
+    rank = os.environ.get("RANK", "0")
+    path = Path(folder) / f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{rank}"
+    with suppress(OSError, ValueError):  # the launcher may be gone
+        if not path.exists():
+            write_atomically(path, json.dumps(asdict(Ending(int(rank), code, follows, message))))
+        return True
+    return False
+
+
+def read_endings(folder: Path) -> list[Ending]:
+    """How the ranks of the last attempt ended, by rank; those that were killed have left nothing."""
+    attempts: dict[int, list[Ending]] = {}
+    for path in folder.glob("*-*"):
+        with suppress(OSError, ValueError, TypeError):
+            attempts.setdefault(int(path.name.partition("-")[0]), []).append(Ending(**json.loads(path.read_text())))
+    return sorted(attempts[max(attempts)], key=lambda ending: ending.rank) if attempts else []
+
+
+def code_of(endings: Sequence[Ending], launcher_code: int) -> int:
+    """The exit code of a run whose launcher has ended.
+
+    Args:
+        endings: those of the ranks.
+        launcher_code: torchrun's exit code; -n where signal n killed it.
+    """
+    if launcher_code == 0:
+        return 0
+    own = [ending.code for ending in endings if ending.code and not ending.follows]
+    if own:
+        return next((code for code in _BY_WEIGHT if code in own), own[0])
+    return 128 - launcher_code if launcher_code < 0 else launcher_code
