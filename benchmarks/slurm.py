@@ -123,7 +123,7 @@ def timed(cluster: Cluster, folder: Path, data: Path, *, repeats: int) -> list[d
             options = ("--nodes", "2", "--tasks-per-node", "1", "--style", style)
             began = time.time()
             said = cluster.disttrain(
-                "submit", *arguments(run_dir, data, *options, more={"trainer.max_steps": "3"})
+                "submit", *arguments(run_dir, data, *options, more={"trainer.max_steps": "22"})
             ).stdout
             submitted = time.time()
             job = said.split("submitted job ")[1].split(":")[0]

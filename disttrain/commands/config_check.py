@@ -1,7 +1,7 @@
 """A training configuration read as ``disttrain fit`` reads it, but neither made nor run: for checks before a job waits.
 
-Everything that parsing finds is found here: unknown settings, wrong types, classes that cannot be imported. What only
-data, devices or several ranks can show is not. Cost: the imports of training.
+Everything that parsing finds is found here: unknown settings, wrong types, classes that cannot be imported; and whether
+local data files are there. What only samples, devices or several ranks can show is not. Cost: the imports of training.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from disttrain.commands.training import TrainingCLI
+from disttrain.data.index import expand, is_manifest, read_manifest
+from disttrain.data.remote import is_remote
 from disttrain.errors import ConfigError
 from disttrain.parallel.config import ParallelConfig
 
@@ -28,6 +30,7 @@ class Checked:
         run_dir: the run's folder.
         resume: what ``fit`` is to start from.
         parallel: how the model is spread over ranks.
+        data: shard patterns and manifests of each split; of several sources, none.
         global_batch_size: samples of a step.
         micro_batch_size: samples of a forward pass of a rank.
     """
@@ -36,6 +39,7 @@ class Checked:
     run_dir: Path
     resume: str
     parallel: ParallelConfig
+    data: dict[str, list[str]]
     global_batch_size: int
     micro_batch_size: int | Literal["auto"]
 
@@ -61,9 +65,32 @@ class _Reader(TrainingCLI):
             run_dir=Path(get("trainer.run_dir")),
             resume=str(get("resume")),
             parallel=ParallelConfig() if parallel is None else ParallelConfig(**parallel.as_dict()),
+            data={f"data.{split}": _patterns(get(f"data.{split}")) for split in ("train", "val", "test")},
             global_batch_size=int(get("data.global_batch_size")),
             micro_batch_size=get("data.micro_batch_size"),
         )
+
+
+def check_data(checked: Checked) -> None:
+    """Whether the local files of a configuration's data are there; remote ones are not asked for.
+
+    Raises:
+        DataError: one is missing, or of another size than its manifest says.
+    """
+    for name, patterns in checked.data.items():
+        for pattern in patterns:
+            if is_manifest(pattern):
+                if not is_remote(pattern):
+                    read_manifest(pattern, name=name)
+            else:
+                expand(pattern, name=name)
+
+
+def _patterns(spec: object) -> list[str]:
+    """A split's patterns; those of several sources are looked at when the run starts."""
+    if isinstance(spec, str):
+        return [spec]
+    return [one for one in spec if isinstance(one, str)] if isinstance(spec, list | tuple) else []
 
 
 def read_config(configs: Sequence[str], settings: Sequence[str]) -> Checked:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from disttrain.errors import ConfigError
+from disttrain.errors import ConfigError, DataError
 from disttrain.slurm import commands
 from disttrain.slurm.job import Job, Style, check_ranks
 from disttrain.slurm.render import INDEX, SUBMIT, Script, render
@@ -53,13 +53,19 @@ def main(argv: list[str]) -> int:
     )
     fixed, by_index = _settings(arguments.set, job)
 
-    from disttrain.commands.config_check import read_config  # loads torch
+    from disttrain.commands.config_check import check_data, read_config  # loads torch
 
     # Values that differ by index are checked with the first one's.
     if first := [f"{name}={value.replace(INDEX, str(job.first_index))}" for name, value in by_index.items()]:
         read_config(arguments.config, [*fixed, *first])
     checked = read_config(arguments.config, fixed)
     layout = check_ranks(job, checked.parallel, checked.global_batch_size, checked.micro_batch_size)
+    if arguments.check_data:
+        try:
+            check_data(checked)
+        except DataError as error:
+            mend = f"{error.mend}; or --no-check-data, where only the nodes have the data"
+            raise DataError(error.what, mend=mend.removeprefix("; ")) from None
     script = Script(
         run_dir=Path(os.path.abspath(checked.run_dir)),
         folder=Path.cwd(),
@@ -214,5 +220,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", metavar="FILE", help="output of the job, in SLURM's notation; RUN_DIR/submit/%%j.log")
     add("--sbatch", metavar="OPTION", action="append", default=[], help="another option, such as constraint=h100")
     add("--site", metavar="FILE", type=Path, help=f"settings of the cluster; ${VARIABLE}, else {DEFAULT}")
+    add("--check-data", action=argparse.BooleanOptionalAction, default=True, help="look for local data files (yes)")
     add("--dry-run", action="store_true", help="print the script; queue nothing")
     return parser

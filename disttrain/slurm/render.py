@@ -64,6 +64,8 @@ def render(job: Job, site: Site, script: Script) -> str:
         ConfigError: a further option of sbatch is one that disttrain sets.
     """
     run_dir = script.run_dir / INDEX if job.array else script.run_dir
+    # In an array, the number of the last job is that of the whole array.
+    number = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.array else "$SLURM_JOB_ID"
     settings = {"config": str(script.config), "trainer.run_dir": '"$RUN_DIR"', **script.settings}
     arguments = [
         f"--{name}={value if name == 'trainer.run_dir' else _quote(value)}" for name, value in settings.items()
@@ -73,7 +75,7 @@ def render(job: Job, site: Site, script: Script) -> str:
     places = {
         "title": f"{job.name}: {job.nodes} x {job.ranks_per_node} ranks",
         "directives": "\n".join(f"#SBATCH {line}" for line in _directives(job, site, script)),
-        "run_dir": _quote(str(run_dir)),
+        "run_dir": f"{_quote(str(run_dir))}" + (f"\nJOB={number}" if job.requeue else ""),
         "setup": "\n".join(_setup(job, site)),
         "srun": " \\\n    ".join(_srun(site, script)),
         "python": shlex.quote(script.python),

@@ -23,13 +23,10 @@ _TIMEOUT_SECONDS: Final = 20
 def job_of(environ: Mapping[str, str] | None = None) -> dict[str, str | int]:
     """The SLURM job that this process belongs to, for the record; empty outside of one."""
     env = os.environ if environ is None else environ
-    job = env.get("SLURM_JOB_ID")
-    if not job:
+    if not env.get("SLURM_JOB_ID"):
         return {}
-    array, index = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
     nodes = env.get("SLURM_JOB_NODELIST", env.get("SLURM_NODELIST", ""))
-    name = f"{array}_{index}" if array and index else job
-    return {"slurm_job": name, "slurm_restart": _restarts(env), "nodes": nodes}
+    return {"slurm_job": _number(env), "slurm_restart": _restarts(env), "nodes": nodes}
 
 
 def is_to_be_requeued(environ: Mapping[str, str] | None = None) -> bool:
@@ -45,7 +42,7 @@ def ask_to_requeue(run_dir: Path, environ: Mapping[str, str] | None = None) -> s
         what was done, in words.
     """
     env = os.environ if environ is None else environ
-    job, restarts = env.get("SLURM_JOB_ID", ""), _restarts(env)
+    job, restarts = _number(env), _restarts(env)
     if restarts >= _limit(env):
         return f"job {job} is not requeued: it has been {restarts} times, as often as it may"
     try:
@@ -78,6 +75,12 @@ def is_restarted_by_slurm(environ: Mapping[str, str] | None = None) -> bool:
 def _restarts(env: Mapping[str, str]) -> int:
     text = env.get("SLURM_RESTART_COUNT", "0")
     return int(text) if text.isdigit() else 0
+
+
+def _number(env: Mapping[str, str]) -> str:
+    """The job's number; in an array with the index, since the last one's own number means the whole array."""
+    array, index = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{index}" if array and index else env.get("SLURM_JOB_ID", "")
 
 
 def _limit(env: Mapping[str, str]) -> int:

@@ -76,7 +76,16 @@ def rows_of(run_dir: Path, queued: Mapping[str, Queued]) -> list[Row]:
         waiting = {name: one for name, one in queued.items() if name.startswith(f"{number}_")}
         begun = {name for name in waiting if (run_dir / name.partition("_")[2] / "run.json").exists()}
         return [
-            Row(str(run_dir / name.partition("_")[2]), name, one.state, 0, None, None, None, one.reason)
+            Row(
+                str(run_dir / name.partition("_")[2]),
+                name,
+                one.state.lower(),
+                0,
+                None,
+                None,
+                None,
+                one.reason.strip("()"),
+            )
             for name, one in sorted(waiting.items())
             if name not in begun
         ]

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from disttrain.commands import jobs, submit
-from disttrain.errors import ConfigError
+from disttrain.errors import ConfigError, DataError
 from disttrain.slurm.commands import Queued
 from disttrain.slurm.runs import rows_of
 
-CONFIG = ["--config", "recipes/digits.yaml", "--set", "data.micro_batch_size=16"]
+CONFIG = ["--config", "recipes/digits.yaml", "--set", "data.micro_batch_size=16", "--no-check-data"]
 
 
 def test_a_dry_run_prints_the_script_and_writes_nothing(
@@ -47,6 +47,17 @@ def test_mistakes(options: list[str], what: str, mend: str) -> None:
     with pytest.raises(ConfigError, match=what) as caught:
         submit.main([*CONFIG, "--tasks-per-node", "2", *options, "--dry-run"])
     assert mend in caught.value.mend
+
+
+def test_data_that_is_missing_is_told_before_the_job_waits(digits: Path, tmp_path: Path) -> None:
+    there = [f"data.{split}={digits}/{split}.json" for split in ("train", "val", "test")]
+    words = ["--config", "recipes/digits.yaml", "--tasks-per-node", "1", "--dry-run"]
+    words += [word for one in there for word in ("--set", one)]
+    assert submit.main(words) == 0
+    for spec in (f"{digits}/train-{{000000..000009}}.tar", str(digits / "trian.json")):
+        with pytest.raises(DataError, match=r"train-000004\.tar does not exist|trian\.json") as caught:
+            submit.main([*words, "--set", f"data.train={spec}"])
+        assert "--no-check-data" in caught.value.mend
 
 
 def test_a_complete_run_is_left_alone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,30 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, digits: Pat
     assert cluster.job(job).state == "CANCELLED"
     assert cluster.job(job).restarts == 0
     assert (run_dir / "checkpoints" / f"step-{read_run(run_dir)['attempts'][0]['to_step']:08d}").exists()
+
+
+def test_a_signal_before_training_and_a_start_after_the_end(
+    cluster: Cluster, digits: Path, tmp_path: Path, whole: Path
+) -> None:
+    """Ranks that still import are ended by SIGUSR1; the script requeues. A job that was complete does nothing more."""
+    run_dir = tmp_path / "run"
+    job = queue_job(cluster, run_dir, digits, "--tasks-per-node", "1", "--requeue")
+    log = log_of(run_dir, job)
+    node = cluster.wait_state(job, "RUNNING").nodes
+    wait_until(  # for the rank, and not for srun, whose command names it too
+        lambda: any(line.startswith(sys.executable) for line in cluster.processes_of(node, "disttrain fit")),
+        *(30, cluster.logs),
+    )
+    cluster.run(["scancel", "--signal=USR1", job])
+    wait_until(lambda: cluster.job(job).restarts == 1, 60, lambda: log.read_text() + cluster.logs())
+    cluster.wait_done(job, log=log)
+    assert f"disttrain: job {job} requeued" in log.read_text()
+    assert [attempt["slurm_restart"] for attempt in read_run(run_dir)["attempts"]] == [1]
+    assert_same(whole, run_dir, attempts=1)
+    cluster.run(["scontrol", "requeue", job])  # as of a preemption that comes just then
+    wait_until(lambda: "nothing is left to do" in log.read_text(), 60, lambda: log.read_text() + cluster.logs())
+    cluster.wait_done(job, log=log)
+    assert_same(whole, run_dir, attempts=1)
 
 
 def test_a_dead_node_is_replaced(cluster: Cluster, digits: Path, tmp_path: Path, whole: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from disttrain.commands import jobs, submit
 from disttrain.errors import ConfigError
 from disttrain.runs import read_run
-from tests.support.slurm import Cluster, missing
+from tests.support.slurm import Cluster, missing, wait_until
 from tests.support.slurm_jobs import arguments, callbacks, log_of, queue_job, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
@@ -49,9 +49,12 @@ def test_what_is_refused_is_not_queued(
 def test_an_array_has_a_folder_a_run(
     cluster: Cluster, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir, go = tmp_path / "run", tmp_path / "go"
-    more = {**callbacks(wait_for(2, go)), "trainer.max_steps": "3", "seed_everything": "%a"}
-    job = queue_job(cluster, run_dir, digits, "--tasks-per-node", "1", "--array", "0-3%2", more=more)
+    """The last one, whose number is that of the whole array, is requeued, and no other."""
+    run_dir = tmp_path / "run"
+    more = {**callbacks(wait_for(2, "go")), "trainer.max_steps": "3", "seed_everything": "%a"}
+    more["model.schedule.warmup_steps"] = "1"
+    options = ("--tasks-per-node", "1", "--array", "0-3%2", "--requeue")
+    job = queue_job(cluster, run_dir, digits, *options, more=more)
     cluster.wait_state(f"{job}_1", "RUNNING")
     with cluster.as_here():
         assert jobs.main([str(run_dir), "--json"]) == 0
@@ -59,17 +62,22 @@ def test_an_array_has_a_folder_a_run(
     assert shown == {f"{job}_0": "running", f"{job}_1": "running", f"{job}_2": "pending", f"{job}_3": "pending"}
     with cluster.as_here(), pytest.raises(ConfigError, match=rf"job {job}_\d of run folder .* is (running|pending)"):
         submit.main(arguments(run_dir, digits, "--tasks-per-node", "1"))
-    go.touch()
+    for index in range(4):
+        one = run_dir / str(index)
+        wait_until((one / "waits-0").exists, 90, cluster.logs)
+        if index == 3:
+            cluster.run(["scancel", "--signal=USR1", f"{job}_3"])
+        (one / "go").touch()
     for index in range(4):
         cluster.wait_done(f"{job}_{index}", log=log_of(run_dir, f"{job}_{index}"))
-    for index in range(4):
+        assert cluster.job(f"{job}_{index}").restarts == int(index == 3)
         one = read_run(run_dir / str(index))
         assert one["status"] == "completed"
-        assert [attempt["slurm_job"] for attempt in one["attempts"]] == [f"{job}_{index}"]
+        assert {attempt["slurm_job"] for attempt in one["attempts"]} == {f"{job}_{index}"}
         assert f"seed_everything: {index}\n" in (run_dir / str(index) / "config.yaml").read_text()
     with cluster.as_here():
         assert jobs.main([str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1:6] for line in lines[1:]] == [
-        [f"{job}_{index}", "completed", "1", "3", "3"] for index in range(4)
+        [f"{job}_{index}", "completed", "1" if index < 3 else "2", "3", "3"] for index in range(4)
     ], lines

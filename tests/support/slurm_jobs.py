@@ -23,7 +23,7 @@ class WaitFor(Callback):
 
     Args:
         step: optimizer steps done before.
-        file: which.
+        file: which; a path that is not absolute is one in the run's folder.
     """
 
     def __init__(self, step: int, file: str) -> None:
@@ -36,7 +36,7 @@ class WaitFor(Callback):
         reached = Path(trainer.default_root_dir) / f"waits-{trainer.global_rank}"
         if trainer.global_step == self.step and not reached.exists():
             reached.touch()
-            while not self.file.exists():
+            while not (reached.parent / self.file).exists():
                 time.sleep(0.05)
 
 
@@ -70,7 +70,7 @@ def callbacks(*texts: str) -> dict[str, str]:
     return {"trainer.callbacks": f"[{', '.join(listed)}]"}
 
 
-def wait_for(step: int, file: Path) -> str:
+def wait_for(step: int, file: Path | str) -> str:
     """A :class:`WaitFor`, as YAML."""
     return f"{{class_path: tests.support.slurm_jobs.WaitFor, init_args: {{step: {step}, file: {file}}}}}"
 
