@@ -17,7 +17,7 @@ import re
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -212,10 +212,26 @@ class Mirror:
                 why = next((reason for reason in passed_over if f"/{after} " in reason), self._never(after))
                 raise CheckpointError(f"{why}, though it was just uploaded", mend="see who else deletes there")
             if not dry_run:
-                self._folder.remove(f"{one.name}/{MARKER}" for one in gone)
-                self._folder.remove(f"{one.name}/{file}" for one in gone for file in one.entry.files)
+                self._remove(gone)
                 self._folder.remove(unfinished)
         return gone, len(found)
+
+    def forget_after(self, step: int, attempt: Attempt) -> None:
+        """Delete the copies of later steps, markers first, newest first: the run goes back.
+
+        Raises:
+            FencedError: a newer attempt has begun.
+            CheckpointError: they cannot be listed or deleted.
+        """
+        later = [one for one in self.committed()[0] if one.entry.global_step > step]
+        with self._speaking("cannot be deleted"):
+            self.guard(attempt)  # after the look: nothing of a newer attempt's was seen
+            for one in reversed(later):
+                self._remove([one])
+
+    def _remove(self, copies: Sequence[Stored]) -> None:
+        self._folder.remove(f"{one.name}/{MARKER}" for one in copies)
+        self._folder.remove(f"{one.name}/{file}" for one in copies for file in one.entry.files)
 
     def fault(self, stored: Stored, file: str, into: Path | None = None) -> str:
         """Read a file of a copy, compare it with the marker's checksum, and keep it where that is asked for.

@@ -101,6 +101,10 @@ class Mirroring:
         if not self._saver.busy:
             self._next()
 
+    def forget(self) -> None:
+        """Copy nothing that waits; no copy may be under way."""
+        self._waiting.clear()
+
     def poll(self) -> Outcome | None:
         """At a step boundary: how a copy ended, at the same boundary on all ranks; the next one is begun."""
         return self._take(self._saver.poll())
