@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from tests.support.faults import SMALL_DISK, Case, Scene, can_mount, scene
+from tests.support.faults import READ_ONLY, SMALL_DISK, Case, Scene, can_mount, scene
 from tests.support.servers import S3, s3_server
 
 CHECKPOINT = "run/checkpoints/step-00000004"
@@ -155,12 +155,14 @@ def weights(change: str = "", file: str = "weights.safetensors") -> Callable[[Sc
     return write
 
 
-def disk(name: str = "run") -> Callable[[Scene], object]:
-    """A folder lies on a file system of 32 KiB."""
+def disk(read_only: bool = False) -> Callable[[Scene], object]:
+    """The run folder lies on a file system of 32 KiB."""
 
     def mount(made: Scene) -> None:
-        (made.folder / name).mkdir()
-        made.environment[SMALL_DISK] = str(made.folder / name)
+        (made.folder / "run").mkdir()
+        made.environment[SMALL_DISK] = str(made.folder / "run")
+        if read_only:
+            made.environment[READ_ONLY] = "1"
 
     return mount
 
@@ -237,6 +239,7 @@ GROUPS = {
     ],
     "Writing checkpoints": [
         Case("The run folder cannot be made", f"{FIT} --trainer.run_dir /dev/null/run", slow=True),
+        Case("The run folder can only be read", FIT, disk(read_only=True), needs=can_mount(), slow=True),
         Case("The disk is full", f"{FIT} --model.widths '[64]'", disk(), needs=can_mount()),
         Case("Copies go to a place that cannot be written to", f"{FIT} --checkpoint.mirror.url http://host/models"),
         Case("The bucket for copies does not exist", f"{FIT} {COPIES}", copies("modles"), needs=S3),

@@ -43,6 +43,8 @@ early_stopping: {monitor: null}
 Fields = Mapping[str, bytes]
 SMALL_DISK = "DISTTRAIN_TEST_SMALL_DISK"
 """Names a folder in whose place the command finds a full disk."""
+READ_ONLY = "DISTTRAIN_TEST_READ_ONLY"
+"""Whether that can only be read."""
 
 
 @dataclass
@@ -199,7 +201,7 @@ def _child(folder: str, words: list[str], environment: dict[str, str]) -> None:
     os.environ |= environment
     RetryConfig.wait_seconds = _no_wait  # type: ignore[method-assign]
     if SMALL_DISK in environment:
-        mount_small_disk(environment[SMALL_DISK])
+        mount_small_disk(environment[SMALL_DISK], read_only=READ_ONLY in environment)
     sys.exit(cli.main(words))
 
 
@@ -210,17 +212,17 @@ def can_mount() -> bool:
 
 
 CLONE_NEWNS = 0x00020000
-MS_PRIVATE, MS_REC = 1 << 18, 1 << 14
+MS_PRIVATE, MS_REC, MS_RDONLY = 1 << 18, 1 << 14, 1
 
 
-def mount_small_disk(folder: str) -> None:
+def mount_small_disk(folder: str, *, read_only: bool = False) -> None:
     """Put a file system of 32 KiB in place of a folder, for this process alone; it is gone when that ends."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNS) or libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None):
         raise OSError(ctypes.get_errno(), "cannot have mounts of its own")
-    if libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, b"size=32k"):
+    if libc.mount(b"tmpfs", folder.encode(), b"tmpfs", MS_RDONLY if read_only else 0, b"size=32k"):
         raise OSError(ctypes.get_errno(), "cannot mount a tmpfs")
 
 
