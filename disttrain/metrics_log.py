@@ -134,7 +134,7 @@ class EventsLog(TensorBoardLogger):
         """Hand the values to the thread that writes them."""
         if not self._lost:
             with self._losing():
-                super().log_metrics(metrics, step)  # type: ignore[arg-type]
+                super().log_metrics(metrics, step)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
