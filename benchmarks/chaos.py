@@ -48,7 +48,7 @@ def main() -> int:
     """Run the campaigns, and write the table; 1 where something was lost."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     names = [*map(str, LAYOUTS), CHANGING, *(f"{LAUNCHED}{layout}" for layout in LAYOUTS if layout.ranks == 2)]
-    parser.add_argument("--kills", type=int, default=120, help="processes or groups of them to kill, over all layouts")
+    parser.add_argument("--kills", type=int, default=140, help="processes or groups of them to kill, over all layouts")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--layouts", nargs="+", default=names, choices=names, metavar="LAYOUT", help=", ".join(names))
     parser.add_argument("--out", type=Path, default=OUT)
