@@ -53,13 +53,18 @@ def write_synced(
         OSError: it cannot be written; nothing of it stays under its name.
     """
     temporary = path.with_name(f".{path.name}{label and '.'}{label}.tmp")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644, dir_fd=within), "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    if check is not None:
-        check()
-    os.replace(temporary, path, src_dir_fd=within, dst_dir_fd=within)
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644, dir_fd=within), "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if check is not None:
+            check()
+        os.replace(temporary, path, src_dir_fd=within, dst_dir_fd=within)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary, dir_fd=within)
+        raise
 
 
 @contextmanager

@@ -116,16 +116,26 @@ class Job:
             os.fsync(opened)
             guard(directory, self.attempt)
             os.rename(self.temporary, self.final)
-            sync_directory(directory)
-            guard(directory, self.attempt)
-            # Into the directory that was written, not into one of a newer attempt that may have its name by now.
-            write_marker(opened, self.about, entries)
+            try:
+                sync_directory(directory)
+                guard(directory, self.attempt)
+                # Into the directory that was written, not into one of a newer attempt that may have its name by now.
+                write_marker(opened, self.about, entries)
+            except BaseException:
+                self._take_back(opened)
+                raise
         # A newer attempt says that it is there, then clears: after this look the temporary file would be gone.
         label = self.attempt.label if self.attempt else ""
         write_synced(
             directory / LATEST, f"{self.final.name}\n", label=label, check=partial(guard, directory, self.attempt)
         )
         sync_directory(directory)
+
+    def _take_back(self, opened: int) -> None:
+        """Undo the rename of what gets no marker, so that it is removed; on a full disk it would fill it for good."""
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(opened), os.stat(self.final)):  # not what a newer attempt has put there
+                os.rename(self.final, self.temporary)
 
 
 def write(
