@@ -77,7 +77,7 @@ def render(job: Job, site: Site, script: Script) -> str:
         "directives": "\n".join(f"#SBATCH {line}" for line in _directives(job, site, script)),
         "run_dir": f"{_quote(str(run_dir))}" + (f"\nJOB={number}" if job.requeue else ""),
         "setup": "\n".join(_setup(job, site)),
-        "srun": " \\\n    ".join(_srun(site, script)),
+        "srun": " \\\n    ".join(_srun(job, site, script)),
         "python": shlex.quote(script.python),
         "arguments": " ".join(arguments),
         "ranks_per_node": str(job.ranks_per_node),
@@ -139,9 +139,10 @@ def _setup(job: Job, site: Site) -> list[str]:
     return lines
 
 
-def _srun(site: Site, script: Script) -> list[str]:
+def _srun(job: Job, site: Site, script: Script) -> list[str]:
     """srun's options, and the command that ranks run under in a container."""
-    words = ["--kill-on-bad-exit=1"]
+    # Ranks of a node follow each other, and local rank i takes GPU i of all that the node has.
+    words = ["--kill-on-bad-exit=1 --distribution=block" + " --gpu-bind=none" * (job.gpus_per_node > 0)]
     if site.container is None:
         return words
     image, mounts = shlex.quote(site.container.image), [str(script.folder), *site.container.mounts]
