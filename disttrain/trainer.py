@@ -108,7 +108,7 @@ class Trainer(pl.Trainer):
         world = detect_world()
         plugins: list[Any] = [ScaledPrecision(device)] if precision == "16-mixed" else []
         # Never what Lightning finds: a lone process inside a SLURM allocation is not one of its tasks.
-        plugins.append(LightningEnvironment() if world.launcher == "alone" else WorldEnvironment(world))
+        plugins.append(LightningEnvironment() if world.size == 1 else WorldEnvironment(world))
         if device == "cuda":
             world.check_devices(torch.cuda.device_count())
         self.run_dir = Path(run_dir)

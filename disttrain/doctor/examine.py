@@ -37,6 +37,7 @@ from disttrain.world import World
 
 _POLL_SECONDS: Final = 0.05
 _LAST_SECONDS: Final = 3.0
+_GUARD_SECONDS: Final = 30.0
 _LOOK_AT_RANK_0: Final = (
     "see whether rank 0 has started and what it printed, whether MASTER_ADDR is its node, and whether a firewall is"
     " between"
@@ -100,11 +101,12 @@ def examine(world: World, options: Options, *, caught: Callable[[Report], None])
     """
     report = Report(world, speaks=world.rank == 0)
     start = time.perf_counter()
-    with _guarded(report, 3 * options.timeout + 30, caught):
+    with _guarded(report, 3 * options.timeout + _GUARD_SECONDS, caught):
         meeting = _meeting(report)
         used = _examine_node(report, options, meeting)
         if world.size == 1:
             device = speed.device_of(world)
+            report.stage = "computing"
             report.measured["compute_seconds"] = speed.compute_seconds(device)
             said = f"{report.measured['compute_seconds'] * 1000:.2f} ms for a product of matrices on {device.type}"
             report.findings += [ok("computing", said), ok("ranks", "one; for links and other nodes run it on all")]
@@ -375,7 +377,7 @@ def _guarded(report: Report, seconds: float, caught: Callable[[Report], None]) -
     """End this process if what is inside does not end."""
 
     def end() -> None:
-        world = report.world
+        world, report.speaks = report.world, True
         said = f"rank {world.rank} on {socket.gethostname()} hung for more than {seconds:g} s while {report.stage}"
         report.findings.append(failure("peers", said, "see the other lines, and what the other ranks printed"))
         with suppress(Exception):
