@@ -71,7 +71,7 @@ def preempted(cluster: Cluster, folder: Path, data: Path, *, tries: int, steps: 
         def under_way(number: int = number, from_step: int = from_step) -> bool:
             attempts = read_run(run_dir).get("attempts", [])
             logged = [row.step for row in read_rows(run_dir / "metrics.csv")] if attempts else []
-            return len(attempts) == number + 1 and max(logged, default=0) > from_step
+            return len(attempts) == number + 1 and max(logged, default=0) > from_step + 3
 
         wait_until(under_way, 180, lambda: log.read_text() + cluster.logs())
         if number == 0:
@@ -87,7 +87,6 @@ def preempted(cluster: Cluster, folder: Path, data: Path, *, tries: int, steps: 
             wait_until(lambda: cluster.job(job).state == "PENDING", 60, cluster.logs)
             spoken.disttrain("jobs", "preempted")
         cluster.wait_done(urgent.strip())
-        asked = [event for event in record["events"] if event["kind"] == "requeue"]
         saved = committed(run_dir / "checkpoints")[0][-1].global_step
         rows.append(
             {
@@ -95,12 +94,14 @@ def preempted(cluster: Cluster, folder: Path, data: Path, *, tries: int, steps: 
                 "saved_at": saved,
                 "seconds_to_stop": last["ended"] - began,
                 "why": last["stop_reason"],
-                "requeued": bool(asked),
             }
         )
         print(rows[-1], flush=True)
     cluster.wait_done(job, timeout=300, log=log)
-    attempts = read_run(run_dir)["attempts"]
+    record = read_run(run_dir)
+    attempts = record["attempts"]
+    asked = [event["step"] for event in record["events"] if event["kind"] == "requeue"]
+    assert asked == [row["stopped_at"] for row in rows], f"requeued at {asked}, not at {rows}"
     for row, following in zip(rows, attempts[1:], strict=True):
         row["resumed_at"] = following["from_step"]
     spoken.run("grep", "-v", "socket.cpp", str(log), show=f"cat preempted/submit/{job}.log")
