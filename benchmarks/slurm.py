@@ -3,8 +3,8 @@
 One job of 2 nodes x 1 rank, the second rank half a second late in every step, is preempted ``--tries`` times by a job
 of a higher priority; weights and samples are compared with those of a run that nothing stopped. Then jobs of both
 styles are submitted by the command itself, and timed. ``python -m benchmarks.slurm`` from the repository, as root, on
-a machine with SLURM's programs (:mod:`tests.support.slurm` starts them); writes ``benchmarks/results/slurm.json``, the
-transcript ``slurm.txt`` and the loss over all attempts, ``slurm.png``.
+a machine with SLURM's programs (:mod:`tests.support.slurm` starts them); writes ``benchmarks/results/slurm.md`` and
+``slurm.json``, the transcript ``slurm.txt`` and the loss over all attempts, ``slurm.png``.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def preempted(cluster: Cluster, folder: Path, data: Path, *, tries: int, steps: 
         def under_way(number: int = number, from_step: int = from_step) -> bool:
             attempts = read_run(run_dir).get("attempts", [])
             logged = [row.step for row in read_rows(run_dir / "metrics.csv")] if attempts else []
-            return len(attempts) == number + 1 and max(logged, default=0) > from_step
+            return len(attempts) == number + 1 and max(logged, default=0) > from_step + 3
 
         wait_until(under_way, 180, lambda: log.read_text() + cluster.logs())
         if number == 0:
@@ -87,7 +87,6 @@ def preempted(cluster: Cluster, folder: Path, data: Path, *, tries: int, steps: 
             wait_until(lambda: cluster.job(job).state == "PENDING", 60, cluster.logs)
             spoken.disttrain("jobs", "preempted")
         cluster.wait_done(urgent.strip())
-        asked = [event for event in record["events"] if event["kind"] == "requeue"]
         saved = committed(run_dir / "checkpoints")[0][-1].global_step
         rows.append(
             {
@@ -95,12 +94,14 @@ def preempted(cluster: Cluster, folder: Path, data: Path, *, tries: int, steps: 
                 "saved_at": saved,
                 "seconds_to_stop": last["ended"] - began,
                 "why": last["stop_reason"],
-                "requeued": bool(asked),
             }
         )
         print(rows[-1], flush=True)
     cluster.wait_done(job, timeout=300, log=log)
-    attempts = read_run(run_dir)["attempts"]
+    record = read_run(run_dir)
+    attempts = record["attempts"]
+    asked = [event["step"] for event in record["events"] if event["kind"] == "requeue"]
+    assert asked == [row["stopped_at"] for row in rows], f"requeued at {asked}, not at {rows}"
     for row, following in zip(rows, attempts[1:], strict=True):
         row["resumed_at"] = following["from_step"]
     spoken.run("grep", "-v", "socket.cpp", str(log), show=f"cat preempted/submit/{job}.log")
@@ -145,6 +146,50 @@ def timed(cluster: Cluster, folder: Path, data: Path, *, repeats: int) -> list[d
     return rows
 
 
+def page(result: dict[str, Any]) -> str:
+    """The figures as a page."""
+    rows = result["timed"]
+    loads = [row["load"] for row in rows]
+    lines = [
+        "# On a real SLURM",
+        "",
+        f"SLURM 22.05, four slurmd on one machine of {result['cores']} cores, which other work shared (load"
+        f" {min(loads):.0f} to {max(loads):.0f}); `python -m benchmarks.slurm`.",
+        "",
+        "## From `disttrain submit` to the end of step 1",
+        "",
+        f"2 nodes x 1 rank, digits; medians of {len(rows) // 2} submissions of each style in turn, least and greatest;"
+        " seconds. Imports of PyTorch are most of the first two columns. The queue was empty.",
+        "",
+        "| style | `submit` itself | until training starts | step 1 | in all |",
+        "|-|-|-|-|-|",
+    ]
+    for style in ("srun", "torchrun"):
+        cells = []
+        for name in ("submit", "until_training", "first_step", "total"):
+            values = [row[name] for row in rows if row["style"] == style]
+            cells.append(f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})")
+        lines.append(f"| {style} | {' | '.join(cells)} |")
+    tries = result["preemptions"]
+    same = "same bits of all weights, same samples in every step" if result["same_bits"] else "OTHER WEIGHTS"
+    lines += [
+        "",
+        f"## One run, preempted {len(tries)} times",
+        "",
+        f"2 nodes x 1 rank, rank 1 half a second late in every step, {result['steps']} steps; a job of a higher"
+        f" priority takes all nodes again and again. {result['attempts']} attempts of one job; no hang; against a run"
+        f" that nothing stopped: {same if result['same_samples'] else 'OTHER SAMPLES'}.",
+        "",
+        "| preemption | seconds to the stop, saved | stopped and saved at step | resumed at step | cause |",
+        "|-|-|-|-|-|",
+    ]
+    for number, row in enumerate(tries, 1):
+        saved = row["stopped_at"] if row["stopped_at"] == row["saved_at"] else f"{row['stopped_at']}, {row['saved_at']}"
+        lines.append(f"| {number} | {row['seconds_to_stop']:.1f} | {saved} | {row['resumed_at']} | {row['why']} |")
+    lines += ["", "![loss](slurm.png)", "", "Submit, preempt, requeue, finish: [the transcript](slurm.txt).", ""]
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run both parts and write the figures."""
     parser = argparse.ArgumentParser(description="Preemptions and start times on a real SLURM.")
@@ -173,6 +218,7 @@ def main() -> None:
             f"{style}: {statistics.median(totals):.1f} s from submit to step 1 ({min(totals):.1f} to {max(totals):.1f})"
         )
     (OUT / "slurm.json").write_text(json.dumps(result, indent=2) + "\n")
+    (OUT / "slurm.md").write_text(page(result))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -212,7 +213,8 @@ class RunRecord(Callback):
     def _write(self, *, must: bool = False) -> None:
         if self._checkpoints is not None and self._checkpoints.directory is not None:
             # A process whose run goes on elsewhere, of which this node did not hear, leaves the record alone too.
-            guard(self._checkpoints.directory, self._checkpoints.attempt)
+            with suppress(OSError):  # who cannot tell writes on
+                guard(self._checkpoints.directory, self._checkpoints.attempt)
         try:
             write_run(self.run_dir, self.record)
         except OSError as error:

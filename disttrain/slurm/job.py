@@ -16,7 +16,7 @@ from disttrain.errors import ConfigError
 from disttrain.parallel.config import BatchPlan, ParallelConfig
 
 Style = Literal["srun", "torchrun"]
-STYLES: Final = ("srun", "torchrun")
+STYLES: Final[tuple[Style, ...]] = ("srun", "torchrun")
 _ARRAY: Final = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
 _SLURM_TIME: Final = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 

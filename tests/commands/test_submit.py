@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -58,6 +59,13 @@ def test_data_that_is_missing_is_told_before_the_job_waits(digits: Path, tmp_pat
         with pytest.raises(DataError, match=r"train-000004\.tar does not exist|trian\.json") as caught:
             submit.main([*words, "--set", f"data.train={spec}"])
         assert "--no-check-data" in caught.value.mend
+
+
+@pytest.mark.parametrize("command", [submit, jobs])
+def test_help(command: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        command.main(["--help"])
+    assert "--" in capsys.readouterr().out
 
 
 def test_a_complete_run_is_left_alone(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import subprocess
 import pytest
 
 from disttrain.errors import ConfigError
-from disttrain.slurm.job import Job
+from disttrain.slurm.job import STYLES, Job
 from disttrain.slurm.render import Script, render
-from disttrain.slurm.site import Site
+from disttrain.slurm.site import Container, Site
 from tests.support.slurm_examples import FOLDER, examples
 
 SCRIPT = Script(FOLDER / "runs" / "a run", FOLDER, "/usr/bin/python3", {})
@@ -47,6 +47,16 @@ def test_names_with_spaces_stay_one_word() -> None:
     exported = next(line for line in text.splitlines() if line.startswith("export NOTE="))
     said = subprocess.run(["bash", "-c", f'{exported}; printf %s "$NOTE"'], capture_output=True, text=True)
     assert said.stdout == "it's one"
+
+
+def test_pyxis_mounts_by_options_of_srun() -> None:
+    site = Site(container=Container("docker://a/b:c", runtime="pyxis", mounts=("/data", "/scratch:/tmp")))
+    for style in STYLES:
+        text = render(Job("a", tasks_per_node=1, style=style), site, SCRIPT)
+        folder = f"{FOLDER}:{FOLDER}"
+        assert f"--container-image=docker://a/b:c --container-mounts={folder},/data:/data,/scratch:/tmp \\\n" in text
+        checked = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stderr
 
 
 def test_an_option_that_disttrain_sets_is_refused() -> None:

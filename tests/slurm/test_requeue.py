@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,11 @@ def assert_same(whole: Path, run_dir: Path, *, attempts: int) -> None:
     assert len(jobs) == 1, jobs
 
 
+def says(log: Path, words: str) -> bool:
+    """Whether words stand in a job's output by now."""
+    return log.exists() and words in log.read_text()
+
+
 @pytest.mark.parametrize("style", ["srun", "torchrun"])
 def test_both_styles_train_as_local_ranks_do(
     cluster: Cluster, digits: Path, tmp_path: Path, whole: Path, style: str
@@ -42,30 +48,38 @@ def test_both_styles_train_as_local_ranks_do(
 
 
 def test_the_time_limit_requeues_under_both_styles(cluster: Cluster, digits: Path, tmp_path: Path, whole: Path) -> None:
-    """SIGUSR1 reaches the ranks under srun, and past a torchrun that it would end."""
+    """SIGUSR1 reaches the ranks under srun, and past a torchrun that it would end.
+
+    The ranks of the first have no scontrol, as in a container, so that their script requeues.
+    """
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nPATH=/nowhere exec {sys.executable} "$@"\n')
+    bare.chmod(0o755)
+    (tmp_path / "site.yaml").write_text(f"python: {bare}\n")
     runs = {}
     for style in ("srun", "torchrun"):
         run_dir, go = tmp_path / style, tmp_path / f"go-{style}"
-        nodes = "2" if style == "srun" else "1"
-        options = ("--nodes", nodes, "--tasks-per-node", "1", "--style", style, "--requeue")
-        job = queue_job(
-            cluster,
-            run_dir,
-            digits,
-            *(*options, "--time", "60s", "--signal-seconds", "10"),
-            more=callbacks(wait_for(6, go)),
-        )
+        where = ("--nodes", "2", "--site", str(tmp_path / "site.yaml")) if style == "srun" else ("--nodes", "1")
+        options = (*where, "--tasks-per-node", "1", "--style", style, "--requeue")
+        limits = ("--time", "60s", "--signal-seconds", "10")
+        job = queue_job(cluster, run_dir, digits, *options, *limits, more=callbacks(wait_for(6, go)))
         runs[style] = (run_dir, job, go)
     for run_dir, job, go in runs.values():
         log = log_of(run_dir, job)
-        wait_until(lambda log=log: log.exists() and "SIGUSR1: stopping" in log.read_text(), 100, cluster.logs)  # type: ignore[misc]
+        wait_until(partial(says, log, "SIGUSR1: stopping"), 100, cluster.logs)
         go.touch()
-    for run_dir, job, _ in runs.values():
-        cluster.wait_done(job, log=log_of(run_dir, job))
+    for style, (run_dir, job, _) in runs.items():
+        log = log_of(run_dir, job)
+        cluster.wait_done(job, log=log)
         run = read_run(run_dir)
         assert run["attempts"][0]["stop_reason"].startswith("preempted by SIGUSR1"), run["attempts"]
         assert run["attempts"][1]["from_step"] == run["attempts"][0]["to_step"] <= 7
         assert [attempt["slurm_restart"] for attempt in run["attempts"]] == [0, 1]
+        by_script = style == "srun"
+        told = f"no scontrol here: the script of job {job} is to requeue it"
+        told = told if by_script else f"job {job} is requeued and goes on by itself"
+        assert told in [event["text"] for event in run["events"]]
+        assert says(log, f"disttrain: job {job} requeued") is by_script
         assert_same(whole, run_dir, attempts=2)
         assert (run_dir / "tensorboard").is_dir()
         assert not list(run_dir.parent.glob(f"{run_dir.name}.*")), "the run was set aside"

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -53,7 +54,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 EnforcePartLimits=ALL
 SlurmctldTimeout=30
-SlurmdTimeout=8
+SlurmdTimeout=6
 KillWait=5
 InactiveLimit=0
 MinJobAge=3600
@@ -96,6 +97,7 @@ while read -r _; do :; done
 """
 
 
+@cache
 def missing() -> str:
     """What is not there to start a SLURM; empty where all is."""
     absent = [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]
