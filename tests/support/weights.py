@@ -33,4 +33,5 @@ def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[st
 def whole_weights(trainer: Any) -> dict[str, torch.Tensor]:
     """The weights of a run under way, its buffers with them, put together on every rank. A collective."""
     weights = trainer.strategy.lightning_module_state_dict()
-    return {name: t.full_tensor() if isinstance(t, DTensor) else t.clone() for name, t in weights.items()}
+    # The whole tensor of a single rank is a view of its part, which training goes on to change.
+    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in weights.items()}
