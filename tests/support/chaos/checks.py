@@ -52,7 +52,8 @@ def assert_same(whole: Path, run_dir: Path, *, result: bool = True) -> None:
     assert other["status"] == "completed", other["status"]
     if result:
         assert (other["result"], other["best"]) == (one["result"], one["best"])
-    assert _logged(run_dir) == _logged(whole), "metrics.csv has other rows"
+    logged, due = _logged(run_dir), _logged(whole)
+    assert logged == due, f"metrics.csv has too much {set(logged) - set(due)} or too little {set(due) - set(logged)}"
 
 
 def _logged(run_dir: Path) -> list[tuple[str, ...]]:
