@@ -55,9 +55,14 @@ class Ranks:
         for process in self.processes:
             process.start()
 
-    def wait(self, timeout: float = 120) -> Outcome:
-        """How they ended; those that do not end in time, or not soon after another one failed, are killed."""
-        _join(self.processes, timeout)
+    def wait(self, timeout: float = 120, *, grace: float = 3) -> Outcome:
+        """How they ended; those that do not end in time, or not soon after another one failed, are killed.
+
+        Args:
+            timeout: seconds for all.
+            grace: seconds for the others once one has failed.
+        """
+        _join(self.processes, timeout, grace)
         return Outcome([process.exitcode for process in self.processes], [log.read_text() for log in self.logs])
 
 
@@ -77,15 +82,14 @@ def _cli(arguments: list[str]) -> None:
     sys.exit(main(arguments))
 
 
-def _join(processes: list[BaseProcess], timeout: float) -> None:
+def _join(processes: list[BaseProcess], timeout: float, grace: float) -> None:
     """Wait for all; once one has failed, the others get a little longer and are killed, as torchrun does."""
     deadline = time.monotonic() + timeout
     while alive := [process for process in processes if process.is_alive()]:
         failed = any(process.exitcode not in (0, None) for process in processes)
         alive[0].join(0.1)
         if failed:
-            deadline = min(deadline, time.monotonic() + 3)
-            failed = False
+            deadline = min(deadline, time.monotonic() + grace)
         if time.monotonic() > deadline:
             for process in alive:
                 process.kill()
