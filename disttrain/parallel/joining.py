@@ -132,7 +132,8 @@ def meet(meeting: Meeting, world: World, timeout: timedelta) -> Iterator[Store]:
     if _has_agent_store():
         yield _client(meeting.host, meeting.ports[0], timeout)
     elif world.rank == 0:
-        store = TCPStore(meeting.host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        # It listens at all addresses; what the meeting's is called need not lead back here.
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timeout)
         with announce(meeting, store.port):
             yield store
     else:
