@@ -105,7 +105,7 @@ LAYERS: dict[str, int] = {
     ),
     **dict.fromkeys(["parallel.compiling", "parallel.initialize", "parallel.precision", "parallel.synced_norm"], 2),
     **dict.fromkeys(["parallel.collectives", "parallel.fsdp_internals", "parallel.narrow", "parallel.recompute"], 2),
-    **dict.fromkeys(["ending", "parallel.joining", "parallel.votes"], 2),
+    **dict.fromkeys(["ending", "parallel.joining", "parallel.store", "parallel.votes"], 2),
     **dict.fromkeys(["parallel.ranks", "parallel.reduction", "parallel.summation", "parallel.tensor"], 2),
     **dict.fromkeys(["checkpoint.store", "checkpoint.groups", "checkpoint.progress", "checkpoint.state"], 2),
     **dict.fromkeys([f"checkpoint.{name}" for name in ("saver", "staging", "verify", "weights", "write")], 2),

@@ -126,6 +126,7 @@ def fit_as_is(arguments: list[str]) -> None:
     sys.exit(main(arguments))
 
 
+@pytest.mark.slow
 def test_srun_trains_what_torchrun_does(digits: Path, tmp_path: Path) -> None:
     """The same ranks take the same samples and places, so the weights have the same bits."""
     folders = [tmp_path / name for name in ("torchrun", "srun")]
