@@ -205,6 +205,7 @@ class Trainer(pl.Trainer):
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         # The whole of a fit, from its set-up on; an evaluation has nothing to save.
         with self.preemption.noting() if self.state.fn == TrainerFn.FITTING else nullcontext():
+            self.connect()
             return super()._run(*args, **kwargs)
 
     def _quieten(self) -> None:

@@ -108,7 +108,7 @@ LAYERS: dict[str, int] = {
     ),
     **dict.fromkeys(["parallel.compiling", "parallel.initialize", "parallel.precision", "parallel.synced_norm"], 2),
     **dict.fromkeys(["parallel.collectives", "parallel.fsdp_internals", "parallel.narrow", "parallel.recompute"], 2),
-    **dict.fromkeys(["ending", "stepping", "parallel.joining", "parallel.votes"], 2),
+    **dict.fromkeys(["ending", "stepping", "parallel.joining", "parallel.store", "parallel.votes"], 2),
     **dict.fromkeys(["parallel.ranks", "parallel.reduction", "parallel.summation", "parallel.tensor"], 2),
     **dict.fromkeys(["checkpoint.store", "checkpoint.groups", "checkpoint.progress", "checkpoint.state"], 2),
     **dict.fromkeys(

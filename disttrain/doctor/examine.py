@@ -32,7 +32,7 @@ from disttrain.doctor.machine import examine_device, examine_machine
 from disttrain.errors import DisttrainError
 from disttrain.meeting import Meeting, find_meeting
 from disttrain.parallel.alike import package_checksum, versions
-from disttrain.parallel.joining import meet
+from disttrain.parallel.store import meet
 from disttrain.world import World
 
 _POLL_SECONDS: Final = 0.05

@@ -17,10 +17,10 @@ import sys
 import sysconfig
 import zlib
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-import lightning
 import numpy as np
 import torch
 
@@ -66,7 +66,7 @@ def versions() -> dict[str, str]:
         "disttrain": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "lightning": lightning.__version__,
+        "lightning": metadata.version("lightning"),
         "numpy": np.__version__,
     }
     if torch.cuda.is_available():

@@ -9,23 +9,21 @@ named. Cost: some requests to the store for each rank, once.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Final
 
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from disttrain.errors import JoinError
-from disttrain.meeting import Meeting, announce, find_meeting, hear
+from disttrain.meeting import find_meeting
+from disttrain.parallel.store import has_agent_store, meet
 from disttrain.world import World, detect_world
 
 _POLL_SECONDS: Final = 0.02
@@ -91,7 +89,7 @@ class JoiningMixin(DDPStrategy):
         """Make the process group, unless there is one. A collective."""
         world = detect_world()
         self.set_world_ranks()
-        ours = world.size == self.world_size and (world.size > 1 or _has_agent_store())
+        ours = world.size == self.world_size and (world.size > 1 or has_agent_store())
         if ours and not dist.is_initialized():
             timeout = self._timeout or timedelta(minutes=30)
             options: dict[str, Any] = {} if self.root_device.type == "cpu" else {"device_id": self.root_device}
@@ -119,33 +117,6 @@ def join(world: World, timeout: timedelta) -> Store:
         left = max(0.1, deadline - time.monotonic())
         name = agree_on_a_name(store, world.rank, world.size, left, call=lambda rank: meeting.on_host(rank, world))
     return PrefixStore(f"disttrain/{name}", store)
-
-
-@contextmanager
-def meet(meeting: Meeting, world: World, timeout: timedelta) -> Iterator[Store]:
-    """The store of the meeting; rank 0 answers who comes for as long as the context lasts.
-
-    Raises:
-        ConfigError: another program has the port.
-        JoinError: rank 0 cannot be reached.
-    """
-    if _has_agent_store():
-        yield _client(meeting.host, meeting.ports[0], timeout)
-    elif world.rank == 0:
-        store = TCPStore(meeting.host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
-        with announce(meeting, store.port):
-            yield store
-    else:
-        port = hear(meeting, time.monotonic() + timeout.total_seconds())
-        yield _client(meeting.host, port, timeout)
-
-
-def _client(host: str, port: int, timeout: timedelta) -> TCPStore:
-    return TCPStore(host, port, is_master=False, timeout=timeout)
-
-
-def _has_agent_store() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _number(rank: int) -> str:

@@ -149,6 +149,21 @@ def test_a_signal_reaches_the_ranks_and_its_code_comes_back(digits: Path, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_hang_and_a_kill_have_codes_of_their_own(digits: Path, tmp_path: Path) -> None:
+    """One rank hangs before a step; another, of a launch beside it, is killed, and the rest only follows."""
+    name = "--trainer.callbacks"
+    hang = [f"{name}+=tests.support.callbacks.HangAt", f"{name}.step=5", f"{name}.how=loop"]
+    kill = [f"{name}+=tests.support.callbacks.KillAt", f"{name}.step=5", f"{name}.rank=1"]
+    hanging = fit_arguments(tmp_path / "hang", digits, "ddp", [*hang, "--trainer.hang_timeout", "10s"])
+    killed = fit_arguments(tmp_path / "kill", digits, "ddp", kill)
+    with ExitStack() as stack:
+        first = stack.enter_context(launched(["--nproc", "2", *hanging], tmp_path / "hang.log"))
+        second = stack.enter_context(launched(["--nproc", "2", *killed], tmp_path / "kill.log"))
+        codes = (first.wait(), second.wait())
+    assert codes == (76, 1), first.log.read_text() + second.log.read_text()
+
+
+@pytest.mark.slow
 def test_a_killed_launcher_takes_its_ranks_along(digits: Path, tmp_path: Path) -> None:
     arguments = fit_arguments(tmp_path / "run", digits, "ddp", SLOWLY)
     with launched(["--nproc", "2", *arguments], tmp_path / "log") as launcher:

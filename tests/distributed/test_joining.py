@@ -92,6 +92,19 @@ def test_who_does_not_come_is_named(tmp_path: Path) -> None:
     )
 
 
+def come_elsewhere() -> None:
+    """All ranks are told an address that is nobody's."""
+    os.environ["MASTER_ADDR"] = "203.0.113.9"
+    join(detect_world(), timedelta(seconds=1))
+
+
+def test_an_address_that_leads_nowhere(tmp_path: Path) -> None:
+    outcome = run_ranks(2, come_elsewhere, folder=tmp_path, timeout=60)
+    assert outcome.codes == [1, 1], outcome.text
+    assert "JoinError: rank 1 did not join the others in time" in outcome.outputs[0]
+    assert "JoinError: rank 0 at 203.0.113.9 was not reached in time; port" in outcome.outputs[1]
+
+
 def come_to_a_port_in_use() -> None:
     world = detect_world()
     if world.rank == 0:
@@ -113,6 +126,7 @@ def fit_as_is(arguments: list[str]) -> None:
     sys.exit(main(arguments))
 
 
+@pytest.mark.slow
 def test_srun_trains_what_torchrun_does(digits: Path, tmp_path: Path) -> None:
     """The same ranks take the same samples and places, so the weights have the same bits."""
     folders = [tmp_path / name for name in ("torchrun", "srun")]

@@ -226,6 +226,7 @@ def test_rank_0_has_no_port(tmp_path: Path) -> None:
     assert "rank 0 at 127.0.0.1 was not reached in time" in of(found_by(outcome, 1), "peers")[0]
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_underway(tmp_path: Path) -> None:
     outcome = run(tmp_path, 2, "--timeout", "2", how="dies")
     assert outcome.codes == [1, 0], outcome.text
