@@ -10,7 +10,11 @@ loop, waiting for an earlier save included, on rank 0; a repeat's figure is the 
 which also makes the buffers. The end of the run, always saved while everybody waits, is not counted. The table gives
 medians over the repeats, and median, least and most of the ratios async / sync of the repeats. Steps: the median
 step, saves left out, while nothing is written and while a save is being written, since the writing thread shares
-the cores. Resume: seconds to compare all checksums and to load model and optimizer, from files that are in memory.
+the cores. Resume: new processes go on from the last checkpoint, as they do after a kill; seconds from the start of the
+process to the end of the first step, on rank 0: Python's imports, comparing all checksums, loading model and optimizer
+(from files that are in memory), everything else before the first batch, and the step.
+
+`--repeats 2 --steps 13 --every_steps 4` takes about four minutes on two cores, and five gigabytes of memory.
 
 How to read it: compare ratios within one run. Seconds follow the disk and the machine, and whatever else it does. Where
 writing takes longer than the steps between two saves, the next save waits, and the stall says so.
@@ -21,29 +25,21 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import multiprocessing
 import os
-import platform
 import shutil
-import socket
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
-import torch
+from common import Micro, Regression, machine, run_ranks
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
-from disttrain import Checkpointing, OptimizerConfig, ParallelConfig, Task, Trainer
+from disttrain import Checkpointing, ParallelConfig, Trainer
 from disttrain.checkpoint import verify
 from disttrain.checkpoint.marker import committed
-from disttrain.data.batches import COUNT, KEY, WEIGHT
-from disttrain.models.mlp import MLP
 
 LAYERS: Final = 4
 WAYS: Final = ("async", "sync")
@@ -59,39 +55,6 @@ class Settings:
     every_steps: int = 8
     repeats: int = 3
     strategy: str = "ddp"
-
-
-class Regression(Task):
-    """A network whose state is large and whose steps are short."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(optimizer=OptimizerConfig(name="adamw", lr=1e-4))
-        torch.manual_seed(0)
-        self.width = width
-        self.model = MLP(width, hidden=[width] * LAYERS, out_features=width)
-
-    def forward(self, batch: Any) -> Tensor:
-        out: Tensor = self.model(batch["inputs"])
-        return out
-
-    def losses(self, outputs: Tensor, batch: Any) -> Tensor:
-        return (outputs - batch["inputs"]).square().mean(dim=1)
-
-
-class Micro:
-    """The same random micro batch again and again: no loader is measured."""
-
-    def __init__(self, settings: Settings, rank: int) -> None:
-        inputs = torch.randn(settings.samples, settings.width, generator=torch.Generator().manual_seed(rank))
-        names = [str(number) for number in range(settings.samples)]
-        self.batch = {"inputs": inputs, WEIGHT: torch.ones(len(names)), KEY: names, COUNT: len(names)}
-        self.length = settings.steps
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter([self.batch] * self.length)
 
 
 class Watch(Callback):
@@ -113,15 +76,15 @@ class Watch(Callback):
         self._ended, self._spent = now, spent
 
 
-def train(folder: Path, settings: Settings, way: str) -> dict[str, float]:
-    """Train a new model, then resume it; this rank's seconds."""
-    run_dir = folder / "run"
+def train(run_dir: Path, settings: Settings, way: str) -> dict[str, float]:
+    """Train a new model; this rank's seconds."""
     checkpoints = Checkpointing(every_steps=settings.every_steps, save=way)  # type: ignore[arg-type]
     watch = Watch(checkpoints)
     trainer = make_trainer(run_dir, settings, [checkpoints, watch])
-    trainer.fit(Regression(settings.width), train_dataloaders=Micro(settings, trainer.global_rank))
-    path = committed(run_dir / "checkpoints")[0][-1].path
-    found = {
+    if trainer.is_global_zero:
+        shutil.rmtree(run_dir, ignore_errors=True)
+    trainer.fit(Regression(settings.width, LAYERS), train_dataloaders=micro(settings, trainer.global_rank))
+    return {
         "stall": median(watch.stalls[1:]),
         "first": watch.stalls[0],
         "write": checkpoints.write_seconds / (len(watch.stalls) + 1),
@@ -129,26 +92,56 @@ def train(folder: Path, settings: Settings, way: str) -> dict[str, float]:
         "busy": median(watch.busy) if watch.busy else 0.0,
         "bytes": committed(run_dir / "checkpoints")[0][-1].num_bytes,
     }
-    started = time.perf_counter()
-    verify.ensure(path)
-    found["verify"] = time.perf_counter() - started
-    trainer = make_trainer(run_dir, settings, [Checkpointing(every_steps=1000)])
-    strategy: Any = trainer.strategy
-    load = strategy.load_checkpoint
 
-    def timed(*arguments: Any, **more: Any) -> Any:
-        started = time.perf_counter()
-        loaded = load(*arguments, **more)
-        found["load"] = time.perf_counter() - started
-        return loaded
 
-    strategy.load_checkpoint = timed
-    trainer.fit(Regression(settings.width), train_dataloaders=Micro(settings, trainer.global_rank), ckpt_path=str(path))
-    trainer.strategy.barrier()
-    if trainer.is_global_zero:
-        shutil.rmtree(run_dir)
-    trainer.strategy.barrier()
-    return found
+class Stations(Callback):
+    """The times at which a resumed run comes to its first batch and to the end of its first step."""
+
+    def __init__(self) -> None:
+        self.begun = self.ended = 0.0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.begun = self.begun or time.time()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.ended = self.ended or time.time()
+
+
+def resume(rank: int, started: float, run_dir: Path, settings: Settings, out: Path) -> None:
+    """Go on from the newest checkpoint for a step; rank 0 writes the seconds of each part since its process began."""
+    imported, spent = time.time(), dict.fromkeys(("verify", "load"), 0.0)
+
+    def timed(owner: Any, name: str, entry: str) -> None:
+        known = getattr(owner, name)
+
+        def call(*arguments: Any, **more: Any) -> Any:
+            begun = time.time()
+            try:
+                return known(*arguments, **more)
+            finally:
+                spent[entry] += time.time() - begun
+
+        setattr(owner, name, call)
+
+    stations = Stations()
+    settings = replace(settings, steps=settings.steps + 1)
+    trainer = make_trainer(run_dir, settings, [Checkpointing(every_steps=1000), stations])
+    timed(verify, "fault_together", "verify")
+    timed(trainer.strategy, "load_checkpoint", "load")
+    trainer.save_checkpoint = lambda *_, **__: None  # type: ignore[method-assign,assignment]
+    start = trainer.find_start("auto")
+    assert start.checkpoint is not None
+    model, batches = Regression(settings.width, LAYERS), micro(settings, rank)
+    trainer.fit(model, train_dataloaders=batches, ckpt_path=str(start.checkpoint))
+    parts = {"import": imported - started, **spent, "step": stations.ended - stations.begun}
+    parts["other"] = stations.begun - started - parts["import"] - sum(spent.values())
+    if rank == 0:
+        out.write_text(json.dumps({**parts, "total": stations.ended - started}))
+
+
+def micro(settings: Settings, rank: int) -> Micro:
+    """The batches of a rank: an epoch is as long as a run."""
+    return Micro(settings.samples, settings.width, settings.steps, rank)
 
 
 def make_trainer(run_dir: Path, settings: Settings, callbacks: list[Callback]) -> Trainer:
@@ -164,45 +157,35 @@ def make_trainer(run_dir: Path, settings: Settings, callbacks: list[Callback]) -
     )
 
 
-def one_rank(rank: int, ranks: int, port: int, folder: Path, settings: Settings) -> None:
-    """Both ways, in one group of ranks; rank 0 writes what it measured."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ["TORCHELASTIC_RUN_ID"] = "benchmark"
-    torch.set_num_threads(1)
+def one_rank(rank: int, started: float, folder: Path, settings: Settings) -> None:
+    """Both ways, in one group of ranks; rank 0 writes what it measured, and the last run stays."""
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for repeat in range(settings.repeats):
         for way in WAYS if repeat % 2 else WAYS[::-1]:
-            found[way].append(train(folder, settings, way))
+            found[way].append(train(folder / "run", settings, way))
             gc.collect()  # a trainer refers to itself; its gigabytes would stay
     if rank == 0:
-        (folder / f"{ranks}.json").write_text(json.dumps(found))
+        (folder / "found.json").write_text(json.dumps(found))
 
 
 def measure(ranks: int, settings: Settings, where: Path | None) -> dict[str, list[dict[str, float]]]:
-    """What each way took, by repeat."""
-    context = multiprocessing.get_context("spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    """What each way and a resume took, by repeat."""
     with tempfile.TemporaryDirectory(dir=where) as name:
-        processes = [
-            context.Process(target=one_rank, args=(rank, ranks, port, Path(name), settings), daemon=True)
-            for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        if any(process.exitcode for process in processes):
-            raise RuntimeError(f"exit codes {[process.exitcode for process in processes]}")
-        found: dict[str, list[dict[str, float]]] = json.loads((Path(name) / f"{ranks}.json").read_text())
+        folder = Path(name)
+        run_ranks(ranks, one_rank, folder, settings)
+        found: dict[str, list[dict[str, float]]] = json.loads((folder / "found.json").read_text())
+        found["resume"] = []
+        for _ in range(settings.repeats):
+            record = folder / "run" / "run.json"
+            record.write_text(record.read_text().replace('"completed"', '"running"'))
+            run_ranks(ranks, resume, folder / "run", settings, folder / "resume.json")
+            found["resume"].append(json.loads((folder / "resume.json").read_text()))
     return found
 
 
 def table(results: dict[int, dict[str, list[dict[str, float]]]], settings: Settings, command: str) -> str:
     """The figures as Markdown."""
-    parameters = sum(p.numel() for p in Regression(settings.width).parameters())
+    parameters = sum(p.numel() for p in Regression(settings.width, LAYERS).parameters())
 
     def of(found: list[dict[str, float]], name: str) -> float:
         return median(each[name] for each in found)
@@ -226,33 +209,26 @@ def table(results: dict[int, dict[str, list[dict[str, float]]]], settings: Setti
             f" {median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f}) |"
             f" {of(found['async'], 'first'):.2f} | {of(found['async'], 'write'):.2f} |"
         )
-    lines += [
-        "",
-        "| ranks | step, nothing written | step, while a save is written | resume: checksums | resume: load |",
-        "|-:|-:|-:|-:|-:|",
-    ]
+    lines += ["", "| ranks | step, nothing written | step, while a save is written |", "|-:|-:|-:|"]
     for ranks, found in results.items():
         both = found["async"] + found["sync"]
-        lines.append(
-            f"| {ranks} | {of(both, 'free'):.2f} | {of(found['async'], 'busy'):.2f} | {of(both, 'verify'):.2f} |"
-            f" {of(both, 'load'):.2f} |"
-        )
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
-    lines += ["", f"{cpu()}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}; `{command}`.", ""]
-    return "\n".join(lines)
-
-
-def cpu() -> str:
-    """The processor's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+        lines.append(f"| {ranks} | {of(both, 'free'):.2f} | {of(found['async'], 'busy'):.2f} |")
+    parts = ("import", "verify", "load", "other", "step", "total")
+    lines += [
+        "",
+        "A resume, from the start of the process to the end of its first step:",
+        "",
+        "| ranks | import | checksums | load | model, ranks, set-up | first step | in all |",
+        "|-:|-:|-:|-:|-:|-:|-:|",
+    ]
+    for ranks, found in results.items():
+        lines.append(f"| {ranks} | " + " | ".join(f"{of(found['resume'], part):.2f}" for part in parts) + " |")
+    return "\n".join([*lines, "", machine(command), ""])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--where", type=Path, help="a folder on the disk to measure; by default the temporary one")
     for name in ("width", "repeats", "steps", "every_steps"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Settings, name))
@@ -263,7 +239,8 @@ def main() -> None:
     names = ("width", "repeats", "steps", "every_steps", "strategy")
     settings = Settings(**{name: getattr(given, name) for name in names})
     results = {ranks: measure(ranks, settings, given.where) for ranks in given.ranks}
-    changed = [f"--{n} {getattr(given, n)}" for n in names if getattr(given, n) != getattr(Settings, n)]
+    changed = [f"--ranks {' '.join(map(str, given.ranks))}"] if given.ranks != [1, 2] else []
+    changed += [f"--{n} {getattr(given, n)}" for n in names if getattr(given, n) != getattr(Settings, n)]
     text = table(results, settings, " ".join(["python benchmarks/checkpoint.py", *changed]))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.with_suffix(".md").write_text(text)

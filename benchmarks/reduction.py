@@ -18,26 +18,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import platform
-import socket
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
 import torch
+from common import Micro, Regression, machine, run_ranks
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from disttrain import OptimizerConfig, ParallelConfig, Task, Trainer
-from disttrain.data.batches import COUNT, KEY, WEIGHT
-from disttrain.models.mlp import MLP
+from disttrain import ParallelConfig, Trainer
 
 WIDTH: Final = 1024
 LAYERS: Final = 7
@@ -54,39 +48,6 @@ class Settings:
     steps: int = 12
     repeats: int = 5
     clip: float | None = 1.0
-
-
-class Regression(Task):
-    """A network wide enough that its gradients are worth reducing."""
-
-    def __init__(self) -> None:
-        super().__init__(optimizer=OptimizerConfig(name="adamw", lr=1e-4))
-        torch.manual_seed(0)
-        self.model = MLP(WIDTH, hidden=[WIDTH] * LAYERS, out_features=WIDTH)
-
-    def forward(self, batch: Any) -> Tensor:
-        out: Tensor = self.model(batch["inputs"])
-        return out
-
-    def losses(self, outputs: Tensor, batch: Any) -> Tensor:
-        return (outputs - batch["inputs"]).square().mean(dim=1)
-
-
-class Micro:
-    """The same random micro batch again and again: no loader is measured."""
-
-    def __init__(self, settings: Settings, rank: int) -> None:
-        draw = torch.Generator().manual_seed(rank)
-        inputs = torch.randn(settings.samples, WIDTH, generator=draw)
-        names = [str(number) for number in range(settings.samples)]
-        self.batch = {"inputs": inputs, WEIGHT: torch.ones(len(names)), KEY: names, COUNT: len(names)}
-        self.length = settings.steps * settings.accumulation
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter([self.batch] * self.length)
 
 
 class StepTimes(Callback):
@@ -120,18 +81,16 @@ def train(folder: Path, settings: Settings, strategy: str, reduction: str, steps
     )
     trainer.save_checkpoint = lambda *_, **__: None  # type: ignore[method-assign,assignment]
     trainer.accumulate_grad_batches = settings.accumulation
-    trainer.fit(Regression(), train_dataloaders=Micro(settings, trainer.global_rank))
+    length = settings.steps * settings.accumulation
+    micro = Micro(settings.samples, WIDTH, length, trainer.global_rank)
+    trainer.fit(Regression(WIDTH, LAYERS), train_dataloaders=micro)
     first = next(iter(trainer.strategy.lightning_module_state_dict().values()))
     whole = first.full_tensor() if hasattr(first, "full_tensor") else first
     return 1000 * median(times.seconds[WARM_UP:] or [0.0]), whole.detach().clone()
 
 
-def one_rank(rank: int, ranks: int, port: int, folder: Path, settings: Settings) -> None:
+def one_rank(rank: int, started: float, ranks: int, folder: Path, settings: Settings) -> None:
     """All contenders, in one group of ranks; rank 0 writes what it measured."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ["TORCHELASTIC_RUN_ID"] = "benchmark"
-    torch.set_num_threads(1)
     weights = [train(folder, settings, *contender, 1)[1] for contender in CONTENDERS]
     for contender, other in zip(CONTENDERS, weights, strict=True):
         if not torch.allclose(weights[0], other, rtol=1e-3, atol=1e-5):
@@ -147,26 +106,15 @@ def one_rank(rank: int, ranks: int, port: int, folder: Path, settings: Settings)
 
 def measure(ranks: int, settings: Settings) -> dict[str, list[float]]:
     """Milliseconds a step, by contender: one a repeat."""
-    context = multiprocessing.get_context("spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as name:
-        arguments = [(rank, ranks, port, Path(name), settings) for rank in range(ranks)]
-        processes = [context.Process(target=one_rank, args=each, daemon=True) for each in arguments]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        if any(process.exitcode for process in processes):
-            raise RuntimeError(f"exit codes {[process.exitcode for process in processes]}")
+        run_ranks(ranks, one_rank, ranks, Path(name), settings)
         found: dict[str, list[float]] = json.loads((Path(name) / f"{ranks}.json").read_text())
     return found
 
 
 def table(results: dict[int, dict[str, list[float]]], settings: Settings, command: str) -> str:
     """The figures as Markdown."""
-    parameters = sum(p.numel() for p in Regression().parameters())
+    parameters = sum(p.numel() for p in Regression(WIDTH, LAYERS).parameters())
     lines = [
         "# Gradients summed in one tree",
         "",
@@ -186,17 +134,7 @@ def table(results: dict[int, dict[str, list[float]]], settings: Settings, comman
                 f"| {ranks} | {strategy} | {median(fast):.0f} | {median(tree):.0f} |"
                 f" {median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f}) |"
             )
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
-    lines += ["", f"{cpu()}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}; `{command}`.", ""]
-    return "\n".join(lines)
-
-
-def cpu() -> str:
-    """The processor's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+    return "\n".join([*lines, "", machine(command), ""])
 
 
 def main() -> None:

@@ -176,9 +176,9 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"## One run, preempted {len(tries)} times",
         "",
-        f"2 nodes x 1 rank, rank 1 half a second late in every step, {result['steps']} steps; a job of a"
-        f" higher priority takes all nodes again and again. {result['attempts']} attempts of one job; no"
-        f" hang; against a run that nothing stopped: {same if result['same_samples'] else 'OTHER SAMPLES'}.",
+        f"2 nodes x 1 rank, rank 1 half a second late in every step, {result['steps']} steps; a job of a higher"
+        f" priority takes all nodes again and again. {result['attempts']} attempts of one job; no hang; against a run"
+        f" that nothing stopped: {same if result['same_samples'] else 'OTHER SAMPLES'}.",
         "",
         "| preemption | seconds to the stop, saved | stopped and saved at step | resumed at step | cause |",
         "|-|-|-|-|-|",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from disttrain.callbacks import EMA, Checkpointing, EarlyStopping, SampleLedger, UpdateGuard
+    from disttrain.checkpoint.mirror import MirrorConfig
     from disttrain.data.bad_samples import BadSampleError
     from disttrain.data.cache import CacheConfig
     from disttrain.data.decode import Field
@@ -45,6 +46,7 @@ _HOMES = {
     "FSDP": "disttrain.parallel.strategies",
     "Field": "disttrain.data.decode",
     "LoaderConfig": "disttrain.data.loader",
+    "MirrorConfig": "disttrain.checkpoint.mirror",
     "OptimizerConfig": "disttrain.optim",
     "Order": "disttrain.data.order",
     "OrderConfig": "disttrain.data.order",
@@ -78,6 +80,7 @@ __all__ = [
     "Field",
     "HooksConfig",
     "LoaderConfig",
+    "MirrorConfig",
     "OptimizerConfig",
     "Order",
     "OrderConfig",

@@ -7,6 +7,7 @@ of them make is printed by rank 0 alone.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -30,6 +31,8 @@ _TOOLS = {
     "parity": "show that a recipe trains the same in several layouts",
     "report": "draw the report of a run, or compare several",
 }
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,6 +76,15 @@ def _main(arguments: list[str]) -> int:
         # The reader of the output, such as `head`, has gone; nothing more can be told to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        told = DisttrainError(
+            f"{error.filename or 'a file'} cannot be written: {error.strerror}",
+            mend="check free space, quota and permissions; the same command then goes on from the last checkpoint",
+        )
+        _print_error(told)
+        return told.exit_code
 
 
 def _dispatch(arguments: list[str]) -> int:

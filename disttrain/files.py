@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,7 +19,8 @@ def write_atomically(path: Path, text: str) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with suppress(FileNotFoundError):  # somebody has taken the file over
+            os.unlink(temporary)
         raise
 
 
@@ -36,23 +37,34 @@ def remove_leftovers(path: Path) -> None:
                     os.unlink(entry.path)
 
 
-def write_synced(path: Path, text: str, *, within: int | None = None) -> None:
+def write_synced(
+    path: Path, text: str, *, within: int | None = None, label: str = "", check: Callable[[], None] | None = None
+) -> None:
     """Write a text file through to the disk, and only then under its name.
 
     Args:
         path: the file; a bare name where ``within`` is given.
         text: what it is to hold.
         within: an open directory that the file is made in, wherever that has been moved to.
+        label: makes the temporary name the writer's own.
+        check: called when the temporary file is there; where it raises, nothing gets the name.
 
     Raises:
         OSError: it cannot be written; nothing of it stays under its name.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644, dir_fd=within), "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path, src_dir_fd=within, dst_dir_fd=within)
+    temporary = path.with_name(f".{path.name}{label and '.'}{label}.tmp")
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644, dir_fd=within), "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if check is not None:
+            check()
+        os.replace(temporary, path, src_dir_fd=within, dst_dir_fd=within)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary, dir_fd=within)
+        raise
 
 
 @contextmanager

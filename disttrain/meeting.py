@@ -149,15 +149,16 @@ def hear(meeting: Meeting, deadline: float) -> int:
             if word == _GREETING and name == meeting.name and announced.isdigit():
                 return int(announced)
             why[port] = said if word != _GREETING else f"{name} meets there, not {meeting.name}"
+        ports = {text: [str(port) for port in why if why[port] == text] for text in why.values()}
+        told = "; ".join(f"port {', '.join(numbers)}: {text}" for text, numbers in ports.items())
         if time.monotonic() > deadline:
-            told = "; ".join(dict.fromkeys(f"port {port}: {text}" for port, text in why.items()))
             raise JoinError(
                 f"rank 0 at {meeting.host} was not reached in time; {told}",
                 mend="see whether rank 0 has started, and whether a firewall is between; `disttrain doctor` tells more",
             )
         if time.monotonic() > noted:
             noted = time.monotonic() + _NOTE_SECONDS
-            print(f"disttrain: still waiting for rank 0 at {meeting.host}", file=sys.stderr, flush=True)
+            print(f"disttrain: still waiting for rank 0 at {meeting.host}; {told}", file=sys.stderr, flush=True)
         time.sleep(_LOOK_SECONDS)
 
 

@@ -18,6 +18,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -78,7 +79,17 @@ class MetricsFile:
         Raises:
             ConfigError: a metric has the name of one of the first columns, or a line break in its name.
             DataError: the file there is not one of metrics.
+            OSError: it cannot be written; a later call tries anew, on a line of its own.
         """
+        try:
+            self._append(metrics, step, epoch, time_seconds)
+        except OSError:
+            with suppress(OSError):  # what is left in the buffer cannot be written either
+                self.close()
+            self._file = None
+            raise
+
+    def _append(self, metrics: Mapping[str, float], step: int, epoch: int | None, time_seconds: float | None) -> None:
         file = self._ready(metrics)
         now = time.time() if time_seconds is None else time_seconds
         cells = [str(step), "" if epoch is None else str(epoch), f"{now:.3f}"]
@@ -263,5 +274,6 @@ def _rewrite(path: Path, columns: Sequence[str], *, last_step: int | None = None
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with suppress(FileNotFoundError):  # an attempt that has taken over removes it
+            os.unlink(temporary)
         raise

@@ -2,17 +2,21 @@
 
 A thin cover over :mod:`disttrain.metrics_file`, which holds the guarantees: append-only, each row flushed
 as it is logged, nothing lost to a kill but the row being written. Each call logs one row; calls of the same
-step are not merged. Only rank 0 writes, and no rank waits for it: there are no collectives here.
+step are not merged. Only rank 0 writes, and no rank waits for it: there are no collectives here. What cannot be
+written, on a full disk say, is told and left out; no log ends a training.
 """
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -31,6 +35,7 @@ class MetricsLog(Logger):
         self._run_dir = Path(run_dir)
         self._metrics_file = MetricsFile(self._run_dir / FILE_NAME)
         self._last_step = 0
+        self._missing = 0  # rows that could not be written since the last that could
 
     @property
     def name(self) -> str:
@@ -79,7 +84,18 @@ class MetricsLog(Logger):
         if step is None:
             step = self._last_step if named_step is None else int(named_step)
         self._last_step = step
-        self._metrics_file.append(values, step=step, epoch=None if epoch is None else int(epoch))
+        try:
+            self._metrics_file.append(values, step=step, epoch=None if epoch is None else int(epoch))
+        except OSError as error:  # a full disk, say: whether that ends the run is for its checkpoints to decide
+            if not self._missing:
+                _say(
+                    f"{self._metrics_file.path} cannot be written: {error.strerror}; its rows are left out until it can"
+                )
+            self._missing += 1
+            return
+        if self._missing:
+            _say(f"{self._metrics_file.path} is written again; {self._missing} rows are missing")
+            self._missing = 0
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
@@ -100,3 +116,45 @@ class MetricsLog(Logger):
     def finalize(self, status: str) -> None:
         """Close the file; a later row, such as that of a test after the fit, opens it again."""
         self._metrics_file.close()
+
+
+class EventsLog(TensorBoardLogger):
+    """TensorBoard's event files in ``<run_dir>/tensorboard``; where they cannot be written, training goes on without.
+
+    Args:
+        run_dir: the run folder.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        super().__init__(save_dir=run_dir, name="", version="tensorboard")
+        self._lost = False
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Hand the values to the thread that writes them."""
+        if not self._lost:
+            with self._losing():
+                super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Have everything written."""
+        with self._losing():
+            super().finalize(status)
+
+    @contextmanager
+    def _losing(self) -> Iterator[None]:
+        """Its writer does not recover from an error, which it raises at every call from then on."""
+        try:
+            yield
+        except (OSError, ValueError) as error:  # Lightning makes a ValueError of whatever its writer raises
+            first = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(first, OSError):
+                raise
+            if not self._lost:
+                _say(f"no more events for TensorBoard in {self.log_dir}: {first.strerror}")
+            self._lost = True
+
+
+def _say(text: str) -> None:
+    print(f"disttrain: {text}", file=sys.stderr)

@@ -28,6 +28,7 @@ from disttrain.checkpoint.mirror import Mirror, Stored, another_run, begin
 from disttrain.checkpoint.mirroring import fetch
 from disttrain.checkpoint.prune import best_of
 from disttrain.checkpoint.write import from_lead
+from disttrain.data.remote import is_remote, shown
 from disttrain.errors import CheckpointError
 from disttrain.files import write_atomically
 from disttrain.parallel.agree import is_distributed, raise_together
@@ -162,6 +163,11 @@ def choose_start(run_dir: Path, resume: str, *, faulty: Mapping[Path, str] | Non
     faulty = faulty or {}
     if resume == "never":
         return _anew(run_dir, [])
+    if is_remote(resume):
+        raise CheckpointError(
+            f"--resume {shown(resume)} is a URL",
+            mend="name its folder in checkpoint.mirror.url, and use --resume auto with a run_dir that is not there yet",
+        )
     if resume != "auto":
         return _named(Path(resume), faulty)
     if read_run(run_dir).get("status") == COMPLETED:
@@ -270,7 +276,7 @@ def _named(path: Path, faulty: Mapping[Path, str]) -> Start:
         return start
     store.check(path)
     if path in faulty:
-        raise CheckpointError(faulty[path], mend="name another one")
+        raise CheckpointError(faulty[path], mend="resume from an earlier one")
     return Start(path, [f"resuming from {path}"])
 
 

@@ -17,7 +17,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from disttrain.callbacks.bad_samples import BadSamples
@@ -35,7 +34,7 @@ from disttrain.callbacks.stragglers import Stragglers
 from disttrain.callbacks.watchdog import Watchdog
 from disttrain.ending import EndingFitLoop
 from disttrain.errors import ConfigError, Preempted
-from disttrain.metrics_log import MetricsLog
+from disttrain.metrics_log import EventsLog, MetricsLog
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.alike import check_alike
 from disttrain.parallel.config import ParallelConfig
@@ -109,7 +108,7 @@ class Trainer(pl.Trainer):
         world = detect_world()
         plugins: list[Any] = [ScaledPrecision(device)] if precision == "16-mixed" else []
         # Never what Lightning finds: a lone process inside a SLURM allocation is not one of its tasks.
-        plugins.append(LightningEnvironment() if world.launcher == "alone" else WorldEnvironment(world))
+        plugins.append(LightningEnvironment() if world.size == 1 else WorldEnvironment(world))
         if device == "cuda":
             world.check_devices(torch.cuda.device_count())
         self.run_dir = Path(run_dir)
@@ -151,7 +150,7 @@ class Trainer(pl.Trainer):
             use_distributed_sampler=False,
             logger=[
                 MetricsLog(self.run_dir),
-                TensorBoardLogger(save_dir=self.run_dir, name="", version="tensorboard"),
+                EventsLog(self.run_dir),
             ],
             callbacks=[*own, *(callbacks or []), self.preemption],
             enable_progress_bar=progress_bar,

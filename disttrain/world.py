@@ -16,7 +16,6 @@ from typing import Final
 from disttrain.errors import ConfigError
 
 _BY_HAND: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-_LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,8 @@ def _slurm_step(env: Mapping[str, str]) -> World | None:
         )
     rank, local_rank = _number(env, "SLURM_PROCID"), _number(env, "SLURM_LOCALID")
     world = World(rank, size, local_rank, size // nodes, launcher="slurm")
-    if nodes > 1 and rank % world.local_size != local_rank:
+    dealt = env.get("SLURM_DISTRIBUTION", "").partition(":")[0] in ("cyclic", "plane", "arbitrary")
+    if 1 < nodes < size and (dealt or rank % world.local_size != local_rank):
         raise ConfigError(
             f"srun gave task {rank} the place {local_rank} on its node: the tasks are dealt to the nodes by turns",
             mend="give srun --distribution=block: the ranks of a node are to follow each other",
@@ -148,7 +148,10 @@ def _check_mixture(env: Mapping[str, str], world: World, step: World) -> None:
             mend="give srun --ntasks-per-node=1 where torchrun starts the ranks, or leave torchrun out and let srun"
             " start a task a rank; if torchrun is not meant, unset its TORCHELASTIC_RUN_ID, RANK, ... before srun",
         )
-    if _number(env, "GROUP_WORLD_SIZE", default=2) == 1 and env.get("MASTER_ADDR", "") in _LOOPBACK:
+    # --standalone names a run by a random UUID. An elastic job that has lost nodes has been restarted.
+    own_name = re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", env["TORCHELASTIC_RUN_ID"]) is not None
+    first = _number(env, "TORCHELASTIC_RESTART_COUNT", default=0) == 0
+    if own_name and first and _number(env, "GROUP_WORLD_SIZE", default=2) == 1:
         raise ConfigError(
             f"srun started torchrun on {step.size} nodes, but each of these has no other node than its own:"
             f" {step.size} separate runs of {_count(world.size, 'rank')}",

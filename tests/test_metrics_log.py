@@ -13,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from disttrain.errors import ConfigError, DataError
 from disttrain.metrics_file import MetricsFile, Row, read_metrics, read_rows
-from disttrain.metrics_log import MetricsLog
+from disttrain.metrics_log import EventsLog, MetricsLog
+from tests.support.chaos import disk
 
 
 @pytest.fixture
@@ -221,3 +222,46 @@ def test_a_trainer_logs_through_it(tmp_path: Path) -> None:
     assert counts == {"epoch": 8, "time": 8, "train/loss": 6, "val/loss": 2}, f"wrong rows: {series}"
     assert [value for _, value in series["epoch"]] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert trainer.log_dir == str(tmp_path)
+
+
+@pytest.mark.skipif(not disk.can_mount(), reason="file systems cannot be mounted here: no disk to fill")
+def test_a_full_disk_costs_rows_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows are lost, none is torn, and there are rows again when there is room."""
+    run_dir = tmp_path / "run"
+    with disk.small_disk(run_dir):
+        log = MetricsLog(run_dir)
+        log.log_metrics({"loss": 0.5}, step=1000)
+        ballast = disk.fill(run_dir)
+        for step in range(1001, 1500):  # rows of one length: none is short enough to fit where another did not
+            log.log_metrics({"loss": 0.5}, step=step)
+        ballast.unlink()
+        for step in range(1500, 1503):
+            log.log_metrics({"loss": 0.5}, step=step)
+        log.finalize("success")
+        rows = [(row.step, row.values) for row in read_rows(run_dir / "metrics.csv")]
+    told = capsys.readouterr().err.splitlines()
+    steps = [step for step, _ in rows]
+    missing = 503 - len(rows)
+    assert missing > 0, "the disk was not full"
+    assert steps == [*range(1000, 1500 - missing), 1500, 1501, 1502]
+    assert rows == [(step, {"loss": 0.5}) for step in steps]
+    assert told == [
+        f"disttrain: {run_dir}/metrics.csv cannot be written: No space left on device;"
+        " its rows are left out until it can",
+        f"disttrain: {run_dir}/metrics.csv is written again; {missing} rows are missing",
+    ]
+
+
+@pytest.mark.skipif(not disk.can_mount(), reason="file systems cannot be mounted here: no disk to fill")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # its own thread's
+def test_a_full_disk_costs_tensorboard_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    with disk.small_disk(run_dir):
+        log = EventsLog(run_dir)
+        log.log_metrics({"loss": 1.0}, step=1)
+        disk.fill(run_dir)
+        for step in range(2, 2000):
+            log.log_metrics({"loss": 1 / step}, step=step)
+        log.finalize("success")
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("disttrain:")]
+    assert told == [f"disttrain: no more events for TensorBoard in {run_dir}/tensorboard: No space left on device"]

@@ -30,6 +30,7 @@ PUBLIC = [
     "Field",
     "HooksConfig",
     "LoaderConfig",
+    "MirrorConfig",
     "OptimizerConfig",
     "Order",
     "OrderConfig",

@@ -23,6 +23,7 @@ ONE_A_NODE = SRUN | {
     "SLURM_LOCALID": "0",
     "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
 }
+STANDALONE = {"GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "aabbc023-d8d6-481c-bad8-d8276e077458"}
 BATCH = {name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"} | {"SLURM_PROCID": "0"}
 
 
@@ -49,10 +50,16 @@ def without(environment: dict[str, str], *names: str) -> dict[str, str]:
         pytest.param(ONE_A_NODE | TORCHRUN, World(5, 8, 1, 4, "torchrun"), 2, id="torchrun under srun"),
         pytest.param(BATCH | TORCHRUN, World(5, 8, 1, 4, "torchrun"), 2, id="torchrun in a batch script"),
         pytest.param(
-            ONE_A_NODE | TORCHRUN | {"GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "n1"},
+            ONE_A_NODE | TORCHRUN | STANDALONE | {"TORCHELASTIC_RESTART_COUNT": "1"},
             World(5, 8, 1, 4, "torchrun"),
             2,
             id="an elastic job of one node that is left",
+        ),
+        pytest.param(
+            ONE_A_NODE | TORCHRUN | {"GROUP_WORLD_SIZE": "1"},
+            World(5, 8, 1, 4, "torchrun"),
+            2,
+            id="an elastic job of one node that others may join",
         ),
         pytest.param(
             SRUN | {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
@@ -101,6 +108,7 @@ def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch)
         (SRUN | {"SLURM_NNODES": "9"}, ["slurm environment is contradictory"]),
         (SRUN | {"SLURM_NNODES": "3"}, ["8 tasks unevenly over 3 nodes", "--ntasks-per-node"]),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "3(x2),2"}, ["unevenly", "3(x2),2"]),
+        (SRUN | {"SLURM_DISTRIBUTION": "cyclic"}, ["by turns", "--distribution=block"]),
         (SRUN | {"SLURM_LOCALID": "2"}, ["task 5", "place 2", "--distribution=block"]),
         (SRUN | TORCHRUN, ["torchrun runs inside srun with 4 tasks a node", "task 5 of 8", "--ntasks-per-node=1"]),
         (
@@ -108,7 +116,7 @@ def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch)
             ["task 5 of 8", "rank 0 of 2, local rank 0", "unset RANK WORLD_SIZE LOCAL_RANK before srun"],
         ),
         (
-            ONE_A_NODE | TORCHRUN | {"GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "localhost"},
+            ONE_A_NODE | TORCHRUN | STANDALONE,
             ["torchrun on 2 nodes", "2 separate runs of 8 ranks", "not --standalone"],
         ),
     ],

@@ -188,12 +188,16 @@ class Checkpointing(Checkpoint):
         self._settle(trainer, self._saver.wait())
         if self._saved_step != trainer.global_step:
             self._save(trainer, value=None, background=False, must=True)
+        if self._wait_for_copies(trainer) and trainer.is_global_zero:
+            self._pruning()()  # what was kept only because it was being copied
+
+    def _wait_for_copies(self, trainer: pl.Trainer) -> bool:
+        """Wait for the copies under way and due; says whether there were any. A collective."""
         copied = False
         while self._mirroring is not None and (outcome := self._mirroring.wait()) is not None:
             self._hear(trainer, outcome)
             copied = True
-        if copied and trainer.is_global_zero:
-            self._pruning()()  # what was kept only because it was being copied
+        return copied
 
     def restore_best(self, trainer: pl.Trainer) -> bool:
         """Load the best checkpoint's weights; False where there is none. A collective."""
@@ -206,12 +210,13 @@ class Checkpointing(Checkpoint):
         return True
 
     def settle(self, trainer: pl.Trainer) -> None:
-        """Wait for the save that is under way. A collective.
+        """Wait for the save and the copies that are under way. A collective.
 
         Raises:
-            CheckpointError: it failed, unless ``on_save_error`` says to go on.
+            CheckpointError: one failed, unless ``on_save_error``, or ``mirror.on_error``, says to go on.
         """
         self._settle(trainer, self._saver.wait())
+        self._wait_for_copies(trainer)
 
     def forget_after(self, step: int) -> None:
         """Delete the checkpoints of later steps, newest first; no save may be under way. Rank 0 only.
@@ -220,6 +225,8 @@ class Checkpointing(Checkpoint):
             CheckpointError: one cannot be deleted, or a newer attempt has taken over.
         """
         directory = self._directory()
+        if self.mirror is not None and self.attempt is not None:  # first: a resume takes the newest, wherever it is
+            self.mirror.forget_after(step, self.attempt)
         try:
             later = [entry for entry in store.committed(directory)[0] if entry.global_step > step]
             guard(directory, self.attempt)
@@ -243,6 +250,8 @@ class Checkpointing(Checkpoint):
     def on_roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget what was saved; the checkpoint that is loaded next says what was best."""
         self._best, self._saved_step = [], -1
+        if self._mirroring is not None:
+            self._mirroring.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """Which checkpoints are the best."""
@@ -346,8 +355,8 @@ class Checkpointing(Checkpoint):
         def prune() -> None:
             try:
                 superfluous = keep.superfluous(store.committed(directory)[0])
-                guard(directory, attempt)  # after the look: nothing of a newer attempt's is among them
                 for entry in superfluous:
+                    guard(directory, attempt)  # after the look: nothing of a newer attempt's is among them
                     store.remove(entry.path)
             except OSError as error:  # the new one is safe; the next save tries again
                 print(f"disttrain: an old checkpoint could not be removed: {error}", file=sys.stderr)

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from disttrain.checkpoint.marker import MARKER, TEMPORARY
+from disttrain.checkpoint.marker import LATEST, MARKER, TEMPORARY
 from disttrain.errors import CheckpointError
 from disttrain.files import sync_directory, write_synced
 
@@ -119,7 +119,9 @@ def guard(directory: Path, attempt: Attempt | None) -> None:
 
 
 def _clear(directory: Path, attempt: Attempt) -> None:
-    """Take out of reach, then delete, what no marker makes a checkpoint."""
+    """Take out of reach, then delete, what no marker makes a checkpoint, and what was to replace ``LATEST``."""
+    for path in directory.glob(f".{LATEST}.*"):
+        path.unlink(missing_ok=True)
     unfinished = [
         path
         for path in directory.iterdir()

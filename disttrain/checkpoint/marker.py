@@ -119,7 +119,10 @@ def check(path: Path) -> Committed:
         CheckpointError: it is not, or it is of a newer format; the message says why.
     """
     if not path.is_dir():
-        raise CheckpointError(f"there is no checkpoint {path}", mend="name a directory under checkpoints/")
+        raise CheckpointError(
+            f"there is no checkpoint {path}{': it is a file' if path.exists() else ''}",
+            mend="name a run folder, or a directory under its checkpoints/",
+        )
     found = _read(path)
     for name, entry in found.files.items():
         there = (path / name).stat().st_size if (path / name).is_file() else None

@@ -17,7 +17,7 @@ import re
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -60,7 +60,7 @@ class MirrorConfig:
         scheme, _, rest = self.url.partition("://")
         if not is_remote(self.url) or scheme.lower() in _READ_ONLY or not rest.strip("/"):
             raise ConfigError(
-                f"checkpoints cannot be copied to {shown(self.url)!r} (checkpoint.mirror.url)",
+                f"checkpoints cannot be copied to {shown(self.url) if rest else self.url!r} (checkpoint.mirror.url)",
                 mend="use a URL such as s3://bucket/folder, gs://bucket/folder or file:///folder",
             )
 
@@ -124,9 +124,10 @@ class Mirror:
         who = {"host": platform.node(), "pid": os.getpid(), "time": time.time()}
         with self._speaking("cannot be written"):
             self._folder.write(FENCE, (json.dumps({**asdict(attempt), **who}) + "\n").encode())
-            unfinished = {name: files for name, files in self._copies().items() if MARKER not in files}
-            self._folder.remove(f"{name}/{file}" for name, files in unfinished.items() for file in files)
-        return [self._never(name) for name in unfinished]
+            unfinished = self._unfinished()
+            self.guard(attempt)  # after the look: nothing of a newer attempt's was seen
+            self._folder.remove(unfinished)
+        return [self._never(name) for name in sorted({path.partition("/")[0] for path in unfinished})]
 
     def guard(self, attempt: Attempt) -> None:
         """Go on only as the newest attempt.
@@ -182,32 +183,55 @@ class Mirror:
         with self._speaking("cannot be written"):
             self._folder.write(f"{name}/{MARKER}", marker)
 
-    def prune(self, keep: Keep, *, label: str = "", dry_run: bool = False) -> tuple[list[Stored], int]:
+    def prune(
+        self, keep: Keep, *, attempt: Attempt | None = None, after: str = "", dry_run: bool = False
+    ) -> tuple[list[Stored], int]:
         """Delete the copies that need not be kept, markers first.
 
         Args:
             keep: what to keep.
-            label: of the attempt that asks, whose unfinished copies go too.
+            attempt: who asks; its unfinished copies go too.
+            after: a copy that has to count before any other goes.
             dry_run: delete nothing.
 
         Returns:
             Those that went, and how many there were.
 
         Raises:
+            FencedError: a newer attempt has begun.
+            CheckpointError: that copy is not whole; or they cannot be listed or deleted.
+        """
+        found, passed_over = self.committed()
+        superfluous = keep.superfluous([one.entry for one in found])
+        gone = [one for one in found if any(one.entry is entry for entry in superfluous)]
+        with self._speaking("cannot be deleted"):
+            unfinished = self._unfinished(f".{attempt.label}") if attempt is not None else []
+            if attempt is not None:
+                self.guard(attempt)  # after the look: nothing of a newer attempt's was seen
+            if after and not any(one.name == after for one in found):
+                why = next((reason for reason in passed_over if f"/{after} " in reason), self._never(after))
+                raise CheckpointError(f"{why}, though it was just uploaded", mend="see who else deletes there")
+            if not dry_run:
+                self._remove(gone)
+                self._folder.remove(unfinished)
+        return gone, len(found)
+
+    def forget_after(self, step: int, attempt: Attempt) -> None:
+        """Delete the copies of later steps, markers first, newest first: the run goes back.
+
+        Raises:
+            FencedError: a newer attempt has begun.
             CheckpointError: they cannot be listed or deleted.
         """
-        found = self.committed()[0]
-        entries = [one.entry for one in found]
-        superfluous = keep.superfluous(entries)
-        gone = [one for one in found if any(one.entry is entry for entry in superfluous)]
-        if not dry_run:
-            with self._speaking("cannot be deleted"):
-                self._folder.remove(f"{one.name}/{MARKER}" for one in gone)
-                self._folder.remove(f"{one.name}/{file}" for one in gone for file in one.entry.files)
-                for name, files in self._copies().items() if label else ():
-                    if name.endswith(f".{label}") and MARKER not in files:
-                        self._folder.remove(f"{name}/{file}" for file in files)
-        return gone, len(found)
+        later = [one for one in self.committed()[0] if one.entry.global_step > step]
+        with self._speaking("cannot be deleted"):
+            self.guard(attempt)  # after the look: nothing of a newer attempt's was seen
+            for one in reversed(later):
+                self._remove([one])
+
+    def _remove(self, copies: Sequence[Stored]) -> None:
+        self._folder.remove(f"{one.name}/{MARKER}" for one in copies)
+        self._folder.remove(f"{one.name}/{file}" for one in copies for file in one.entry.files)
 
     def fault(self, stored: Stored, file: str, into: Path | None = None) -> str:
         """Read a file of a copy, compare it with the marker's checksum, and keep it where that is asked for.
@@ -250,6 +274,15 @@ class Mirror:
                 found[name][file] = size
         return dict(found)
 
+    def _unfinished(self, suffix: str = "") -> list[str]:
+        """The objects of copies that have no marker, of all or of one attempt."""
+        return [
+            f"{name}/{file}"
+            for name, files in self._copies().items()
+            if name.endswith(suffix) and MARKER not in files
+            for file in files
+        ]
+
     def _check(self, name: str, files: dict[str, int]) -> Stored:
         if MARKER not in files:
             raise CheckpointError(self._never(name))
@@ -260,6 +293,8 @@ class Mirror:
             self._markers[name] = data
         where, data = f"{self.url}/{name}", self._markers[name]
         entry = parse(data.decode(errors="replace"), Path(local_name(name)), shown=where)
+        if bad := next((file for file in entry.files if Path(file).name != file), None):  # it would lead elsewhere
+            raise CheckpointError(f"checkpoint {where} has a damaged {MARKER}: {bad!r} is no file's name")
         for file, due in entry.files.items():
             if files.get(file) != due.num_bytes:
                 state = f"has {files[file]} bytes" if file in files else "is missing"

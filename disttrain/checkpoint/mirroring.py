@@ -3,7 +3,7 @@
 A thread of each rank uploads its share of a checkpoint's files, rank 0 puts the marker once all are there, then
 deletes older copies by the rule that holds locally. It is one more :class:`~disttrain.checkpoint.saver.Saver`, so
 training waits for nothing and all ranks hear of the outcome at one step. One copy is made at a time. Checkpoints that
-come meanwhile wait for it; of those, only the newest and the ones that are to be kept are copied then.
+come meanwhile wait for it; of those, the newest is copied next, then the ones that are to be kept, and no others.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Upload:
                 marker = (self.final / MARKER).read_bytes()
                 self.mirror.guard(self.attempt)
                 self.mirror.commit(name, marker)
-                self.mirror.prune(self.keep, label=self.attempt.label)
+                self.mirror.prune(self.keep, attempt=self.attempt, after=name)
 
 
 class Mirroring:
@@ -101,6 +101,10 @@ class Mirroring:
         if not self._saver.busy:
             self._next()
 
+    def forget(self) -> None:
+        """Copy nothing that waits; no copy may be under way."""
+        self._waiting.clear()
+
     def poll(self) -> Outcome | None:
         """At a step boundary: how a copy ended, at the same boundary on all ranks; the next one is begun."""
         return self._take(self._saver.poll())
@@ -120,13 +124,13 @@ class Mirroring:
         entry, self._under_way = self._under_way, None
         if outcome.error is None and not last:
             self._next()
-        elif entry is not None:  # tried again with the next one, if it is worth that by then
-            self._waiting.insert(0, entry)
+        elif entry is not None:  # tried again after the next one, if it is worth that by then
+            self._waiting = sorted([*self._waiting, entry], key=lambda waiting: waiting.global_step)
         return outcome
 
     def _next(self) -> None:
         if self._waiting:
-            self._under_way = entry = self._waiting.pop(0)
+            self._under_way = entry = self._waiting.pop()  # the newest first: it is what a run goes on from
             about = About(entry.global_step)
             self._saver.begin(Upload(entry.path, about, self._mirror, self._attempt, self._keep), background=True)
 

@@ -248,7 +248,7 @@ def compare_groups(path: Path, kind: str, saved: list[dict[str, Any]], now: list
     Raises:
         CheckpointError: other settings, or a parameter is in another group.
     """
-    mend = "use the optimizer that it was made with, or start over with --resume never"
+    mend = "use the model and the optimizer that it was made with, or start over with --resume never"
     # Groups have had names since they can be configured; those of older checkpoints have none.
     if len(saved) != len(now) or any(
         set(was) | {"name"} != set(is_) | {"name"} for was, is_ in zip(saved, now, strict=False)

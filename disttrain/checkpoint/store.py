@@ -9,8 +9,9 @@ admits the format's own classes only, the rest with ``weights_only=True``.
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -50,6 +51,7 @@ __all__ = [
     "free_path",
     "groups",
     "leaves",
+    "no_group",
     "read_group",
     "read_meta",
     "read_model",
@@ -135,11 +137,19 @@ def read_group(path: Path, group: str) -> dict[str, torch.Tensor]:
     }
     if not tensors:
         there = {name.partition(".")[0] for name in entries}
-        raise CheckpointError(f"checkpoint {path} has no tensors {group!r}", mend=nearest(group, there))
+        raise no_group(path, group, there)
     with warnings.catch_warnings(), _damage_named(path):
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         dcp_load({group: tensors}, storage_reader=reader, planner=DefaultLoadPlanner(), no_dist=True)
     return tensors
+
+
+def no_group(path: Path, group: str, there: Iterable[str]) -> CheckpointError:
+    """The error for a group of tensors that a checkpoint does not hold."""
+    return CheckpointError(
+        f"checkpoint {path} has no tensors {group!r}",
+        mend="its run kept no moving average; take the trained weights" if group == "ema" else nearest(group, there),
+    )
 
 
 @contextmanager
@@ -159,6 +169,9 @@ def cause(error: BaseException) -> str:
         error = next(iter(error.failures.values()), (error,))[0]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, pickle.UnpicklingError) and "eights only" in str(error):  # torch's advice is to trust it
+        found = re.search(r"(?:GLOBAL|global:?|class|function) <?(?:built-in function )?([\w.]{3,})", str(error))
+        return f"it would need {found[1]}" if found else "it is damaged, or no file of PyTorch's"
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

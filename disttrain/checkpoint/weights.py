@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from disttrain.checkpoint.marker import faults
-from disttrain.checkpoint.store import check, groups, read_group
+from disttrain.checkpoint.store import cause, check, groups, no_group, read_group
 from disttrain.errors import CheckpointError, nearest
 
 _SHOWN = 5
@@ -66,7 +67,7 @@ def read_weights(path: Path, *, group: str = "model") -> dict[str, Tensor]:
     if path.is_dir():
         check(path)
         if group not in groups(path):
-            raise CheckpointError(f"checkpoint {path} has no tensors {group!r}", mend=nearest(group, groups(path)))
+            raise no_group(path, group, groups(path))
         wrong = faults(path)
         if wrong:
             raise CheckpointError(wrong[0], mend="use another checkpoint")
@@ -81,12 +82,20 @@ def read_weights(path: Path, *, group: str = "model") -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes may raise almost anything
         raise CheckpointError(
-            f"{path} cannot be read as weights: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            f"{path} cannot be read as weights: {cause(error)}",
             mend="give a .safetensors file, or a state_dict of tensors saved by torch.save",
         ) from None
     inner = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(inner, dict) or not all(isinstance(value, Tensor) for value in inner.values()):
-        raise CheckpointError(f"{path} is no state_dict: it holds other things than tensors", mend="save those alone")
+    if not isinstance(inner, dict):
+        raise CheckpointError(
+            f"{path} is no state_dict, but of type {type(inner).__name__}", mend="save a dictionary of tensors"
+        )
+    other = next((name for name, value in inner.items() if not isinstance(value, Tensor)), None)
+    if other is not None:
+        raise CheckpointError(
+            f"{path} is no state_dict: {other!r} is of type {type(inner[other]).__name__}",
+            mend="save a dictionary of tensors alone, as model.state_dict() gives",
+        )
     return {str(name): value for name, value in inner.items()}
 
 
@@ -117,11 +126,15 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], *, about: Mapping[s
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        no_folder = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = f"{path.parent} is no folder" if no_folder else error.strerror or error
         raise CheckpointError(
-            f"{path} cannot be written: {error.strerror or error}", mend="check space and permissions"
+            f"{path} cannot be written: {reason}",
+            mend="name a file in a folder" if no_folder else "check space and permissions",
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def initialize(model: nn.Module, path: Path, *, strict: bool = True) -> Taken:

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +116,26 @@ class Job:
             os.fsync(opened)
             guard(directory, self.attempt)
             os.rename(self.temporary, self.final)
-            sync_directory(directory)
-            guard(directory, self.attempt)
-            # Into the directory that was written, not into one of a newer attempt that may have its name by now.
-            write_marker(opened, self.about, entries)
-        write_synced(directory / LATEST, f"{self.final.name}\n")
+            try:
+                sync_directory(directory)
+                guard(directory, self.attempt)
+                # Into the directory that was written, not into one of a newer attempt that may have its name by now.
+                write_marker(opened, self.about, entries)
+            except BaseException:
+                self._take_back(opened)
+                raise
+        # A newer attempt says that it is there, then clears: after this look the temporary file would be gone.
+        label = self.attempt.label if self.attempt else ""
+        write_synced(
+            directory / LATEST, f"{self.final.name}\n", label=label, check=partial(guard, directory, self.attempt)
+        )
         sync_directory(directory)
+
+    def _take_back(self, opened: int) -> None:
+        """Undo the rename of what gets no marker, so that it is removed; on a full disk it would fill it for good."""
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(opened), os.stat(self.final)):  # not what a newer attempt has put there
+                os.rename(self.final, self.temporary)
 
 
 def write(
@@ -174,7 +189,7 @@ def pack_meta(meta: dict[str, Any]) -> bytes:
         torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"the state to save holds an object that could only be unpickled: {str(error).splitlines()[0]}",
+            f"the state to save holds an object that could only be unpickled: {cause(error)}",
             mend="keep plain values and tensors in state_dict() and on_save_checkpoint() of callbacks and modules",
         ) from None
     return stream.getvalue()

@@ -145,10 +145,10 @@ def _fetched(url: str, which: str, folder: Path) -> tuple[Path, str]:
 
 
 def _prune(arguments: argparse.Namespace) -> int:
-    if arguments.keep_last < 1 or arguments.keep_best < 0 or (arguments.keep_every_steps or 1) < 1:
-        raise ConfigError(
-            "nothing newest would be kept", mend="use --keep-last 1 or more, --keep-every-steps 1 or more"
-        )
+    for name, least in (("keep_last", 1), ("keep_best", 0), ("keep_every_steps", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}", mend=f"use at least {least}")
     if is_remote(arguments.path):
         return _prune_copies(arguments)
     directory = _folder(Path(arguments.path))

@@ -14,11 +14,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from disttrain.checkpoint.mirror import MirrorConfig
 from disttrain.data.cache import CacheConfig
 from disttrain.data.decode import Field
 from disttrain.data.hooks import HooksConfig
 from disttrain.data.loader import LoaderConfig
 from disttrain.data.module import ShuffleConfig
+from disttrain.data.remote import RetryConfig
 from disttrain.errors import ConfigError, DisttrainError, nearest
 from disttrain.optim import OptimizerConfig, ScheduleConfig
 from disttrain.parallel.config import ParallelConfig
@@ -32,6 +34,8 @@ _CONFIGS = (
     CacheConfig,
     Field,
     HooksConfig,
+    MirrorConfig,
+    RetryConfig,
 )
 _SEE_HELP = "see --help for the settings and their types, or --print_config for all of them"
 

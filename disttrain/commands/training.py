@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import warnings
+from argparse import SUPPRESS
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,6 +34,7 @@ from disttrain.callbacks.predictions import PredictionWriter
 from disttrain.checkpoint.weights import initialize
 from disttrain.commands.messages import explain, own_error
 from disttrain.data.module import ShardedDataModule
+from disttrain.data.remote import is_remote, shown
 from disttrain.errors import ConfigError
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.strategies import strategy_of
@@ -43,6 +45,8 @@ from disttrain.version import __version__
 from disttrain.world import detect_world
 
 _EVALUATIONS = ("validate", "test", "predict")
+_OF_FIT = ("resume", "initialize_from", "initialize_strict")
+"""How a run begins: its own configuration holds it, which evaluations take, too, and pass over."""
 
 
 class _Parser(LightningArgumentParser):
@@ -129,12 +133,20 @@ class TrainingCLI(LightningCLI):
                 default="best",
                 help="which weights: best, last, or a checkpoint's or run folder's path",
             )
+            for name in _OF_FIT:
+                parser.add_argument(f"--{name}", help=SUPPRESS)
         if subcommand == "predict":
             _add_output_arguments(parser)
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments given, whatever ``sys.argv`` holds."""
+        flags = {str(arg).removeprefix("--").partition("=")[0] for arg in args if str(arg).startswith("--")}
+        for name in _OF_FIT:
+            if name in flags and args[0] in _EVALUATIONS:
+                raise ConfigError(
+                    f"--{name} is for fit, not for {args[0]}", mend="name the weights by --checkpoint_path PATH"
+                )
         try:
             self.config = parser.parse_args(args)
         except ConfigError as error:
@@ -194,6 +206,11 @@ class TrainingCLI(LightningCLI):
         if source is None:
             return
         with raise_together():
+            if is_remote(source):
+                raise ConfigError(
+                    f"--initialize_from {shown(source)} is a URL",
+                    mend="run `disttrain checkpoints export URL weights.safetensors`, and name that file",
+                )
             taken = initialize(self.model, Path(source), strict=strict)
             notes.append(f"weights are those of {source}: {taken}")
 

@@ -37,6 +37,11 @@ from disttrain.world import World
 
 _POLL_SECONDS: Final = 0.05
 _LAST_SECONDS: Final = 3.0
+_GUARD_SECONDS: Final = 30.0
+_LOOK_AT_RANK_0: Final = (
+    "see whether rank 0 has started and what it printed, whether MASTER_ADDR is its node, and whether a firewall is"
+    " between"
+)
 
 
 @dataclass(frozen=True)
@@ -96,11 +101,12 @@ def examine(world: World, options: Options, *, caught: Callable[[Report], None])
     """
     report = Report(world, speaks=world.rank == 0)
     start = time.perf_counter()
-    with _guarded(report, 3 * options.timeout + 30, caught):
+    with _guarded(report, 3 * options.timeout + _GUARD_SECONDS, caught):
         meeting = _meeting(report)
         used = _examine_node(report, options, meeting)
         if world.size == 1:
             device = speed.device_of(world)
+            report.stage = "computing"
             report.measured["compute_seconds"] = speed.compute_seconds(device)
             said = f"{report.measured['compute_seconds'] * 1000:.2f} ms for a product of matrices on {device.type}"
             report.findings += [ok("computing", said), ok("ranks", "one; for links and other nodes run it on all")]
@@ -144,11 +150,12 @@ def _examine_together(report: Report, options: Options, meeting: Meeting, used: 
             store = stack.enter_context(meet(meeting, world, timeout))
         except DisttrainError as error:
             check = "port" if world.rank == 0 else "peers"
+            mend = error.mend if world.rank == 0 else _LOOK_AT_RANK_0
             # Rank 0 does not know of this one; nobody else can tell.
             report.speaks = True
             found = network.examine_port(meeting.ports[-1]) if world.rank == 0 else None
             said = found.said if found is not None and found.status == "failure" else error.what
-            report.findings.append(failure(check, said, error.mend))
+            report.findings.append(failure(check, said, mend))
             return
         store = PrefixStore(f"doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         together = _Together(report, options, meeting, store)
@@ -370,7 +377,7 @@ def _guarded(report: Report, seconds: float, caught: Callable[[Report], None]) -
     """End this process if what is inside does not end."""
 
     def end() -> None:
-        world = report.world
+        world, report.speaks = report.world, True
         said = f"rank {world.rank} on {socket.gethostname()} hung for more than {seconds:g} s while {report.stage}"
         report.findings.append(failure("peers", said, "see the other lines, and what the other ranks printed"))
         with suppress(Exception):

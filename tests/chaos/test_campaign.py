@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from disttrain.callbacks.ledger import read_ledger
 from tests.support.chaos import disk
-from tests.support.chaos.campaign import TREE, Campaign, whole_run
+from tests.support.chaos.campaign import TREE, Campaign, fit_arguments, start, whole_run
 from tests.support.chaos.launcher import run_under_torchrun
-from tests.support.chaos.plan import IN_SAVE, Layout, schedule
+from tests.support.chaos.plan import IN_SAVE, STEPS, Fault, Layout, schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+needs_mounts = pytest.mark.skipif(not disk.can_mount(), reason="file systems cannot be mounted here: no disk to fill")
 ONE, TWO, FOUR = Layout(1, "ddp"), Layout(2, "fsdp"), Layout(4, "ddp")
 
 
@@ -36,7 +38,7 @@ def test_one_rank_brought_down_eight_times(digits: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not disk.can_mount(), reason="file systems cannot be mounted here: no disk to fill")
+@needs_mounts
 def test_two_ranks_on_a_disk_that_fills_up(digits: Path, tmp_path: Path) -> None:
     whole = whole_run(tmp_path / "whole", digits, TWO)
     attempts = schedule(7, [TWO], attempts=12, small_disk=True)
@@ -59,3 +61,18 @@ def test_torchrun_and_its_own_death(digits: Path, tmp_path: Path) -> None:
     whole = whole_run(tmp_path / "whole", digits, layout)
     rows = run_under_torchrun(tmp_path, digits, whole, layout)
     assert sum(row.kill for row in rows) == 6, rows
+
+
+@needs_mounts
+def test_a_full_disk_that_ends_a_run_is_one_error(digits: Path, tmp_path: Path) -> None:
+    """The ledger of samples has no holes: where it cannot be written, the run ends."""
+    run_dir = tmp_path / "run"
+    with disk.small_disk(run_dir, megabytes=8):
+        ranks = start(ONE, fit_arguments(run_dir, digits, ONE), [Fault("full", "step", 9)], folder=tmp_path / "logs")
+        outcome = ranks.wait()
+        disk.make_sound(run_dir / "checkpoints")
+        assert outcome.codes == [2], outcome.text
+        assert "cannot be written: No space left on device" in outcome.text
+        assert "Traceback" not in outcome.text, outcome.text
+        start(ONE, fit_arguments(run_dir, digits, ONE), folder=tmp_path / "again").wait().ok()
+        assert list(read_ledger(run_dir / "ledger")) == list(range(STEPS))

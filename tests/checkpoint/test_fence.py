@@ -91,6 +91,28 @@ def test_a_stale_process_publishes_nothing(tmp_path: Path, place: str, monkeypat
     guard(directory, newer)
 
 
+@pytest.mark.parametrize("name", ["open", "replace"])
+def test_a_stale_process_does_not_turn_latest_back(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Overtaken before or after it has written what is to replace ``LATEST``; its checkpoint is committed by then."""
+    directory = tmp_path / "checkpoints"
+    stale = claim(directory)
+    known: Callable[..., Any] = getattr(os, name)
+
+    def overtaken(*arguments: Any, **more: Any) -> Any:
+        if "LATEST" not in str(arguments[0]):
+            return known(*arguments, **more)
+        monkeypatch.setattr(os, name, known)
+        job(directory, claim(directory), 12).run()
+        return known(*arguments, **more)
+
+    monkeypatch.setattr(os, name, overtaken)
+    with pytest.raises(FencedError, match="it publishes nothing"):
+        job(directory, stale).run()
+    assert (directory / "LATEST").read_text() == "step-00000012\n"
+    assert [c.path.name for c in committed(directory)[0]] == ["step-00000009", "step-00000012"]
+    assert {path.name for path in directory.iterdir()} == {"ATTEMPT", "LATEST", "step-00000009", "step-00000012"}
+
+
 def test_a_new_attempt_clears_what_older_ones_left_unfinished_and_nothing_else(tmp_path: Path) -> None:
     done = make_checkpoint(tmp_path, "step-00000001", 1)
     for name in ("step-00000002", "step-00000002.2", "step-00000003.a1-ff.tmp", "mine.tmp", ".gone-a1-ff-0", "notes"):

@@ -11,8 +11,9 @@ import pytest
 
 from disttrain.checkpoint import mirror as mirror_module
 from disttrain.checkpoint import verify
+from disttrain.checkpoint.checksum import Sum
 from disttrain.checkpoint.fence import Attempt, FencedError
-from disttrain.checkpoint.marker import MARKER, About, Metric, committed
+from disttrain.checkpoint.marker import MARKER, About, Metric, committed, write_marker
 from disttrain.checkpoint.mirror import Mirror, MirrorConfig, begin
 from disttrain.checkpoint.mirroring import Mirroring, Upload, fetch
 from disttrain.checkpoint.prune import Keep
@@ -22,6 +23,7 @@ from disttrain.data import objects, transport
 from disttrain.data.objects import ObjectFolder
 from disttrain.data.remote import RemoteError, RetryConfig
 from disttrain.errors import CheckpointError, ConfigError
+from disttrain.files import open_directory
 from disttrain.runs import find_start
 from tests.checkpoint.make_format import META, tensors
 from tests.support.servers import S3, S3Server, gcs_server, s3_server
@@ -252,7 +254,8 @@ def test_an_older_attempt_publishes_nothing(url: str, tmp_path: Path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(Mirror, "commit", too_late)
-        upload(path, mirror, old)
+        with pytest.raises(FencedError, match="attempt 2"):
+            upload(path, mirror, old)
     assert taken_over == [f"checkpoint {mirror.url}/step-00000008.{old.label} was never committed"]
     found, passed_over = mirror.committed()
     assert found == [], "a marker that came too late made a checkpoint"
@@ -261,6 +264,84 @@ def test_an_older_attempt_publishes_nothing(url: str, tmp_path: Path, monkeypatc
 
     with pytest.raises(FencedError, match=rf"attempt 1 of run {old.run}, but attempt 2 .* has taken over {url}"):
         upload(path, mirror, old)
+
+
+@pytest.mark.parametrize("name", ["../planted", "/planted", "deep/file"])
+def test_a_marker_cannot_lead_out_of_its_folder(tmp_path: Path, name: str) -> None:
+    """A forged marker lists a file elsewhere: nothing is written there."""
+    mirror = mirror_at(f"file://{tmp_path}/storage")
+    attempt, _ = begin(tmp_path / "run", mirror)
+    copy = tmp_path / "storage" / f"step-00000008.{attempt.label}"
+    copy.mkdir()
+    with open_directory(copy) as opened:
+        write_marker(opened, About(8, run=attempt.run), {name: Sum(1, "00000000")})
+    assert mirror.committed()[0] == []
+    assert f"{name!r} is no file's name" in mirror.committed()[1][0]
+
+
+def test_a_copy_that_failed_is_made_again_after_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it is to be kept by then; otherwise it is forgotten."""
+    url, directory = f"file://{tmp_path}/storage", tmp_path / "checkpoints"
+    attempt, _ = begin(directory, mirror_at(url))
+    mirroring = Mirroring(mirror_at(url), attempt)
+    with monkeypatch.context() as patch:
+        patch.setattr(transport, "put", no_put)
+        for step in (4, 6):
+            keep = Keep(1, best=["step-00000004"])
+            mirroring.offer(save(directory, step, attempt), step, keep)
+            outcome = mirroring.wait()
+            assert outcome is not None
+            assert isinstance(outcome.error, CheckpointError)
+            assert not outcome.fatal
+            assert mirroring.wait() is None, "it was tried again at once"
+    mirroring.offer(save(directory, 8, attempt), 8, keep)
+    while mirroring.wait() is not None:
+        pass
+    assert [one.entry.global_step for one in mirror_at(url).committed()[0]] == [4, 8]
+
+
+def no_put(url: str, data: bytes, timeout: float) -> None:
+    raise transport.AttemptError("no", again=False, status=503)
+
+
+def test_older_copies_stay_where_the_new_one_is_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store has taken all requests, and yet an object is missing."""
+    mirror = mirror_at(f"file://{tmp_path}/storage")
+    attempt, _ = begin(tmp_path / "run", mirror)
+    upload(save(tmp_path / "run", 4, attempt), mirror, attempt, Keep(1))
+    put = Mirror.upload
+    lossy = ["meta.pt"]
+    monkeypatch.setattr(Mirror, "upload", lambda *given: None if given[2].name in lossy else put(*given))
+    with pytest.raises(CheckpointError, match=r"meta\.pt is missing, its marker says \d+, though it was just uploaded"):
+        upload(save(tmp_path / "run", 8, attempt), mirror, attempt, Keep(1))
+    assert [one.entry.global_step for one in mirror.committed()[0]] == [4]
+
+
+@pytest.mark.parametrize("place", ["claiming", "pruning"])
+def test_an_older_attempt_deletes_nothing_of_a_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """It is held up after its look at what is there, or before; the newer one has begun to copy by then."""
+    mirror = mirror_at(f"file://{tmp_path}/storage")
+    old, _ = begin(tmp_path / "a", mirror)
+    if place == "pruning":
+        for step in (4, 6, 8):
+            upload(save(tmp_path / "a", step, old), mirror, old)
+    new: list[Attempt] = []
+    copies = Mirror._copies
+
+    def held_up(self: Mirror) -> dict[str, dict[str, int]]:
+        if not new:
+            new.append(begin(tmp_path / "b", mirror_at(mirror.url), adopt=True)[0])
+            mirror.upload(f"step-00000008.{new[0].label}", save(tmp_path / "b", 8, new[0]) / "meta.pt")
+        return copies(self)
+
+    monkeypatch.setattr(mirror, "_copies", held_up.__get__(mirror))
+    with pytest.raises(FencedError):
+        mirror.claim(old) if place == "claiming" else mirror.prune(Keep(1), attempt=old)
+    left = {path.parent.name.partition(".")[0] for path in (tmp_path / "storage").glob("*/*")}
+    assert left == ({"step-00000008"} if place == "claiming" else {f"step-{step:08d}" for step in (4, 6, 8)})
+    assert (tmp_path / "storage" / f"step-00000008.{new[0].label}" / "meta.pt").exists()
 
 
 def test_another_run_is_refused(tmp_path: Path) -> None:
@@ -314,8 +395,8 @@ def test_of_checkpoints_that_wait_the_newest_and_the_kept_ones_are_copied(
     outcomes = []
     while (outcome := mirroring.wait()) is not None:
         outcomes.append((outcome.global_step, outcome.error))
-    assert outcomes == [(2, None), (4, None), (6, None), (10, None)]
-    assert begun == [paths[step].name for step in (2, 4, 6, 10)]
+    assert outcomes == [(2, None), (10, None), (6, None), (4, None)]
+    assert begun == [paths[step].name for step in (2, 10, 6, 4)]
     assert [one.entry.global_step for one in mirror_at(url).committed()[0]] == [4, 6, 10]
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support import checkpoint_faults
 from tests.support.faults import (
     SMALL_DISK,
     Case,
@@ -38,8 +39,9 @@ HEAD = """\
 This page answers: what does disttrain print for a bad input?
 
 Each part is a bad input, the command that met it and all that it printed as an error. The folder `data` holds two
-training shards of 16 samples and one of 8 for validation; `run.yaml` trains on them for an epoch. Exit codes are 2
-where none is given, there is no traceback, and under several ranks it is printed once. The page is written by
+training shards of 16 samples and one of 8 for validation; `run.yaml` trains on them for an epoch. The folder `run`,
+where there is one, is that of a run that was interrupted after its checkpoint. Exit codes are 2 where none is given,
+there is no traceback, and under several ranks it is printed once. The page is written by
 `python -m tests.commands.test_faults --write`, and a test holds it against what is printed.
 """
 INDEX = "shards index 'data/train-{000..001}.tar'"
@@ -319,11 +321,17 @@ GROUPS = {
         Case("The cache cannot be written", f"{STREAM} --data.cache.directory /dev/null/shards", serve()),
         Case("The cache's disk is full", f"{STREAM} --data.cache.directory disk", small_disk, needs=can_mount()),
     ],
+    **checkpoint_faults.GROUPS,
 }
 CASES = all_cases(GROUPS)
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.what for case in CASES])
+PARAMETERS = [
+    pytest.param(case, id=case.what, marks=[pytest.mark.slow] if case.slow else []) for case in all_cases(GROUPS)
+]
+
+
+@pytest.mark.parametrize("case", PARAMETERS)
 def test_a_fault_is_one_clear_message(case: Case) -> None:
     if not case.needs:
         pytest.skip("what it takes is not installed here, or not allowed")
@@ -342,14 +350,15 @@ def test_the_page_holds_every_case_and_no_other() -> None:
     assert page_of(HEAD, GROUPS, blocks(PAGE.read_text())) == PAGE.read_text()
 
 
-def main() -> None:
-    """Run all cases that can be run here, and write the page."""
+def main(only: str = "") -> None:
+    """Run all cases that can be run here, or those of some groups, and write the page."""
     texts = blocks(PAGE.read_text()) if PAGE.exists() else {}
-    for case in CASES:
+    for case in CASES if not only else [case for group in only.split(",") for case in GROUPS[group]]:
         if case.needs:
             texts[case.what] = case.block(printed(case)[1])
-    PAGE.write_text(page_of(HEAD, GROUPS, texts))
+    known = {group: [case for case in cases if case.what in texts] for group, cases in GROUPS.items()}
+    PAGE.write_text(page_of(HEAD, known, texts))
 
 
 if __name__ == "__main__" and "--write" in sys.argv:
-    main()
+    main(*sys.argv[2:])

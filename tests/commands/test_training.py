@@ -170,6 +170,26 @@ def test_dotted_overrides_and_the_saved_config(fit: Callable[..., Outcome], tmp_
     assert read_run(tmp_path / "run")["result"] == first, "the saved configuration gives another run"
 
 
+@pytest.mark.parametrize("command", [pytest.param("validate", marks=pytest.mark.slow), "test", "predict"])
+def test_evaluations_take_the_configuration_of_a_run(fit: Callable[..., Outcome], tmp_path: Path, command: str) -> None:
+    """How the run began stands in it: that is passed over; on the command line it is a mistake."""
+    fit(steps=1).ok()
+    config = tmp_path / "run" / "config.yaml"
+    saved = yaml.safe_load(config.read_text())
+    assert saved["resume"] == "auto"
+    assert "initialize_from" in saved
+    saved["initialize_from"] = "gone.safetensors"
+    config.write_text(yaml.safe_dump(saved))
+    outcome = run_cli(1, [command, "--config", str(config)], folder=tmp_path / command).ok()
+    if command == "predict":
+        assert len((tmp_path / "run" / "predictions.jsonl").read_text().splitlines()) == 269
+    else:
+        expected = read_run(tmp_path / "run")["result"]["test/accuracy"]
+        assert command != "test" or f"{expected:.6f}" in outcome.text
+    wrong = run_cli(1, [command, "--config", str(config), "--resume", "never"], folder=tmp_path / "wrong")
+    assert_error(wrong, f"--resume is for fit, not for {command}", "--checkpoint_path")
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["fit", "--help"], ["fit", "--print_config"], ["--version"]])
 def test_help_and_print_config(tmp_path: Path, arguments: list[str]) -> None:
     outcome = run_cli(1, arguments, folder=tmp_path).ok()

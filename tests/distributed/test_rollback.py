@@ -151,6 +151,20 @@ def test_a_kill_around_a_rollback_changes_nothing(
     assert read_ledger(run_dir / "ledger") == read_ledger(reference / "ledger")
 
 
+def test_copies_of_steps_that_are_gone_back_from_are_not_resumed(
+    poisoned: Path, reference: Path, tmp_path: Path
+) -> None:
+    run_dir, copies = tmp_path / "run", tmp_path / "copies"
+    mirror = ("--checkpoint.mirror.url", copies.as_uri(), "--checkpoint.keep_last", "2")
+    killed = fit(run_dir, poisoned, 2, TREE, *GUARD, *mirror, *extra("KillInRollback", place="recorded"))
+    assert -9 in killed.codes, killed.text
+    there = sorted(path.parent.name.partition(".")[0] for path in copies.glob("*/COMMITTED"))
+    assert there[-1] == "step-00000008", there
+    fit(run_dir, poisoned, 1, TREE, *GUARD, *mirror).ok()
+    assert read_run(run_dir)["attempts"][-1]["from_step"] == 8
+    assert not differing(final_weights(reference), final_weights(run_dir))
+
+
 @pytest.mark.slow
 def test_a_run_asked_to_stop_in_the_step_of_a_rollback_stops_after_it(
     poisoned: Path, reference: Path, tmp_path: Path

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 
 from disttrain.commands import doctor
+from disttrain.doctor import examine as examine_module
 from disttrain.doctor import network, speed
 from disttrain.errors import ConfigError
 from tests.support.ranks import Outcome, run_ranks
@@ -232,6 +234,20 @@ def test_a_rank_that_dies_underway(tmp_path: Path) -> None:
     assert of(found, "collectives"), "it was not there for them"
 
 
+def hang() -> None:
+    """The doctor in a process whose device never answers."""
+    examine_module._GUARD_SECONDS = 0.5  # type: ignore[misc]
+    speed.compute_seconds = lambda device: threading.Event().wait()  # type: ignore[return-value,assignment]
+    sys.exit(doctor.main(["--json", "--timeout", "0.5"]))
+
+
+def test_a_rank_that_hangs_is_ended_and_says_where(tmp_path: Path) -> None:
+    outcome = run_ranks(1, hang, folder=tmp_path, timeout=60)
+    assert outcome.codes == [1], outcome.text
+    (said,) = of(found_by(outcome, 0), "peers")
+    assert said == f"rank 0 on {socket.gethostname()} hung for more than 2 s while computing"
+
+
 def test_a_slow_rank(tmp_path: Path) -> None:
     outcome = run(tmp_path, 2, how="slow")
     assert outcome.codes == [0, 0], outcome.text
@@ -279,3 +295,12 @@ def test_ranks_with_different_versions_of_torch(tmp_path: Path) -> None:
     assert [rank.returncode for rank in ranks] == [1, 1], outputs
     (said,) = of(json.loads(outputs[0]), "versions")
     assert re.search(r"torch: 2\.\S+ on rank 0 \(.*\); 2\.12\.9\+other on rank 1 \(", said), said
+
+
+@pytest.mark.gpu
+def test_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = run_here(capsys, "--run-dir", str(tmp_path / "run"))
+    assert code == 0, found["findings"]
+    assert "driver" in of(found, "devices", "ok")[0]
+    assert of(found, "GPU memory", "ok") + of(found, "GPU memory", "warning")
+    assert "on cuda" in of(found, "computing", "ok")[0]

@@ -43,6 +43,8 @@ early_stopping: {monitor: null}
 Fields = Mapping[str, bytes]
 SMALL_DISK = "DISTTRAIN_TEST_SMALL_DISK"
 """Names a folder in whose place the command finds a full disk."""
+READ_ONLY = "DISTTRAIN_TEST_READ_ONLY"
+"""Whether that can only be read."""
 
 
 @dataclass
@@ -108,6 +110,7 @@ class Case:
         prepare: spoils the folder.
         code: the exit code that is due.
         needs: whether it can be run here.
+        slow: whether only slow runs of the tests run it.
     """
 
     what: str
@@ -115,6 +118,7 @@ class Case:
     prepare: Callable[[Scene], object] = lambda scene: None
     code: int = 2
     needs: bool = True
+    slow: bool = False
 
     def block(self, text: str) -> str:
         """Its part of the page."""
@@ -147,7 +151,7 @@ def run(made: Scene, arguments: Sequence[str]) -> tuple[int, str]:
     for instead, what in here.items():
         words = [word.replace(instead, what) for word in words]
     environment = {"DISTTRAIN_CACHE": "cache", "COLUMNS": "120", **made.environment}
-    if words[0] == "shards":
+    if words[0] in ("shards", "checkpoints"):
         code, text = _in_process(made.folder, words, environment)
     else:
         ended = run_ranks(1, _child, str(made.folder), words, environment, folder=made.folder / "logs")
@@ -156,7 +160,22 @@ def run(made: Scene, arguments: Sequence[str]) -> tuple[int, str]:
     text = text[max(0, begin) :].strip()
     for what, instead in {**made.hidden, f"{made.folder}/": "", str(made.folder): "."}.items():
         text = text.replace(what, instead)
-    return code, re.sub(r"in \d+\.\d s\b", "in N s", text)
+    for pattern, instead in _DIFFERS:
+        text = re.sub(pattern, instead, text)
+    return code, text
+
+
+_DIFFERS = (
+    (r"in \d+\.\d s\b", "in N s"),
+    (r"\brun (?!f{12})[0-9a-f]{12}\b", "run 244ee6bdc4ab"),
+    (r"\.a(\d+)-[0-9a-f]{8}\b", r".a\1-b9f34c9a"),
+    # What a checkpoint's files hold is PyTorch's, and its versions'.
+    (r"checksum [0-9a-f]{8}, its marker says [0-9a-f]{8}", "checksum ca9932a4, its marker says cc5682f1"),
+    (r"the [\d,]+ bytes of", "the N bytes of"),
+    (r"its marker says \d+", "its marker says N"),
+    (r"about [\d,]+ bytes, [\d,]+ are free", "about N bytes, M are free"),
+)
+"""What differs from machine to machine, and what the page shows instead."""
 
 
 def _in_process(folder: Path, words: list[str], environment: dict[str, str]) -> tuple[int, str]:
@@ -182,7 +201,7 @@ def _child(folder: str, words: list[str], environment: dict[str, str]) -> None:
     os.environ |= environment
     RetryConfig.wait_seconds = _no_wait  # type: ignore[method-assign]
     if SMALL_DISK in environment:
-        mount_small_disk(environment[SMALL_DISK])
+        mount_small_disk(environment[SMALL_DISK], read_only=READ_ONLY in environment)
     sys.exit(cli.main(words))
 
 
@@ -193,17 +212,17 @@ def can_mount() -> bool:
 
 
 CLONE_NEWNS = 0x00020000
-MS_PRIVATE, MS_REC = 1 << 18, 1 << 14
+MS_PRIVATE, MS_REC, MS_RDONLY = 1 << 18, 1 << 14, 1
 
 
-def mount_small_disk(folder: str) -> None:
+def mount_small_disk(folder: str, *, read_only: bool = False) -> None:
     """Put a file system of 32 KiB in place of a folder, for this process alone; it is gone when that ends."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNS) or libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None):
         raise OSError(ctypes.get_errno(), "cannot have mounts of its own")
-    if libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, b"size=32k"):
+    if libc.mount(b"tmpfs", folder.encode(), b"tmpfs", MS_RDONLY if read_only else 0, b"size=32k"):
         raise OSError(ctypes.get_errno(), "cannot mount a tmpfs")
 
 

@@ -29,6 +29,7 @@ Act = Literal[
     "kill", "kill-all", "kill-launcher", "terminate", "pause", "hang", "leave", "eio", "full", "read-only"
 ]  # fmt: skip
 Between = Literal["shard", "truncate", "flip", "marker"]
+"""A shard is gone for a start; the newest checkpoint's tensors are cut off or have a bit flipped, or its marker has."""
 
 
 @dataclass(frozen=True)
@@ -130,12 +131,12 @@ def schedule(
     small_disk: bool = False,
     hangs: bool = False,
 ) -> list[Attempt]:
-    """The attempts of a campaign; the last one goes on to the end.
+    """The attempts of a campaign; the last but one is killed after its last step, the last one goes on to the end.
 
     Args:
         seed: the same seed and arguments give the same schedule.
         layouts: of these each attempt takes one.
-        attempts: how many are brought down.
+        attempts: how many are brought down before their last step.
         small_disk: whether the checkpoints are on a disk that can be filled and made read-only.
         hangs: whether ranks may be stopped for good.
     """
@@ -144,18 +145,23 @@ def schedule(
     ends: list[Fault] = []
     while len(ends) < attempts:
         ranks = min(layout.ranks for layout in layouts)
-        ends += deck(chance, ranks, small_disk=small_disk, hangs=hangs) if not ends else in_save(chance)
+        ends += in_save(chance) if ends else deck(chance, ranks, small_disk=small_disk, hangs=hangs)
+    ends = ends[:attempts]
+    reading = next((n for n, end in enumerate(ends) if end.place == "reading"), attempts)
+    if reading < attempts // 3:  # there may be nothing to read yet
+        ends.append(ends.pop(reading))
     steps = sorted(chance.randrange(1, LAST_CALL - 2 * EVERY) for _ in range(attempts))
     # An attempt that survives a failed save runs with another setting than one that such a save ends.
-    open_to = [n for n, end in enumerate(ends[:attempts]) if end.place not in AT_START and end.act not in FAILING]
+    open_to = [n for n, end in enumerate(ends) if end.place not in AT_START and end.act not in FAILING]
     survived = _scattered(chance, ["pause", "eio", *(["full"] if small_disk else [])], open_to)
     between = _scattered(chance, ["shard", "truncate", "flip", "marker"], range(attempts // 3, attempts + 1))
     made = []
-    for number, (end, step, layout) in enumerate(zip(ends[:attempts], steps, where, strict=False)):
+    for number, (end, step, layout) in enumerate(zip(ends, steps, where, strict=False)):
         acts = [_survived(chance, act) for act in survived.get(number, ())]
         faults = tuple(_placed(chance, fault, step, layout.ranks) for fault in (*acts, end))
         made.append(Attempt(layout, tuple(between.get(number, ())), faults))
-    return [*made, Attempt(where[-1], tuple(between.get(attempts, ())))]
+    made.append(Attempt(where[-1], tuple(between.get(attempts, ())), (Fault("kill", "ending", STEPS),)))
+    return [*made, Attempt(where[0])]
 
 
 def _survived(chance: random.Random, act: Any) -> Fault:

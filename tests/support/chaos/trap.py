@@ -24,6 +24,7 @@ from typing import Any, Final
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from disttrain.callbacks.run_record import RunRecord
 from disttrain.checkpoint import checksum, fence, staging, store, write
 from disttrain.checkpoint.marker import LATEST, MARKER, META
 from disttrain.metrics_file import FILE_NAME
@@ -65,6 +66,7 @@ PLACES: Final[dict[str, tuple[Any, str, Where]]] = {
     "reading": (store._SafeReader, "read_metadata", _anywhere),
     "recording": (os, "replace", _to(RUN_FILE)),
     "logging": (os, "replace", _to(FILE_NAME)),
+    "ending": (RunRecord, "add_result", _anywhere),
 }
 
 
