@@ -24,7 +24,7 @@ MARK: Final = "DISTTRAIN_CHAOS_CAMPAIGN"
 """In the environment of whatever a campaign starts."""
 _STEP: Final = r"step-\d{8}(\.\d+)?"
 _EXPECTED: Final = re.compile(
-    r"config\.yaml|metrics\.csv|run\.json|tensorboard/(events\.out\.tfevents\.[^/]+|hparams\.yaml)"
+    r"config\.yaml|events\.jsonl|metrics\.csv|run\.json|tensorboard/(events\.out\.tfevents\.[^/]+|hparams\.yaml)"
     r"|ledger/rank-\d{5}\.jsonl|report/[a-z0-9-]+\.(html|png)|hangs/[0-9-]+/(rank-\d{5}\.json|report\.txt)"
     rf"|checkpoints/(ATTEMPT|LATEST|{_STEP}/(\.metadata|__\d+_0\.distcp|meta\.pt|COMMITTED))"
 )
