@@ -63,7 +63,9 @@ def ask_to_requeue(run_dir: Path, environ: Mapping[str, str] | None = None) -> s
     try:
         _scontrol("requeue", job)
     except (OSError, subprocess.SubprocessError) as error:
-        return f"the script of job {job} is to requeue it: scontrol failed: {_said(error)}"
+        # SLURM ends the job at once, the command that has asked for it too.
+        if not isinstance(error, subprocess.CalledProcessError) or error.returncode >= 0:
+            return f"the script of job {job} is to requeue it: scontrol failed: {_said(error)}"
     return f"job {job} is requeued and goes on by itself"
 
 
@@ -90,7 +92,12 @@ def _limit(env: Mapping[str, str]) -> int:
 
 def _scontrol(*arguments: str) -> str:
     done = subprocess.run(
-        ["scontrol", *arguments], capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=True
+        ["scontrol", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT_SECONDS,
+        check=True,
+        start_new_session=True,  # out of reach of signals to the group of this rank
     )
     return done.stdout
 
