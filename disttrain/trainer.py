@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -38,7 +37,7 @@ from disttrain.metrics_log import EventsLog, MetricsLog
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.alike import check_alike
 from disttrain.parallel.config import ParallelConfig
-from disttrain.parallel.joining import WorldEnvironment
+from disttrain.parallel.joining import LoneEnvironment, WorldEnvironment
 from disttrain.parallel.precision import ScaledPrecision, use_tensor_cores
 from disttrain.parallel.strategies import build_strategy
 from disttrain.runs import Start, find_start, stopped_by_request
@@ -108,7 +107,7 @@ class Trainer(pl.Trainer):
         world = detect_world()
         plugins: list[Any] = [ScaledPrecision(device)] if precision == "16-mixed" else []
         # Never what Lightning finds: a lone process inside a SLURM allocation is not one of its tasks.
-        plugins.append(LightningEnvironment() if world.size == 1 else WorldEnvironment(world))
+        plugins.append(LoneEnvironment() if world.size == 1 else WorldEnvironment(world))
         if device == "cuda":
             world.check_devices(torch.cuda.device_count())
         self.run_dir = Path(run_dir)

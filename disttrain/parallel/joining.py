@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
@@ -28,6 +29,13 @@ from disttrain.world import World, detect_world
 
 _POLL_SECONDS: Final = 0.02
 _NOTE_SECONDS: Final = 30.0
+
+
+class LoneEnvironment(LightningEnvironment):
+    """Lightning's view of one rank alone, whoever started it."""
+
+    def teardown(self) -> None:
+        """Leave torchrun's WORLD_SIZE, which Lightning's own takes away: what follows the fit asks for it."""
 
 
 class WorldEnvironment(ClusterEnvironment):

@@ -45,6 +45,15 @@ def test_a_killed_rank_restarts_the_job_by_itself(digits: Path, tmp_path: Path, 
     assert run["result"] == read_run(whole)["result"]
 
 
+def test_one_rank_alone_ends_well(digits: Path, tmp_path: Path) -> None:
+    """With its test and report, for which the launcher's variables have to be there still."""
+    options = ("--standalone", "--nproc-per-node", "1")
+    arguments = fit_arguments(tmp_path / "run", digits, "ddp", TREE)
+    with torchrun(options, arguments, tmp_path / "log") as launch:
+        assert launch.wait() == 0, launch.log.read_text()
+    assert read_run(tmp_path / "run")["status"] == "completed"
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_what_torchrun_is_told_its_ranks_are_told(digits: Path, tmp_path: Path, whole: Path, name: str) -> None:
     """torchrun passes the signal on, waits for the ranks, and ends with 1; the ranks have saved."""

@@ -144,6 +144,20 @@ def test_a_signal_before_training_and_a_start_after_the_end(
     assert_same(whole, run_dir, attempts=1)
 
 
+def test_a_crash_is_not_requeued(cluster: Cluster, digits: Path, tmp_path: Path) -> None:
+    """The nodes answer, and nobody asked: the job fails with the ranks' code, under both styles."""
+    jobs = {}
+    for style in ("srun", "torchrun"):
+        options = ("--tasks-per-node", "1", "--style", style, "--requeue")
+        dying = "{class_path: tests.support.callbacks.KillAt, init_args: {step: 2}}"
+        jobs[style] = queue_job(cluster, tmp_path / style, digits, *options, more=callbacks(dying))
+    for style, job in jobs.items():
+        log = log_of(tmp_path / style, job)
+        cluster.wait_state(job, "FAILED", log=log)
+        assert cluster.job(job).restarts == 0, log.read_text()
+        assert not says(log, "requeue")
+
+
 def test_a_dead_node_is_replaced(cluster: Cluster, digits: Path, tmp_path: Path, whole: Path) -> None:
     run_dir = tmp_path / "run"
     options = ("--nodes", "2", "--tasks-per-node", "1", "--requeue")

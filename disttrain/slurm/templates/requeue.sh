@@ -6,8 +6,8 @@ restart=${SLURM_RESTART_COUNT:-0}
 job() { scontrol -o show job "$JOB" 2>/dev/null | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
 mine() { [ "$(job JobState)" = RUNNING ] && [ "$(job Restarts)" = "$restart" ]; }
 asked() {
-  [ "$(cat "$RUN_DIR/requeue" 2>/dev/null)" = "$JOB $restart" ] || [ "$code" = 143 ] ||
-    [ "$code" = 138 ] || [ "$(job PreemptTime)" != None ]
+  [ "$(cat "$RUN_DIR/requeue" 2>/dev/null)" = "$JOB $restart" ] || [ "$code" = 143 ] || [ "$code" = 138 ] ||
+    case $(job PreemptTime) in "" | None) false ;; esac
 }
 answers() { timeout 60 srun --overlap --ntasks-per-node=1 true 2>/dev/null; }
 if [ "$code" -ne 0 ] && [ "$restart" -lt {{max_requeues}} ]; then
