@@ -64,6 +64,7 @@ def test_torchrun_and_its_own_death(digits: Path, tmp_path: Path) -> None:
 
 
 @needs_mounts
+@pytest.mark.slow
 def test_a_full_disk_that_ends_a_run_is_one_error(digits: Path, tmp_path: Path) -> None:
     """Whichever comes to it first, a checkpoint or the ledger of samples, which has no holes."""
     run_dir = tmp_path / "run"
