@@ -30,6 +30,7 @@ def fit(recipe: str, data: Path, run_dir: Path, *more: str, ranks: int = 2) -> d
     return result
 
 
+@pytest.mark.slow
 def test_diabetes_is_better_than_the_mean(diabetes: Path, tmp_path: Path) -> None:
     result = fit("diabetes", diabetes, tmp_path / "run")
     assert result["test/r2"] >= 0.45, f"R2 is {result['test/r2']:.3f}"

@@ -201,7 +201,7 @@ def test_an_unknown_subcommand_names_the_nearest(tmp_path: Path) -> None:
     assert_error(run_cli(1, ["fitt"], folder=tmp_path), "no subcommand 'fitt'", "did you mean 'fit'?")
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("bf16-true", marks=pytest.mark.slow)])
 def test_bf16_trains_under_both_strategies(fit: Callable[..., Outcome], tmp_path: Path, precision: str) -> None:
     for strategy in ("ddp", "fsdp"):
         fit("--trainer.precision", precision, "--trainer.parallel.strategy", strategy, ranks=2, steps=30).ok()

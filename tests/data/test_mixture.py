@@ -225,6 +225,7 @@ def test_without_weights_an_epoch_takes_every_sample_of_every_source_once(digits
     assert sorted(keys) == sorted(index.key(number) for number in range(944))
 
 
+@pytest.mark.slow
 def test_a_mixed_run_is_elastic_and_resumes(digits: Path, tmp_path: Path) -> None:
     sources = (
         f"[{{shards: '{digits}/train-000000.tar', weight: 0.6, name: old}},"

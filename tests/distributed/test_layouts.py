@@ -85,7 +85,11 @@ def test_degrees_that_do_not_fit_the_ranks_are_one_clear_error(digits: Path, tmp
 
 @pytest.mark.parametrize(
     ("ranks", "parallel"),
-    [(2, "strategy: ddp"), (2, "strategy: fsdp"), (4, "strategy: fsdp, replicate: 2")],
+    [
+        (2, "strategy: ddp"),
+        (2, "strategy: fsdp"),
+        pytest.param(4, "strategy: fsdp, replicate: 2", marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_that_travel_in_bf16_are_rounded_and_no_more(
     digits: Path, tmp_path: Path, alone: Path, ranks: int, parallel: str

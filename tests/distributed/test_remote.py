@@ -128,6 +128,7 @@ def fetches(server: S3Server, index: ShardIndex) -> Counter[str]:
 
 
 @needs_s3
+@pytest.mark.slow
 def test_four_ranks_share_a_cache_smaller_than_the_data_set(many: Path, s3: S3Server, tmp_path: Path) -> None:
     """Each rank walks its lane through some shards, so that a shard is needed once or twice an epoch."""
     steps, ahead = 24, 12  # an epoch and a quarter; how far the loader reads ahead

@@ -124,7 +124,9 @@ def test_a_block_that_runs_twice_gives_the_same_bits(train, strategy: str) -> No
     assert_same_bits(train("repeated", 1, 4, TREE["ddp"]), train("repeated", 2, 4, TREE[strategy]))
 
 
-@pytest.mark.parametrize(("case", "micro_batches"), [("mlp", 8), ("transformer", 12), ("bf16", 8)])
+@pytest.mark.parametrize(
+    ("case", "micro_batches"), [("mlp", 8), ("transformer", 12), pytest.param("bf16", 8, marks=pytest.mark.slow)]
+)
 def test_copies_of_a_sharded_model_give_the_same_bits(train, case: str, micro_batches: int) -> None:  # type: ignore[no-untyped-def]
     copies = ParallelConfig(strategy="fsdp", replicate=2, reduction="tree")
     assert_same_bits(train(case, 1, micro_batches, TREE["ddp"]), train(case, 4, micro_batches, copies))
