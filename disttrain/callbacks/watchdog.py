@@ -50,6 +50,7 @@ class Watchdog(Callback):
         self._beats, self._step, self._doing = 0, 0, ""
         self._attempt = ""
         self._ended: threading.Event | None = None
+        self._thread: threading.Thread | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Agree on the name of the attempt's folder. A collective."""
@@ -61,7 +62,9 @@ class Watchdog(Callback):
         self._rest()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Watch no more."""
+        """Watch no more; but where the run hangs, a peer that has ended is only why a collective has failed here."""
+        if self._thread is not None and self._folder().exists():
+            self._thread.join(3 * _GRACE_SECONDS)  # it ends the process, once its part of the report is written
         self._rest()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
@@ -99,15 +102,20 @@ class Watchdog(Callback):
         if self._ended is None:
             self._ended = threading.Event()
             arguments = (self._ended, detect_world())
-            threading.Thread(target=self._watch, args=arguments, name="disttrain-watchdog", daemon=True).start()
+            name = "disttrain-watchdog"
+            self._thread = threading.Thread(target=self._watch, args=arguments, name=name, daemon=True)
+            self._thread.start()
 
     def _rest(self) -> None:
         if self._ended is not None:
             self._ended.set()
-            self._ended = None
+            self._ended = self._thread = None
+
+    def _folder(self) -> Path:
+        return self.run_dir / FOLDER / self._attempt
 
     def _watch(self, ended: threading.Event, world: World) -> None:
-        folder = self.run_dir / FOLDER / self._attempt
+        folder = self._folder()
         seen, quiet, looked = self._beats, 0.0, time.monotonic()
         while not ended.wait(self._interval):
             now = time.monotonic()
