@@ -102,6 +102,7 @@ class Watchdog(Callback):
         if self._ended is None:
             self._ended = threading.Event()
             arguments = (self._ended, detect_world())
+            self._arm()  # Python's lock may be held before the thread has had its first turn
             name = "disttrain-watchdog"
             self._thread = threading.Thread(target=self._watch, args=arguments, name=name, daemon=True)
             self._thread.start()
@@ -126,11 +127,14 @@ class Watchdog(Callback):
                 seen, quiet = self._beats, 0.0
             if quiet >= self._timeout or folder.exists():
                 self._end(folder, world, quiet)
-            with suppress(OSError):  # standard error may be gone
-                patience = self._timeout + 2 * self._interval
-                # It prints and no more: it also fires when a process goes on that was stopped for long.
-                faulthandler.dump_traceback_later(patience, exit=False, file=2)
+            self._arm()
         faulthandler.cancel_dump_traceback_later()
+
+    def _arm(self) -> None:
+        """Have the stacks printed from C, should the watching thread not come round to put that off."""
+        with suppress(OSError):  # standard error may be gone
+            # It prints and no more: it also fires when a process goes on that was stopped for long.
+            faulthandler.dump_traceback_later(self._timeout + 2 * self._interval, exit=False, file=2)
 
     def _end(self, folder: Path, world: World, quiet: float) -> None:
         """Tell where this rank is, see to it that there is a report, and end the process."""
