@@ -2,8 +2,8 @@
 
 Loss and gradient norm of a step are sums over all ranks, and where a threshold decides, the ranks take the maximum of
 their decisions: so all leave the update out together or none does. The step still counts, its schedule moves on, and
-its samples are listed under ``<run_dir>/skipped``. What is usual is the median of the norms of recent steps; a spike is
-further above it than ``spikes`` robust deviations (1.4826 times the median absolute deviation).
+its samples are listed under ``<run_dir>/skipped``. What is usual is the median over recent steps; a spike is a
+norm, or a loss, further above it than ``spikes`` robust deviations (1.4826 times the median absolute deviation).
 
 ``patience`` bad steps in a row say that the weights may be harmed already, by steps just before that passed for usual.
 The run then goes back to a checkpoint from before, trains again, and leaves out those batches and some before them
@@ -57,8 +57,8 @@ class UpdateGuard(Callback):
 
     Args:
         enabled: whether to look at all.
-        spikes: robust deviations above the median of recent norms from which on an update is left out; 0 for never, so
-            that only losses and gradients which are not finite are.
+        spikes: robust deviations above the median of recent norms, or of recent losses, from which on an update is left
+            out; 0 for never, so that only losses and gradients which are not finite are.
         window: steps that are recent. No spike is seen before a quarter of them.
         patience: updates left out in a row after which the run goes back to a checkpoint from before them.
         rollbacks: how often a run may go back; once more ends it, and so does having no such checkpoint.
@@ -95,7 +95,7 @@ class UpdateGuard(Callback):
         """Those of the run so far."""
         self._planned: set[int] = set()  # steps that they leave out
         self._streak = Streak(patience)
-        self._recent = torch.full((window,), math.nan, dtype=torch.float64)
+        self._recent = torch.full((2, window), math.nan, dtype=torch.float64)  # norms, losses
         self._accepted = torch.zeros((), dtype=torch.int64)
         self._judged: tuple[Tensor, Tensor, Tensor] | None = None  # of the step under way: bad, loss, norm
         self._trainer: pl.Trainer | None = None
@@ -115,10 +115,11 @@ class UpdateGuard(Callback):
         self._learn()  # a checkpoint may be taken before this callback's turn
         self._see()
         oldest = int(self._accepted) % self.window
-        in_time = [*self._recent[oldest:].tolist(), *self._recent[:oldest].tolist()]
-        recent = [value for value in in_time if not math.isnan(value)]
+        in_time = self._recent.roll(-oldest, dims=1).tolist()
+        norms, losses = ([value for value in row if not math.isnan(value)] for row in in_time)
         return {
-            "recent": recent,
+            "recent": norms,
+            "recent_losses": losses,
             "skipped": self.skipped,
             "streak": self._streak.state(),
             "rollbacks": [each.as_dict() for each in self.rollbacks],
@@ -126,10 +127,11 @@ class UpdateGuard(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint, of any layout."""
-        recent = state_dict["recent"][-self.window :]
+        losses = state_dict.get("recent_losses", [])  # older checkpoints have none: what is usual is learned anew
+        recent = [state_dict["recent"][-self.window :] if losses else [], losses[-self.window :]]
         self._recent.fill_(math.nan)
-        self._recent[: len(recent)] = torch.tensor(recent, dtype=torch.float64)
-        self._accepted.fill_(len(recent))
+        self._recent[:, : len(recent[0])] = torch.tensor(recent, dtype=torch.float64)
+        self._accepted.fill_(len(recent[0]))
         self.skipped = int(state_dict["skipped"])
         self._streak.clear()
         if "streak" in state_dict:  # older checkpoints have none
@@ -195,9 +197,10 @@ class UpdateGuard(Callback):
         self._recent, self._accepted = self._recent.to(loss.device), self._accepted.to(loss.device)
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         if self.spikes:
-            usual = self._recent.nanmedian()
-            spread = (self._recent - usual).abs().nanmedian() * _NORMAL
-            bad |= (norm > usual + self.spikes * spread) & (self._accepted >= self.window // 4)
+            usual = self._recent.nanmedian(dim=1).values
+            spread = (self._recent - usual[:, None]).abs().nanmedian(dim=1).values * _NORMAL
+            above = torch.stack((norm.double(), loss.double())) > usual + self.spikes * spread
+            bad |= above.any() & (self._accepted >= self.window // 4)
             if is_distributed():  # the norms of ranks may differ in the last bit
                 agreed = bad.float()
                 dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
@@ -222,7 +225,7 @@ class UpdateGuard(Callback):
             del self._fused.found_inf  # type: ignore[attr-defined]
             self._fused = None
         here = torch.arange(self.window, device=norm.device) == self._accepted % self.window
-        self._recent = torch.where(here & ~bad, norm, self._recent)
+        self._recent = torch.where(here & ~bad, torch.stack((norm, loss))[:, None], self._recent)
         self._accepted = self._accepted + ~bad
         place = (self._trainer.global_step, self._trainer.current_epoch)
         self._unseen.append((*place, torch.stack((bad.double(), loss, norm))))

@@ -85,6 +85,16 @@ def test_all_ranks_leave_out_the_same_updates(poisoned: Path, tmp_path: Path) ->
         assert not differing(weights[0], other)
 
 
+def test_a_spike_of_the_loss_alone_is_one(poisoned: Path, tmp_path: Path) -> None:
+    task = ("--model", "tests.support.tasks.LossSpikeTask")
+    fit(tmp_path / "run", poisoned, 2, "{}", *SPIKES, *task).ok()
+    found = skipped(tmp_path / "run")
+    step = next((step for step, line in found.items() if f"s{LARGE}" in line["keys"]), None)
+    assert step is not None, f"skipped steps {sorted(found)}"
+    assert float(found[step]["loss"]) > 100
+    assert float(found[step]["grad_norm"]) < 10
+
+
 def test_nothing_changes_in_a_step_that_is_left_out(poisoned: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     fit(run_dir, poisoned, 1, "{}", "--checkpoint.every_steps", "1", *SPIKES).ok()

@@ -86,3 +86,13 @@ class FeatureTask(ClassificationTask):
         optimizer = OptimizerConfig(name="sgd", lr=lr, momentum=0.9)
         schedule = ScheduleConfig(name="cosine" if cosine else "constant")
         super().__init__(model, num_classes=2, input="features", optimizer=optimizer, schedule=schedule)
+
+
+class LossSpikeTask(FeatureTask):
+    """A sample whose features are far too large raises the loss and not the gradient."""
+
+    def forward(self, batch: Any) -> Any:
+        return super().forward({**batch, "features": batch["features"].clamp(-3, 3)})
+
+    def losses(self, outputs: Any, batch: Any) -> Tensor:
+        return super().losses(outputs, batch) + 1e4 * (batch["features"].abs() > 1e3).any(dim=1)
