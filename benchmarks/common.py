@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import platform
-import socket
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from disttrain import OptimizerConfig, Task
 from disttrain.data.batches import COUNT, KEY, WEIGHT
+from disttrain.meeting import reserve_port
 from disttrain.models.mlp import MLP
 
 
@@ -64,16 +64,14 @@ def run_ranks(ranks: int, target: Callable[..., None], *arguments: Any) -> None:
         RuntimeError: one has failed.
     """
     context = multiprocessing.get_context("spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     processes = []
-    for rank in range(ranks):
-        given = (rank, ranks, port, time.time(), target, arguments)
-        processes.append(context.Process(target=_rank, args=given, daemon=True))
-        processes[-1].start()
-    for process in processes:
-        process.join()
+    with reserve_port() as port:
+        for rank in range(ranks):
+            given = (rank, ranks, port, time.time(), target, arguments)
+            processes.append(context.Process(target=_rank, args=given, daemon=True))
+            processes[-1].start()
+        for process in processes:
+            process.join()
     if any(process.exitcode for process in processes):
         raise RuntimeError(f"exit codes {[process.exitcode for process in processes]}")
 

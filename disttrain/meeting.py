@@ -113,6 +113,20 @@ def announce(meeting: Meeting, port: int) -> Iterator[None]:
         listener.close()
 
 
+@contextmanager
+def reserve_port() -> Iterator[int]:
+    """A free port of this host that stays free for processes to come, for as long as the context lasts.
+
+    A number that is only looked up may be another program's by the time that it is used: as its own port, or as that of
+    a connection it makes. A socket that is bound but does not listen keeps the kernel from giving it away, and lets
+    others listen there that ask for ``SO_REUSEADDR``, as servers do, torch's stores among them.
+    """
+    with socket.socket() as place:
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        place.bind(("127.0.0.1", 0))
+        yield place.getsockname()[1]
+
+
 def _listen(meeting: Meeting) -> socket.socket:
     both = socket.has_dualstack_ipv6()
     for port in meeting.ports:

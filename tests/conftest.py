@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from disttrain.commands import shards
+from disttrain.meeting import reserve_port
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +25,10 @@ def diabetes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("diabetes")
     assert shards.main(["pack", "sklearn:diabetes", str(folder), "--shards", "2"]) == 0
     return folder
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port that no other program takes while the test runs."""
+    with reserve_port() as number:
+        yield number

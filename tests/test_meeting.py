@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -53,6 +54,13 @@ def test_the_step_comes_before_the_job() -> None:
     assert slurm_hosts(lists | {"SLURM_STEP_NODELIST": "n[3-4]"}) == ["n3", "n4"]
     with pytest.raises(ConfigError, match=r"none of SLURM_STEP_NODELIST.* is set\n.*--export=ALL"):
         slurm_hosts({})
+
+
+def test_a_reserved_port_is_left_to_who_knows_it(port: int) -> None:
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", port))
+    with socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True):
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
 
 
 def test_each_attempt_of_each_step_meets_elsewhere() -> None:

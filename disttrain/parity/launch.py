@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from disttrain.errors import DisttrainError
+from disttrain.meeting import reserve_port
 from disttrain.parity.layouts import Layout
 from disttrain.parity.traces import Trace
 
@@ -88,20 +88,21 @@ class Runs:
     def _start(self, layout: Layout, run_dir: Path) -> list[int]:
         """Start all ranks and wait for them; once one has failed, the others have a few seconds."""
         run_dir.mkdir(parents=True, exist_ok=True)
-        port, words = _free_port(), self._arguments(layout, run_dir)
+        words = self._arguments(layout, run_dir)
         processes: list[BaseProcess] = []
-        try:
-            for rank in range(layout.num_ranks):
-                environment = _environment(rank, layout.num_ranks, port)
-                arguments = (words, environment, str(_log(run_dir, rank)))
-                started = _CONTEXT.Process(target=_run_rank, args=arguments)
-                started.start()
-                processes.append(started)
-            return _wait(processes)
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+        with reserve_port() as port:
+            try:
+                for rank in range(layout.num_ranks):
+                    environment = _environment(rank, layout.num_ranks, port)
+                    arguments = (words, environment, str(_log(run_dir, rank)))
+                    started = _CONTEXT.Process(target=_run_rank, args=arguments)
+                    started.start()
+                    processes.append(started)
+                return _wait(processes)
+            finally:
+                for process in processes:
+                    process.kill()
+                    process.join()
 
 
 def _run_rank(words: list[str], environment: dict[str, str], log: str) -> None:
@@ -166,9 +167,3 @@ def _last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("disttrain: error")]
     return (errors or lines or ["it said nothing"])[-1][:400]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -121,12 +120,9 @@ def test_a_job_that_was_suspended_does_not_hang(digits: Path, tmp_path: Path) ->
     assert not (run_dir / "hangs").exists()
 
 
-def test_a_node_that_dies_leaves_a_smaller_job(digits: Path, tmp_path: Path, whole: Path) -> None:
+def test_a_node_that_dies_leaves_a_smaller_job(digits: Path, port: int, tmp_path: Path, whole: Path) -> None:
     """Two agents of one rank each; one dies, the other goes on alone. The tree's sums do not depend on that."""
     run_dir = tmp_path / "run"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     slow = ["--trainer.callbacks+=tests.support.callbacks.Slowly", "--trainer.callbacks.seconds=0.3"]
     arguments = fit_arguments(run_dir, digits, "ddp", [*TREE, *slow])
     options = [

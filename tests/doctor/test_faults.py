@@ -270,10 +270,7 @@ def other_torch(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_ranks_with_different_versions_of_torch(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def test_ranks_with_different_versions_of_torch(port: int, tmp_path: Path) -> None:
     shared = {
         **os.environ,
         "WORLD_SIZE": "2",

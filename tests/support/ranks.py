@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from disttrain.meeting import reserve_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.support.preload"])
@@ -47,7 +49,8 @@ class Ranks:
     def __init__(self, ranks: int, target: Callable[..., Any], *arguments: Any, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank-{rank}.log" for rank in range(ranks)]
-        port = _free_port()
+        self._hold = ExitStack()
+        port = self._hold.enter_context(reserve_port())
         self.processes = [
             _CONTEXT.Process(target=_rank, args=(rank, ranks, port, str(log), target, arguments), daemon=True)
             for rank, log in enumerate(self.logs)
@@ -63,6 +66,7 @@ class Ranks:
             grace: seconds for the others once one has failed.
         """
         _join(self.processes, timeout, grace)
+        self._hold.close()
         return Outcome([process.exitcode for process in self.processes], [log.read_text() for log in self.logs])
 
 
@@ -125,9 +129,3 @@ def _rank(rank: int, ranks: int, port: int, log: str, target: Callable[..., Any]
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

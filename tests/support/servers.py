@@ -22,6 +22,8 @@ from threading import Event, Lock, Thread
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+from disttrain.meeting import reserve_port
+
 Fault = str
 """``status:500`` (any), ``cut`` (half the body), ``short`` (a whole answer of half the bytes), ``wrong range``,
 ``no range`` (200 and the whole file), ``stall`` (no answer until the server is closed), ``other version``, or
@@ -390,26 +392,26 @@ def nginx_server(
         certificate: a PEM file of key and certificate; without one it speaks plain HTTP.
     """
     assert NGINX is not None
-    port = _free_port()
-    scratch.mkdir(parents=True, exist_ok=True)
-    config = scratch / "nginx.conf"
-    temporary = "\n".join(
-        f"{kind}_temp_path {scratch}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
-    tls = f"ssl_certificate {certificate}; ssl_certificate_key {certificate};" if certificate else ""
-    config.write_text(
-        f"daemon off; master_process off; pid {scratch}/pid; error_log {scratch}/error.log;\n"
-        f"events {{}}\nhttp {{ access_log {scratch}/access.log; {temporary}\n{http}\n"
-        f"server {{ listen 127.0.0.1:{port}{' ssl' if tls else ''}; root {folder}; {tls}\n{server}\n}} }}\n"
-    )
-    command = [*_WITH_ME, NGINX, "-c", str(config), "-p", str(scratch), "-e", str(scratch / "error.log")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        _await_listening(port, process, scratch / "error.log")
-        yield f"{'https' if tls else 'http'}://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
+    with reserve_port() as port:
+        scratch.mkdir(parents=True, exist_ok=True)
+        config = scratch / "nginx.conf"
+        temporary = "\n".join(
+            f"{kind}_temp_path {scratch}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        tls = f"ssl_certificate {certificate}; ssl_certificate_key {certificate};" if certificate else ""
+        config.write_text(
+            f"daemon off; master_process off; pid {scratch}/pid; error_log {scratch}/error.log;\n"
+            f"events {{}}\nhttp {{ access_log {scratch}/access.log; {temporary}\n{http}\n"
+            f"server {{ listen 127.0.0.1:{port}{' ssl' if tls else ''}; root {folder}; {tls}\n{server}\n}} }}\n"
+        )
+        command = [*_WITH_ME, NGINX, "-c", str(config), "-p", str(scratch), "-e", str(scratch / "error.log")]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            _await_listening(port, process, scratch / "error.log")
+            yield f"{'https' if tls else 'http'}://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def make_certificate(place: Path, name: str = "IP:127.0.0.1", days: int = 2) -> Path:
@@ -435,9 +437,3 @@ def _await_listening(port: int, process: subprocess.Popen[bytes], log: Path) -> 
             assert process.poll() is None, f"the server ended with {process.returncode}: {log.read_text()}"
             assert time.monotonic() < deadline, f"nobody listens on port {port}"
             time.sleep(0.02)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
