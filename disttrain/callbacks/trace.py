@@ -2,8 +2,9 @@
 
 Written to ``<run_dir>/trace``: ``steps.jsonl`` (loss over the global batch and norm of the gradient as the optimizer
 saw it), ``weights-000012.pt`` after each step (the whole parameters and buffers, by name), and ``rank-00000.json``
-a rank: which random number generators that are not keyed its training drew from. Cost: the weights are
-gathered and written every step, so this is for short runs of models that fit one process.
+a rank: which random number generators that are not keyed its training drew from. ``about.json`` has what a comparison
+has to know of the module: batch norms, optimizers, micro batch size, and whether training draws random numbers. Cost:
+the weights are gathered and written every step, so this is for short runs of models that fit one process.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from disttrain.callbacks.find import find_callback
 from disttrain.callbacks.step_log import StepLog
+from disttrain.data.module import sharded_data
+from disttrain.files import write_atomically
 from disttrain.parallel.gradients import gradient_norm
 from disttrain.tasks.base import Task
 
@@ -37,7 +40,8 @@ class StepTrace(Callback):
     """Writes the trace of a run.
 
     Args:
-        stop_at: step after which the run ends, with the schedule that it has; -1 for where it ends by itself.
+        stop_at: step after which the run ends, or after a later one, with the schedule that it has; -1 for where it
+            ends by itself.
         kill_at: step before which rank 0 kills itself, once, and with it ends the run; -1 for never.
     """
 
@@ -47,6 +51,8 @@ class StepTrace(Callback):
         self._drawn: set[str] = set()
         self._before: dict[str, str] = {}
         self._loss: Tensor | None = None
+        self._about: dict[str, Any] = {}
+        self._keyed = b""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the weights that the run starts from."""
@@ -55,8 +61,16 @@ class StepTrace(Callback):
         self._write_weights(trainer, pl_module)
         if trainer.is_global_zero:
             norms = [name for name, m in pl_module.named_modules() if isinstance(m, _BatchNorm)]
-            about = {"batch_norms": norms, "is_task": isinstance(pl_module, Task)}
-            (self._folder / "about.json").write_text(json.dumps(about))
+            data = sharded_data(trainer)
+            self._about = {
+                "batch_norms": norms,
+                # One that does the step by itself does not have the base's gradient.
+                "is_task": isinstance(pl_module, Task) and type(pl_module).training_step is Task.training_step,
+                "micro_batch_size": None if data is None else data.micro_batch_size,
+                "optimizers": [type(optimizer).__name__ for optimizer in trainer.optimizers],
+                "draws": False,
+            }
+            self._write_about()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -68,6 +82,7 @@ class StepTrace(Callback):
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         self._before = _generators(pl_module)
+        self._keyed = _keyed_state(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -79,6 +94,9 @@ class StepTrace(Callback):
             self._drawn |= fresh
             path = self._folder / f"rank-{trainer.global_rank:05d}.json"
             path.write_text(json.dumps(sorted(self._drawn)))
+        if self._about and not self._about["draws"] and _keyed_state(pl_module.device) != self._keyed:
+            self._about["draws"] = True
+            self._write_about()
         if isinstance(outputs, dict) and isinstance(outputs.get("loss"), Tensor):
             loss = outputs["loss"].detach().double()
             self._loss = loss if self._loss is None else self._loss + loss
@@ -90,12 +108,15 @@ class StepTrace(Callback):
         if trainer.is_global_zero:
             with open(self._folder / "steps.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
-        if trainer.global_step == self._stop_at:
+        if 0 < self._stop_at <= trainer.global_step:
             trainer.should_stop = True  # on every rank, at the same step
 
     def on_step_thrown_away(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget a step that was not done."""
         self._loss = None
+
+    def _write_about(self) -> None:
+        write_atomically(self._folder / "about.json", json.dumps(self._about))
 
     def _step_loss(self, trainer: pl.Trainer, module: pl.LightningModule) -> float:
         """The loss of a step over all ranks; of a module that is no task, the mean over its micro batches."""
@@ -120,6 +141,14 @@ class StepTrace(Callback):
 def _whole(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
+
+
+def _keyed_state(device: torch.device) -> bytes:
+    """The state of the generators that are keyed before every micro batch."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return b"".join(state.numpy().tobytes() for state in states)
 
 
 def _generators(module: pl.LightningModule) -> dict[str, str]:

@@ -10,9 +10,11 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from jsonargparse import Namespace
 
 from disttrain.commands.training import TrainingCLI
 from disttrain.data.index import expand, is_manifest, read_manifest
@@ -33,6 +35,7 @@ class Checked:
         data: shard patterns and manifests of each split; of several sources, none.
         global_batch_size: samples of a step.
         micro_batch_size: samples of a forward pass of a rank.
+        mirroring: callbacks, by their classes, that copy checkpoints to remote storage beside ``checkpoint``.
     """
 
     text: str
@@ -42,6 +45,7 @@ class Checked:
     data: dict[str, list[str]]
     global_batch_size: int
     micro_batch_size: int | Literal["auto"]
+    mirroring: list[str] = field(default_factory=list)
 
 
 class _Reader(TrainingCLI):
@@ -68,6 +72,7 @@ class _Reader(TrainingCLI):
             data={f"data.{split}": _patterns(get(f"data.{split}")) for split in ("train", "val", "test")},
             global_batch_size=int(get("data.global_batch_size")),
             micro_batch_size=get("data.micro_batch_size"),
+            mirroring=[str(one.class_path) for one in get("trainer.callbacks") or [] if _mirrors(one)],
         )
 
 
@@ -93,6 +98,12 @@ def _patterns(spec: object) -> list[str]:
     return [one for one in spec if isinstance(one, str)] if isinstance(spec, list | tuple) else []
 
 
+def _mirrors(callback: Namespace) -> bool:
+    """Whether a callback has a mirror of its own."""
+    mirror = (callback.get("init_args") or {}).get("mirror")
+    return mirror is not None and mirror.get("url") is not None
+
+
 def read_config(configs: Sequence[str], settings: Sequence[str]) -> Checked:
     """Read a configuration for ``fit``.
 
@@ -103,12 +114,21 @@ def read_config(configs: Sequence[str], settings: Sequence[str]) -> Checked:
     Raises:
         ConfigError: what ``fit`` would say of it.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     for one in configs:
         if not Path(one).is_file():
             raise ConfigError(f"there is no configuration {one}", mend="correct --config")
     words = ["fit"]
     for one in configs:
         words += ["--config", one]
-    return _Reader([*words, *(f"--{one}" for one in settings)]).checked()
+    return read_words([*words, *(f"--{one}" for one in settings)])
+
+
+def read_words(words: Sequence[str]) -> Checked:
+    """Read the arguments of ``disttrain``, of which the first is ``fit``.
+
+    Raises:
+        ConfigError: what ``fit`` would say of them.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return _Reader(list(words)).checked()

@@ -16,10 +16,14 @@ from typing import TYPE_CHECKING, Final
 from disttrain.errors import ConfigError
 
 if TYPE_CHECKING:
+    from disttrain.commands.config_check import Checked
     from disttrain.parity.compare import Comparison
     from disttrain.parity.layouts import Layout
+    from disttrain.parity.traces import Trace
 
-_TOLERANCE: Final = 1e-5
+_LAYOUTS: Final = "1,2xddp,2xfsdp"
+_TOLERANCE, _TOLERANCE_SGD = 1e-5, 1e-6
+"""By default; optimizers that divide by a gradient's size scale rounding up."""
 _LOOSER: Final = 10
 """How much more tensor parallelism may round, which cuts the sums inside layers."""
 
@@ -34,76 +38,133 @@ def main(argv: list[str]) -> int:
         0 where all layouts agree, 1 where one differs.
 
     Raises:
-        ConfigError: a layout or a number is none.
+        ConfigError: a layout or a number is none, or the recipe cannot be run in a layout.
         ParityError: a run failed.
     """
     arguments, more = _parser().parse_known_args(argv)
-    from disttrain.parity.layouts import parse_layouts
+    from disttrain.parity.layouts import check_sizes, common_size, parse_layouts, replaced_settings
 
-    layouts = parse_layouts(arguments.layouts)
+    layouts = parse_layouts(arguments.layouts or _LAYOUTS)
     _check(arguments)
-    out = Path(arguments.out)
-    _clear(out)
 
-    from disttrain.parity.compare import DIFFERENT, compare  # here: --help and mistakes need no torch
+    from disttrain.commands.config_check import read_words  # here: --help and mistakes need no torch
+    from disttrain.parity.compare import DIFFERENT, compare
     from disttrain.parity.launch import Runs
     from disttrain.parity.show import draw_pictures, print_comparisons, write_json
 
     reduction = ["--trainer.parallel.reduction", arguments.reduction] if arguments.reduction else []
-    runs = Runs(("--config", arguments.config, *more, *reduction), out, arguments.steps, arguments.kill)
-    print(
-        f"disttrain parity: {arguments.steps} steps in {len(layouts)} layouts, the first is the reference", flush=True
-    )
-    traces = []
+    words = ["--config", arguments.config, *more, *reduction]
+    recipe = read_words(["fit", *words])
+    _check_recipe(recipe)
+    notes = replaced_settings(layouts, recipe.parallel)
+    size = recipe.micro_batch_size
+    if size == "auto":
+        size = common_size(layouts, recipe.global_batch_size)
+        notes.append(
+            f"data.micro_batch_size auto is {size} in every layout, the largest size that all of them can take"
+        )
+    check_sizes(layouts, recipe.global_batch_size, size)
     for layout in layouts:
+        layout.parallel(recipe.parallel)  # a layout that cannot be is told before the others have run
+    out = Path(arguments.out)
+    _clear(out)
+    runs = Runs(tuple(words), out, arguments.steps, arguments.kill, recipe.parallel, size)
+    print(f"disttrain parity: {arguments.steps} steps in {len(layouts)} layouts, the first is the reference")
+    print(*(f"  {note}\n" for note in notes), sep="", end="", flush=True)
+    traces = []
+    for layout in layouts:  # one more may be added by the first
         traces.append(runs.run(layout))
         print(f"  {layout.name}: done", flush=True)
-    tolerances = [arguments.tolerance * (1 if _adds_alike(layout, layouts) else _LOOSER) for layout in layouts]
-    compared = [
-        compare(traces[0], trace, tolerance) for trace, tolerance in zip(traces[1:], tolerances[1:], strict=True)
-    ]
+        if layout is layouts[0] and arguments.layouts is None:
+            added, note = _another_size(traces[0], recipe.global_batch_size)
+            layouts += added
+            print(f"  {note}\n" if note else "", end="", flush=True)
+    reference = traces[0]
+    tolerance, why = _tolerance(arguments.tolerance, reference)
+    tree = recipe.parallel.reduction == "tree"
+    compared = []
+    for layout, trace in zip(layouts[1:], traces[1:], strict=True):
+        same_sums = layout.tensor == layouts[0].tensor  # another tensor degree adds other parts of each product
+        exact = tree and same_sums and trace.micro_batch_size == reference.micro_batch_size
+        compared.append(compare(reference, trace, tolerance * (1 if same_sums else _LOOSER), exact=exact))
     again = None
-    if any(comparison.verdict == DIFFERENT for comparison in compared):
+    if any(one.verdict == DIFFERENT for one in compared):
         # A run that does not even repeat itself differs for another reason than its layout.
-        again = compare(traces[0], runs.run(layouts[0], f"{layouts[0].name}-again"), arguments.tolerance)
-    print_comparisons(traces[0], compared, again, tolerance=arguments.tolerance)
+        again = compare(reference, runs.run(layouts[0], f"{layouts[0].name}-again"), tolerance)
+    print_comparisons(reference, compared, again)
+    print(f"tolerance: {tolerance:g}, {why}" + (", and the same bits where reduction: tree gives them" if tree else ""))
     pictures = draw_pictures(traces, compared, out)
-    write_json(out / "parity.json", traces[0], compared, again)
+    write_json(out / "parity.json", reference, compared, again)
     print("pictures: " + ", ".join(str(path) for path in pictures))
-    exact = {layout.name for layout in layouts if arguments.reduction == "tree" and _adds_alike(layout, layouts)}
-    return _judge(compared, exact, arguments.tolerance)
+    return _judge([one for one in compared if one.verdict == DIFFERENT])
 
 
-def _adds_alike(layout: Layout, layouts: Sequence[Layout]) -> bool:
-    """Whether a layout rounds as the first: another tensor degree adds other parts of each product."""
-    return layout.tensor == layouts[0].tensor
-
-
-def _judge(compared: Sequence[Comparison], exact: set[str], tolerance: float) -> int:
+def _judge(failed: Sequence[Comparison]) -> int:
     """Tell which layouts differ from the first by more than they may; gives the exit code."""
-    from disttrain.parity.compare import CLOSE, SAME
-
-    failed = [one.name for one in compared if one.verdict not in ({SAME} if one.name in exact else {SAME, CLOSE})]
+    needs = (
+        f"{one.name} (must have {'the same bits' if one.exact else f'at most {one.tolerance:g}'})" for one in failed
+    )
     if failed:
-        need = "the same bits" if exact else f"a tolerance of {tolerance:g}"
-        print(f"FAILED: {', '.join(failed)} does not keep to {need}")
+        print(f"FAILED: {', '.join(needs)}")
     return 1 if failed else 0
+
+
+def _another_size(reference: Trace, global_batch_size: int) -> tuple[list[Layout], str]:
+    """A layout that shows whether a gradient depends on the micro batch size, where nothing else does; and a note."""
+    from disttrain.parity.layouts import another_size, parse_layout
+
+    if reference.is_task or reference.micro_batch_size is None:  # a Task's gradient is that of the global batch
+        return [], ""
+    size = another_size(global_batch_size, reference.micro_batch_size)
+    followers = ["dropout masks"] * reference.draws + ["batch norms"] * bool(reference.batch_norms)
+    if size is not None and not followers:
+        note = "the module is no disttrain.Task: another micro batch size is tried, which shows a mean of means"
+        return [parse_layout(f"1@{size}")], note
+    why = f"{' and '.join(followers)} follow it" if followers else "there is none"
+    return [], f"another micro batch size was not tried, because {why}: a mean of means would not be found"
+
+
+def _tolerance(asked: float | None, reference: Trace) -> tuple[float, str]:
+    """What counts as rounding, and why."""
+    names = " and ".join(reference.optimizers) or "an unknown optimizer"
+    if asked is not None:
+        return asked, "as asked for"
+    if set(reference.optimizers) == {"SGD"}:
+        return _TOLERANCE_SGD, f"the default for {names}"
+    return _TOLERANCE, f"the default for {names}"
 
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse numbers that are none, and a recipe that does not exist."""
     if arguments.steps < 1:
         raise ConfigError(f"--steps is {arguments.steps}", mend="use at least 1")
-    if not 0 <= arguments.tolerance < 1:
+    if arguments.kill and arguments.steps < 2:
+        raise ConfigError("--steps is 1, and --kill comes between two steps", mend="use at least --steps 2")
+    if arguments.tolerance is not None and not 0 <= arguments.tolerance < 1:
         raise ConfigError(f"--tolerance is {arguments.tolerance}", mend="use a small number, such as 1e-5")
     if not Path(arguments.config).is_file():
         raise ConfigError(f"{arguments.config} does not exist", mend="correct --config")
+    out = Path(arguments.out)
+    if out.exists() and not (out / "parity.json").exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} holds something else than a comparison", mend="choose another folder with --out")
+
+
+def _check_recipe(recipe: Checked) -> None:
+    """Refuse a recipe whose runs would not begin anew, or would write over another run's checkpoints."""
+    if recipe.resume not in ("auto", "never"):
+        raise ConfigError(
+            f"resume is {recipe.resume}, and the runs of a comparison begin anew",
+            mend="leave it out; to begin with a checkpoint's weights, use --initialize_from",
+        )
+    if recipe.mirroring:
+        raise ConfigError(
+            f"trainer.callbacks has {recipe.mirroring[0]} with a mirror, where a comparison would write to",
+            mend="set it as checkpoint.mirror, which a comparison turns off, or leave it out",
+        )
 
 
 def _clear(out: Path) -> None:
-    """Make an empty folder, in place of an earlier comparison alone."""
-    if out.exists() and not (out / "parity.json").exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} holds something else than a comparison", mend="choose another folder with --out")
+    """Make an empty folder, in place of an earlier comparison."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / "parity.json").write_text("{}")
@@ -114,31 +175,29 @@ def _parser() -> argparse.ArgumentParser:
         prog="disttrain parity",
         description="Run a recipe for a few steps in several layouts on this machine, and compare order, losses,"
         " gradients, weights and metrics with those of the first. Further arguments are overrides of the recipe, as"
-        " for disttrain fit.",
+        " for disttrain fit. Checkpoints stay in the folder of the comparison.",
         epilog="Exit code 0 where all layouts agree, 1 where one differs, 2 for a mistake.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="the recipe's YAML")
     parser.add_argument(
         "--layouts",
-        default="1,2xddp,2xfsdp",
         help="such as 1,2xddp,4xfsdp,2x2hsdp,2x2tp, with @SIZE for another micro batch size; the first is the reference"
-        " (default: %(default)s)",
+        f" (default: {_LAYOUTS}, and another micro batch size where that must make no difference)",
     )
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each run (default: %(default)s)")
     parser.add_argument(
         "--reduction",
         choices=("fast", "tree"),
-        help="how gradients are summed; with tree, all bits must be equal, but for layouts with another tensor degree"
-        " than the first",
+        help="how gradients are summed, if not as the recipe says; with tree, all bits must be equal, but for layouts"
+        " with another tensor degree or micro batch size than the first",
     )
     parser.add_argument("--kill", action="store_true", help="kill every run half-way and resume it")
     parser.add_argument(
         "--tolerance",
         type=float,
-        default=_TOLERANCE,
-        help="largest max|w - w'| / max|w| that counts as rounding, ten times that for another"
-        " tensor degree (default: %(default)g)",
+        help="largest max|w - w'| / max|w| that counts as rounding, ten times that for another tensor degree"
+        f" (default: {_TOLERANCE_SGD:g} for SGD, {_TOLERANCE:g} for any other optimizer)",
     )
     parser.add_argument("--out", default="runs/parity", help="folder to write to (default: %(default)s)")
     return parser

@@ -2,8 +2,9 @@
 
 Each rank has one thread, because sums of several threads depend on how many there are. Output goes to a file a rank.
 Where a run is to be killed, rank 0 kills itself before a step, which ends the others, and the same command is started
-again, which resumes. Cost: a run of a few steps a layout. Ranks are forked from a server that has imported disttrain
-and run none of it, so that libraries are loaded once and not once a rank.
+again, which resumes. Whatever the recipe says, a run begins anew in a folder of its own and copies no checkpoint
+elsewhere, so that no run of the user's is taken over. Cost: a run of a few steps a layout. Ranks are forked from a
+server that has imported disttrain and run none of it, so that libraries are loaded once and not once a rank.
 """
 
 from __future__ import annotations
@@ -16,24 +17,20 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Final
 
-from disttrain.errors import DisttrainError
 from disttrain.meeting import reserve_port
+from disttrain.parallel.config import ParallelConfig
 from disttrain.parity.layouts import Layout
-from disttrain.parity.traces import Trace
+from disttrain.parity.traces import ParityError, Trace
 
 _GRACE_SECONDS: Final = 10.0
 _POLL_SECONDS: Final = 0.1
 _CONTEXT: Final = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["disttrain.commands.training"])
-
-
-class ParityError(DisttrainError):
-    """A run of a comparison that failed."""
 
 
 @dataclass(frozen=True)
@@ -45,34 +42,65 @@ class Runs:
         folder: where the runs go.
         steps: optimizer steps of each.
         kill: kill each half-way and resume it.
+        parallel: the recipe's settings, which each layout changes.
+        micro_batch_size: of the layouts that name none; None for the recipe's.
     """
 
     arguments: tuple[str, ...]
     folder: Path
     steps: int
     kill: bool = False
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    micro_batch_size: int | None = None
 
     def run(self, layout: Layout, name: str = "") -> Trace:
         """Run the recipe in a layout.
 
         Raises:
-            ParityError: the run failed; the message quotes its last words.
+            ParityError: the run failed; the message quotes its last words. Or it was to be killed and resumed, and was
+                not.
         """
         name = name or layout.name
         run_dir = self.folder / name
-        codes = self._start(layout, run_dir)
-        if self.kill and codes[0] == -signal.SIGKILL:  # the others end by the lost connection
-            codes = self._start(layout, run_dir)
+        trace = Trace(name, run_dir)
+        codes = self._start(layout, run_dir, resume="never")
+        if self.kill and codes[0] == -signal.SIGKILL and trace.was_killed:  # the others end by the lost connection
+            codes = self._start(layout, run_dir, resume="auto")
         if any(codes):
             rank = next((r for r, code in enumerate(codes) if code not in (0, -signal.SIGKILL)), 0)
             raise ParityError(
                 f"layout {name} failed with exit code {codes[rank]}: {_last_words(_log(run_dir, rank))}",
                 mend=f"see {_log(run_dir, rank)}",
             )
-        return Trace(name, run_dir)
+        if self.kill:
+            self._check_killed(trace)
+        return trace
 
-    def _arguments(self, layout: Layout, run_dir: Path) -> list[str]:
-        words = ["fit", *self.arguments, *layout.settings, "--trainer.run_dir", str(run_dir)]
+    def _check_killed(self, trace: Trace) -> None:
+        """See that a run was what it was to be."""
+        if not trace.was_killed:
+            done = max(trace.steps)
+            raise ParityError(
+                f"layout {trace.name} was not killed: it ended by itself after step {done}, before step"
+                f" {self._kill_at + 1}, where that was to be",
+                mend=f"use --steps {done}, or let the recipe train longer (trainer.max_steps, trainer.max_epochs)",
+            )
+        if not trace.resumed_from:
+            raise ParityError(
+                f"layout {trace.name} was killed after step {self._kill_at} and resumed from no checkpoint",
+                mend="use more --steps, and let the recipe keep its checkpoints by `checkpoint:` alone",
+            )
+
+    @property
+    def _kill_at(self) -> int:
+        return self.steps // 2 if self.kill else -1
+
+    def _arguments(self, layout: Layout, run_dir: Path, resume: str) -> list[str]:
+        words = ["fit", *self.arguments, "--trainer.parallel", json.dumps(asdict(layout.parallel(self.parallel)))]
+        if size := layout.micro_batch_size or self.micro_batch_size:
+            words += ["--data.micro_batch_size", str(size)]
+        # The recipe's own run, and its copies on remote storage, are not to be touched.
+        words += ["--trainer.run_dir", str(run_dir), "--checkpoint.mirror", "null", "--resume", resume]
         words += ["--trainer.log_every_steps", "1", "--trainer.progress_bar", "false"]
         words += ["--trainer.callbacks+=disttrain.callbacks.ledger.SampleLedger"]
         trace = {"class_path": "disttrain.callbacks.trace.StepTrace", "init_args": self._trace_settings()}
@@ -83,12 +111,12 @@ class Runs:
         return words
 
     def _trace_settings(self) -> dict[str, int]:
-        return {"stop_at": self.steps, "kill_at": self.steps // 2 if self.kill else -1}
+        return {"stop_at": self.steps, "kill_at": self._kill_at}
 
-    def _start(self, layout: Layout, run_dir: Path) -> list[int]:
+    def _start(self, layout: Layout, run_dir: Path, *, resume: str) -> list[int]:
         """Start all ranks and wait for them; once one has failed, the others have a few seconds."""
         run_dir.mkdir(parents=True, exist_ok=True)
-        words = self._arguments(layout, run_dir)
+        words = self._arguments(layout, run_dir, resume)
         processes: list[BaseProcess] = []
         with reserve_port() as port:
             try:

@@ -1,15 +1,27 @@
 """Layouts as they are written on the command line: ``1``, ``2xddp``, ``4xfsdp``, ``2x2hsdp``, ``2x2tp``, ``1@64``.
 
-A layout is a number of ranks, a strategy, and behind an @ a micro batch size where it is not the recipe's. No torch
-is loaded here.
+A layout is a number of ranks, a strategy, and behind an @ a micro batch size where it is not the recipe's. What it says
+of strategy and degrees replaces the recipe's; options that only the other strategy has are left out. No torch is
+loaded here.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final
 
 from disttrain.errors import ConfigError
+from disttrain.parallel.config import BatchPlan, ParallelConfig, StrategyName, divisors
+
+_DEGREES: Final = ("replicate", "shard", "tensor")
+_FOREIGN: Final[dict[str, dict[str, Any]]] = {
+    "ddp": {"offload": False},
+    "fsdp": {"static_graph": False, "gradient_as_bucket_view": True},
+}
+"""Options that a strategy does not have, as they are where nothing is asked for."""
 
 
 @dataclass(frozen=True)
@@ -19,14 +31,37 @@ class Layout:
     Attributes:
         name: as it was written.
         num_ranks: processes.
-        settings: what the command line of a run says for it, beside the number of processes.
+        strategy: ``ddp`` or ``fsdp``.
+        replicate: copies of the sharded model.
+        shard: ranks that share a copy; -1 for all that are left.
         tensor: ranks that share each layer. It cuts the sums inside a layer, so that rounding depends on it.
+        micro_batch_size: in samples, where it is not the recipe's.
     """
 
     name: str
     num_ranks: int
-    settings: tuple[str, ...] = ()
+    strategy: StrategyName = "ddp"
+    replicate: int = 1
+    shard: int = -1
     tensor: int = 1
+    micro_batch_size: int | None = None
+
+    @property
+    def num_parts(self) -> int:
+        """Parts into which a global batch is cut."""
+        return self.num_ranks // self.tensor
+
+    def parallel(self, recipe: ParallelConfig) -> ParallelConfig:
+        """A recipe's settings in this layout.
+
+        Raises:
+            ConfigError: they exclude each other.
+        """
+        degrees = {name: getattr(self, name) for name in _DEGREES}
+        try:
+            return replace(recipe, strategy=self.strategy, **degrees, **_FOREIGN[self.strategy])
+        except ConfigError as error:
+            raise ConfigError(f"layout {self.name}: {error.what}", mend=error.mend) from None
 
 
 def parse_layouts(text: str) -> list[Layout]:
@@ -51,22 +86,70 @@ def parse_layout(text: str) -> Layout:
     found = re.fullmatch(r"(\d+)(?:x(?:(\d+)x?)?(ddp|fsdp|hsdp|tp))?(?:@(\d+))?", text)
     if found is None:
         raise _none(text)
-    micro = ("--data.micro_batch_size", found[4]) if found[4] else ()
-    ranks, second, strategy = int(found[1]), found[2], found[3]
-    if ranks < 1 or (second is not None and int(second) < 1) or (second is not None) != (strategy in ("hsdp", "tp")):
+    size = int(found[4]) if found[4] else None
+    ranks, second, strategy = int(found[1]), int(found[2] or 1), found[3]
+    if ranks < 1 or second < 1 or size == 0 or (found[2] is not None) != (strategy in ("hsdp", "tp")):
         raise _none(text)
-    if strategy is None:
-        if ranks > 1:
-            raise _none(text)
-        return Layout(text, 1, ("--trainer.parallel.strategy", "ddp", *micro))
+    if strategy is None and ranks > 1:
+        raise _none(text)
     if strategy == "hsdp":
-        degrees = ("--trainer.parallel.replicate", str(ranks), "--trainer.parallel.shard", second)
-        return Layout(text, ranks * int(second), ("--trainer.parallel.strategy", "fsdp", *degrees, *micro))
+        return Layout(text, ranks * second, "fsdp", replicate=ranks, shard=second, micro_batch_size=size)
     if strategy == "tp":
-        assert second is not None
-        settings = ("--trainer.parallel.strategy", "fsdp", "--trainer.parallel.tensor", second, *micro)
-        return Layout(text, ranks * int(second), settings, tensor=int(second))
-    return Layout(text, ranks, ("--trainer.parallel.strategy", strategy, *micro))
+        return Layout(text, ranks * second, "fsdp", tensor=second, micro_batch_size=size)
+    return Layout(text, ranks, "fsdp" if strategy == "fsdp" else "ddp", micro_batch_size=size)
+
+
+def common_size(layouts: Sequence[Layout], global_batch_size: int) -> int:
+    """The largest micro batch size that every layout can take.
+
+    Raises:
+        ConfigError: a layout cannot cut the global batch at all.
+    """
+    return math.gcd(*(_plan(layout, global_batch_size, 1).rank_batch_size for layout in layouts))
+
+
+def check_sizes(layouts: Sequence[Layout], global_batch_size: int, micro_batch_size: int) -> None:
+    """See that every layout can cut the global batch.
+
+    Raises:
+        ConfigError: one cannot; the message names it and what works.
+    """
+    for layout in layouts:
+        _plan(layout, global_batch_size, layout.micro_batch_size or micro_batch_size)
+
+
+def another_size(global_batch_size: int, micro_batch_size: int) -> int | None:
+    """Another micro batch size that one process can take: the next smaller one, or else the next larger one, if any."""
+    sizes = divisors(global_batch_size)
+    smaller = [size for size in sizes if size < micro_batch_size]
+    larger = [size for size in sizes if size > micro_batch_size]
+    return smaller[-1] if smaller else larger[0] if larger else None
+
+
+def replaced_settings(layouts: Sequence[Layout], recipe: ParallelConfig) -> list[str]:
+    """What of a recipe's settings gives way to the layouts, in words."""
+    usual = {field.name: field.default for field in fields(ParallelConfig)}
+    told = [
+        f"trainer.parallel.{name} {getattr(recipe, name)} of the recipe gives way to each layout's"
+        for name in _DEGREES
+        if getattr(recipe, name) != usual[name]
+    ]
+    for strategy, options in _FOREIGN.items():
+        names = ", ".join(layout.name for layout in layouts if layout.strategy == strategy)
+        told += [
+            f"trainer.parallel.{name} {str(getattr(recipe, name)).lower()} of the recipe is left out in {names}, where"
+            f" {strategy} has no such option"
+            for name, off in options.items()
+            if names and getattr(recipe, name) != off
+        ]
+    return told
+
+
+def _plan(layout: Layout, global_batch_size: int, micro_batch_size: int) -> BatchPlan:
+    try:
+        return BatchPlan(global_batch_size, micro_batch_size, layout.num_parts)
+    except ConfigError as error:
+        raise ConfigError(f"layout {layout.name}: {error.what}", mend=error.mend) from None
 
 
 def _none(text: str) -> ConfigError:

@@ -20,16 +20,13 @@ from disttrain.parity.traces import Trace
 from disttrain.report.draw import MAX_LINES, Line, Picture, draw
 
 
-def print_comparisons(
-    reference: Trace, compared: Sequence[Comparison], again: Comparison | None, *, tolerance: float
-) -> None:
+def print_comparisons(reference: Trace, compared: Sequence[Comparison], again: Comparison | None) -> None:
     """Print the table, and for each layout that differs what did so first and why it may.
 
     Args:
         reference: the run that others were compared with.
         compared: the others.
         again: the reference run once more, where that was needed.
-        tolerance: what counts as rounding.
     """
     table = Table(title=f"disttrain parity: {len(reference.steps)} steps, compared with {reference.name}")
     for head in ("layout", "verdict"):
@@ -46,8 +43,9 @@ def print_comparisons(
     for one in compared:
         if one.verdict == SAME:
             continue
-        what = f"beyond {tolerance:g} first" if one.verdict == DIFFERENT else "the last bits, first"
-        console.print(f"{one.name}: {what} {one.first}", highlight=False)
+        beyond = "not the same bits" if one.exact else f"beyond {one.tolerance:g}"
+        what = beyond if one.verdict == DIFFERENT else "the last bits"
+        console.print(f"{one.name}: {what}, first {one.first}", highlight=False)
         if one.verdict == DIFFERENT:
             for number, cause in enumerate(_causes(one, again), start=1):
                 console.print(f"  likely cause {number}: {cause}", highlight=False)
@@ -85,8 +83,15 @@ def write_json(path: Path, reference: Trace, compared: Sequence[Comparison], aga
 
 def _causes(one: Comparison, again: Comparison | None) -> list[str]:
     causes = list(one.causes)
-    if one.verdict == DIFFERENT and again is not None and again.verdict == DIFFERENT:
-        causes.insert(0, "not the layout: the reference run, repeated, differs from itself as well")
+    if one.verdict != DIFFERENT or again is None:
+        return causes
+    # Where rounding is allowed, a repeat that rounds otherwise explains nothing.
+    if again.verdict == DIFFERENT or (one.exact and again.verdict != SAME):
+        causes.insert(
+            0,
+            "not the layout: the reference run, repeated, differs from itself as well: a kernel that is not"
+            " deterministic, or randomness that is not keyed",
+        )
     return causes
 
 

@@ -1,7 +1,8 @@
 """What a run left behind for a comparison: samples, losses, gradient norms and weights by step, and metrics.
 
 Reads the files of :mod:`disttrain.callbacks.trace`, of the sample ledger and of the run's record. Weights are read
-one step at a time. Nothing is unpickled (``weights_only``).
+one step at a time. Nothing is unpickled (``weights_only``). What a comparison cannot do without and is not there is an
+error that names the layout.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from torch import Tensor
 
 from disttrain.callbacks.ledger import read_ledger
 from disttrain.callbacks.trace import FOLDER
+from disttrain.errors import DisttrainError
 from disttrain.runs import read_run
+
+
+class ParityError(DisttrainError):
+    """A run of a comparison that failed, or that left no trace to compare."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,11 @@ class Trace:
 
     @cached_property
     def steps(self) -> dict[int, dict[str, float]]:
-        """``loss`` and ``grad_norm`` by step, from 1 on; of a step that was done twice, the later."""
+        """``loss`` and ``grad_norm`` by step, from 1 on; of a step that was done twice, the later.
+
+        Raises:
+            ParityError: there is none.
+        """
         found: dict[int, dict[str, float]] = {}
         path = self.run_dir / FOLDER / "steps.jsonl"
         for text in path.read_text().splitlines() if path.exists() else []:
@@ -44,6 +54,8 @@ class Trace:
             except ValueError:
                 continue  # cut off by a kill
             found[line["step"]] = line
+        if not found:
+            raise ParityError(f"layout {self.name} did no step", mend=f"see the logs in {self.run_dir}")
         return dict(sorted(found.items()))
 
     @cached_property
@@ -52,8 +64,17 @@ class Trace:
         return {step + 1: keys for step, keys in read_ledger(self.run_dir / "ledger").items()}
 
     def weights(self, step: int) -> dict[str, Tensor]:
-        """Parameters and buffers after a step, by name."""
+        """Parameters and buffers after a step, by name.
+
+        Raises:
+            ParityError: they were not written.
+        """
         path = self.run_dir / FOLDER / f"weights-{step:06d}.pt"
+        if not path.exists():
+            raise ParityError(
+                f"layout {self.name} left no weights of step {step}: {path} is missing",
+                mend=f"run the comparison again; if that does not help, see the logs in {self.run_dir}",
+            )
         found: dict[str, Tensor] = torch.load(path, weights_only=True)
         return found
 
@@ -70,8 +91,34 @@ class Trace:
 
     @property
     def is_task(self) -> bool:
-        """Whether the module is a :class:`disttrain.Task`, which weighs its gradient."""
+        """Whether the module's training step is that of :class:`disttrain.Task`, which weighs its gradient."""
         return bool(self._about().get("is_task"))
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Samples of a rank's forward pass in training; None where the data is not disttrain's."""
+        size = self._about().get("micro_batch_size")
+        return None if size is None else int(size)
+
+    @property
+    def draws(self) -> bool:
+        """Whether training draws from PyTorch's generators, which are keyed by micro batch, as dropout does."""
+        return bool(self._about().get("draws"))
+
+    @property
+    def optimizers(self) -> list[str]:
+        """The classes of the optimizers."""
+        return list(self._about().get("optimizers", []))
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether rank 0 killed itself."""
+        return (self.run_dir / FOLDER / "killed").exists()
+
+    @property
+    def resumed_from(self) -> int:
+        """The latest step from which a checkpoint was resumed; 0 where none was."""
+        return max((int(attempt["from_step"]) for attempt in read_run(self.run_dir).get("attempts", [])), default=0)
 
     @property
     def drawn(self) -> list[str]:

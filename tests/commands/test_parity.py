@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import yaml
 
 from disttrain.commands import parity
 from disttrain.errors import ConfigError
-from disttrain.parity.launch import ParityError
+from disttrain.parity.traces import ParityError
 from tests.support.language import write_sentences
 
 
@@ -79,11 +81,13 @@ def test_a_transformer_has_the_same_bits_in_every_layout(tmp_path: Path, capsys:
     assert set(verdicts.values()) == {"same to the bit"}, verdicts
 
 
-PLANTED = {
-    "rank-dependent code": ("RankDependentDigits", "1,2xddp", "rank-dependent code"),
-    "unkeyed dropout": ("UnkeyedDropoutDigits", "1,2xddp", "unkeyed randomness: training draws from numpy.random"),
-    "batch norm": ("BatchNormDigits", "1,2xddp", "batch normalization (model.1)"),
-    "mean of means": ("MeanOfMeansDigits", "1,1@32", "a mean of means"),
+TWO = ("--layouts", "1,2xddp")
+PLANTED: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "rank-dependent code": ("RankDependentDigits", TWO, "rank-dependent code"),
+    "unkeyed dropout": ("UnkeyedDropoutDigits", TWO, "unkeyed randomness: training draws from numpy.random"),
+    "batch norm": ("BatchNormDigits", TWO, "batch normalization (model.1)"),
+    "mean of means": ("MeanOfMeansDigits", ("--data.test", "null"), "a mean of means"),  # by the default layouts
+    "other bits each time": ("JitteryDigits", (*TWO, "--reduction", "tree"), "not the layout: the reference run"),
 }
 
 
@@ -92,17 +96,54 @@ PLANTED = {
 def test_planted_mistakes_are_found(
     tmp_path: Path, digits: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    task, layouts, cause = PLANTED[name]
+    task, more, cause = PLANTED[name]
     config = write_config(tmp_path, digits, f"tests.support.tasks.{task}")
-    test = ("--data.test", "null") if task == "MeanOfMeansDigits" else ()
-    code, found = run(tmp_path, config, "--layouts", layouts, "--steps", "4", *test)
+    code, found = run(tmp_path, config, "--steps", "4", *more)
     text = capsys.readouterr().out
     assert code == 1, text
-    (layout,) = found["layouts"]
+    *others, layout = found["layouts"]
     assert layout["verdict"] == "differs"
-    assert any(cause in said for said in layout["causes"]), layout["causes"]
+    assert layout["causes"][0].startswith(cause), layout["causes"]
     assert found["repeats_itself"] is not None
-    assert f"FAILED: {layout['name']}" in text
+    assert f"FAILED: {layout['name']} (must have " in text
+    if name == "mean of means":
+        assert [other["verdict"] for other in others] == ["within tolerance"] * 2, "its micro batches are the same"
+        assert layout["name"] == "1@4"
+
+
+@pytest.mark.slow
+def test_a_sharded_recipe_with_a_mirror_is_left_alone(
+    tmp_path: Path, digits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tree, copies of a sharded model and ``auto`` in the YAML; every run is killed and resumed."""
+    bucket = tmp_path / "bucket"
+    path = write_config(tmp_path, digits, "tests.support.tasks.PlainDigits")
+    config = yaml.safe_load(Path(path).read_text())
+    config["checkpoint"] = {"mirror": {"url": bucket.as_uri()}}
+    Path(path).write_text(yaml.safe_dump(config))
+    fit = [sys.executable, "-m", "disttrain", "fit", "--config", path, "--trainer.max_steps", "3"]
+    subprocess.run([*fit, "--trainer.run_dir", str(tmp_path / "production")], check=True, capture_output=True)
+    before = {file: file.read_bytes() for file in bucket.rglob("*") if file.is_file()}
+    assert any(file.name == "ATTEMPT" for file in before), sorted(before)
+    config["data"]["micro_batch_size"] = "auto"
+    config["trainer"] = {"parallel": {"strategy": "fsdp", "replicate": 2, "reduction": "tree"}}
+    Path(path).write_text(yaml.safe_dump(config))
+    code, found = run(tmp_path, path, "--layouts", "1,2xfsdp", "--steps", "2", "--kill")
+    text = capsys.readouterr().out
+    assert code == 0, text
+    assert [layout["verdict"] for layout in found["layouts"]] == ["same to the bit"], found
+    assert "data.micro_batch_size auto is 16 in every layout" in text
+    assert "trainer.parallel.replicate 2 of the recipe gives way" in text
+    assert "tolerance: 1e-06, the default for SGD" in text
+    assert {file: file.read_bytes() for file in bucket.rglob("*") if file.is_file()} == before, "the copies"
+
+
+@pytest.mark.slow
+def test_a_run_that_ends_before_its_kill(tmp_path: Path, digits: Path) -> None:
+    config = write_config(tmp_path, digits, "tests.support.tasks.PlainDigits")
+    more = ("--layouts", "1,2xddp", "--steps", "8", "--kill", "--trainer.max_steps", "3")
+    with pytest.raises(ParityError, match=r"layout 1 was not killed: .* after step 3, before step 5"):
+        parity.main(["--config", config, "--out", str(tmp_path / "out"), *more])
 
 
 @pytest.mark.slow
@@ -121,6 +162,7 @@ def test_mistakes_on_the_command_line(tmp_path: Path) -> None:
     cases = {
         "is no layout": ["--layouts", "1,2xdpp"],
         "--steps is 0": ["--steps", "0"],
+        "between two steps": ["--steps", "1", "--kill"],
         "--tolerance is 2.0": ["--tolerance", "2"],
         "holds something else": ["--out", str(folder)],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from disttrain.parity.compare import CLOSE, DIFFERENT, SAME, compare
-from disttrain.parity.traces import Trace
+from disttrain.parity.traces import ParityError, Trace
 
 Edit = Callable[[dict[str, Any]], None]
 
@@ -27,7 +28,7 @@ def write(folder: Path, name: str, edit: Edit = lambda run: None) -> Trace:
         "weights": weights,
         "steps": {step: {"step": step, "loss": 2.0 / step, "grad_norm": 1.0 * step} for step in (1, 2, 3)},
         "samples": {step: [f"s{step}{place}" for place in range(4)] for step in (0, 1, 2)},
-        "about": {"batch_norms": [], "is_task": True},
+        "about": {"batch_norms": [], "is_task": True, "micro_batch_size": 2, "draws": False},
         "drawn": [],
         "result": {"test/accuracy": 0.5},
     }
@@ -124,11 +125,31 @@ def test_another_gradient_of_the_same_loss(tmp_path: Path) -> None:
     assert cause_of(tmp_path, edit).startswith("rank-dependent code in the backward pass")
 
 
-def test_a_mean_of_means(tmp_path: Path) -> None:
+def test_no_mean_of_means_where_the_micro_batches_are_the_same(tmp_path: Path) -> None:
     def both(run: dict[str, Any]) -> None:
         run["about"]["is_task"] = False
 
-    assert cause_of(tmp_path, shift(2, "a", 0.1), both).startswith("a mean of means")
+    assert cause_of(tmp_path, shift(2, "a", 0.1), both).startswith("a kernel that is not deterministic")
+
+
+RESIZED = {
+    "a mean of means: ": {"is_task": False},
+    "another micro batch size (4, one has 2): dropout masks follow it": {"draws": True},
+    "another micro batch size (4, one has 2): batch norms (model.1) follow it": {"batch_norms": ["model.1"]},
+    "another micro batch size (4, one has 2): what a sample gives depends on the others": {},
+}
+
+
+@pytest.mark.parametrize("said", RESIZED)
+def test_another_micro_batch_size(tmp_path: Path, said: str) -> None:
+    def both(run: dict[str, Any]) -> None:
+        run["about"] |= RESIZED[said]
+
+    def edit(run: dict[str, Any]) -> None:
+        run["about"]["micro_batch_size"] = 4
+        run["steps"][1]["loss"] = 3.0
+
+    assert cause_of(tmp_path, edit, both).startswith(said)
 
 
 def test_running_statistics(tmp_path: Path) -> None:
@@ -154,4 +175,76 @@ def test_only_the_metrics(tmp_path: Path) -> None:
         run["result"]["test/accuracy"] = 0.75
 
     found = compare(write(tmp_path, "one"), write(tmp_path, "two", edit), 1e-5)
-    assert (found.verdict, found.first, found.metrics) == (DIFFERENT, "only the metrics", 0.25)
+    expected = (DIFFERENT, "only the metrics: test/accuracy is off by 2.5e-01", 0.25)
+    assert (found.verdict, found.first, found.metrics) == expected
+
+
+def set_to(run: dict[str, Any], place: str, value: Any) -> None:
+    """Set, or with None delete, a weight after step 3, a metric, a step's number or a ledger's step."""
+    kind, name = place.split(":")
+    where, key = {
+        "weight": (run["weights"][3], name),
+        "metric": (run["result"], name),
+        "step": (run["steps"][3], name),
+        "ledger": (run["samples"], int(name) if kind == "ledger" else 0),
+    }[kind]
+    where.pop(key)
+    if value is not None:
+        where[key] = value
+
+
+def test_the_same_nan_is_the_same(tmp_path: Path) -> None:
+    def edit(run: dict[str, Any]) -> None:
+        for name, value in {"a": torch.tensor([[math.nan, 1.0], [math.inf, 2.0]]), "b": torch.full((3,), 0.5)}.items():
+            set_to(run, f"weight:{name}", value)
+        set_to(run, "metric:test/accuracy", math.nan)
+        set_to(run, "step:loss", math.nan)
+
+    found = compare(write(tmp_path, "one", edit), write(tmp_path, "two", edit), 0.0, exact=True)
+    assert (found.verdict, found.weights, found.loss, found.metrics) == (SAME, 0.0, 0.0, 0.0)
+
+
+ONE_SIDED = {
+    "weight:a": (torch.tensor([[math.nan, 4.0], [4.0, 4.0]]), "after step 3, a is off by nan"),
+    "weight:b": (None, "after step 3, b is missing"),
+    "metric:test/accuracy": (math.nan, "only the metrics: test/accuracy is off by inf"),
+    "step:loss": (math.nan, "in step 3, the loss is off by inf"),
+    "ledger:1": (None, "in step 2, the samples: the ledger of"),
+}
+
+
+@pytest.mark.parametrize("place", ONE_SIDED)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_what_one_run_alone_has_is_a_difference(tmp_path: Path, place: str, swapped: bool) -> None:
+    value, said = ONE_SIDED[place]
+    one = write(tmp_path, "one")
+    two = write(tmp_path, "two", lambda run: set_to(run, place, value))
+    found = compare(*((two, one) if swapped else (one, two)), 1e-5)
+    assert (found.verdict, found.first[: len(said)]) == (DIFFERENT, said)
+    assert found.causes
+
+
+def test_no_ledger_at_all_is_not_the_same_order(tmp_path: Path) -> None:
+    def both(run: dict[str, Any]) -> None:
+        run["samples"].clear()
+
+    found = compare(write(tmp_path, "one", both), write(tmp_path, "two", both), 1e-5)
+    assert (found.verdict, found.first) == (DIFFERENT, "in step 1, the samples: the ledger of one and two has none")
+
+
+def test_where_all_bits_are_to_be_equal_the_last_one_counts(tmp_path: Path) -> None:
+    one, two = write(tmp_path, "one"), write(tmp_path, "two", shift(2, "a", 1e-6))
+    found = compare(one, two, 1e-5, exact=True)
+    assert (found.verdict, found.exact) == (DIFFERENT, True)
+    assert found.first.startswith("after step 2, a is off by ")
+    assert found.causes[0].startswith("a kernel that is not deterministic")
+
+
+def test_a_step_without_weights_is_told(tmp_path: Path) -> None:
+    one, two = write(tmp_path, "one"), write(tmp_path, "two")
+    (tmp_path / "two" / "trace" / "weights-000000.pt").unlink()
+    with pytest.raises(ParityError, match=r"layout two left no weights of step 0"):
+        compare(one, two, 1e-5)
+    (tmp_path / "one" / "trace" / "steps.jsonl").unlink()
+    with pytest.raises(ParityError, match=r"layout one did no step"):
+        compare(Trace("one", tmp_path / "one"), two, 1e-5)

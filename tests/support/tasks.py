@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import lightning.pytorch as pl
@@ -60,6 +61,13 @@ class UnkeyedDropoutDigits(PlainDigits):
     def forward(self, batch: Any) -> Any:
         keep = torch.from_numpy((np.random.random(10) > 0.3).astype(np.float32))
         return super().forward(batch) * (keep if self.training else 1.0)
+
+
+class JitteryDigits(PlainDigits):
+    """A planted mistake: losses that are not the same twice, by less than a tolerance, as of a kernel with atomics."""
+
+    def losses(self, outputs: Any, batch: Any) -> Tensor:
+        return super().losses(outputs, batch) * (1.0 + 1e-6 * os.urandom(1)[0] / 256)
 
 
 class MeanOfMeansDigits(pl.LightningModule):

@@ -1,0 +1,100 @@
+"""Why two runs of one recipe may differ, from what differs first and from what their traces say of the module.
+
+Draws from generators that are not keyed, micro batch sizes, batch norms and whether the module is a
+:class:`disttrain.Task` are facts of the traces; the rest is inferred from the samples, the weights at the start, and
+the first step's loss and gradient norm.
+"""
+
+from __future__ import annotations
+
+from disttrain.parity.differences import distance, first_unlike, order_differs, relative
+from disttrain.parity.traces import Trace
+
+
+def likely_causes(reference: Trace, other: Trace, tolerance: float) -> list[str]:
+    """Why two runs that differ may do so, the likeliest first.
+
+    Args:
+        reference: the run that others are compared with.
+        other: one that differs from it.
+        tolerance: what counts as rounding.
+    """
+    drawn = sorted({*reference.drawn, *other.drawn})
+    causes = [
+        f"unkeyed randomness: training draws from {', '.join(drawn)}; draw from PyTorch's default generator,"
+        " which is keyed by step and micro batch, or in a transform from the generator that it is given"
+    ][: len(drawn)]
+    if order_differs(reference, other):
+        return [*causes, "another order of samples: the training data does not come from disttrain's data module"]
+    if distance(reference.weights(0), other.weights(0)) > 0:
+        return [*causes, "other initial weights: the model draws them before the seed is set, or by rank"]
+    step = min(set(reference.steps) & set(other.steps), default=None)
+    if step is None:
+        return causes
+    resized = reference.micro_batch_size != other.micro_batch_size
+    if resized:
+        # What is known to follow the size comes before all else; a guess does not come before what is known.
+        known = _of_the_size(reference, other)
+        causes = [*known, *causes] if known else causes or [_of_neighbours(reference, other)]
+    ours, theirs = reference.steps[step], other.steps[step]
+    bound = max(tolerance, 1e-6)
+    if relative(ours["loss"], theirs["loss"]) > bound:
+        if not drawn:
+            causes.append(
+                "rank-dependent code or unkeyed randomness: the same weights and samples gave another loss in the first"
+                " step"
+            )
+    elif relative(ours["grad_norm"], theirs["grad_norm"]) > bound:
+        causes.append(
+            "rank-dependent code in the backward pass or the optimizer's hooks: the first step's loss is the same, its"
+            " gradient is not"
+        )
+    if reference.batch_norms and not resized and not _only_rounding(reference, other, tolerance):
+        causes.append(
+            f"batch normalization ({_names(reference)}): each rank's running statistics follow its own micro batches;"
+            " use GroupNorm or LayerNorm, or synchronized batch norms"
+        )
+    if not causes:
+        causes.append(
+            "a kernel that is not deterministic, or rounding that the model amplifies (ReLU, max pooling) or that Adam"
+            " scales up, where a gradient is nothing else (the bias of attention's keys)"
+        )
+    return causes
+
+
+def _of_the_size(reference: Trace, other: Trace) -> list[str]:
+    """What follows the micro batch size in this module."""
+    followers = ["dropout masks"] * (reference.draws or other.draws)
+    followers += [f"batch norms ({_names(reference)})"] * bool(reference.batch_norms)
+    causes = []
+    if followers:
+        causes.append(
+            f"{_sizes(reference, other)}: {' and '.join(followers)} follow it; compare layouts of one size, or without"
+            " them"
+        )
+    if not reference.is_task:
+        causes.append(
+            "a mean of means: the module does not leave its loss to disttrain.Task, so that each micro batch counts"
+            f" alike, whatever its weight, and it has {_sizes(reference, other)}"
+        )
+    return causes
+
+
+def _of_neighbours(reference: Trace, other: Trace) -> str:
+    return (
+        f"{_sizes(reference, other)}: what a sample gives depends on the others of its micro batch (a contrastive loss,"
+        " a norm over the batch)"
+    )
+
+
+def _sizes(reference: Trace, other: Trace) -> str:
+    return f"another micro batch size ({other.micro_batch_size}, {reference.name} has {reference.micro_batch_size})"
+
+
+def _names(reference: Trace) -> str:
+    return ", ".join(reference.batch_norms[:3])
+
+
+def _only_rounding(reference: Trace, other: Trace, tolerance: float) -> bool:
+    last = max(set(reference.steps) & set(other.steps))
+    return not first_unlike(reference.weights(last), other.weights(last), tolerance)
