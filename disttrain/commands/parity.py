@@ -18,6 +18,7 @@ from disttrain.errors import ConfigError
 if TYPE_CHECKING:
     from disttrain.commands.config_check import Checked
     from disttrain.parity.compare import Comparison
+    from disttrain.parity.launch import Runs
     from disttrain.parity.layouts import Layout
     from disttrain.parity.traces import Trace
 
@@ -68,44 +69,52 @@ def main(argv: list[str]) -> int:
         layout.parallel(recipe.parallel)  # a layout that cannot be is told before the others have run
     out = Path(arguments.out)
     _clear(out)
-    runs = Runs(tuple(words), out, arguments.steps, arguments.kill, recipe.parallel, size)
+    runs = Runs(tuple(words), out, arguments.steps, recipe.parallel, size)
     print(f"disttrain parity: {arguments.steps} steps in {len(layouts)} layouts, the first is the reference")
     print(*(f"  {note}\n" for note in notes), sep="", end="", flush=True)
-    traces = []
-    for layout in layouts:  # one more may be added by the first
-        traces.append(runs.run(layout))
-        print(f"  {layout.name}: done", flush=True)
-        if layout is layouts[0] and arguments.layouts is None:
-            added, note = _another_size(traces[0], recipe.global_batch_size)
-            layouts += added
-            print(f"  {note}\n" if note else "", end="", flush=True)
-    reference = traces[0]
+    reference = _run(runs, layouts[0])
+    if arguments.layouts is None:
+        added, note = _another_size(reference, recipe.global_batch_size)
+        layouts += added
+        print(f"  {note}\n" if note else "", end="", flush=True)
+    others, traces = layouts[1:], []
+    if arguments.kill:
+        # The reference itself goes on undisturbed: killed like the others it would hide what a kill changes.
+        others = layouts
+        traces.append(_run(runs, layouts[0], name=f"{layouts[0].name}-killed", kill=True))
+    traces += [_run(runs, layout, kill=arguments.kill) for layout in layouts[1:]]
     tolerance, why = _tolerance(arguments.tolerance, reference)
     tree = recipe.parallel.reduction == "tree"
     compared = []
-    for layout, trace in zip(layouts[1:], traces[1:], strict=True):
+    for layout, trace in zip(others, traces, strict=True):
         same_sums = layout.tensor == layouts[0].tensor  # another tensor degree adds other parts of each product
         exact = tree and same_sums and trace.micro_batch_size == reference.micro_batch_size
         compared.append(compare(reference, trace, tolerance * (1 if same_sums else _LOOSER), exact=exact))
     again = None
     if any(one.verdict == DIFFERENT for one in compared):
         # A run that does not even repeat itself differs for another reason than its layout.
-        again = compare(reference, runs.run(layouts[0], f"{layouts[0].name}-again"), tolerance)
+        again = compare(reference, runs.run(layouts[0], name=f"{layouts[0].name}-again"), tolerance)
     print_comparisons(reference, compared, again)
     print(f"tolerance: {tolerance:g}, {why}" + (", and the same bits where reduction: tree gives them" if tree else ""))
-    pictures = draw_pictures(traces, compared, out)
+    pictures = draw_pictures([reference, *traces], compared, out)
     write_json(out / "parity.json", reference, compared, again)
     print("pictures: " + ", ".join(str(path) for path in pictures))
     return _judge([one for one in compared if one.verdict == DIFFERENT])
 
 
+def _run(runs: Runs, layout: Layout, *, name: str = "", kill: bool = False) -> Trace:
+    """Run the recipe in a layout, and tell."""
+    trace = runs.run(layout, name=name, kill=kill)
+    resumed = f", killed and resumed from step {trace.resumed_from}" if kill else ""
+    print(f"  {trace.name}: done{resumed}", flush=True)
+    return trace
+
+
 def _judge(failed: Sequence[Comparison]) -> int:
     """Tell which layouts differ from the first by more than they may; gives the exit code."""
-    needs = (
-        f"{one.name} (must have {'the same bits' if one.exact else f'at most {one.tolerance:g}'})" for one in failed
-    )
+    needs = ("have the same bits" if one.exact else f"differ by at most {one.tolerance:g}" for one in failed)
     if failed:
-        print(f"FAILED: {', '.join(needs)}")
+        print("FAILED: " + ", ".join(f"{one.name} (must {need})" for one, need in zip(failed, needs, strict=True)))
     return 1 if failed else 0
 
 
@@ -192,7 +201,11 @@ def _parser() -> argparse.ArgumentParser:
         help="how gradients are summed, if not as the recipe says; with tree, all bits must be equal, but for layouts"
         " with another tensor degree or micro batch size than the first",
     )
-    parser.add_argument("--kill", action="store_true", help="kill every run half-way and resume it")
+    parser.add_argument(
+        "--kill",
+        action="store_true",
+        help="kill each run half-way and resume it, but for the reference, which is run once more for that",
+    )
     parser.add_argument(
         "--tolerance",
         type=float,

@@ -31,11 +31,10 @@ def likely_causes(reference: Trace, other: Trace, tolerance: float) -> list[str]
     step = min(set(reference.steps) & set(other.steps), default=None)
     if step is None:
         return causes
-    resized = reference.micro_batch_size != other.micro_batch_size
-    if resized:
+    if reference.micro_batch_size != other.micro_batch_size:
         # What is known to follow the size comes before all else; a guess does not come before what is known.
         known = _of_the_size(reference, other)
-        causes = [*known, *causes] if known else causes or [_of_neighbours(reference, other)]
+        return [*known, *causes] if known else causes or [_of_neighbours(reference, other)]
     ours, theirs = reference.steps[step], other.steps[step]
     bound = max(tolerance, 1e-6)
     if relative(ours["loss"], theirs["loss"]) > bound:
@@ -49,7 +48,7 @@ def likely_causes(reference: Trace, other: Trace, tolerance: float) -> list[str]
             "rank-dependent code in the backward pass or the optimizer's hooks: the first step's loss is the same, its"
             " gradient is not"
         )
-    if reference.batch_norms and not resized and not _only_rounding(reference, other, tolerance):
+    if reference.batch_norms and not _only_rounding(reference, other, tolerance):
         causes.append(
             f"batch normalization ({_names(reference)}): each rank's running statistics follow its own micro batches;"
             " use GroupNorm or LayerNorm, or synchronized batch norms"
@@ -75,7 +74,7 @@ def _of_the_size(reference: Trace, other: Trace) -> list[str]:
     if not reference.is_task:
         causes.append(
             "a mean of means: the module does not leave its loss to disttrain.Task, so that each micro batch counts"
-            f" alike, whatever its weight, and it has {_sizes(reference, other)}"
+            f" alike, whatever its weight; here with {_sizes(reference, other)}"
         )
     return causes
 
@@ -88,7 +87,7 @@ def _of_neighbours(reference: Trace, other: Trace) -> str:
 
 
 def _sizes(reference: Trace, other: Trace) -> str:
-    return f"another micro batch size ({other.micro_batch_size}, {reference.name} has {reference.micro_batch_size})"
+    return f"another micro batch size ({other.micro_batch_size} instead of {reference.micro_batch_size})"
 
 
 def _names(reference: Trace) -> str:

@@ -41,7 +41,6 @@ class Runs:
         arguments: of ``disttrain fit``: the recipe and its overrides.
         folder: where the runs go.
         steps: optimizer steps of each.
-        kill: kill each half-way and resume it.
         parallel: the recipe's settings, which each layout changes.
         micro_batch_size: of the layouts that name none; None for the recipe's.
     """
@@ -49,12 +48,16 @@ class Runs:
     arguments: tuple[str, ...]
     folder: Path
     steps: int
-    kill: bool = False
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     micro_batch_size: int | None = None
 
-    def run(self, layout: Layout, name: str = "") -> Trace:
+    def run(self, layout: Layout, *, name: str = "", kill: bool = False) -> Trace:
         """Run the recipe in a layout.
+
+        Args:
+            layout: how it is spread.
+            name: of the run, and of its folder; by default the layout's.
+            kill: kill it half-way and resume it.
 
         Raises:
             ParityError: the run failed; the message quotes its last words. Or it was to be killed and resumed, and was
@@ -63,16 +66,17 @@ class Runs:
         name = name or layout.name
         run_dir = self.folder / name
         trace = Trace(name, run_dir)
-        codes = self._start(layout, run_dir, resume="never")
-        if self.kill and codes[0] == -signal.SIGKILL and trace.was_killed:  # the others end by the lost connection
-            codes = self._start(layout, run_dir, resume="auto")
+        words = self._arguments(layout, run_dir, kill)
+        codes = self._start([*words, "--resume", "never"], layout, run_dir)
+        if kill and codes[0] == -signal.SIGKILL and trace.was_killed:  # the others end by the lost connection
+            codes = self._start([*words, "--resume", "auto"], layout, run_dir)
         if any(codes):
             rank = next((r for r, code in enumerate(codes) if code not in (0, -signal.SIGKILL)), 0)
             raise ParityError(
                 f"layout {name} failed with exit code {codes[rank]}: {_last_words(_log(run_dir, rank))}",
                 mend=f"see {_log(run_dir, rank)}",
             )
-        if self.kill:
+        if kill:
             self._check_killed(trace)
         return trace
 
@@ -93,30 +97,27 @@ class Runs:
 
     @property
     def _kill_at(self) -> int:
-        return self.steps // 2 if self.kill else -1
+        return self.steps // 2
 
-    def _arguments(self, layout: Layout, run_dir: Path, resume: str) -> list[str]:
+    def _arguments(self, layout: Layout, run_dir: Path, kill: bool) -> list[str]:
         words = ["fit", *self.arguments, "--trainer.parallel", json.dumps(asdict(layout.parallel(self.parallel)))]
         if size := layout.micro_batch_size or self.micro_batch_size:
             words += ["--data.micro_batch_size", str(size)]
         # The recipe's own run, and its copies on remote storage, are not to be touched.
-        words += ["--trainer.run_dir", str(run_dir), "--checkpoint.mirror", "null", "--resume", resume]
+        words += ["--trainer.run_dir", str(run_dir), "--checkpoint.mirror", "null"]
         words += ["--trainer.log_every_steps", "1", "--trainer.progress_bar", "false"]
         words += ["--trainer.callbacks+=disttrain.callbacks.ledger.SampleLedger"]
-        trace = {"class_path": "disttrain.callbacks.trace.StepTrace", "init_args": self._trace_settings()}
+        settings = {"stop_at": self.steps, "kill_at": self._kill_at if kill else -1}
+        trace = {"class_path": "disttrain.callbacks.trace.StepTrace", "init_args": settings}
         words += [f"--trainer.callbacks+={json.dumps(trace)}"]
-        if self.kill:
+        if kill:
             # On disk before the next step begins: the kill is meant to come after a checkpoint.
             words += [f"--checkpoint.every_steps={max(1, self.steps // 4)}", "--checkpoint.save=sync"]
         return words
 
-    def _trace_settings(self) -> dict[str, int]:
-        return {"stop_at": self.steps, "kill_at": self._kill_at}
-
-    def _start(self, layout: Layout, run_dir: Path, *, resume: str) -> list[int]:
+    def _start(self, words: list[str], layout: Layout, run_dir: Path) -> list[int]:
         """Start all ranks and wait for them; once one has failed, the others have a few seconds."""
         run_dir.mkdir(parents=True, exist_ok=True)
-        words = self._arguments(layout, run_dir, resume)
         processes: list[BaseProcess] = []
         with reserve_port() as port:
             try:

@@ -48,10 +48,12 @@ def test_layouts_that_agree(tmp_path: Path, digits: Path, capsys: pytest.Capture
     code, found = run(tmp_path, config, *more)
     text = capsys.readouterr().out
     assert code == 0, text
-    assert [layout["verdict"] for layout in found["layouts"]] == ["within tolerance"] * 2
+    verdicts = {layout["name"]: layout["verdict"] for layout in found["layouts"]}
+    assert verdicts == {"1-killed": "same to the bit", "2xddp": "within tolerance", "2xfsdp": "within tolerance"}
     assert found["steps"] == 6
-    for name in ("1", "2xddp", "2xfsdp"):
+    for name in verdicts:
         assert (tmp_path / "out" / name / "trace" / "killed").exists(), f"{name} was not killed"
+    assert not (tmp_path / "out" / "1" / "trace" / "killed").exists(), "the reference is not disturbed"
 
 
 @pytest.mark.slow
@@ -105,7 +107,7 @@ def test_planted_mistakes_are_found(
     assert layout["verdict"] == "differs"
     assert layout["causes"][0].startswith(cause), layout["causes"]
     assert found["repeats_itself"] is not None
-    assert f"FAILED: {layout['name']} (must have " in text
+    assert f"FAILED: {layout['name']} (must " in text
     if name == "mean of means":
         assert [other["verdict"] for other in others] == ["within tolerance"] * 2, "its micro batches are the same"
         assert layout["name"] == "1@4"
@@ -131,7 +133,7 @@ def test_a_sharded_recipe_with_a_mirror_is_left_alone(
     code, found = run(tmp_path, path, "--layouts", "1,2xfsdp", "--steps", "2", "--kill")
     text = capsys.readouterr().out
     assert code == 0, text
-    assert [layout["verdict"] for layout in found["layouts"]] == ["same to the bit"], found
+    assert [layout["verdict"] for layout in found["layouts"]] == ["same to the bit"] * 2, found
     assert "data.micro_batch_size auto is 16 in every layout" in text
     assert "trainer.parallel.replicate 2 of the recipe gives way" in text
     assert "tolerance: 1e-06, the default for SGD" in text
@@ -142,7 +144,7 @@ def test_a_sharded_recipe_with_a_mirror_is_left_alone(
 def test_a_run_that_ends_before_its_kill(tmp_path: Path, digits: Path) -> None:
     config = write_config(tmp_path, digits, "tests.support.tasks.PlainDigits")
     more = ("--layouts", "1,2xddp", "--steps", "8", "--kill", "--trainer.max_steps", "3")
-    with pytest.raises(ParityError, match=r"layout 1 was not killed: .* after step 3, before step 5"):
+    with pytest.raises(ParityError, match=r"layout 1-killed was not killed: .* after step 3, before step 5"):
         parity.main(["--config", config, "--out", str(tmp_path / "out"), *more])
 
 

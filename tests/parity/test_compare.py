@@ -134,9 +134,9 @@ def test_no_mean_of_means_where_the_micro_batches_are_the_same(tmp_path: Path) -
 
 RESIZED = {
     "a mean of means: ": {"is_task": False},
-    "another micro batch size (4, one has 2): dropout masks follow it": {"draws": True},
-    "another micro batch size (4, one has 2): batch norms (model.1) follow it": {"batch_norms": ["model.1"]},
-    "another micro batch size (4, one has 2): what a sample gives depends on the others": {},
+    "another micro batch size (4 instead of 2): dropout masks follow it": {"draws": True},
+    "another micro batch size (4 instead of 2): batch norms (model.1) follow it": {"batch_norms": ["model.1"]},
+    "another micro batch size (4 instead of 2): what a sample gives depends on the others": {},
 }
 
 
