@@ -35,7 +35,19 @@ FORWARD, BACKWARD, OPTIMIZER = range(3)
 
 _UNSETTLED_STEPS: Final = 3
 """Steps until a size is taken to be settled: by then the optimizer's state exists and has been used."""
-_CPU_MESSAGES: Final = ("can't allocate memory", "DefaultCPUAllocator")
+_MESSAGES: Final = (
+    "can't allocate memory",
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",  # what is not allocated by PyTorch, such as the context of a library
+    "CUDA driver error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUSPARSE_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUFFT_ALLOC_FAILED",
+)
+"""What errors without a class of their own say. Not NCCL's: what fails inside a collective cannot be agreed on by ranks
+that are waiting in it."""
 
 
 class StepThrownAway(Exception):  # noqa: N818  # it ends a step, not a run
@@ -80,7 +92,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that an allocation failed, on the device or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_MESSAGES)
+    if isinstance(error, dist.DistError):  # from within a collective, in which the other ranks wait
+        return False
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
 
 
 class MemoryGuard:

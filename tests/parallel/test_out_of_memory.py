@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from disttrain import OptimizerConfig, ParallelConfig, ShardedDataModule, Trainer
@@ -25,6 +26,17 @@ def test_what_counts_as_lack_of_memory() -> None:
     assert is_out_of_memory(real.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert is_out_of_memory(MemoryError())
+    for text in (
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ):
+        assert is_out_of_memory(RuntimeError(text))
+        assert is_out_of_memory(torch.AcceleratorError(text))
+    # Its ranks are in a collective already, which nobody can leave.
+    nccl = dist.DistBackendError("NCCL error: unhandled cuda error. Last error: Failed to CUDA calloc 8 bytes")
+    assert not is_out_of_memory(nccl)
+    assert not is_out_of_memory(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError("DefaultCPUAllocator: can't allocate memory"))
 
