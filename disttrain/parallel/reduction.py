@@ -220,17 +220,16 @@ class TreeReduceScatter(ReduceScatter):
 
     Args:
         sums: the partial sums of the earlier micro batches.
-        numbers: the group's parameters by their place in those sums.
         exchange: over all ranks.
         replicas: copies of each shard.
         shards: parts of each tensor.
         rank: this rank, ``replica * shards + shard``.
     """
 
-    def __init__(
-        self, sums: PartialSums, numbers: Sequence[int], exchange: Exchange, *, replicas: int, shards: int, rank: int
-    ) -> None:
-        self._sums, self._numbers, self._exchange = sums, list(numbers), exchange
+    def __init__(self, sums: PartialSums, exchange: Exchange, *, replicas: int, shards: int, rank: int) -> None:
+        self.numbers = range(0)
+        """The group's parameters by their place in the sums of the step under way."""
+        self._sums, self._exchange = sums, exchange
         self._replicas, self._shards = replicas, shards
         self._replica = rank // shards
         self._held: list[object] = []
@@ -285,7 +284,7 @@ class TreeReduceScatter(ReduceScatter):
             torch._chunk_cat(partial, dim=0, num_chunks=self._shards, out=out)
             return out.view(-1)
 
-        merged, apart = self._sums.kept(self._numbers)
+        merged, apart = self._sums.kept(self.numbers)
         self._held += [merged, apart]  # they were made on another stream than this one
         for partial in merged:
             newest.add_(laid_out(partial))

@@ -259,13 +259,11 @@ class FSDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, JoiningMixin):
         """Give every sharded unit a reduce-scatter that sums in the order of the tree and does not divide."""
         sums, (replicas, shards, _) = self._start_tree(trainer), self.config.degrees(self.world_size)
         ranks = data_ranks(trainer)
-        exchange, rank, first = Exchange(ranks.group or _world(), ranks.rank), ranks.rank, 0
+        exchange, rank = Exchange(ranks.group or _world(), ranks.rank), ranks.rank
         self._scatters.clear()
         assert self.model is not None
         for unit in fsdp_modules(self.model):
-            numbers = range(first, first + len(trained_parameters(unit)))
-            first = numbers.stop
-            scatter = TreeReduceScatter(sums, numbers, exchange, replicas=replicas, shards=shards, rank=rank)
+            scatter = TreeReduceScatter(sums, exchange, replicas=replicas, shards=shards, rank=rank)
             unit.set_custom_reduce_scatter(scatter)
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
@@ -273,8 +271,12 @@ class FSDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, JoiningMixin):
 
     def _trained(self) -> list[tuple[str, Any]]:
         assert self.model is not None
-        records = [record for unit in fsdp_modules(self.model) for record in trained_parameters(unit)]
-        return [(parameter_name(record), record) for record in records]
+        found: list[tuple[str, Any]] = []
+        for unit, scatter in zip(fsdp_modules(self.model), self._scatters, strict=True):
+            records = trained_parameters(unit)
+            scatter.numbers = range(len(found), len(found) + len(records))
+            found += [(parameter_name(record), record) for record in records]
+        return found
 
     def _take(self, parameter: Any) -> Tensor | None:
         return take_unreduced(parameter)

@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "transformer": {"task": "transformer", "optimizer": "adamw", "clip": 0.3},
     "repeated": {"task": "repeated", "optimizer": "sgd", "clip": 0.5},
     "plain": {"task": "plain", "optimizer": "adamw", "clip": None},
+    "thawing": {"task": "thawing", "optimizer": "sgd", "clip": 0.5},
     "bf16": {"task": "transformer", "optimizer": "adamw", "clip": 0.3, "precision": "bf16-mixed"},
 }
 
@@ -112,6 +113,10 @@ def test_twelve_micro_batches_give_the_same_bits(train, ranks: int, strategy: st
 @pytest.mark.parametrize("strategy", TREE)
 def test_one_micro_batch_a_rank_gives_the_same_bits(train, strategy: str) -> None:  # type: ignore[no-untyped-def]
     assert_same_bits(train("mlp", 1, 4, TREE["ddp"]), train("mlp", 4, 4, TREE[strategy]))
+
+
+def test_layers_may_be_frozen_and_thawed_under_fsdp(train) -> None:  # type: ignore[no-untyped-def]
+    assert_same_bits(train("thawing", 1, 4, TREE["ddp"]), train("thawing", 2, 4, TREE["fsdp"]))
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), [(2, "ddp"), (3, "fsdp")])
