@@ -26,6 +26,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.checkpoint.state import CheckpointMixin
+from disttrain.parallel.buckets import BucketHook
 from disttrain.parallel.compiling import compile_blocks
 from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.fsdp_internals import fsdp_modules, parameter_name, take_unreduced, trained_parameters
@@ -36,7 +37,7 @@ from disttrain.parallel.out_of_memory import MemoryGuardMixin
 from disttrain.parallel.precision import shard_policy
 from disttrain.parallel.ranks import DataRanks, data_ranks, divide_ranks
 from disttrain.parallel.recompute import checkpoint_blocks
-from disttrain.parallel.reduction import BucketHook, Exchange, TreeReduceScatter
+from disttrain.parallel.reduction import Exchange, TreeReduceScatter
 from disttrain.parallel.shard import move_all_but_shards, shard_module
 from disttrain.parallel.summation import SummationMixin
 from disttrain.parallel.synced_norm import sync_batch_norms
@@ -92,7 +93,8 @@ class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, JoiningMixin):
         if sums is not None:
             # The hook's collectives come from a thread of their own, so they have a group of their own.
             exchange = Exchange(dist.new_group(), self.global_rank)
-            self._hook = BucketHook(sums, [parameter for _, parameter in self._trained()], exchange)
+            trained = [parameter for _, parameter in self._trained()]
+            self._hook = BucketHook(sums, trained, exchange, self._lacks_memory)
             self._hook.install(self.model)
             return
         if not self.config.find_unused_parameters and not self.config.static_graph:
@@ -127,6 +129,9 @@ class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, JoiningMixin):
         if self.lightning_module is not None:
             leave_meta(self.lightning_module)
         super().teardown()
+
+    def _lacks_memory(self, error: Exception) -> bool:
+        return self.memory_guard is not None and self.memory_guard.lacks_memory(error)
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         assert self.lightning_module is not None
