@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.checkpoint.state import CheckpointMixin
 from disttrain.parallel.buckets import BucketHook
+from disttrain.parallel.clipping import ClippingMixin
 from disttrain.parallel.compiling import compile_blocks
 from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.fsdp_internals import fsdp_modules, parameter_name, take_unreduced, trained_parameters
@@ -46,7 +47,7 @@ from disttrain.parallel.tensor import apply_tensor_plan
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
-class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, JoiningMixin):
+class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, JoiningMixin):
     """Every rank holds the whole model; gradients are averaged in buckets while the backward pass runs.
 
     Args:
@@ -148,7 +149,7 @@ class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, JoiningMixin):
             self._finish_alone([(name, parameter.grad) for name, parameter in parameters])
 
 
-class FSDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, JoiningMixin):
+class FSDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, JoiningMixin):
     """Parameters, gradients and optimizer state are sharded over the ranks (PyTorch's FSDP2).
 
     Args:
