@@ -114,7 +114,9 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(
         [f"checkpoint.{name}" for name in ("mirroring", "saver", "staging", "verify", "weights", "write")], 2
     ),
-    **dict.fromkeys(["parallel.backup", "parallel.lockstep", "parallel.out_of_memory"], 2),
+    **dict.fromkeys(
+        ["parallel.backup", "parallel.buckets", "parallel.clipping", "parallel.lockstep", "parallel.out_of_memory"], 2
+    ),
     **dict.fromkeys(["parallel.strategies", "data.loader", "data.module", "data.splits", "tasks.*"], 3),
     "callbacks.*": 4,
     **dict.fromkeys(["doctor.*", "parity.*"], 4),

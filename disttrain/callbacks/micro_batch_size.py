@@ -3,7 +3,8 @@
 Training begins with all samples that a rank takes of a global batch. Where any rank runs out of memory, all ranks
 throw the step away, take the largest size of at most half the samples that divides their share, and do the same step
 again: samples, dropout, weights and statistics are those of a run that began with the smaller size. The size goes into
-checkpoints, so that a resumed run begins with it, and into ``run.json``.
+checkpoints, so that a resumed run begins with it, and into ``run.json``. A resume with another number than before is
+told where the gradient may depend on it, since the module is no ``Task``.
 
 A callback or module that keeps something of a micro batch may define ``on_step_thrown_away(trainer, pl_module)``.
 Cost: see :mod:`disttrain.parallel.out_of_memory`; nothing where the size is a number.
@@ -13,14 +14,16 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from disttrain.callbacks.run_record import RunRecord
-from disttrain.data.module import ShardedDataModule, sharded_data
+from disttrain.data.module import MICRO_BATCHES_OF, ShardedDataModule, sharded_data
 from disttrain.errors import ConfigError, RankError
 from disttrain.parallel.lockstep import DDPLockstep, FSDPLockstep
 from disttrain.parallel.out_of_memory import OPTIMIZER, PHASES, MemoryGuard, StepThrownAway, is_out_of_memory
@@ -67,6 +70,21 @@ class MicroBatchSearch(Callback):
         loop: Any = trainer.fit_loop.epoch_loop
         if "advance" not in vars(loop):
             loop.advance = functools.partial(_advance, trainer, loop.advance)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Warn of another micro batch size where the gradient may depend on it."""
+        data = sharded_data(trainer)
+        if data is None or isinstance(pl_module, Task) or trainer.state.fn != TrainerFn.FITTING:
+            return
+        before = checkpoint.get(type(data).__qualname__, {}).get(MICRO_BATCHES_OF)
+        if before not in (None, data.micro_batch_size) and trainer.is_global_zero:
+            warnings.warn(
+                f"data.micro_batch_size was {before} and is {data.micro_batch_size}: {type(pl_module).__name__} is no"
+                " disttrain.Task, so a loss that it averages over unequal weights has another gradient from here on",
+                stacklevel=2,
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The module is wrapped by now."""

@@ -94,10 +94,11 @@ class StepLog(Callback):
             loss = pl_module.take_train_loss()
             if loss is not None:
                 values["train/loss"] = float(loss)
-            if pl_module.grad_norm is not None:
-                values["train/grad_norm"] = float(pl_module.grad_norm)
         elif isinstance(outputs, dict) and "loss" in outputs:
             values["train/loss"] = float(trainer.strategy.reduce(outputs["loss"] * trainer.accumulate_grad_batches))
+        norm = getattr(pl_module if isinstance(pl_module, Task) else trainer.strategy, "grad_norm", None)
+        if norm is not None:
+            values["train/grad_norm"] = float(norm)
         values["lr"] = float(trainer.optimizers[0].param_groups[0]["lr"])
         seconds, samples, waited = self.seconds, self.samples, _waited(trainer)
         self._stop_clock(trainer)

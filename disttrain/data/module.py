@@ -32,6 +32,8 @@ from disttrain.parallel.config import BatchPlan, divisors
 from disttrain.parallel.ranks import data_ranks
 from disttrain.world import detect_world
 
+MICRO_BATCHES_OF: Final = "micro_batches_of"
+"""Under what a checkpoint holds a micro batch size that was given, not found."""
 EVALUATED_AT_ONCE: Final = 32
 """Samples of an evaluation's micro batch at most, where the size is to be found."""
 
@@ -254,10 +256,10 @@ class ShardedDataModule(pl.LightningDataModule):
         return self._readers[split]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint stores: the fingerprint of the order, and the micro batch size where it was found."""
+        """What a checkpoint stores: the fingerprint of the order, and the micro batch size, given or found."""
         if self.order is None:
             return {}
-        found = {"micro_batch_size": self.micro_batch_size} if self.finds_micro_batch_size else {}
+        found = {"micro_batch_size" if self.finds_micro_batch_size else MICRO_BATCHES_OF: self.micro_batch_size}
         return {"order": {**self.order.fingerprint(), "names": self._readers["train"].index.names_hash()}, **found}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from disttrain.errors import ConfigError
 
@@ -17,6 +17,8 @@ ReductionName = Literal["fast", "tree"]
 ReduceTypeName = Literal["fp32", "bf16"]
 CompileName = Literal["none", "blocks"]
 RecomputeName = Literal["none", "blocks", "selective"]
+
+_BUCKET_MIB: Final = 25
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class ParallelConfig:
     """
 
     strategy: StrategyName = "ddp"
-    bucket_mib: int = 25
+    bucket_mib: int = _BUCKET_MIB
     find_unused_parameters: bool = False
     reshard_after_forward: bool = True
     reduction: ReductionName = "fast"
@@ -175,9 +177,14 @@ class ParallelConfig:
 
     def _check_options(self) -> None:
         """Refuse options that belong to the other strategy, or that exclude each other."""
-        others = {"offload": self.offload} if self.strategy == "ddp" else {}
+        others = {"offload": self.offload, "reshard_after_forward": not self.reshard_after_forward}
         if self.strategy == "fsdp":
-            others = {"static_graph": self.static_graph, "gradient_as_bucket_view": not self.gradient_as_bucket_view}
+            others = {
+                "static_graph": self.static_graph,
+                "gradient_as_bucket_view": not self.gradient_as_bucket_view,
+                "find_unused_parameters": self.find_unused_parameters,
+                "bucket_mib": self.bucket_mib != _BUCKET_MIB,
+            }
         for name, changed in others.items():
             if changed:
                 home = "fsdp" if self.strategy == "ddp" else "ddp"

@@ -32,9 +32,19 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
     grads = local_gradients(parameters)
     if grads:
         # Offloaded gradients are on the CPU; reading the factor there waits for the device, as offloading does anyway.
-        kinds = {(grad.dtype, grad.device): factor.to(grad.device, grad.dtype) for grad in grads}
-        for kind, scalar in kinds.items():
-            torch._foreach_mul_([grad for grad in grads if (grad.dtype, grad.device) == kind], scalar)
+        for kind in {(grad.dtype, grad.device): None for grad in grads}:
+            _scale_alike([grad for grad in grads if (grad.dtype, grad.device) == kind], factor)
+
+
+def _scale_alike(grads: list[Tensor], factor: Tensor) -> None:
+    """Multiply tensors of one type on one device; half-precision ones in float32, rounding the product alone."""
+    dtype, device = grads[0].dtype, grads[0].device
+    if dtype.itemsize >= 4:
+        torch._foreach_mul_(grads, factor.to(device, dtype))
+        return
+    # A scalar tensor would be rounded to the gradients' type first; one of a dimension has its own type count.
+    wide = factor.to(device, torch.float32).view(1)
+    torch._foreach_mul_([grad if grad.ndim else grad.view(1) for grad in grads], [wide] * len(grads))
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

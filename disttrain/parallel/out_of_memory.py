@@ -4,7 +4,8 @@ A rank that fails alone would leave its peers in their next collective. So a ran
 lets go of its activations, and takes part in the rest of the step empty-handed: in the same collectives in the same
 order, with zeros (:mod:`disttrain.parallel.lockstep`). Before the optimizer steps, and once more after it, the ranks
 agree whether one of them has failed; then :class:`StepThrownAway` is raised on all of them, and nothing has changed
-that :meth:`MemoryGuard.undo` does not put back.
+that :meth:`MemoryGuard.undo` does not put back. Where the others cannot be told, because they wait in a collective that
+this rank cannot reach or complete, it ends with :class:`OutOfStepError`, and they by the lost connection.
 
 Cost: two reductions of one number over a group of their own a step, on the CPU, so the device is never waited for; a
 Python hook a parameter (DDP) or a block (FSDP); a copy of the buffers a step; and, for the first steps with a new
@@ -13,8 +14,10 @@ size, a copy on the host of parameters and optimizer state. Nothing without a gu
 
 from __future__ import annotations
 
+import functools
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import lightning.pytorch as pl
@@ -22,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from disttrain.errors import DisttrainError
 from disttrain.parallel.agree import is_distributed
 from disttrain.parallel.backup import BufferBackup, OptimizerBackup
 
@@ -35,7 +39,19 @@ FORWARD, BACKWARD, OPTIMIZER = range(3)
 
 _UNSETTLED_STEPS: Final = 3
 """Steps until a size is taken to be settled: by then the optimizer's state exists and has been used."""
-_CPU_MESSAGES: Final = ("can't allocate memory", "DefaultCPUAllocator")
+_MESSAGES: Final = (
+    "can't allocate memory",
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",  # what is not allocated by PyTorch, such as the context of a library
+    "CUDA driver error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUSPARSE_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUFFT_ALLOC_FAILED",
+)
+"""What errors without a class of their own say. Not NCCL's: what fails inside a collective cannot be agreed on by ranks
+that are waiting in it."""
 
 
 class StepThrownAway(Exception):  # noqa: N818  # it ends a step, not a run
@@ -49,6 +65,32 @@ class StepThrownAway(Exception):  # noqa: N818  # it ends a step, not a run
     def __init__(self, phase: int, rank: int) -> None:
         super().__init__(f"out of memory on rank {rank} in the {PHASES[phase]}")
         self.phase, self.rank = phase, rank
+
+
+class OutOfStepError(DisttrainError):
+    """This rank ran out of memory where it can neither go on nor tell the others, and ends."""
+
+
+@contextmanager
+def no_way_back(where: str) -> Iterator[None]:
+    """Around what the other ranks wait in: lack of memory there ends this rank.
+
+    Args:
+        where: for the message.
+
+    Raises:
+        OutOfStepError: memory was lacking.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfStepError(
+            f"rank {dist.get_rank() if is_distributed() else 0} ran out of memory {where}",
+            mend="resume from the last checkpoint with a smaller data.micro_batch_size, with parallel.strategy: fsdp,"
+            " or with more ranks",
+        ) from error
 
 
 class Lockstep(Protocol):
@@ -80,7 +122,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that an allocation failed, on the device or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_MESSAGES)
+    if isinstance(error, dist.DistError):  # from within a collective, in which the other ranks wait
+        return False
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
 
 
 class MemoryGuard:
@@ -113,8 +157,9 @@ class MemoryGuard:
         self._buffers = BufferBackup(module)
         self._optimizer: OptimizerBackup | None = None
         self._quiet_steps = 0
-        self._entered = False
+        self._entered = self._stepping = False
         _watch_training_step(module)
+        _watch_clipping(module)
 
     def start(self) -> None:
         """Begin to watch; called when the module is wrapped and on its device."""
@@ -183,12 +228,26 @@ class MemoryGuard:
         post_backward(loss)
         return loss
 
+    def lacks_memory(self, error: Exception) -> bool:
+        """Note that the exchange of gradients in a backward pass has failed, if it did for lack of memory."""
+        found = is_out_of_memory(error)
+        if found and self.failed is None:
+            self.failed = BACKWARD
+        return found
+
+    def note_stepping(self) -> None:
+        """Nothing is left of a step but the optimizer's own part, which waits for nobody."""
+        self._stepping = True
+
     def step(self, run: Callable[[Callable[[], Any]], Any], closure: Callable[[], Any], optimizers: list[Any]) -> Any:
         """Run an optimizer step, whose closure ends with the backward pass.
 
         Raises:
             StepThrownAway: some rank has failed. A collective.
+            OutOfStepError: this rank has failed while the others are in a collective.
         """
+        # One rank alone keeps nobody waiting.
+        self._stepping = self._world_size == 1
 
         def agreed() -> Any:
             result = closure()
@@ -203,6 +262,9 @@ class MemoryGuard:
         except StepThrownAway:
             raise
         except Exception as error:
+            if not self._stepping:
+                with no_way_back("where the ranks cannot agree on a smaller micro batch: in clipping or in a hook"):
+                    raise
             self._note(error, OPTIMIZER)
         if self.failed is not None:
             self._free()
@@ -282,6 +344,23 @@ class MemoryGuardMixin(_Base):
         return self.memory_guard.step(
             lambda agreed: run(optimizer, agreed, model, **kwargs), closure, [*self.optimizers]
         )
+
+
+def _watch_clipping(module: pl.LightningModule) -> None:
+    """Let a guard know when a module's last hook before the optimizer's step, which may wait for all ranks, is over."""
+    original = module.configure_gradient_clipping
+    if hasattr(original, "_is_watched"):
+        return
+
+    @functools.wraps(original)
+    def configure_gradient_clipping(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        guard: MemoryGuard | None = getattr(module.trainer.strategy, "memory_guard", None)
+        if guard is not None:
+            guard.note_stepping()
+
+    configure_gradient_clipping._is_watched = True  # type: ignore[attr-defined]
+    module.configure_gradient_clipping = configure_gradient_clipping  # type: ignore[method-assign]
 
 
 def _watch_training_step(module: pl.LightningModule) -> None:

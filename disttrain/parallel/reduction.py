@@ -7,6 +7,9 @@ gathers the parts (:class:`BucketHook`); under FSDP a reduce-scatter does, and t
 (:class:`TreeReduceScatter`). Only single pairs of numbers are ever added, in their own precision, so the sums have
 the same bits wherever a bucket or a shard begins.
 
+All buffers are allocated before a collective. Where memory does not suffice for them, and the run is to survive that
+(:mod:`disttrain.parallel.out_of_memory`), the step is lost, and the rank takes part in it with zeros.
+
 Cost: as many bytes as a ring all-reduce or reduce-scatter where accumulation is a power of two, a few times that
 where not; memory for ``log2(accumulation) + 1`` gradients while a step accumulates.
 """
@@ -14,18 +17,19 @@ where not; memory for ``log2(accumulation) + 1`` gradients while a step accumula
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import GradBucket
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
-from torch.nn.parallel import DistributedDataParallel
 
+from disttrain.parallel.out_of_memory import is_out_of_memory, no_way_back
 from disttrain.parallel.tree import TreePlan, plan_tree
 
 Tensors = list[Tensor]
+
+EXCHANGING: Final = "in the exchange of gradients, in which the others wait for it"
 
 
 class PartialSums:
@@ -39,13 +43,25 @@ class PartialSums:
         self.plan = plan_tree(rank + 1, 1)
         self.count = 0
         """Micro batches of this step whose gradients were added."""
+        self.forgotten = False
+        """Whether they were thrown away, so that zeros take their place."""
         self._rank = rank
         self._stack: list[Tensors] = []
 
     def start(self, plan: TreePlan) -> None:
         """Begin a step; what an interrupted one left is forgotten."""
-        self.plan, self.count = plan, 0
+        self.plan, self.count, self.forgotten = plan, 0, False
         self._stack.clear()
+
+    def forget(self) -> None:
+        """Let go of what was kept, since the step is lost; the others still wait for this rank's sums."""
+        self._stack.clear()
+        self.forgotten = True
+
+    @property
+    def num_sent(self) -> int:
+        """Partial sums that this rank ends with."""
+        return self.plan.sent[self._rank]
 
     def add(self, gradients: Tensors) -> None:
         """Take the gradients of a micro batch that is not the last. They are kept and changed."""
@@ -100,14 +116,15 @@ class Exchange:
             The sum of this rank's part over all ranks, shape (elements,), valid until the next call.
         """
         elements = sizes[self._rank]
-        received = self._buffer(parts, sum(plan.sent) * elements)
-        dist.all_to_all_single(
-            received,
-            parts,
-            output_split_sizes=[count * elements for count in plan.sent],
-            input_split_sizes=[plan.sent[self._rank] * size for size in sizes],
-            group=self._group,
-        )
+        received = self._buffer(parts, sum(plan.sent) * elements)  # the last that is allocated
+        with no_way_back(EXCHANGING):
+            dist.all_to_all_single(
+                received,
+                parts,
+                output_split_sizes=[count * elements for count in plan.sent],
+                input_split_sizes=[plan.sent[self._rank] * size for size in sizes],
+                group=self._group,
+            )
         stack: Tensors = []
         for partial, count in zip(
             received.view(len(plan.joint_merges), elements).unbind(), plan.joint_merges, strict=True
@@ -120,6 +137,14 @@ class Exchange:
 
     def gather(self, parts: Sequence[Tensor], own: Tensor) -> None:
         """Fill all ranks' parts, the last of them with what each owns. A collective of the group."""
+        with no_way_back(EXCHANGING):
+            self._gather(parts, own)
+
+    def empty(self, like: Tensor, elements: int) -> Tensor:
+        """A buffer of so many elements, one dimension."""
+        return like.new_empty(elements)
+
+    def _gather(self, parts: Sequence[Tensor], own: Tensor) -> None:
         if dist.get_backend(self._group) != "gloo":
             dist.all_gather(list(parts), own, group=self._group)
             return
@@ -135,81 +160,10 @@ class Exchange:
     def _buffer(self, like: Tensor, elements: int) -> Tensor:
         kept = self._buffers.get(like.dtype)
         if kept is None or kept.numel() < elements:
-            kept = self._buffers[like.dtype] = like.new_empty(elements)
+            self._buffers.pop(like.dtype, None)
+            del kept
+            kept = self._buffers[like.dtype] = self.empty(like, elements)
         return kept[:elements]
-
-
-class BucketHook:
-    """DDP's communication hook: one bucket's gradients, summed over all ranks and gathered.
-
-    On the CPU a thread of its own runs the collectives, one bucket after the other, beside the backward pass; on
-    CUDA a stream does.
-
-    Args:
-        sums: the partial sums of the earlier micro batches.
-        parameters: the parameters in the order of those sums.
-        exchange: over a group that nothing else uses, since its collectives come from another thread.
-    """
-
-    def __init__(self, sums: PartialSums, parameters: Sequence[nn.Parameter], exchange: Exchange) -> None:
-        self.sums, self._exchange = sums, exchange
-        self._number = {id(parameter): number for number, parameter in enumerate(parameters)}
-        self._held: list[object] = []  # what a side stream still reads
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="tree-reduction")
-        self._stream: torch.cuda.Stream | None = None
-
-    def install(self, model: DistributedDataParallel) -> None:
-        """Let DDP call this hook."""
-
-        def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
-            return self(bucket)
-
-        model.register_comm_hook(None, hook)
-
-    def __call__(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        """Called by DDP in the backward pass of the last micro batch; all ranks go through buckets in one order."""
-        buffer, gradients = bucket.buffer(), bucket.gradients()
-        with torch.no_grad():
-            older = self.sums.finish([self._number[id(p)] for p in bucket.parameters()], gradients)
-        flat = [_like_bucket(buffer, gradients, partial) for partial in older]
-        if buffer.is_cuda:
-            self._stream = self._stream or torch.cuda.Stream(buffer.device)  # type: ignore[no-untyped-call]
-            self._stream.wait_stream(torch.cuda.current_stream(buffer.device))
-            self._held += [flat, older]
-            future: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device])
-            with torch.cuda.stream(self._stream):
-                future.set_result(self._reduce([*flat, buffer]))
-            return future
-        future = torch.futures.Future()
-        self._worker.submit(self._resolve, [*flat, buffer], future)
-        return future
-
-    def release(self) -> None:
-        """After the backward pass: let go of what the collectives read."""
-        self._held.clear()
-
-    def close(self) -> None:
-        """End the thread."""
-        self._worker.shutdown()
-
-    def _resolve(self, flat: Tensors, future: torch.futures.Future[Tensor]) -> None:
-        try:
-            future.set_result(self._reduce(flat))
-        except Exception as error:
-            future.set_exception(error)  # type: ignore[arg-type]
-
-    @torch.no_grad()
-    def _reduce(self, flat: Tensors) -> Tensor:
-        """Sum partial sums of one bucket over all ranks into the newest of them, which is the bucket itself."""
-        plan, buffer = self.sums.plan, flat[-1]
-        each, more = divmod(buffer.numel(), plan.num_ranks)
-        sizes = [each + (owner < more) for owner in range(plan.num_ranks)]
-        by_owner = [torch.split(partial, sizes) for partial in flat]
-        parts = (
-            buffer if len(flat) == 1 else torch.cat([part for owned in zip(*by_owner, strict=True) for part in owned])
-        )
-        self._exchange.gather(by_owner[-1], self._exchange.add(parts, sizes, plan))
-        return buffer
 
 
 class TreeReduceScatter(ReduceScatter):
@@ -220,17 +174,16 @@ class TreeReduceScatter(ReduceScatter):
 
     Args:
         sums: the partial sums of the earlier micro batches.
-        numbers: the group's parameters by their place in those sums.
         exchange: over all ranks.
         replicas: copies of each shard.
         shards: parts of each tensor.
         rank: this rank, ``replica * shards + shard``.
     """
 
-    def __init__(
-        self, sums: PartialSums, numbers: Sequence[int], exchange: Exchange, *, replicas: int, shards: int, rank: int
-    ) -> None:
-        self._sums, self._numbers, self._exchange = sums, list(numbers), exchange
+    def __init__(self, sums: PartialSums, exchange: Exchange, *, replicas: int, shards: int, rank: int) -> None:
+        self.numbers = range(0)
+        """The group's parameters by their place in the sums of the step under way."""
+        self._sums, self._exchange = sums, exchange
         self._replicas, self._shards = replicas, shards
         self._replica = rank // shards
         self._held: list[object] = []
@@ -255,16 +208,16 @@ class TreeReduceScatter(ReduceScatter):
                 "reduction: tree, and the gradients of a sharded block came in two parts whose order is not fixed;"
                 " use reduction: fast, or leave the block out of shard_units()"
             )
-        plan, shards, replicas = self._sums.plan, self._shards, self._replicas
-        flat = [*self._older(input_tensor), input_tensor]
+        plan, replicas = self._sums.plan, self._replicas
         elements = output_tensor.numel()
         piece = -(-elements // replicas)
-        parts = (input_tensor if len(flat) == 1 else torch.stack(flat)).view(len(flat), shards, elements)
-        if piece * replicas != elements:
-            parts = nn.functional.pad(parts, (0, piece * replicas - elements))
-        # (partial sum, shard, replica, element) to (replica, shard, partial sum, element): by owning rank
-        parts = parts.view(len(flat), shards, replicas, piece).permute(2, 1, 0, 3).contiguous()
-        own = self._exchange.add(parts.view(-1), [piece] * plan.num_ranks, plan)
+        try:
+            parts = self._parts(input_tensor, elements, piece)
+            own = self._exchange.add(parts, [piece] * plan.num_ranks, plan)
+        except Exception as error:
+            if is_out_of_memory(error):
+                self._sums.forget()  # the guard of the memory, where there is one, will call again
+            raise
         if replicas > 1:
             output_tensor.zero_()
         first = self._replica * piece
@@ -276,26 +229,29 @@ class TreeReduceScatter(ReduceScatter):
         self._held.clear()
         self._called = False
 
+    def _parts(self, newest: Tensor, elements: int, piece: int) -> Tensor:
+        """This rank's partial sums by owner, each owner's part in ``piece`` elements."""
+        sums, shards, replicas = self._sums, self._shards, self._replicas
+        if sums.forgotten:
+            return self._exchange.empty(newest, sums.num_sent * shards * replicas * piece).zero_()
+        flat = [*self._older(newest), newest]
+        parts = (newest if len(flat) == 1 else torch.stack(flat)).view(len(flat), shards, elements)
+        if piece * replicas != elements:
+            parts = nn.functional.pad(parts, (0, piece * replicas - elements))
+        # (partial sum, shard, replica, element) to (replica, shard, partial sum, element): by owning rank
+        return parts.view(len(flat), shards, replicas, piece).permute(2, 1, 0, 3).contiguous().view(-1)
+
     def _older(self, newest: Tensor) -> Tensors:
         """Add the kept partial sums to the newest, laid out as FSDP2 lays it out; return those that stay apart."""
         rows = newest.view(self._shards, -1)
 
         def laid_out(partial: Tensors) -> Tensor:
-            out = torch.empty_like(rows)
+            out = self._exchange.empty(rows, rows.numel()).view_as(rows)
             torch._chunk_cat(partial, dim=0, num_chunks=self._shards, out=out)
             return out.view(-1)
 
-        merged, apart = self._sums.kept(self._numbers)
+        merged, apart = self._sums.kept(self.numbers)
         self._held += [merged, apart]  # they were made on another stream than this one
         for partial in merged:
             newest.add_(laid_out(partial))
         return [laid_out(partial) for partial in apart]
-
-
-def _like_bucket(buffer: Tensor, gradients: Tensors, partial: Tensors) -> Tensor:
-    """A partial sum laid out as the gradients of a bucket are."""
-    flat = torch.zeros_like(buffer)
-    offset = int(buffer.storage_offset())
-    views = [flat.as_strided(g.size(), g.stride(), g.storage_offset() - offset) for g in gradients]
-    torch._foreach_copy_(views, partial)
-    return flat

@@ -1,13 +1,14 @@
 """Apply FSDP2 to a module from outside: blocks first, then the module itself.
 
 The blocks come from the model's own ``shard_units()`` where it has one; else they are the large children of
-its ``ModuleList`` and ``Sequential`` containers. The module keeps its class and its parameter names, so the
+its ``ModuleList`` and ``Sequential`` containers, or of what such a child holds where it has no ``forward`` of its own,
+such as a list in a list. The module keeps its class and its parameter names, so the
 same one runs under DDP, FSDP or alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 import torch
@@ -23,6 +24,8 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
+from disttrain.errors import ConfigError
+
 _MIN_UNIT_PARAMETERS: Final = 500_000
 
 
@@ -35,11 +38,39 @@ def shard_units(model: nn.Module) -> list[nn.Module]:
     containers = (m for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential))
     found: list[nn.Module] = []
     for container in containers:
-        for child in container.children():
+        for child in _runnable_children(container):
             inside = any(child is inner for unit in found for inner in unit.modules())
             if not inside and sum(p.numel() for p in child.parameters()) >= _MIN_UNIT_PARAMETERS:
                 found.append(child)
     return found
+
+
+def _runs(module: nn.Module) -> bool:
+    """Whether a module has a forward pass, around which its parameters can be gathered and freed."""
+    return getattr(module.forward, "__func__", module.forward) is not nn.Module.forward
+
+
+def _runnable_children(module: nn.Module) -> Iterator[nn.Module]:
+    """The children of a module; instead of one without a forward pass, its children."""
+    for child in module.children():
+        yield from (child,) if _runs(child) else _runnable_children(child)
+
+
+def _check(module: nn.Module, units: list[nn.Module]) -> None:
+    """Refuse what FSDP2 cannot shard."""
+    for unit in units:
+        if not _runs(unit):
+            raise ConfigError(
+                f"shard_units() in {type(module).__name__} gives a {type(unit).__name__}, which has no forward() around"
+                " which FSDP could gather its parameters",
+                mend="give the modules that it holds",
+            )
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 0:
+            raise ConfigError(
+                f"parameter {name} is a single number, shape (), which FSDP cannot shard",
+                mend="give it the shape (1,), such as nn.Parameter(torch.ones(1)), or set parallel.strategy to ddp",
+            )
 
 
 def shard_module(
@@ -60,11 +91,16 @@ def shard_module(
         forward_methods: methods besides ``forward`` that run the module.
         offload: where shards live between uses; by default on the device.
         precision: types of gathered parameters and reduced gradients; by default their own.
+
+    Raises:
+        ConfigError: a unit has no forward pass, or a parameter has no dimension.
     """
     if isinstance(module, FSDPModule):
         return
+    units = shard_units(module)
+    _check(module, units)
     policy, types = offload or OffloadPolicy(), precision or MixedPrecisionPolicy()
-    for unit in (*shard_units(module), module):
+    for unit in (*units, module):
         fully_shard(
             unit, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=policy, mp_policy=types
         )

@@ -26,6 +26,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.checkpoint.state import CheckpointMixin
+from disttrain.parallel.buckets import BucketHook
+from disttrain.parallel.clipping import ClippingMixin
 from disttrain.parallel.compiling import compile_blocks
 from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.fsdp_internals import fsdp_modules, parameter_name, take_unreduced, trained_parameters
@@ -36,7 +38,7 @@ from disttrain.parallel.out_of_memory import MemoryGuardMixin
 from disttrain.parallel.precision import shard_policy
 from disttrain.parallel.ranks import DataRanks, data_ranks, divide_ranks
 from disttrain.parallel.recompute import checkpoint_blocks
-from disttrain.parallel.reduction import BucketHook, Exchange, TreeReduceScatter
+from disttrain.parallel.reduction import Exchange, TreeReduceScatter
 from disttrain.parallel.shard import move_all_but_shards, shard_module
 from disttrain.parallel.summation import SummationMixin
 from disttrain.parallel.synced_norm import sync_batch_norms
@@ -45,7 +47,7 @@ from disttrain.parallel.tensor import apply_tensor_plan
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
-class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, JoiningMixin):
+class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, JoiningMixin):
     """Every rank holds the whole model; gradients are averaged in buckets while the backward pass runs.
 
     Args:
@@ -92,7 +94,8 @@ class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, JoiningMixin):
         if sums is not None:
             # The hook's collectives come from a thread of their own, so they have a group of their own.
             exchange = Exchange(dist.new_group(), self.global_rank)
-            self._hook = BucketHook(sums, [parameter for _, parameter in self._trained()], exchange)
+            trained = [parameter for _, parameter in self._trained()]
+            self._hook = BucketHook(sums, trained, exchange, self._lacks_memory)
             self._hook.install(self.model)
             return
         if not self.config.find_unused_parameters and not self.config.static_graph:
@@ -128,6 +131,9 @@ class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, JoiningMixin):
             leave_meta(self.lightning_module)
         super().teardown()
 
+    def _lacks_memory(self, error: Exception) -> bool:
+        return self.memory_guard is not None and self.memory_guard.lacks_memory(error)
+
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         assert self.lightning_module is not None
         return [(name, p) for name, p in self.lightning_module.named_parameters() if p.requires_grad]
@@ -143,7 +149,7 @@ class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, JoiningMixin):
             self._finish_alone([(name, parameter.grad) for name, parameter in parameters])
 
 
-class FSDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, JoiningMixin):
+class FSDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, JoiningMixin):
     """Parameters, gradients and optimizer state are sharded over the ranks (PyTorch's FSDP2).
 
     Args:
@@ -259,13 +265,11 @@ class FSDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, JoiningMixin):
         """Give every sharded unit a reduce-scatter that sums in the order of the tree and does not divide."""
         sums, (replicas, shards, _) = self._start_tree(trainer), self.config.degrees(self.world_size)
         ranks = data_ranks(trainer)
-        exchange, rank, first = Exchange(ranks.group or _world(), ranks.rank), ranks.rank, 0
+        exchange, rank = Exchange(ranks.group or _world(), ranks.rank), ranks.rank
         self._scatters.clear()
         assert self.model is not None
         for unit in fsdp_modules(self.model):
-            numbers = range(first, first + len(trained_parameters(unit)))
-            first = numbers.stop
-            scatter = TreeReduceScatter(sums, numbers, exchange, replicas=replicas, shards=shards, rank=rank)
+            scatter = TreeReduceScatter(sums, exchange, replicas=replicas, shards=shards, rank=rank)
             unit.set_custom_reduce_scatter(scatter)
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
@@ -273,8 +277,12 @@ class FSDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, JoiningMixin):
 
     def _trained(self) -> list[tuple[str, Any]]:
         assert self.model is not None
-        records = [record for unit in fsdp_modules(self.model) for record in trained_parameters(unit)]
-        return [(parameter_name(record), record) for record in records]
+        found: list[tuple[str, Any]] = []
+        for unit, scatter in zip(fsdp_modules(self.model), self._scatters, strict=True):
+            records = trained_parameters(unit)
+            scatter.numbers = range(len(found), len(found) + len(records))
+            found += [(parameter_name(record), record) for record in records]
+        return found
 
     def _take(self, parameter: Any) -> Tensor | None:
         return take_unreduced(parameter)

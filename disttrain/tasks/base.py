@@ -27,8 +27,9 @@ from torchmetrics import Metric
 
 from disttrain.data.batches import COUNT, KEY, WEIGHT, Batch
 from disttrain.data.module import sharded_data
-from disttrain.errors import DataError, nearest
+from disttrain.errors import ConfigError, DataError, nearest
 from disttrain.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
+from disttrain.parallel.agree import gather
 from disttrain.parallel.collectives import all_gather_single
 from disttrain.parallel.gradients import (
     clip_gradient_norm,
@@ -69,7 +70,7 @@ class Task(pl.LightningModule):
         self._log_sums_before: Tensor | None = None  # as they were before this step
         self._step_loss: Tensor | None = None
         self._pending: dist.Work | None = None
-        self._nominal = 1.0
+        self._nominal = 0.0  # not known yet
 
     # What a subclass writes.
 
@@ -105,12 +106,12 @@ class Task(pl.LightningModule):
         """Weighted sum of a micro batch's losses, scaled so that the reduced gradient is a fixed multiple."""
         outputs = self(batch)
         total, weight = self._weighted(outputs, batch)
+        self._nominal = self._nominal_weight(batch)
         self._step_sums.append(torch.stack((total.detach().double(), weight.double())))
         if not self.trainer.fit_loop._should_accumulate():
             self._gather_sums()
         # Lightning divides by the accumulation and the strategies by the ranks; a nominal weight keeps the
         # scale of the gradients near that of a mean until the true weight is known.
-        self._nominal = float(self._nominal_weight(batch))
         return total * (self.trainer.accumulate_grad_batches * data_ranks(self.trainer).size / self._nominal)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -214,18 +215,55 @@ class Task(pl.LightningModule):
     # How it is done.
 
     def _weighted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum of the weighted losses and sum of the weights over a micro batch, scalars."""
+        """Sum of the weighted losses and sum of the weights over a micro batch, scalars.
+
+        Raises:
+            ConfigError: there is not one loss a sample, or the weights do not fit the losses.
+        """
+        size = batch[WEIGHT].shape[0]
         losses = self.losses(outputs, batch)
+        self._check_losses(losses, size)
+        losses = losses if losses.dtype.itemsize >= 4 else losses.float()  # a sum in half precision may overflow
         weights = _like(batch[WEIGHT], losses)
         own = self.loss_weights(batch)
         if own is not None:
+            self._check_weights(own, losses)
             weights = weights * _like(own, losses)
         # Padding may hold anything; a NaN there times 0 would still be NaN.
         return torch.where(weights != 0, losses * weights, 0.0).sum(), weights.sum()
 
-    def _nominal_weight(self, batch: Batch) -> int:
-        """A fixed guess at the weight of a global batch: its number of samples."""
-        return int(batch[WEIGHT].shape[0]) * self.trainer.accumulate_grad_batches * data_ranks(self.trainer).size
+    def _check_losses(self, losses: Any, size: int) -> None:
+        if isinstance(losses, Tensor) and losses.ndim and losses.shape[0] == size:
+            return
+        raise ConfigError(
+            f"{type(self).__name__}.losses() returned {_shape(losses)}, for a micro batch of {size} samples; expected"
+            f" is one loss a sample, shape ({size},), or ({size}, tokens) for losses of tokens",
+            mend="return the losses as they are, neither averaged, summed nor flattened (reduction='none'); the task"
+            " weighs, masks and averages them over the global batch",
+        )
+
+    def _check_weights(self, weights: Any, losses: Tensor) -> None:
+        if isinstance(weights, Tensor) and weights.ndim <= losses.ndim:
+            fits = (own in (1, wanted) for own, wanted in zip(weights.shape, losses.shape, strict=False))
+            if all(fits):
+                return
+        raise ConfigError(
+            f"{type(self).__name__}.loss_weights() returned {_shape(weights)}, and losses() {_shape(losses)}",
+            mend=f"return weights of shape ({losses.shape[0]},), one a sample, or of the losses' shape, or None",
+        )
+
+    def _nominal_weight(self, batch: Batch) -> float:
+        """About the weight of a global batch: its number of samples, one number for all ranks and micro batches.
+
+        A collective in the first step of a run with a loader that is not disttrain's.
+        """
+        data = sharded_data(self.trainer)
+        if data is not None and data.plan is not None:
+            return float(data.global_batch_size)
+        if self._nominal:
+            return self._nominal  # any number will do, as long as it stays the same
+        largest = max(gather(int(batch[WEIGHT].shape[0])))
+        return float(largest * self.trainer.accumulate_grad_batches * data_ranks(self.trainer).size)
 
     def _gather_sums(self) -> None:
         """Start to gather this step's losses and weights from the ranks, while the backward pass runs."""
@@ -318,6 +356,13 @@ def _like(weights: Tensor, losses: Tensor) -> Tensor:
     if weights.ndim < losses.ndim:
         weights = weights.reshape(weights.shape + (1,) * (losses.ndim - weights.ndim)).expand_as(losses)
     return weights.to(losses.dtype)
+
+
+def _shape(value: Any) -> str:
+    """What a value is, for a message."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"a tensor of shape {tuple(value.shape)}" if value.ndim else "a single number, shape ()"
 
 
 def _cut(value: Any, size: int, count: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,21 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch.distributed.tensor import DTensor
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel
 
 from disttrain import OptimizerConfig, ParallelConfig, Trainer
 from disttrain.checkpoint.store import committed, read_meta
 from disttrain.errors import ConfigError
+from disttrain.metrics_file import read_metrics
 from disttrain.optim import ParameterGroupConfig
 from disttrain.parallel.gradients import ordered_gradient_norm
 from disttrain.parallel.strategies import strategy_of
 from tests.support.checkpoints import commit
 from tests.support.ranks import Outcome, run_cli, run_ranks
 from tests.support.sameness import MicroBatches, PlainModule, TransformerTask
-from tests.support.weights import differing, final_weights, whole_weights
+from tests.support.weights import differing, distance, final_weights, whole_weights
 
 STEPS, MICRO_BATCHES, BOUND = 4, 4, 0.01
 GROUPS = (
@@ -103,6 +107,52 @@ def test_clipping_by_value_and_groups_give_the_same_bits(train, ranks: int, stra
 def test_any_lightning_module_is_clipped_by_value(train, strategy: str) -> None:  # type: ignore[no-untyped-def]
     alone = train(1, "ddp", plain=True)
     assert not differing(alone["weights"], train(2, strategy, plain=True)["weights"])
+
+
+class Divided(PlainModule):
+    """Of whose layers a tensor group divides some; without dropout."""
+
+    def __init__(self, optimizer: OptimizerConfig) -> None:
+        super().__init__(optimizer)
+        first, _ = self.model.blocks
+        self.model.blocks = nn.ModuleList([first[:-1], nn.Sequential(nn.Linear(37, 40), nn.GELU())])  # type: ignore[index]
+        self.model.head = nn.Linear(40, 3)
+
+    def tensor_plan(self) -> dict[str, Any]:
+        """The first layer by its outputs, which the next one wants whole."""
+        return {"model.blocks.1.0": ColwiseParallel(output_layouts=Replicate())}
+
+
+def train_divided(out: str, bound: float) -> None:
+    """Train a module that is no task, alone or divided; rank 0 writes the weights and the last norm."""
+    parallel = ParallelConfig(strategy="fsdp", tensor=int(os.environ.get("WORLD_SIZE", "1")))
+    trainer = Trainer(
+        run_dir=out + "-run",
+        max_steps=3,
+        parallel=parallel,
+        gradient_clip_norm=bound,
+        log_every_steps=1,
+        seed=5,
+        progress_bar=False,
+    )
+    task = Divided(OptimizerConfig(name="sgd", lr=0.1))
+    trainer.fit(task, train_dataloaders=MicroBatches(0, 1, micro_batches=1, steps=3))
+    whole = whole_weights(trainer)
+    if trainer.is_global_zero:
+        torch.save({**whole, "norm": strategy_of(trainer).grad_norm}, out)
+
+
+def test_any_lightning_module_is_clipped_by_norm_with_tensor_parallelism(tmp_path: Path) -> None:
+    """Whose gradients are divided along different axes."""
+    found = []
+    for ranks in (1, 2):
+        out = str(tmp_path / f"{ranks}.pt")
+        run_ranks(ranks, train_divided, out, 0.1, folder=tmp_path / f"logs-{ranks}").ok()
+        found.append(torch.load(out, weights_only=True))
+        logged = read_metrics(tmp_path / f"{ranks}.pt-run" / "metrics.csv")["train/grad_norm"]
+        assert logged[-1][1] == pytest.approx(float(found[-1]["norm"]))
+    assert float(found[0]["norm"]) > 0.1, "nothing was clipped"
+    assert distance(found[0], found[1]) <= 1e-6
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,31 @@ def test_an_optimizer_step_that_was_half_done_is_undone(tmp_path: Path) -> None:
     assert_same(tmp_path / "first", tmp_path / "new_state")
 
 
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_in_the_exchange_of_the_tree(tmp_path: Path, strategy: str) -> None:
+    """With partial sums that are sent by themselves; in a later step DDP has several buckets."""
+    parallel = config(strategy, "tree", **({"bucket_mib": 1} if strategy == "ddp" else {}))
+    how: dict[str, Any] = {"steps": 2, "samples": 48, "task": {"width": 330}}
+    runs = [Run("step 0", 4, parallel, **how), Run("step 1", 8, parallel, then=4, after=1, **how)]
+    for step, number in ((0, 3), (1, 1), (1, 4)):
+        short = Shortage(1, "exchange", 4, place=str(number), step=step)
+        runs.append(Run(f"step {step}, allocation {number}", "auto", parallel, short, start=8, **how))
+    make(2, runs, tmp_path).ok()
+    for run in runs[2:]:
+        wanted = run.name.split(",")[0]
+        told = f"{wanted}: out of memory on rank 1 in the backward pass with micro_batch_size 8; going on with 4"
+        assert events(tmp_path / run.name) == [told], run.name
+        assert_same(tmp_path / wanted, tmp_path / run.name)
+
+
+def test_where_the_others_cannot_be_told_a_rank_ends_and_they_with_it(tmp_path: Path) -> None:
+    """In clipping sharded gradients, where they wait in a sum; nobody hangs."""
+    run = Run("run", "auto", config("fsdp"), Shortage(1, "clip", 0, step=1), start=8, steps=3)
+    outcome = make(2, [run], tmp_path)
+    assert outcome.codes == [1, 1], outcome.text  # a rank that waits would be killed: -9
+    assert "OutOfStepError: rank 1 ran out of memory where the ranks cannot agree on a smaller micro" in outcome.text
+
+
 def test_a_lone_rank_goes_down_twice(tmp_path: Path) -> None:
     """As far as its memory asks, here the CPU's own."""
     parallel = config("ddp")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from disttrain import OptimizerConfig, ParallelConfig, Trainer
+from disttrain import OptimizerConfig, ParallelConfig, Task, Trainer
 from disttrain.runs import read_run
 from tests.support.ranks import run_cli, run_ranks
 from tests.support.sameness import TASKS, MicroBatches
@@ -26,7 +26,8 @@ CASES: dict[str, dict[str, Any]] = {
     "mlp-loose": {"task": "mlp", "optimizer": "adamw", "clip": 1e3},
     "transformer": {"task": "transformer", "optimizer": "adamw", "clip": 0.3},
     "repeated": {"task": "repeated", "optimizer": "sgd", "clip": 0.5},
-    "plain": {"task": "plain", "optimizer": "adamw", "clip": None},
+    "plain": {"task": "plain", "optimizer": "adamw", "clip": 0.3},
+    "thawing": {"task": "thawing", "optimizer": "sgd", "clip": 0.5},
     "bf16": {"task": "transformer", "optimizer": "adamw", "clip": 0.3, "precision": "bf16-mixed"},
 }
 
@@ -39,7 +40,7 @@ def train_in(out: str, ranks: int, micro_batches: int, parallel: ParallelConfig,
         def configure_gradient_clipping(self, *arguments: Any, **more: Any) -> None:
             super().configure_gradient_clipping(*arguments, **more)
             if case["clip"] is not None:
-                norms.append(self.grad_norm.clone())
+                norms.append((self if isinstance(self, Task) else self.trainer.strategy).grad_norm.clone())
 
     trainer = Trainer(
         run_dir=str(Path(out).with_suffix("")),
@@ -114,9 +115,15 @@ def test_one_micro_batch_a_rank_gives_the_same_bits(train, strategy: str) -> Non
     assert_same_bits(train("mlp", 1, 4, TREE["ddp"]), train("mlp", 4, 4, TREE[strategy]))
 
 
+def test_layers_may_be_frozen_and_thawed_under_fsdp(train) -> None:  # type: ignore[no-untyped-def]
+    assert_same_bits(train("thawing", 1, 4, TREE["ddp"]), train("thawing", 2, 4, TREE["fsdp"]))
+
+
 @pytest.mark.parametrize(("ranks", "strategy"), [(2, "ddp"), (3, "fsdp")])
 def test_any_lightning_module_gives_the_same_bits(train, ranks: int, strategy: str) -> None:  # type: ignore[no-untyped-def]
-    assert_same_bits(train("plain", 1, 12, TREE["ddp"]), train("plain", ranks, 12, TREE[strategy]))
+    alone = train("plain", 1, 12, TREE["ddp"])
+    assert bool((alone["norms"] > CASES["plain"]["clip"]).any()), "nothing was clipped"
+    assert_same_bits(alone, train("plain", ranks, 12, TREE[strategy]))
 
 
 @pytest.mark.parametrize("strategy", TREE)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from disttrain import OptimizerConfig, ParallelConfig, ShardedDataModule, Trainer
+from disttrain import Checkpointing, OptimizerConfig, ParallelConfig, ShardedDataModule, Trainer
 from disttrain.callbacks.ledger import read_ledger
 from disttrain.parallel.backup import BufferBackup, OptimizerBackup
 from disttrain.parallel.out_of_memory import is_out_of_memory
@@ -25,6 +27,17 @@ def test_what_counts_as_lack_of_memory() -> None:
     assert is_out_of_memory(real.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert is_out_of_memory(MemoryError())
+    for text in (
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ):
+        assert is_out_of_memory(RuntimeError(text))
+        assert is_out_of_memory(torch.AcceleratorError(text))
+    # Its ranks are in a collective already, which nobody can leave.
+    nccl = dist.DistBackendError("NCCL error: unhandled cuda error. Last error: Failed to CUDA calloc 8 bytes")
+    assert not is_out_of_memory(nccl)
+    assert not is_out_of_memory(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError("DefaultCPUAllocator: can't allocate memory"))
 
@@ -112,6 +125,34 @@ def _fit(module: Any, parallel: dict[str, Any], folder: str) -> None:
     data = ShardedDataModule(train=shard, global_batch_size=4, micro_batch_size="auto")
     trainer = Trainer(run_dir=folder, max_steps=1, parallel=ParallelConfig(**parallel), progress_bar=False)
     trainer.fit(module(OptimizerConfig()) if module is PlainModule else module(), datamodule=data)
+
+
+class FeatureModule(PlainModule):
+    """No task; the mean of a micro batch of the shards' features."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        every = torch.cat([parameter.flatten() for parameter in self.parameters()])
+        return every.sum() * batch["features.npy"].mean()
+
+
+def _resume_with_sizes(folder: str) -> None:
+    shard = write_features(Path(folder), "train", 12)
+    checkpoint: Path | None = None
+    for step, size in enumerate((4, 4, 2), start=1):
+        data = ShardedDataModule(train=shard, global_batch_size=4, micro_batch_size=size)
+        callbacks: list[Any] = [Checkpointing(every_steps=1)]
+        trainer = Trainer(run_dir=folder, max_steps=step, callbacks=callbacks, progress_bar=False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(FeatureModule(OptimizerConfig()), datamodule=data, ckpt_path=checkpoint)
+        told = [str(warning.message) for warning in caught if "micro_batch_size" in str(warning.message)]
+        wanted = [] if size == 4 else ["data.micro_batch_size was 4 and is 2: FeatureModule is no disttrain.Task"]
+        assert [text.split(",")[0] for text in told] == wanted, told
+        checkpoint = max((Path(folder) / "checkpoints").glob("step-*"))
+
+
+def test_another_size_is_told_where_the_gradient_may_depend_on_it(tmp_path: Path) -> None:
+    run_ranks(1, _resume_with_sizes, str(tmp_path), folder=tmp_path / "logs").ok()
 
 
 def test_the_size_divides_what_a_rank_takes(tmp_path: Path) -> None:

@@ -33,9 +33,9 @@ class Shortage:
     """Where an allocation fails: on which rank, in what, for micro batches of more samples than the limit.
 
     Attributes:
-        phase: ``copy``, ``forward``, ``backward``, ``gather``, ``scatter`` or ``optimizer``.
+        phase: ``copy``, ``forward``, ``backward``, ``gather``, ``scatter``, ``exchange``, ``clip`` or ``optimizer``.
         place: ``stem``, ``0``, ``1``, ``2`` or ``head`` in a forward or backward pass; for copies and the buffers of
-            FSDP the number of an allocation.
+            FSDP and of the exchange of ``reduction: tree`` the number of an allocation.
         step: from which step on.
         micro_batch: in which of a step's; None in any.
         cpu: fail as the CPU's allocator does.
@@ -153,28 +153,29 @@ class ShortTask(Task):
     Args:
         stem: have a layer before the blocks; without it they get the data.
         plain: have neither batch norms nor dropout.
+        width: of the blocks.
         ballast: copies of each sample that a forward pass keeps, in 24 bytes each.
     """
 
-    def __init__(self, *, stem: bool = True, plain: bool = False, ballast: int = 0) -> None:
+    def __init__(self, *, stem: bool = True, plain: bool = False, width: int = WIDTH, ballast: int = 0) -> None:
         super().__init__()
         self.ballast = ballast
         torch.manual_seed(1)
         self.shortage: Shortage | None = None
-        width = WIDTH if stem else 6
-        self.stem = nn.Sequential(nn.Linear(6, WIDTH), Place(self, "stem")) if stem else Place(self, "stem")
+        first = width if stem else 6
+        self.stem = nn.Sequential(nn.Linear(6, width), Place(self, "stem")) if stem else Place(self, "stem")
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                nn.Linear(width if number == 0 else WIDTH, WIDTH),
-                nn.LayerNorm(WIDTH) if plain else nn.BatchNorm1d(WIDTH),
+                nn.Linear(first if number == 0 else width, width),
+                nn.LayerNorm(width) if plain else nn.BatchNorm1d(width),
                 nn.GELU(),
                 Place(self, str(number)),
-                nn.Linear(WIDTH, WIDTH),
+                nn.Linear(width, width),
                 nn.Dropout(0.0 if plain else 0.2),
             )
             for number in range(3)
         )
-        self.head, self.last = nn.Linear(WIDTH, 3), Place(self, "head")
+        self.head, self.last = nn.Linear(width, 3), Place(self, "head")
         self.size = self.micro_batch = self.allocations = 0
 
     def on_fit_start(self) -> None:
@@ -183,6 +184,17 @@ class ShortTask(Task):
             for unit in fsdp_modules(self):
                 unit.set_custom_all_gather(TightGather(self))
                 unit.set_custom_reduce_scatter(TightScatter(self))
+        if self.shortage is not None and self.shortage.phase == "exchange":
+            strategy: Any = self.trainer.strategy
+            exchange = (getattr(strategy, "_hook", None) or strategy._scatters[0])._exchange
+            empty = exchange.empty
+
+            def tight(*arguments: Any) -> Tensor:
+                self.allocate("exchange")
+                out: Tensor = empty(*arguments)
+                return out
+
+            exchange.empty = tight
 
     def shard_units(self) -> list[nn.Module]:
         """The blocks."""
@@ -209,6 +221,11 @@ class ShortTask(Task):
         weights: Tensor = 1.0 + batch["label"].float()
         return weights
 
+    def configure_gradient_clipping(self, *arguments: Any, **more: Any) -> None:
+        if self.is_due("clip") and self.shortage is not None:
+            raise self.shortage.error()
+        super().configure_gradient_clipping(*arguments, **more)
+
     def configure_optimizers(self) -> Any:
         optimizer = HalfAdamW(self.parameters(), lr=0.01)
         optimizer.task = self
@@ -223,7 +240,7 @@ class ShortTask(Task):
             and short.rank in (self.global_rank, -1)
             and self.size > short.limit
             and self.trainer.global_step >= short.step
-            and (short.micro_batch in (None, self.micro_batch) or phase == "optimizer")
+            and (short.micro_batch in (None, self.micro_batch) or phase in ("clip", "optimizer"))
         )
 
     def allocate(self, what: str) -> None:
@@ -261,6 +278,7 @@ class Run:
         start: where ``auto`` begins; None for all of a rank's samples.
         then: goes on with this size after ``after`` steps, resumed.
         resume: begins with this checkpoint.
+        samples: of a global batch.
         device_mib: train on CUDA in half precision, with so much memory and with 24 MiB of activations a sample.
     """
 
@@ -274,6 +292,7 @@ class Run:
     resume: Path | None = None
     task: dict[str, Any] = field(default_factory=dict)
     steps: int = 5
+    samples: int = GLOBAL
     device_mib: int = 0
 
 
@@ -299,7 +318,7 @@ def _fit(run: Run, size: Any, steps: int, shards: dict[str, str], place: Path, c
     data = TightData(
         **shards,  # type: ignore[arg-type]
         fields={"features": "features.npy", "label": "cls"},
-        global_batch_size=GLOBAL,
+        global_batch_size=run.samples,
         micro_batch_size=size,
     )
     if run.start is not None and size == "auto":

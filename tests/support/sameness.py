@@ -117,6 +117,23 @@ class RepeatedTask(MLPTask):
         return out
 
 
+class ThawingTask(MLPTask):
+    """Trains the second block and the head, and from the third step on the first block and the head."""
+
+    def __init__(self, optimizer: OptimizerConfig) -> None:
+        super().__init__(optimizer)
+        self.model.blocks[0].requires_grad_(False)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """The blocks differ in their number of parameters."""
+        if self.trainer.global_step == 2:
+            self.model.blocks[0].requires_grad_(True)
+            self.model.blocks[1].requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
 class PlainModule(pl.LightningModule):
     """No Task: the mean of a micro batch, and Lightning's division by their number."""
 
@@ -137,6 +154,7 @@ TASKS: dict[str, Any] = {
     "transformer": TransformerTask,
     "repeated": RepeatedTask,
     "plain": PlainModule,
+    "thawing": ThawingTask,
 }
 
 

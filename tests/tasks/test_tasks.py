@@ -61,6 +61,54 @@ def test_padding_weighs_nothing_even_where_its_loss_is_not_a_number() -> None:
     assert weight == three == 3
 
 
+class Given(Task):
+    """A task whose losses and weights are those of the batch."""
+
+    def losses(self, outputs: Any, batch: Any) -> Any:
+        return batch["losses"]
+
+    def loss_weights(self, batch: Any) -> Any:
+        return batch.get("weights")
+
+
+@pytest.mark.parametrize(
+    ("losses", "what"),
+    [
+        (torch.tensor(0.5), r"Given.losses\(\) returned a single number, shape \(\), for a micro batch of 4 samples"),
+        (torch.ones(20), r"a tensor of shape \(20,\), for .* shape \(4,\), or \(4, tokens\)"),
+        ([0.5] * 4, "returned a list, for"),
+    ],
+)
+def test_losses_that_are_not_one_a_sample_are_refused(losses: Any, what: str) -> None:
+    with pytest.raises(ConfigError, match=what) as error:
+        Given()._weighted(None, batch_of(4, 4, losses=losses))
+    assert "reduction='none'" in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 5, 1), (3, 5), (4, 2)])
+def test_weights_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
+    batch = batch_of(4, 4, losses=torch.ones(4, 5), weights=torch.ones(shape))
+    with pytest.raises(ConfigError, match=r"loss_weights\(\) returned a tensor .*, and losses\(\) .* \(4, 5\)"):
+        Given()._weighted(None, batch)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (4, 1), (1, 5), (4, 5)])
+def test_weights_a_sample_or_a_loss(shape: tuple[int, ...]) -> None:
+    total, weight = Given()._weighted(
+        None, batch_of(3, 4, losses=torch.full((4, 5), 2.0), weights=torch.full(shape, 0.5))
+    )
+    assert (float(total), float(weight)) == (15.0, 7.5)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_half_precision_losses_are_summed_in_float32(kind: torch.dtype) -> None:
+    """64 samples of 2,051 tokens: bfloat16 would make 131,072 of their weights, float16 infinity."""
+    batch = batch_of(64, 64, losses=torch.ones(64, 2051, dtype=kind))
+    total, weight = Given()._weighted(None, batch)
+    assert float(total) == float(weight) == 131_264
+    assert total.dtype == torch.float32
+
+
 def test_predictions_leave_padding_out() -> None:
     task = classifier().eval()
     out = task.predict_step(batch_of(2, 4, x=torch.randn(4, 4), y=torch.zeros(4, dtype=torch.int64)), 0)
