@@ -3,7 +3,8 @@
 ``run.json`` says whether the run is complete; ``checkpoints/`` holds what it can be resumed from. ``auto``
 continues an interrupted run from its newest committed and sound checkpoint and starts anew where the run is
 complete; ``never`` starts anew; a path names a checkpoint or a run folder. Starting anew never deletes: an older
-run is renamed aside. A folder's checkpoints are those of one run: another run's are an error, unless they are
+run is renamed aside. Where a launcher starts ranks again, they go on with what their launch has saved, whatever it
+was told to begin with. A folder's checkpoints are those of one run: another run's are an error, unless they are
 named. Rank 0 looks and tells the others; all ranks read a share of the checkpoint's files to compare checksums.
 Where checkpoints are copied to remote storage and a copy is newer than what is here, ``auto`` fetches it.
 """
@@ -14,7 +15,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, cast
@@ -39,6 +40,8 @@ CHECKPOINTS: Final = "checkpoints"
 COMPLETED: Final = "completed"
 PREEMPTED: Final = "preempted"
 _PASSED_OVER: Final = "passed over: "
+_begun: Final[set[Path]] = set()
+"""The run folders in which this process has begun an attempt: what it starts there next is no restart."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,16 @@ class Start:
         notes: lines that tell the user what was found and decided.
         aside: where an older run was moved to, if one was.
         attempt: this attempt, where it has begun in the folder of checkpoints already.
+        faulty: checkpoints that were found damaged.
+        resume: what was asked for.
     """
 
     checkpoint: Path | None
     notes: list[str] = field(default_factory=list)
     aside: Path | None = None
     attempt: Attempt | None = None
+    faulty: tuple[Path, ...] = ()
+    resume: str = "auto"
 
 
 def find_start(
@@ -79,17 +86,19 @@ def find_start(
     unfit: dict[str, str] = {}  # copies that were fetched, or found damaged
     attempt: Attempt | None = None
     notes: list[str] = []
+    restart: Restart | None = None
     while True:
         start, copies = Start(None), list[Stored]()  # rank 0's, once it has looked
         with raise_together():
             if lead:
                 if attempt is None:
-                    attempt, notes = _take_over(run_dir, resume, mirror)
-                start = choose_start(run_dir, resume, faulty=faulty)
+                    restart = restart_of(run_dir)
+                    attempt, notes = _take_over(run_dir, resume, mirror, restart)
+                start = _choose(run_dir, resume, faulty, restart)
                 if mirror is not None and attempt is not None:
                     copies, passed_over = _newer(mirror, start, run_dir / CHECKPOINTS, unfit, best)
                     notes += passed_over
-                start = replace(start, notes=[*notes, *start.notes], attempt=attempt)
+                start = replace(start, notes=[*notes, *start.notes], attempt=attempt, resume=resume)
         agreed, wanted = cast(tuple[Start, list[Stored]], from_lead((start, copies)))
         for copy in wanted:
             assert mirror is not None
@@ -99,6 +108,7 @@ def find_start(
             notes.append(f"{_PASSED_OVER}{fault}" if fault else f"fetched {mirror.url}/{copy.name}")
         if wanted:
             continue
+        agreed = replace(agreed, faulty=tuple(faulty))
         if agreed.checkpoint is None:
             return agreed
         if not checksums:
@@ -110,20 +120,40 @@ def find_start(
         faulty[agreed.checkpoint] = fault
 
 
-def _take_over(run_dir: Path, resume: str, mirror: Mirror | None) -> tuple[Attempt | None, list[str]]:
-    """Begin an attempt if ``auto`` may go on with what is here or in a mirror; and what was cleared away."""
+def _take_over(
+    run_dir: Path, resume: str, mirror: Mirror | None, restart: Restart | None
+) -> tuple[Attempt | None, list[str]]:
+    """Begin an attempt if this start may go on with what is here or in a mirror; and what was cleared away."""
     owner = mirror.owner() if mirror is not None else {}
-    goes_on = resume == "auto" and read_run(run_dir).get("status") != COMPLETED
+    completed = read_run(run_dir).get("status") == COMPLETED
+    goes_on = restart is not None or (resume == "auto" and not completed)
     if mirror is not None and owner and not goes_on and resume in ("auto", "never"):
         raise another_run(mirror, str(owner["run"]), "")  # before anything is moved
-    if not goes_on or not (owner or _is_interrupted(run_dir)):
+    if not goes_on or not (owner or _has_checkpoints(run_dir)):
         return None, []
-    before = choose_start(run_dir, resume).notes  # a folder of another run's is left alone
+    before = _choose(run_dir, resume, {}, restart).notes  # a folder of another run's is left alone
     # From here on no earlier attempt can commit, or prune, what is being looked at.
     attempt, cleared = begin(run_dir / CHECKPOINTS, mirror, run=_recorded_id(run_dir), adopt=True)
-    after = choose_start(run_dir, resume).notes
+    after = _choose(run_dir, resume, {}, restart).notes
     local = [note for note in before if note not in after and note.startswith(_PASSED_OVER)]
     return attempt, [*local, *(f"{_PASSED_OVER}{reason}" for reason in cleared)]
+
+
+def _choose(run_dir: Path, resume: str, faulty: Mapping[Path, str], restart: Restart | None) -> Start:
+    """Where an attempt starts that may be a restart: then with what this launch has saved. Rank 0 only."""
+    if restart is None:
+        return choose_start(run_dir, resume, faulty=faulty)
+    start = _newest(run_dir / CHECKPOINTS, faulty)
+    if resume in ("auto", "never"):
+        if start.checkpoint is not None:
+            _check_owner(run_dir, start.checkpoint)
+    elif start.checkpoint is None or (
+        # Nothing was saved since; only a rollback may have deleted what was named, and gone further back.
+        store.check(start.checkpoint).global_step < restart.from_step and Path(resume).exists()
+    ):
+        return choose_start(run_dir, resume, faulty=faulty)
+    note = [] if resume == "auto" else [f"started again by {restart.by}, so --resume {resume} is taken as auto"]
+    return replace(start, notes=[*note, *start.notes])
 
 
 def _newer(
@@ -178,12 +208,13 @@ def choose_start(run_dir: Path, resume: str, *, faulty: Mapping[Path, str] | Non
     return start
 
 
-def best_checkpoint(run_dir: Path, which: str) -> Path:
+def best_checkpoint(run_dir: Path, which: str, *, tell: Callable[[str], object] = lambda text: None) -> Path:
     """The checkpoint that an evaluation asks for.
 
     Args:
         run_dir: the run's folder.
-        which: ``best`` (by the monitored metric; the newest where none was kept), ``last``, or a path.
+        which: ``best``, by the metric that the markers hold, the newest where none holds one; ``last``; or a path.
+        tell: told where ``best`` is the newest for want of a metric.
 
     Raises:
         CheckpointError: there is none.
@@ -193,11 +224,16 @@ def best_checkpoint(run_dir: Path, which: str) -> Path:
         raise CheckpointError(
             f"run folder {run_dir} holds no committed checkpoint", mend="train first, or give --checkpoint_path PATH"
         )
-    if which == "best":
-        step = (read_run(run_dir).get("best") or {}).get("step")
-        for entry in store.committed(run_dir / CHECKPOINTS)[0]:
-            if entry.global_step == step:
-                return entry.path
+    if which != "best":
+        return start.checkpoint
+    found = store.committed(run_dir / CHECKPOINTS)[0]
+    if rated := best_of(found, 1):
+        return rated[0].path
+    step = (read_run(run_dir).get("best") or {}).get("step")  # checkpoints of format 1 hold no metric
+    for entry in found:
+        if entry.global_step == step:
+            return entry.path
+    tell(f"no checkpoint in {run_dir} holds a monitored metric: the newest is taken as the best")
     return start.checkpoint
 
 
@@ -221,19 +257,62 @@ def launch_id() -> str:
 
 def stopped_by_request(run_dir: Path) -> str:
     """Why this launch was asked to stop, if it was; torchrun restarts whatever ends with another code than 0."""
-    attempts = read_run(run_dir).get("attempts") or [{}]
+    attempts = _attempts(run_dir)
     mine = launch_id()
-    if not mine or attempts[-1].get("launch") != mine or attempts[-1].get("status") != PREEMPTED:
+    if not mine or not attempts or attempts[-1].get("launch") != mine or attempts[-1].get("status") != PREEMPTED:
         return ""
     return str(attempts[-1].get("stop_reason", PREEMPTED))
 
 
+@dataclass(frozen=True)
+class Restart:
+    """Earlier attempts at a run by what has started this process, too.
+
+    Attributes:
+        by: what that is.
+        from_step: the step that the first of them started from.
+    """
+
+    by: str
+    from_step: int
+
+
+def restart_of(run_dir: Path) -> Restart | None:
+    """Whether this torchrun, or this SLURM job, has trained here before and was started again. Rank 0 only."""
+    if run_dir.resolve() in _begun:
+        return None
+    launch, job = launch_id(), job_of().get("slurm_job") if is_restarted_by_slurm() else None
+    first, by = None, ""
+    for attempt in reversed(_attempts(run_dir)):
+        if launch and attempt.get("launch") == launch:
+            by = by or "torchrun"
+        elif job is not None and attempt.get("slurm_job") == job:
+            by = by or "SLURM"
+        else:
+            break
+        if attempt.get("to_step") is None or attempt["to_step"] != attempt.get("from_step"):  # it did train
+            first = attempt
+    return Restart(by, int(first.get("from_step") or 0)) if first is not None else None
+
+
 def finished_by_this_job(run_dir: Path) -> bool:
-    """Whether the SLURM job that runs here completed the run before SLURM started it again, as after a late signal."""
-    record, job = read_run(run_dir), job_of()
-    attempts = record.get("attempts") or [{}]
-    before = attempts[-1].get("slurm_job") == job.get("slurm_job")
-    return is_restarted_by_slurm() and before and record.get("status") == COMPLETED
+    """Whether the torchrun or SLURM job that has started this process again has completed the run before."""
+    if run_dir.resolve() in _begun or read_run(run_dir).get("status") != COMPLETED:
+        return False
+    last = (_attempts(run_dir) or [{}])[-1]
+    launch = launch_id()
+    by_slurm = is_restarted_by_slurm() and last.get("slurm_job") == job_of().get("slurm_job")
+    return by_slurm or bool(launch and last.get("launch") == launch)
+
+
+def note_begun(run_dir: Path) -> None:
+    """This process trains in a run folder: what it starts there later is no restart."""
+    _begun.add(run_dir.resolve())
+
+
+def _attempts(run_dir: Path) -> list[dict[str, Any]]:
+    found = read_run(run_dir).get("attempts")
+    return [attempt for attempt in found if isinstance(attempt, dict)] if isinstance(found, list) else []
 
 
 def write_run(run_dir: Path, record: dict[str, Any]) -> None:
@@ -241,8 +320,11 @@ def write_run(run_dir: Path, record: dict[str, Any]) -> None:
     write_atomically(run_dir / RUN_FILE, json.dumps(record, indent=2) + "\n")
 
 
-def _is_interrupted(run_dir: Path) -> bool:
-    return (run_dir / CHECKPOINTS).is_dir() and read_run(run_dir).get("status") != COMPLETED
+def _has_checkpoints(run_dir: Path) -> bool:
+    try:
+        return (run_dir / CHECKPOINTS).is_dir()
+    except OSError:  # who may not look there is told when the folder is read
+        return True
 
 
 def _recorded_id(run_dir: Path) -> str:

@@ -176,6 +176,7 @@ class Trainer(pl.Trainer):
     def find_start(self, resume: str) -> Start:
         """Where to start: ``auto``, ``never``, or a path; rank 0 decides for all. A collective.
 
+        Ranks that torchrun or SLURM has started again go on with what their launch has saved in any case.
         Pass ``ckpt_path=start.checkpoint`` to :meth:`fit`.
 
         Raises:
@@ -197,7 +198,7 @@ class Trainer(pl.Trainer):
             best=checkpoints.keep_best if checkpoints is not None else 0,
         )
         if checkpoints is not None:
-            checkpoints.attempt = start.attempt
+            checkpoints.attempt, checkpoints.faulty = start.attempt, start.faulty
         self.record.start = start
         return start
 

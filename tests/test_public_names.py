@@ -66,6 +66,7 @@ LAYERS: dict[str, int] = {
             *(f"slurm.{name}" for name in ("commands", "job", "render", "requeue", "runs", "site", "snapshot")),
             "checkpoint.checksum",
             "checkpoint.fence",
+            "checkpoint.folder",
             "checkpoint.marker",
             "checkpoint.mirror",
             "checkpoint.prune",

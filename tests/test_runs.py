@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from disttrain.errors import CheckpointError
-from disttrain.runs import Start, best_checkpoint, choose_start, read_run, take_back, write_run
+from disttrain.runs import (
+    Start,
+    best_checkpoint,
+    choose_start,
+    find_start,
+    finished_by_this_job,
+    launch_id,
+    note_begun,
+    read_run,
+    take_back,
+    write_run,
+)
 from tests.support.checkpoints import make_checkpoint
 
 
@@ -150,6 +162,65 @@ def test_the_best_and_the_last_checkpoint(run_dir: Path) -> None:
     assert best_checkpoint(run_dir, str(checkpoints / "step-2")) == checkpoints / "step-2"
     write_run(run_dir, {"status": "completed", "best": None})
     assert best_checkpoint(run_dir, "best") == checkpoints / "step-10"
+
+
+class Launcher:
+    """Stands for processes that the same launcher has started: this one, and others before it."""
+
+    def __init__(self, kind: str, run_dir: Path, patch: pytest.MonkeyPatch) -> None:
+        self.kind, self.run_dir = kind, run_dir
+        for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
+            patch.delenv(name, raising=False)
+        if kind == "torchrun":
+            patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+            self.mark: dict[str, Any] = {"launch": launch_id()}
+        else:
+            patch.setenv("SLURM_JOB_ID", "21")
+            patch.setenv("SLURM_RESTART_COUNT", "1")
+            self.mark = {"slurm_job": "21"}
+
+    def trained(self, *attempts: tuple[int, int | None], status: str = "running") -> None:
+        """Write a record of attempts by this launcher, from and to these steps, after one of another's."""
+        own = [{"from_step": first, "to_step": last, **self.mark} for first, last in attempts]
+        write_run(self.run_dir, {"status": status, "attempts": [{"from_step": 0, "launch": "x@y:1:2"}, *own]})
+
+
+@pytest.fixture(params=["torchrun", "SLURM"])
+def launcher(request: pytest.FixtureRequest, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Launcher:
+    """What has started this process, and earlier ones."""
+    return Launcher(request.param, run_dir, monkeypatch)
+
+
+def test_a_restart_goes_on_with_what_its_launch_has_saved(launcher: Launcher, run_dir: Path, tmp_path: Path) -> None:
+    newest = run_dir / "checkpoints" / "step-10"
+    elsewhere = make_checkpoint(tmp_path / "other" / "checkpoints", "step-5", 5)
+    launcher.trained((5, None))
+    for resume in ("never", str(elsewhere), str(run_dir / "checkpoints" / "step-2")):
+        start = find_start(run_dir, resume)
+        assert start.checkpoint == newest, f"--resume {resume}"
+        assert f"started again by {launcher.kind}, so --resume {resume} is taken as auto" in start.notes
+        assert not run_dir.with_name("mine.1").exists(), "the run was set aside"
+    launcher.trained((11, None))
+    later = make_checkpoint(tmp_path / "other" / "checkpoints", "step-11", 11)
+    assert find_start(run_dir, str(later)).checkpoint == later, "nothing was saved since it was named"
+    launcher.trained((5, 9), (9, 9), status="completed")
+    for resume in ("auto", "never"):
+        assert find_start(run_dir, resume).checkpoint == newest, "a run that this launch has completed was begun anew"
+    assert finished_by_this_job(run_dir)
+
+
+def test_a_start_that_is_no_restart_does_what_it_is_told(launcher: Launcher, run_dir: Path) -> None:
+    older = run_dir / "checkpoints" / "step-2"
+    launcher.trained()  # by another launcher
+    assert find_start(run_dir, str(older)).checkpoint == older
+    launcher.trained((5, 5))  # stopped before its first step
+    assert find_start(run_dir, str(older)).checkpoint == older
+    launcher.trained((5, None))
+    note_begun(run_dir)  # as in a script that trains twice
+    assert find_start(run_dir, str(older)).checkpoint == older
+    launcher.trained((5, 9), status="completed")
+    assert not finished_by_this_job(run_dir)
+    assert find_start(run_dir, "never").aside == run_dir.with_name("mine.1")
 
 
 def test_a_run_without_checkpoints_has_neither(tmp_path: Path) -> None:

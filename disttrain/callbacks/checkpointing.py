@@ -4,6 +4,7 @@ A checkpoint is taken at a step boundary, after the validation that is due there
 validation decided, and a resumed run neither repeats nor misses one. It is copied to CPU memory and written by
 a background thread while training goes on; a save that comes due meanwhile waits for it. An error of a background
 save is told to all ranks at one step. Older checkpoints are deleted only after a newer one is committed.
+What a run does not go on from is set aside when it begins to train (:mod:`disttrain.checkpoint.folder`).
 Committed ones may be copied to remote storage, in the background too, under the same rules.
 """
 
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +23,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from disttrain.callbacks.monitor import Mode, Monitor
 from disttrain.callbacks.save_times import SaveTimes
-from disttrain.checkpoint import store
+from disttrain.checkpoint import folder, store
 from disttrain.checkpoint.fence import Attempt, guard
 from disttrain.checkpoint.marker import Metric
 from disttrain.checkpoint.mirror import Mirror, MirrorConfig, begin
@@ -93,6 +95,10 @@ class Checkpointing(Checkpoint):
         self.directory: Path | None = None
         self.attempt: Attempt | None = None
         """Who this process is among those that may write here; set before training where a start was looked for."""
+        self.faulty: tuple[Path, ...] = ()
+        """Checkpoints that were found damaged where a start was looked for."""
+        self.newest: Path | None = None
+        """The checkpoint that this attempt committed last, or went back to; None before."""
         self.tell: Callable[[int, str, str], None] = _say_nothing
         """Told of step, kind and text of events worth recording; on rank 0."""
         self.log_event: Callable[[int, str, str], object] = _say_nothing
@@ -101,7 +107,8 @@ class Checkpointing(Checkpoint):
         """Asked on rank 0 at a save: checkpoints of earlier steps than this are kept for now."""
         self._saver = Saver()
         self._mirroring: Mirroring | None = None
-        self._best: list[tuple[float, int, str]] = []  # (value, step, directory name), best first
+        # (value, step, directory name), best first; one that is not in this folder keeps worse ones out all the same.
+        self._best: list[tuple[float, int, str]] = []
         self._best_before: list[tuple[float, int, str]] = []
         self._saved_step = -1
         self.save_seconds = 0.0
@@ -116,8 +123,8 @@ class Checkpointing(Checkpoint):
 
     @property
     def best_model_path(self) -> str:
-        """Directory of the best checkpoint, empty where there is none; Lightning's ``ckpt_path='best'``."""
-        return str(self._directory() / self._best[0][2]) if self._best and self.directory else ""
+        """Directory of the best checkpoint, empty where there is none here; Lightning's ``ckpt_path='best'``."""
+        return str(self._directory() / self._best[0][2]) if self.directory and self._has_best() else ""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find the run's folder; to train, become the one attempt that may write there."""
@@ -132,6 +139,34 @@ class Checkpointing(Checkpoint):
                 if trainer.local_rank == 0 and not trainer.is_global_zero:  # does this node reach it, too?
                     self.mirror.guard(self.attempt)
             self._mirroring = Mirroring(self.mirror, self.attempt)
+
+    def leave_behind(self, trainer: pl.Trainer) -> list[str]:
+        """Set aside what this run does not go on from, before it takes its first step; notes, on rank 0. A collective.
+
+        Raises:
+            CheckpointError: it cannot be, or a newer attempt has taken over.
+        """
+        notes: list[str] = []
+        with raise_together():
+            if trainer.is_global_zero:
+                notes = [
+                    folder.leave_behind(
+                        self._directory(),
+                        trainer.global_step,
+                        start=Path(trainer.ckpt_path) if trainer.ckpt_path else None,
+                        faulty=self.faulty,
+                        attempt=self.attempt,
+                        mirror=self.mirror,
+                    )
+                ]
+                if self._best and not self._has_best():
+                    value, step, _ = self._best[0]
+                    what = self.monitor.name if self.monitor else "value"
+                    notes.append(f"the best {what}, {value:.6g} at step {step}, is of no checkpoint in this folder")
+                notes = [note for note in notes if note]
+                for note in notes:
+                    print(f"disttrain: {note}", file=sys.stderr)
+        return notes
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Minutes count from here."""
@@ -188,8 +223,8 @@ class Checkpointing(Checkpoint):
         self._settle(trainer, self._saver.wait())
         if self._saved_step != trainer.global_step:
             self._save(trainer, value=None, background=False, must=True)
-        if self._wait_for_copies(trainer) and trainer.is_global_zero:
-            self._pruning()()  # what was kept only because it was being copied
+        if self._wait_for_copies(trainer) and trainer.is_global_zero and self.newest is not None:
+            self._pruning(self.newest, trainer.global_step)()  # what was kept only because it was being copied
 
     def _wait_for_copies(self, trainer: pl.Trainer) -> bool:
         """Wait for the copies under way and due; says whether there were any. A collective."""
@@ -200,9 +235,9 @@ class Checkpointing(Checkpoint):
         return copied
 
     def restore_best(self, trainer: pl.Trainer) -> bool:
-        """Load the best checkpoint's weights; False where there is none. A collective."""
+        """Load the best checkpoint's weights; False where there is none here. A collective."""
         self._settle(trainer, self._saver.wait())
-        if not self._best:
+        if not trainer.strategy.broadcast(self._has_best()):
             return False
         strategy_of(trainer).load_weights(self._directory() / self._best[0][2])
         # What is in memory is no longer the state of this step.
@@ -224,19 +259,7 @@ class Checkpointing(Checkpoint):
         Raises:
             CheckpointError: one cannot be deleted, or a newer attempt has taken over.
         """
-        directory = self._directory()
-        if self.mirror is not None and self.attempt is not None:  # first: a resume takes the newest, wherever it is
-            self.mirror.forget_after(step, self.attempt)
-        try:
-            later = [entry for entry in store.committed(directory)[0] if entry.global_step > step]
-            guard(directory, self.attempt)
-            for entry in reversed(later):
-                store.remove(entry.path)
-        except OSError as error:
-            raise CheckpointError(
-                f"a checkpoint in {directory} cannot be deleted: {error.strerror}",
-                mend="make the folder writable, and start the run again",
-            ) from error
+        folder.forget_after(self._directory(), step, attempt=self.attempt, mirror=self.mirror)
 
     def has_best_of(self, path: Path) -> bool:
         """Whether all checkpoints that were the best when another one was made still exist; no where it is damaged."""
@@ -249,7 +272,7 @@ class Checkpointing(Checkpoint):
 
     def on_roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget what was saved; the checkpoint that is loaded next says what was best."""
-        self._best, self._saved_step = [], -1
+        self._best, self._saved_step, self.newest = [], -1, None
         if self._mirroring is not None:
             self._mirroring.forget()
 
@@ -258,12 +281,22 @@ class Checkpointing(Checkpoint):
         return {"monitor": self.monitor and self.monitor.name, "best": [list(entry) for entry in self._best]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Know the best ones again, as far as they still exist."""
-        if self.monitor is None or state_dict["monitor"] != self.monitor.name or self.directory is None:
-            return
-        for value, step, name in state_dict["best"]:
-            if (self.directory / name / store.MARKER).exists():
-                self._best.append((float(value), int(step), str(name)))
+        """Know the best ones again, also those that are in another folder: nothing worse takes their place."""
+        if self.monitor is not None and state_dict["monitor"] == self.monitor.name:
+            best = [(float(value), int(step), str(name)) for value, step, name in state_dict["best"]]
+            self._best = best[: self.keep_best]
+
+    def _has_best(self) -> bool:
+        """Whether the best checkpoint is in this folder; one of its name may be of another course of the run."""
+        if not self._best:
+            return False
+        value, step, name = self._best[0]
+        try:
+            found = store.check(self._directory() / name)
+        except CheckpointError:
+            return False
+        metric = found.about.metric
+        return found.global_step == step and (metric is None or metric.value == value)
 
     def _due(self, trainer: pl.Trainer) -> bool:
         return self.times.due(trainer) and trainer.global_step != self._saved_step
@@ -297,7 +330,7 @@ class Checkpointing(Checkpoint):
             background=self.background if background is None else background,
             attempt=self.attempt,
             metric=metric,
-            done=self._pruning() if trainer.is_global_zero else None,
+            done=self._pruning(path, step) if trainer.is_global_zero else None,
         )
         try:
             trainer.save_checkpoint(path, weights_only=False, storage_options=request)
@@ -316,6 +349,7 @@ class Checkpointing(Checkpoint):
             return
         self.write_seconds += outcome.seconds
         if outcome.error is None:
+            self.newest = outcome.path
             if trainer.is_global_zero:
                 text = f"{outcome.path.name} is committed, {outcome.seconds:.2f} s after its save began"
                 self.log_event(outcome.global_step, "checkpoint", text)
@@ -346,22 +380,12 @@ class Checkpointing(Checkpoint):
         best = [name for _, _, name in self._best]
         return Keep(self.keep_last, best, self.keep_every_steps, below_step=self.held_below())
 
-    def _pruning(self) -> Callable[[], None]:
+    def _pruning(self, new: Path, step: int) -> Callable[[], None]:
         """What deletes older checkpoints once the new one is committed; it knows what is best now, not later."""
-        directory, attempt, keep = self._directory(), self.attempt, self._keep()
+        keep = self._keep()
         if self._mirroring is not None:
             keep = replace(keep, best=[*keep.best, *self._mirroring.needed])
-
-        def prune() -> None:
-            try:
-                superfluous = keep.superfluous(store.committed(directory)[0])
-                for entry in superfluous:
-                    guard(directory, attempt)  # after the look: nothing of a newer attempt's is among them
-                    store.remove(entry.path)
-            except OSError as error:  # the new one is safe; the next save tries again
-                print(f"disttrain: an old checkpoint could not be removed: {error}", file=sys.stderr)
-
-        return prune
+        return partial(folder.prune, self._directory(), keep, self.attempt, new=new, step=step)
 
     def _directory(self) -> Path:
         assert self.directory is not None, "the callback is not set up"

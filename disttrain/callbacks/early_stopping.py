@@ -8,6 +8,7 @@ uninterrupted one does. The monitor's name is checked by a short validation befo
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import lightning.pytorch as pl
@@ -97,7 +98,12 @@ class EarlyStopping(Callback):
         if checkpoints is None or not (self.restore_best and self.has_best):
             return
         checkpoints.save_if_new(trainer)
-        checkpoints.restore_best(trainer)
+        if not checkpoints.restore_best(trainer) and trainer.is_global_zero:
+            text = (
+                f"the weights of the best validation (step {self.best_step}) are of no checkpoint here: the last stay"
+            )
+            print(f"disttrain: {text}", file=sys.stderr)
+            checkpoints.tell(trainer.global_step, "best", text)
 
     def state_dict(self) -> dict[str, Any]:
         """Best, patience used, and the decision."""

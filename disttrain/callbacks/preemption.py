@@ -28,7 +28,6 @@ from lightning.pytorch.loops.utilities import _reset_progress
 from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.find import find_callback
 from disttrain.callbacks.run_record import RunRecord
-from disttrain.checkpoint import store
 from disttrain.durations import parse_duration
 from disttrain.errors import Preempted
 from disttrain.parallel.votes import Votes
@@ -191,9 +190,13 @@ class Preemption(Checkpoint):  # Lightning calls its checkpoint callbacks last
         raise Preempted(message)
 
     def _kept(self, trainer: pl.Trainer) -> str:
-        found = store.committed(self.run_dir / "checkpoints")[0] if trainer.is_global_zero else []
-        if found:
-            return f"the same command goes on from checkpoint {found[-1].path}"
+        checkpoints, record = find_callback(trainer, Checkpointing), find_callback(trainer, RunRecord)
+        saved = checkpoints.newest if checkpoints is not None else None
+        if saved is not None:
+            again = record is None or record.start.resume == "auto"
+            return f"{'the same command' if again else '--resume auto'} goes on from checkpoint {saved}"
+        if trainer.ckpt_path:
+            return f"the same command goes on from checkpoint {trainer.ckpt_path}"
         return "nothing was to be saved yet; the same command starts again"
 
     def _validate(self, trainer: pl.Trainer) -> None:

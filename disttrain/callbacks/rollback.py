@@ -18,6 +18,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loops.utilities import _reset_progress
 
 from disttrain.callbacks.checkpointing import Checkpointing
+from disttrain.callbacks.find import find_callback
 from disttrain.callbacks.streak import Rollback, Streak, targets
 from disttrain.checkpoint import store, verify
 from disttrain.checkpoint.write import from_lead
@@ -112,6 +113,9 @@ def restore(trainer: pl.Trainer, path: Path) -> None:
     for listener in (*trainer.callbacks, module):  # type: ignore[attr-defined]
         if hasattr(listener, "on_roll_back"):
             listener.on_roll_back(trainer, module)
+    checkpoints = find_callback(trainer, Checkpointing)
+    if checkpoints is not None:
+        checkpoints.newest = path
     if fit._data_fetcher is not None:
         fit._data_fetcher.teardown()  # ends the threads that read ahead
     fit._data_fetcher = fit._combined_loader = None

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -33,7 +34,7 @@ from disttrain.errors import DisttrainError
 from disttrain.files import remove_leftovers
 from disttrain.metrics_log import MetricsLog
 from disttrain.parallel.agree import raise_together
-from disttrain.runs import COMPLETED, PREEMPTED, RUN_FILE, Start, launch_id, read_run, take_back, write_run
+from disttrain.runs import COMPLETED, PREEMPTED, RUN_FILE, Start, launch_id, note_begun, read_run, take_back, write_run
 from disttrain.slurm.requeue import job_of
 from disttrain.version import __version__
 
@@ -72,15 +73,18 @@ class RunRecord(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, MetricsLog):
                 logger.truncate_after(trainer.global_step)
-        if trainer.is_global_zero and not self._rolled_back:
-            self._begin_attempt(trainer)
+        if not self._rolled_back:
+            # Before the record says that this attempt trains: a restart goes by what the folder holds then.
+            notes = self._checkpoints.leave_behind(trainer) if self._checkpoints is not None else []
+            if trainer.is_global_zero:
+                self._begin_attempt(trainer, notes)
         self._rolled_back = False
 
     def on_roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Training starts once more in this attempt."""
         self._rolled_back = True
 
-    def _begin_attempt(self, trainer: pl.Trainer) -> None:
+    def _begin_attempt(self, trainer: pl.Trainer, notes: Sequence[str] = ()) -> None:
         now = time.time()
         self.run_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.run_dir / RUN_FILE)
@@ -107,11 +111,12 @@ class RunRecord(Callback):
             attempt["launch"] = launch
         attempt |= job_of()
         self.record["attempts"].append(attempt)
+        note_begun(self.run_dir)
         ranks = f"{trainer.world_size} rank{'s' * (trainer.world_size > 1)}"
         layout = f"{ranks}, {self._layout['strategy']}, {self._layout['precision']}"
         self.log_event(trainer.global_step, "attempt", f"attempt {len(self.record['attempts'])} begins: {layout}")
         self.record |= {"status": "running", "ended": None, "environment": _environment(trainer.strategy.root_device)}
-        for note in self.start.notes:
+        for note in (*self.start.notes, *notes):
             self.event(trainer.global_step, "start", note)
         self._write()
 
@@ -237,7 +242,7 @@ class RunRecord(Callback):
 
 
 def _samples_seen(trainer: pl.Trainer) -> dict[str, int]:
-    """How many samples the weights have learned from, repeated ones counted again."""
+    """How many samples the steps so far were given: repeated ones, and those of updates left out, count each time."""
     data = sharded_data(trainer)
     return {} if data is None else {"samples_seen": trainer.global_step * data.global_batch_size}
 

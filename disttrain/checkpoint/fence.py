@@ -20,13 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from disttrain.checkpoint.marker import LATEST, MARKER, TEMPORARY
+from disttrain.checkpoint.marker import ABANDONED, LATEST, MARKER, TEMPORARY
 from disttrain.errors import CheckpointError
 from disttrain.files import sync_directory, write_synced
 
 FENCE: Final = "ATTEMPT"
 _GONE: Final = ".gone-"
-_OWN_NAME: Final = re.compile(r"step-\d{8,}(\.\d+)?")
+_OWN_NAME: Final = re.compile(rf"step-\d{{8,}}(\.\d+)?({re.escape(ABANDONED)}(\.\d+)?)?")
 
 
 class FencedError(CheckpointError):

@@ -4,6 +4,7 @@ A checkpoint is a directory that holds a marker, written last, which lists every
 and says whose state this is: step, epoch, run, attempt, the monitored metric. Without a sound marker, or with a
 file of another size, a directory is torn and is passed over with a reason. Costs a look at the files' sizes;
 their contents are read where that is asked for, and by all ranks in :mod:`disttrain.checkpoint.verify`. Needs no torch.
+Looking takes no lock: a checkpoint that another process removes meanwhile is one that is not there.
 
 Formats: 1 listed sizes alone; 2 added checksums, run, attempt and metric. Every later disttrain reads both.
 """
@@ -13,10 +14,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import time
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +32,8 @@ MARKER: Final = "COMMITTED"
 LATEST: Final = "LATEST"
 META: Final = "meta.pt"
 TEMPORARY: Final = ".tmp"
+ABANDONED: Final = ".abandoned"
+"""What is added to the name of a checkpoint that the run does not go on from; it does not count then."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Committed:
         about: all that its marker says.
         files: its files by name.
         format: the format that it was written in.
+        changed_ns: when its directory last changed, in nanoseconds since 1970; 0 where there is none to look at.
     """
 
     path: Path
@@ -78,6 +84,7 @@ class Committed:
     about: About = field(default_factory=lambda: About(0), compare=False)
     files: Mapping[str, Sum] = field(default_factory=dict, compare=False)
     format: int = field(default=FORMAT, compare=False)
+    changed_ns: int = field(default=0, compare=False)
 
     @property
     def num_bytes(self) -> int:
@@ -118,14 +125,16 @@ def check(path: Path) -> Committed:
     Raises:
         CheckpointError: it is not, or it is of a newer format; the message says why.
     """
-    if not path.is_dir():
+    itself = _look(path)
+    if itself is None or not stat.S_ISDIR(itself.st_mode):
         raise CheckpointError(
-            f"there is no checkpoint {path}{': it is a file' if path.exists() else ''}",
+            f"there is no checkpoint {path}{': it is a file' if itself is not None else ''}",
             mend="name a run folder, or a directory under its checkpoints/",
         )
-    found = _read(path)
+    found = replace(_read(path), changed_ns=itself.st_mtime_ns)
     for name, entry in found.files.items():
-        there = (path / name).stat().st_size if (path / name).is_file() else None
+        file = _look(path / name)
+        there = file.st_size if file is not None and stat.S_ISREG(file.st_mode) else None
         if there != entry.num_bytes:
             state = "is missing" if there is None else f"has {there} bytes"
             raise CheckpointError(
@@ -160,18 +169,74 @@ def faults(path: Path, files: Mapping[str, Sum] | None = None) -> list[str]:
 
 
 def committed(directory: Path) -> tuple[list[Committed], list[str]]:
-    """The checkpoints of a folder, oldest first, and why other directories in it are none."""
+    """The checkpoints of a folder, oldest first, and why other directories in it are none.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+    """
     found: list[Committed] = []
     passed_over: list[str] = []
-    candidates = sorted(directory.iterdir()) if directory.is_dir() else []
-    for path in candidates:
-        if not path.is_dir() or path.name.startswith("."):
+    for path in _entries(directory):
+        if path.name.startswith(".") or ABANDONED in path.name:
             continue
         try:
-            found.append(check(path))
+            itself = _look(path)
+            if itself is not None and stat.S_ISDIR(itself.st_mode):
+                found.append(check(path))
         except CheckpointError as error:
-            passed_over.append(error.what)
-    return sorted(found, key=lambda c: (c.global_step, c.path.stat().st_mtime_ns)), passed_over
+            if not _is_gone(path):
+                passed_over.append(error.what)
+    return sorted(found, key=lambda entry: (entry.global_step, entry.changed_ns)), passed_over
+
+
+def abandoned(directory: Path) -> list[Committed]:
+    """The checkpoints of a folder that the run did not go on from, by name; as far as their markers can be read.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+    """
+    found = []
+    for path in _entries(directory):
+        if ABANDONED in path.name and not path.name.startswith("."):
+            with suppress(CheckpointError):
+                found.append(_read(path))
+    return found
+
+
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(
+            f"the folder of checkpoints {directory} cannot be read: {error.strerror}",
+            mend="make it readable, or name another run folder",
+        ) from error
+
+
+def _is_gone(path: Path) -> bool:
+    try:
+        path.lstat()
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
+    return False
+
+
+def _look(path: Path) -> os.stat_result | None:
+    """What the system says of a path; None where nothing is there any more.
+
+    Raises:
+        CheckpointError: it may not be looked at.
+    """
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read: {error.strerror}", mend="make its folder readable"
+        ) from error
 
 
 def remove(path: Path) -> None:

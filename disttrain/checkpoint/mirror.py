@@ -191,7 +191,7 @@ class Mirror:
         Args:
             keep: what to keep.
             attempt: who asks; its unfinished copies go too.
-            after: a copy that has to count before any other goes.
+            after: a copy that has to count before any other goes; it stays itself.
             dry_run: delete nothing.
 
         Returns:
@@ -203,7 +203,7 @@ class Mirror:
         """
         found, passed_over = self.committed()
         superfluous = keep.superfluous([one.entry for one in found])
-        gone = [one for one in found if any(one.entry is entry for entry in superfluous)]
+        gone = [one for one in found if one.name != after and any(one.entry is entry for entry in superfluous)]
         with self._speaking("cannot be deleted"):
             unfinished = self._unfinished(f".{attempt.label}") if attempt is not None else []
             if attempt is not None:
@@ -216,8 +216,8 @@ class Mirror:
                 self._folder.remove(unfinished)
         return gone, len(found)
 
-    def forget_after(self, step: int, attempt: Attempt) -> None:
-        """Delete the copies of later steps, markers first, newest first: the run goes back.
+    def forget_after(self, step: int, attempt: Attempt) -> list[str]:
+        """Delete the copies of later steps, markers first, newest first: the run goes back. Gives their names.
 
         Raises:
             FencedError: a newer attempt has begun.
@@ -228,6 +228,7 @@ class Mirror:
             self.guard(attempt)  # after the look: nothing of a newer attempt's was seen
             for one in reversed(later):
                 self._remove([one])
+        return [one.name for one in later]
 
     def _remove(self, copies: Sequence[Stored]) -> None:
         self._folder.remove(f"{one.name}/{MARKER}" for one in copies)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -47,8 +48,9 @@ def best_of(found: Sequence[Committed], number: int) -> list[Committed]:
     assert metric is not None
     sign = 1 if metric.mode == "min" else -1
     same = [entry for entry in rated.values() if entry.about.metric and entry.about.metric.name == metric.name]
-    return sorted(same, key=lambda entry: (sign * _value(entry), entry.global_step))[:number]
+    return sorted(same, key=lambda entry: (_rank(entry, sign), entry.global_step))[:number]
 
 
-def _value(entry: Committed) -> float:
-    return entry.about.metric.value if entry.about.metric else float("nan")
+def _rank(entry: Committed, sign: int) -> float:
+    value = entry.about.metric.value if entry.about.metric else math.nan
+    return math.inf if math.isnan(value) else sign * value  # a sort that meets a NaN is no sort

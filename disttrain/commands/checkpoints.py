@@ -8,6 +8,7 @@ model's class and without a GPU. What a user can mend is raised as a
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from disttrain.checkpoint.marker import MARKER, Committed, check, committed, faults, remove
+from disttrain.checkpoint.marker import MARKER, Committed, abandoned, check, committed, faults, remove
 from disttrain.checkpoint.mirror import Mirror, MirrorConfig, Stored, copy_of
 from disttrain.checkpoint.prune import Keep, best_of
 from disttrain.data.remote import is_remote
@@ -90,6 +91,11 @@ def _ls(arguments: argparse.Namespace) -> int:
         print("  ".join([name.ljust(widths[0]), *cells, verdict.ljust(widths[5]), metric]).rstrip())
     for reason in passed_over:
         print(f"passed over: {reason}")
+    directory = None if is_remote(arguments.path) else _folder(Path(arguments.path))
+    for entry in abandoned(directory) if directory is not None else []:
+        print(
+            f"set aside, until the run has passed step {entry.global_step}: {entry.path.name} {_size(entry.num_bytes)}"
+        )
     return 0
 
 
@@ -118,7 +124,7 @@ def _export(arguments: argparse.Namespace) -> int:
             path, where = _fetched(arguments.path, arguments.which, Path(folder))
         else:
             path = Path(arguments.path)
-            path = best_checkpoint(path, arguments.which) if _folder(path) is not None else path
+            path = best_checkpoint(path, arguments.which, tell=_note) if _folder(path) is not None else path
             where = str(path)
         tensors = read_weights(path, group=group)
         about = {"disttrain_checkpoint": path.name, "disttrain_step": f"{check(path).global_step}"}
@@ -234,6 +240,10 @@ def _found(place: str) -> tuple[list[_One], list[str]]:
         except CheckpointError as error:
             passed_over = [error.what]
     return [_One(one.path.name, str(one.path), one, partial(faults, one.path)) for one in found], passed_over
+
+
+def _note(text: str) -> None:
+    print(f"disttrain: {text}", file=sys.stderr)
 
 
 def _verdict(one: _One, read: bool) -> str:

@@ -35,7 +35,7 @@ from disttrain.checkpoint.weights import initialize
 from disttrain.commands.messages import explain, own_error
 from disttrain.data.module import ShardedDataModule
 from disttrain.data.remote import is_remote, shown
-from disttrain.errors import ConfigError
+from disttrain.errors import ConfigError, DisttrainError
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.strategies import strategy_of
 from disttrain.report import write_report
@@ -197,8 +197,7 @@ class TrainingCLI(LightningCLI):
             result = _metrics(trainer)
         if trainer.is_global_zero:
             trainer.record.add_result(result)
-            page = write_report([trainer.run_dir])
-            _print_result(trainer, result, page)
+            _print_result(trainer, result, _report(trainer.run_dir))
 
     def _initialize(self, notes: list[str]) -> None:
         """Begin with the weights that were asked for."""
@@ -257,7 +256,12 @@ class TrainingCLI(LightningCLI):
 
     def _checkpoint(self) -> str:
         self.trainer.connect()
-        return str(best_checkpoint(self.trainer.run_dir, self._get(self.config, "checkpoint_path")))
+        notes: list[str] = []
+        which = self._get(self.config, "checkpoint_path")
+        path = best_checkpoint(self.trainer.run_dir, which, tell=notes.append)
+        if self.trainer.is_global_zero:
+            _say(notes)
+        return str(path)
 
     def _config_text(self) -> str:
         """The full configuration of this run, in a form that ``--config`` takes again."""
@@ -330,7 +334,17 @@ def _settings(parser: LightningArgumentParser) -> set[str]:
     return found - {"help", "config", "print_config", "print_shtab", "subcommand"}
 
 
-def _print_result(trainer: Trainer, result: dict[str, float], page: Path) -> None:
+def _report(run_dir: Path) -> str:
+    """Where the report is; the run is complete, so what goes wrong with its report is only told."""
+    try:
+        return str(write_report([run_dir]))
+    except Exception as error:
+        told = error.what if isinstance(error, DisttrainError) else f"{type(error).__name__}: {error}"
+        _say([f"the run is complete, its report could not be written: {' '.join(told.split())}"])
+        return "not written"
+
+
+def _print_result(trainer: Trainer, result: dict[str, float], page: str) -> None:
     record, log = trainer.record.record, trainer.step_log
     table = Table(title=f"disttrain fit: {trainer.run_dir}", show_header=False)
     for name, value in result.items():
@@ -349,7 +363,7 @@ def _print_result(trainer: Trainer, result: dict[str, float], page: Path) -> Non
     checkpoints = trainer.checkpoint_callback
     kept = checkpoints.best_model_path if isinstance(checkpoints, Checkpointing) else ""
     table.add_row("checkpoint", kept or str(trainer.run_dir / "checkpoints"))
-    table.add_row("report", str(page))
+    table.add_row("report", page)
     Console().print(table)
 
 

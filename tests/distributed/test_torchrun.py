@@ -32,12 +32,20 @@ ON_DISK = ("--checkpoint.save", "sync")  # before the next step begins
 
 
 def test_a_killed_rank_restarts_the_job_by_itself(digits: Path, tmp_path: Path, whole: Path) -> None:
+    """Though it was told to start anew. A report that cannot be written at the end does not fail what is complete."""
     run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "report").write_text("in the way of the report")
     first, second = killed_at(14, rank=1, once=True), killed_at(21, rank=0, once=True)
-    arguments = fit_arguments(run_dir, digits, "ddp", [*TREE, *ON_DISK, *first, *second])
-    with torchrun([*STANDALONE, "--max-restarts", "2"], arguments, tmp_path / "log") as launch:
+    arguments = fit_arguments(run_dir, digits, "ddp", [*TREE, *ON_DISK, "--resume", "never", *first, *second])
+    with torchrun([*STANDALONE, "--max-restarts", "3"], arguments, tmp_path / "log") as launch:
         assert launch.wait() == 0, launch.log.read_text()
+        text = launch.log.read_text()
+    assert text.count("started again by torchrun, so --resume never is taken as auto") == 2, text
+    assert text.count("the run is complete, its report could not be written") == 1, text
+    assert not run_dir.with_name("run.1").exists(), "the run was set aside"
     run = read_run(run_dir)
+    assert run["status"] == "completed"
     assert [attempt["from_step"] for attempt in run["attempts"]] == [0, 12, 20]
     assert not differing(final_weights(whole), final_weights(run_dir))
     assert read_ledger(whole / "ledger") == read_ledger(run_dir / "ledger")
