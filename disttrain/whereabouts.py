@@ -30,7 +30,11 @@ _WAITS: Final = {
     ("parallel/agree.py", "raise_together"): "an agreement on whether a part failed",
 }
 # And where it waits for its own thread that writes or copies a checkpoint.
-_SAVES: Final = (("checkpoint/saver.py", "wait"), ("checkpoint/saver.py", "poll"))
+_SAVES: Final = (
+    ("checkpoint/saver.py", "wait"),
+    ("checkpoint/saver.py", "poll"),
+    ("checkpoint/saver.py", "_finish_done"),
+)
 _SAVES_ANY: Final = "waits for a save or a copy"
 
 

@@ -352,6 +352,26 @@ class LeaveOut(Callback):
                 parameter.grad = None
 
 
+class SpoilWeights(Callback):
+    """Makes a weight no number at the end of a step, once, as a fault of the device's might.
+
+    Args:
+        step: which, counted from 1.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Spoil it."""
+        if trainer.global_step == self.step:
+            self.step = -1
+            with torch.no_grad():
+                next(pl_module.parameters()).mul_(float("nan"))
+
+
 class KillInRollback(Callback):
     """Kills its own process at a place of the first rollback.
 
