@@ -62,8 +62,8 @@ class Trainer(pl.Trainer):
         parallel: how the model is spread over the ranks.
         seed: seed of dropout and other random numbers in training, and of initial weights with ``parallel.meta_init``.
         stop_after: duration, such as ``3h50m``, after which to save and stop, counted from the launch.
-        hang_timeout: duration without a step or batch after which the run reports where it hangs, and ends; ``0``
-            never. Less than the 30 minutes after which PyTorch gives up a collective.
+        hang_timeout: duration without a step, batch or other progress, from the set-up on, after which the run reports
+            where it hangs, and ends; ``0`` never. Less than the 30 minutes after which PyTorch gives up a collective.
         accelerator: ``auto`` takes CUDA where there is any.
         callbacks: further callbacks; checkpoints are kept by default settings unless one says otherwise.
         progress_bar: show progress on rank 0.
@@ -117,8 +117,9 @@ class Trainer(pl.Trainer):
         self.record = RunRecord(self.run_dir, strategy=parallel.strategy, precision=precision)
         self.step_log = StepLog(log_every_steps)
         self.preemption = Preemption(self.run_dir, stop_after=stop_after)
+        self.watchdog = Watchdog(self.run_dir, hang_timeout=hang_timeout)
         own: list[Callback] = [
-            Watchdog(self.run_dir, hang_timeout=hang_timeout),
+            self.watchdog,
             KeyedRandomness(seed),
             _Intervals(validate_every_steps),
             BadSamples(self.run_dir, log_every_steps),
@@ -190,13 +191,14 @@ class Trainer(pl.Trainer):
         if stopped := self.strategy.broadcast(stopped):
             raise Preempted(f"not started again: this launch was {stopped}")
         checkpoints = find_callback(self, Checkpointing)
-        start = find_start(
-            self.run_dir,
-            resume,
-            checksums=checkpoints is None or checkpoints.verify_checksums,
-            mirror=checkpoints.mirror if checkpoints is not None else None,
-            best=checkpoints.keep_best if checkpoints is not None else 0,
-        )
+        with self.watchdog.watching(self, "search for a checkpoint"):
+            start = find_start(
+                self.run_dir,
+                resume,
+                checksums=checkpoints is None or checkpoints.verify_checksums,
+                mirror=checkpoints.mirror if checkpoints is not None else None,
+                best=checkpoints.keep_best if checkpoints is not None else 0,
+            )
         if checkpoints is not None:
             checkpoints.attempt, checkpoints.faulty = start.attempt, start.faulty
         self.record.start = start
@@ -206,6 +208,7 @@ class Trainer(pl.Trainer):
         # The whole of a fit, from its set-up on; an evaluation has nothing to save.
         with self.preemption.noting() if self.state.fn == TrainerFn.FITTING else nullcontext():
             self.connect()
+            self.watchdog.begin(self, "set-up")
             return super()._run(*args, **kwargs)
 
     def _quieten(self) -> None:

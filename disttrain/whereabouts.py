@@ -29,6 +29,13 @@ _WAITS: Final = {
     ("tasks/base.py", "_gather_sums"): "the gathering of the step's loss",
     ("parallel/agree.py", "raise_together"): "an agreement on whether a part failed",
 }
+# And where it waits for its own thread that writes or copies a checkpoint.
+_SAVES: Final = (
+    ("checkpoint/saver.py", "wait"),
+    ("checkpoint/saver.py", "poll"),
+    ("checkpoint/saver.py", "_finish_done"),
+)
+_SAVES_ANY: Final = "waits for a save or a copy"
 
 
 def whereabouts() -> tuple[str, str]:
@@ -43,17 +50,21 @@ def whereabouts() -> tuple[str, str]:
     for name, stack in stacks.items():
         if name != own and stack:
             parts.append(f"thread {name}\n" + "".join(traceback.format_stack(stack[0])))
-    return describe(main, [stack for name, stack in stacks.items() if name.startswith("disttrain-reader")]), "\n".join(
-        parts
+    readers, savers = (
+        [stack for name, stack in stacks.items() if name.startswith(f"disttrain-{kind}")] for kind in ("reader", "save")
     )
+    return describe(main, readers, savers), "\n".join(parts)
 
 
-def describe(main: Sequence[FrameType], readers: Sequence[Sequence[FrameType]]) -> str:
+def describe(
+    main: Sequence[FrameType], readers: Sequence[Sequence[FrameType]], savers: Sequence[Sequence[FrameType]] = ()
+) -> str:
     """A phrase about a main thread.
 
     Args:
         main: its frames, innermost first.
         readers: those of the reading threads.
+        savers: those of the threads that write and copy checkpoints.
     """
     if any(_loads(frame) for frame in main):  # without reading threads
         return _in_reader([main])
@@ -63,9 +74,12 @@ def describe(main: Sequence[FrameType], readers: Sequence[Sequence[FrameType]]) 
             part = path.removeprefix(_PACKAGE)
             if part == _LOADER:
                 return _in_reader(readers)
+            if (part, name) in _SAVES:
+                # The last begun: a copy, where there is one.
+                return f"waits for a save or a copy, which {describe(savers[-1], [])}" if savers else _SAVES_ANY
             if (part, name) in _WAITS:
                 return f"waits for the other ranks in {_WAITS[part, name]}"
-        elif "/torch/distributed/" in path:
+        elif "/torch/distributed/" in path and "/torch/distributed/checkpoint/" not in path:  # that writes files
             inside = next((i for i in range(position, len(main)) if not _is_torch(main[i])), len(main))
             called = [f.f_code.co_name for f in main[position:inside] if "/torch/distributed/" in f.f_code.co_filename]
             what = next((each for each in reversed(called) if each != "wrapper"), name)

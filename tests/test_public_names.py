@@ -53,7 +53,7 @@ PUBLIC = [
 
 LAYERS: dict[str, int] = {
     **dict.fromkeys(
-        ["durations", "endings", "errors", "files", "meeting", "signals", "whereabouts", "world", "version"], 0
+        ["beats", "durations", "endings", "errors", "files", "meeting", "signals", "whereabouts", "world", "version"], 0
     ),
     **dict.fromkeys(
         [

@@ -8,7 +8,7 @@ import pytest
 
 from disttrain import UpdateGuard
 from disttrain.callbacks.rollback import read_rollbacks, write_rollbacks
-from disttrain.callbacks.streak import Rollback, Streak, merged, planned_steps, roll_back, targets
+from disttrain.callbacks.streak import Guarded, Rollback, Streak, merged, planned_steps, roll_back, targets
 from disttrain.checkpoint.marker import Committed
 from disttrain.checkpoint.prune import Keep
 from disttrain.errors import CheckpointError, ConfigError
@@ -75,6 +75,24 @@ def test_checkpoints_from_before_a_streak_are_not_pruned() -> None:
     found = [Committed(Path(f"step-{step}"), step) for step in (4, 8, 12, 16)]
     assert [entry.global_step for entry in Keep(1).superfluous(found)] == [4, 8, 12]
     assert [entry.global_step for entry in Keep(1, below_step=10).superfluous(found)] == [12]
+
+
+@pytest.mark.parametrize(("every", "margin"), [(5, 10), (5, 2), (1, 10), (7, 0), (20, 10), (3, 3)])
+def test_there_is_always_one_from_before_the_margin(every: int, margin: int) -> None:
+    """Whenever a streak begins, with one checkpoint kept; and no more than two besides."""
+    guarded = Guarded(lambda: 0, margin)
+    found: list[Committed] = []
+    for step in range(1, 150):
+        ready = [entry.global_step for entry in found if entry.global_step < step - margin]
+        if step > margin + 2 * every:
+            assert ready, f"a streak that begins at step {step} has only {found}"
+            assert ready[-1] >= step - 2 * (margin + every), "it is older than need be"
+        if step % every == 0:
+            found.append(Committed(Path(f"step-{step}"), step))
+            gone = guarded.widen(Keep(1), step).superfluous(found)
+            found = [entry for entry in found if entry not in gone]
+            assert len(found) <= (2 if every >= margin else 3), found
+    assert Guarded(lambda: 0, None).widen(Keep(1), 50).superfluous(found) == found[:-1], "it never goes back"
 
 
 def test_the_record_of_rollbacks(tmp_path: Path) -> None:

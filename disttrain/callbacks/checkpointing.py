@@ -23,13 +23,16 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from disttrain.callbacks.monitor import Mode, Monitor
 from disttrain.callbacks.save_times import SaveTimes
+from disttrain.callbacks.streak import Guarded
 from disttrain.checkpoint import folder, store
 from disttrain.checkpoint.fence import Attempt, guard
+from disttrain.checkpoint.groups import trained_names
 from disttrain.checkpoint.marker import Metric
 from disttrain.checkpoint.mirror import Mirror, MirrorConfig, begin
 from disttrain.checkpoint.mirroring import Mirroring
 from disttrain.checkpoint.prune import Keep
 from disttrain.checkpoint.saver import Outcome, Saver, SaveRequest
+from disttrain.checkpoint.write import SpoiltError
 from disttrain.errors import CheckpointError, ConfigError
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.strategies import strategy_of
@@ -103,8 +106,9 @@ class Checkpointing(Checkpoint):
         """Told of step, kind and text of events worth recording; on rank 0."""
         self.log_event: Callable[[int, str, str], object] = _say_nothing
         """Told of each checkpoint, likewise."""
-        self.held_below: Callable[[], int] = _hold_nothing
-        """Asked on rank 0 at a save: checkpoints of earlier steps than this are kept for now."""
+        self.guarded: Guarded | None = None
+        """What a guard needs, which may have to go back; where there is one, only finite weights are committed."""
+        self._ending = False
         self._saver = Saver()
         self._mirroring: Mirroring | None = None
         # (value, step, directory name), best first; one that is not in this folder keeps worse ones out all the same.
@@ -171,12 +175,15 @@ class Checkpointing(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Minutes count from here."""
         self.times.begin(trainer.global_step)
+        self._ending = False
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hear how the last save ended; save where one is due and no validation follows, which changes the state."""
+        started = time.perf_counter()
         self._settle(trainer, self._saver.poll())
         if self._mirroring is not None:
             self._hear(trainer, self._mirroring.poll())
+        self.save_seconds += time.perf_counter() - started
         if not self._due(trainer):
             return
         if trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
@@ -207,24 +214,39 @@ class Checkpointing(Checkpoint):
         """Save the end of the run, and make sure that it was this attempt's to save. A collective.
 
         Raises:
-            CheckpointError: it cannot be written, or a newer attempt has taken over.
+            CheckpointError: it cannot be written, its weights are not finite where that is guarded, or a newer attempt
+                has taken over.
         """
+        self._ending = True
         self.save_if_new(trainer)
         with raise_together():
             if trainer.is_global_zero:
                 guard(self._directory(), self.attempt)
+                if self._saved_step == trainer.global_step and self.newest is not None:
+                    self._pruning(self.newest, trainer.global_step)()  # what was kept to go back to
+        if self._saved_step != trainer.global_step:
+            raise SpoiltError(
+                f"the run ends at step {trainer.global_step} with weights that are not finite, and is not saved",
+                mend="start it again, with a lower learning rate or gradient clipping: it goes on from an older step",
+            )
 
     def save_if_new(self, trainer: pl.Trainer) -> None:
         """Commit the present step before this returns, unless a checkpoint of it exists, and copy it. A collective.
 
+        Weights that are not finite are not committed where that is guarded; that is told, and no error.
+
         Raises:
             CheckpointError: it cannot be written, whatever ``on_save_error`` says.
         """
+        started = time.perf_counter()
         self._settle(trainer, self._saver.wait())
+        self.save_seconds += time.perf_counter() - started
         if self._saved_step != trainer.global_step:
             self._save(trainer, value=None, background=False, must=True)
+        started = time.perf_counter()
         if self._wait_for_copies(trainer) and trainer.is_global_zero and self.newest is not None:
             self._pruning(self.newest, trainer.global_step)()  # what was kept only because it was being copied
+        self.save_seconds += time.perf_counter() - started
 
     def _wait_for_copies(self, trainer: pl.Trainer) -> bool:
         """Wait for the copies under way and due; says whether there were any. A collective."""
@@ -331,6 +353,7 @@ class Checkpointing(Checkpoint):
             attempt=self.attempt,
             metric=metric,
             done=self._pruning(path, step) if trainer.is_global_zero else None,
+            finite=trained_names(trainer.lightning_module) if self.guarded is not None else frozenset(),
         )
         try:
             trainer.save_checkpoint(path, weights_only=False, storage_options=request)
@@ -354,10 +377,11 @@ class Checkpointing(Checkpoint):
                 text = f"{outcome.path.name} is committed, {outcome.seconds:.2f} s after its save began"
                 self.log_event(outcome.global_step, "checkpoint", text)
             if self._mirroring is not None:
-                self._mirroring.offer(outcome.path, outcome.global_step, self._keep())
+                self._mirroring.offer(outcome.path, outcome.global_step, self._keep(outcome.global_step))
             return
         self._best, self._saved_step = self._best_before, -1
-        if must or outcome.fatal or self.on_save_error == "stop":
+        spoilt = isinstance(outcome.error, SpoiltError)
+        if not spoilt and (must or outcome.fatal or self.on_save_error == "stop"):
             raise outcome.error
         self._tell_error(trainer, f"no checkpoint of step {outcome.global_step}", outcome.error)
 
@@ -376,13 +400,15 @@ class Checkpointing(Checkpoint):
             print(f"disttrain: {text}", file=sys.stderr)
             self.tell(trainer.global_step, "save", text)
 
-    def _keep(self) -> Keep:
+    def _keep(self, step: int) -> Keep:
+        """What to keep at a step."""
         best = [name for _, _, name in self._best]
-        return Keep(self.keep_last, best, self.keep_every_steps, below_step=self.held_below())
+        keep = Keep(self.keep_last, best, self.keep_every_steps)
+        return keep if self.guarded is None or self._ending else self.guarded.widen(keep, step)
 
     def _pruning(self, new: Path, step: int) -> Callable[[], None]:
         """What deletes older checkpoints once the new one is committed; it knows what is best now, not later."""
-        keep = self._keep()
+        keep = self._keep(step)
         if self._mirroring is not None:
             keep = replace(keep, best=[*keep.best, *self._mirroring.needed])
         return partial(folder.prune, self._directory(), keep, self.attempt, new=new, step=step)
@@ -394,7 +420,3 @@ class Checkpointing(Checkpoint):
 
 def _say_nothing(step: int, kind: str, text: str) -> None:
     pass
-
-
-def _hold_nothing() -> int:
-    return 0

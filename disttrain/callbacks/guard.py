@@ -3,25 +3,29 @@
 Loss and gradient norm of a step are sums over all ranks, and where a threshold decides, the ranks take the maximum of
 their decisions: so all leave the update out together or none does. The step still counts, its schedule moves on, and
 its samples are listed under ``<run_dir>/skipped``. What is usual is the median over recent steps; a spike is a
-norm, or a loss, further above it than ``spikes`` robust deviations (1.4826 times the median absolute deviation).
+norm, or a loss, further above it than ``spikes`` robust deviations (:mod:`disttrain.callbacks.usual`).
 
 ``patience`` bad steps in a row say that the weights may be harmed already, by steps just before that passed for usual.
 The run then goes back to a checkpoint from before, trains again, and leaves out those batches and some before them
 (:mod:`disttrain.callbacks.streak`); what it does in between is the same to the bit. After ``rollbacks`` of these, it
-ends with one error.
+ends with one error. For that, a checkpoint older than the margin is kept whatever ``keep_last`` says, and none is
+committed whose weights are not finite.
+
+A :class:`~disttrain.tasks.base.Task` knows the loss over its global batch. Of any other module that Lightning
+optimizes, it is the mean of what ``training_step`` gave on all ranks. A module that optimizes by hand is not watched.
 
 Guarantee: which steps are left out does not depend on the layout, but for norms within rounding of the threshold; nor
 on kills, at whatever moment (:mod:`disttrain.callbacks.rollback`). Cost: the norm of the gradient, which is also
-logged, and with ``spikes`` one all-reduce of a number. On CUDA with a fused optimizer the device decides and nothing
-waits for it; other optimizers there wait once a step. The host looks at what happened every ten steps, before
-validations, and at the end of an epoch or run. ``16-mixed`` has its own rule and is left alone.
+logged, and one all-reduce of a number each with ``spikes`` and for a module that is no task. On CUDA with a fused
+optimizer the device decides and nothing waits for it; other optimizers there wait once a step. The host looks at what
+happened every ten steps, before validations, and at the end of an epoch or run. ``16-mixed`` has its own rule and is
+left alone.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any, Final
@@ -38,18 +42,18 @@ from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.find import find_callback
 from disttrain.callbacks.rollback import find_target, read_rollbacks, restore, write_rollbacks
 from disttrain.callbacks.run_record import RunRecord
-from disttrain.callbacks.streak import Rollback, Streak, merged, planned_steps, roll_back
+from disttrain.callbacks.streak import Guarded, Rollback, Streak, merged, planned_steps, roll_back
+from disttrain.callbacks.usual import Usual
 from disttrain.data.batches import KEY
 from disttrain.ending import EndingFitLoop, GoBack
 from disttrain.errors import ConfigError, DisttrainError
 from disttrain.parallel.agree import is_distributed, raise_together
+from disttrain.parallel.gradients import gradient_norm, ordered_gradient_norm
 from disttrain.parallel.ranks import data_ranks
 from disttrain.tasks.base import Task
 
 FOLDER: Final = "skipped"
 _LOOK_EVERY: Final = 10
-_NORMAL: Final = 1.4826
-"""The median absolute deviation of normal numbers, times this, is their standard deviation."""
 
 
 class UpdateGuard(Callback):
@@ -95,8 +99,8 @@ class UpdateGuard(Callback):
         """Those of the run so far."""
         self._planned: set[int] = set()  # steps that they leave out
         self._streak = Streak(patience)
-        self._recent = torch.full((2, window), math.nan, dtype=torch.float64)  # norms, losses
-        self._accepted = torch.zeros((), dtype=torch.int64)
+        self._usual = Usual(window)
+        self._loss: Tensor | None = None  # of this rank's micro batches up to now, of a module that is no task
         self._judged: tuple[Tensor, Tensor, Tensor] | None = None  # of the step under way: bad, loss, norm
         self._trainer: pl.Trainer | None = None
         self._found: list[tuple[int, int, float, float]] = []  # left out and not told yet: step, epoch, loss, norm
@@ -105,21 +109,43 @@ class UpdateGuard(Callback):
         self._fused: Optimizer | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Have the checkpoints kept that the run may have to go back to."""
+        """Have the checkpoints kept that the run may have to go back to.
+
+        Raises:
+            ConfigError: ``spikes`` are asked for where no step can be watched.
+        """
         checkpoints = find_callback(trainer, Checkpointing)
-        if checkpoints is not None and self.enabled:
-            checkpoints.held_below = self._streak_begins
+        if stage != "fit" or not self.enabled or not self._can_watch(trainer, pl_module):
+            return
+        if checkpoints is not None:
+            goes_back = self.max_rollbacks and isinstance(trainer.fit_loop, EndingFitLoop)
+            checkpoints.guarded = Guarded(self._streak_begins, self.margin if goes_back else None)
+
+    def _can_watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Whether updates can be left out here; says so where that may surprise."""
+        if trainer.precision == "16-mixed":
+            why, mend = "16-mixed leaves steps out by a rule of its own", "another trainer.precision"
+        elif not pl_module.automatic_optimization:
+            why = f"{type(pl_module).__name__} optimizes by hand (automatic_optimization is False)"
+            mend = "automatic optimization"
+            if trainer.is_global_zero and not self.spikes:
+                print(
+                    f"disttrain: the guard is off: {why}; losses that are not finite spoil the weights", file=sys.stderr
+                )
+        else:
+            return True
+        if self.spikes:
+            raise ConfigError(
+                f"guard.spikes is {self.spikes:g}, but {why}", mend=f"set guard.spikes to 0, or use {mend}"
+            )
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         """What is usual, how many were left out, and which are to be."""
         self._learn()  # a checkpoint may be taken before this callback's turn
         self._see()
-        oldest = int(self._accepted) % self.window
-        in_time = self._recent.roll(-oldest, dims=1).tolist()
-        norms, losses = ([value for value in row if not math.isnan(value)] for row in in_time)
         return {
-            "recent": norms,
-            "recent_losses": losses,
+            **self._usual.state(),
             "skipped": self.skipped,
             "streak": self._streak.state(),
             "rollbacks": [each.as_dict() for each in self.rollbacks],
@@ -127,11 +153,7 @@ class UpdateGuard(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint, of any layout."""
-        losses = state_dict.get("recent_losses", [])  # older checkpoints have none: what is usual is learned anew
-        recent = [state_dict["recent"][-self.window :] if losses else [], losses[-self.window :]]
-        self._recent.fill_(math.nan)
-        self._recent[:, : len(recent[0])] = torch.tensor(recent, dtype=torch.float64)
-        self._accepted.fill_(len(recent[0]))
+        self._usual.load(state_dict)
         self.skipped = int(state_dict["skipped"])
         self._streak.clear()
         if "streak" in state_dict:  # older checkpoints have none
@@ -139,22 +161,45 @@ class UpdateGuard(Callback):
         self._plan([Rollback(**entry) for entry in state_dict.get("rollbacks", [])])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Watch a task's updates; know the rollbacks that the checkpoint does not know of. A collective."""
-        if not self.enabled or trainer.precision == "16-mixed" or not isinstance(pl_module, Task):
+        """Watch the updates; know the rollbacks that the checkpoint does not know of. A collective."""
+        if not self.enabled or trainer.precision == "16-mixed" or not pl_module.automatic_optimization:
             return
         recorded: list[Rollback] = []
         with raise_together():
             if trainer.is_global_zero:
                 recorded = read_rollbacks(_folder(trainer))
         self._plan(trainer.strategy.broadcast(recorded))
-        self._trainer, pl_module.judge = trainer, self._judge
+        self._trainer = trainer
+        if isinstance(pl_module, Task):
+            pl_module.judge = self._judge
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Remember the samples of a step until the next look."""
-        if isinstance(pl_module, Task) and pl_module.judge is not None and data_ranks(trainer).leads:
+        if self._trainer is not None and isinstance(batch, dict) and data_ranks(trainer).leads:
             self._keys.setdefault(trainer.global_step + 1, []).extend(batch.get(KEY, []))
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Add up the loss of a module that does not do so itself."""
+        if self._trainer is not None and not isinstance(pl_module, Task):
+            loss = loss.detach().double()
+            self._loss = loss if self._loss is None else self._loss + loss
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Judge the step of a module that does not say when it is to be judged. A collective."""
+        if self._trainer is None or isinstance(pl_module, Task):
+            return
+        loss, self._loss = self._loss, None
+        if loss is None:  # its training_step left the micro batches of this rank out
+            loss = torch.zeros((), dtype=torch.float64, device=pl_module.device)
+        if is_distributed():
+            dist.all_reduce(loss)
+            loss = loss / dist.get_world_size()
+        ordered = getattr(trainer.strategy, "reduction", "fast") == "tree"
+        self._judge(optimizer, loss, (ordered_gradient_norm if ordered else gradient_norm)(pl_module.parameters()))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -171,12 +216,12 @@ class UpdateGuard(Callback):
 
     def on_step_thrown_away(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget a step that was not done."""
-        self._judged = None
+        self._judged = self._loss = None
         self._keys.pop(trainer.global_step + 1, None)
 
     def on_roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget what was learned since; the checkpoint that is loaded next says what is usual."""
-        self._judged = None
+        self._judged = self._loss = None
         self._unseen.clear()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -186,21 +231,18 @@ class UpdateGuard(Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Watch no more."""
-        if self._trainer is not None and isinstance(pl_module, Task):
-            self._trainer = pl_module.judge = None
+        self._trainer = None
+        if isinstance(pl_module, Task):
+            pl_module.judge = None
 
     def _judge(self, optimizer: Optimizer, loss: Tensor, norm: Tensor) -> None:
         """Leave out the update of this step, if it would do harm. Called when its gradient is complete."""
         assert self._trainer is not None
         on_device = norm.is_cuda
         norm = norm.to(loss.device)  # that of offloaded gradients is on the CPU
-        self._recent, self._accepted = self._recent.to(loss.device), self._accepted.to(loss.device)
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         if self.spikes:
-            usual = self._recent.nanmedian(dim=1).values
-            spread = (self._recent - usual[:, None]).abs().nanmedian(dim=1).values * _NORMAL
-            above = torch.stack((norm.double(), loss.double())) > usual + self.spikes * spread
-            bad |= above.any() & (self._accepted >= self.window // 4)
+            bad |= self._usual.is_spike(norm, loss, deviations=self.spikes)
             if is_distributed():  # the norms of ranks may differ in the last bit
                 agreed = bad.float()
                 dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
@@ -224,9 +266,7 @@ class UpdateGuard(Callback):
         if self._fused is not None:
             del self._fused.found_inf  # type: ignore[attr-defined]
             self._fused = None
-        here = torch.arange(self.window, device=norm.device) == self._accepted % self.window
-        self._recent = torch.where(here & ~bad, torch.stack((norm, loss))[:, None], self._recent)
-        self._accepted = self._accepted + ~bad
+        self._usual.add(norm, loss, but=bad)
         place = (self._trainer.global_step, self._trainer.current_epoch)
         self._unseen.append((*place, torch.stack((bad.double(), loss, norm))))
 

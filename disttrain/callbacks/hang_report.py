@@ -30,13 +30,17 @@ def make_report(run_dir: Path, folder: Path, size: int, timeout: float) -> str:
         ranks[int(told["rank"])] = told
     step = max(told["step"] for told in ranks.values())
     summary = summarize(ranks, size)
+    stages = {told["doing"] for told in ranks.values()}
+    stage = f" ({stages.pop()})" if len(stages) == 1 else ""
     head = (
-        f"the run hangs at step {step}: no step or batch for {timeout:g} s. {summary}; {folder / REPORT} has the stacks"
+        f"the run hangs at step {step}{stage}: no step or batch for {timeout:g} s. {summary};"
+        f" {folder / REPORT} has the stacks"
     )
     parts = [head]
     for rank, told in ranks.items():
         parts.append(
-            f"rank {rank} on {told['host']} (process {told['pid']}), {told['doing']} {told['step']}: {told['place']}"
+            f"rank {rank} on {told['host']} (process {told['pid']}), {told['doing']}, step {told['step']}:"
+            f" {told['place']}"
         )
         if told["collectives"]:
             parts.append("\n".join(["its last collectives:", *told["collectives"]]))
@@ -60,8 +64,11 @@ def summarize(ranks: dict[int, dict[str, Any]], size: int) -> str:
     return "; ".join(f"{_named(members, hosts if several else {})} {place}" for place, members in suspects)
 
 
-def _waits(place: str) -> bool:
-    return place.startswith("waits for the other ranks") or "gradients are reduced" in place
+def _waits(place: str) -> int:
+    """How surely it is the others that are waited for: a collective of the user's own may be in no other's program."""
+    if "waits for the other ranks" not in place and "gradients are reduced" not in place:
+        return 0
+    return 1 if "called by user code" in place else 2
 
 
 def _named(ranks: list[int], hosts: dict[int, str]) -> str:

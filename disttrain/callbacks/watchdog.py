@@ -1,11 +1,15 @@
 """A watchdog on every rank: a run that hangs says where each rank is, and ends so that its launcher restarts it.
 
-Steps and batches count up a number; a thread looks at it. If it stands still for ``hang_timeout``, the rank writes
-where it is and all its Python stacks to ``<run_dir>/hangs/<attempt>/rank-00003.json``. The other ranks see that
-folder and do the same; the lowest of them makes one report of all, notes it in ``run.json`` and prints it. Then all
-end with exit code 76. Nothing of it is a collective. Time during which the whole process was stopped does not
-count. A rank whose thread cannot run, since code of C holds Python's lock, prints its stacks to standard error. Cost:
-one addition a batch, and one look at the run's folder every few seconds.
+Steps, batches and the hooks around them count up a number, and so does what takes long beside them
+(:mod:`disttrain.beats`): saving, copying, verifying, fetching. A thread looks at both, from the set-up on. If they
+stand still for ``hang_timeout``, the rank writes where it is and all its Python stacks to
+``<run_dir>/hangs/<attempt>/rank-00003.json``. The other ranks see that folder and do the same; the lowest of them makes
+one report of all, notes it in ``run.json`` and prints it. Then all end with exit code 76. Nothing of it is a
+collective: a rank that works while the others wait for it, without a step, touches ``<run_dir>/hangs/<attempt>.works``.
+
+Time during which the whole process was stopped does not count. A rank whose thread cannot run, since code of C holds
+Python's lock, prints its stacks to standard error. Cost: one addition a batch, and one look at the run's folder every
+few seconds.
 """
 
 from __future__ import annotations
@@ -16,13 +20,15 @@ import os
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from disttrain.beats import beats
 from disttrain.callbacks.hang_report import FOLDER, REPORT, make_report
 from disttrain.durations import parse_duration
 from disttrain.endings import note_ending
@@ -33,6 +39,9 @@ from disttrain.world import World, detect_world
 _LOOKS: Final = 20  # within the time limit
 _MOST_SECONDS: Final = 10.0  # between two looks
 _GRACE_SECONDS: Final = 15.0  # for the other ranks' files
+_WORKS: Final = ".works"
+_ENTRIES: Final = 5  # of the flight recorders
+_SHARE: Final = 0.25  # of the time limit without a step, after which a rank that works says so to the others
 
 
 class Watchdog(Callback):
@@ -40,7 +49,8 @@ class Watchdog(Callback):
 
     Args:
         run_dir: the run's folder, which all ranks see.
-        hang_timeout: duration, such as ``25m``, without any step or batch; ``0`` watches nothing.
+        hang_timeout: duration, such as ``25m``, without any step, batch or other progress, from the set-up on; ``0``
+            watches nothing.
     """
 
     def __init__(self, run_dir: Path, *, hang_timeout: str = "25m") -> None:
@@ -51,11 +61,49 @@ class Watchdog(Callback):
         self._attempt = ""
         self._ended: threading.Event | None = None
         self._thread: threading.Thread | None = None
+        self._arming = threading.Lock()
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Agree on the name of the attempt's folder. A collective."""
+    def begin(self, trainer: pl.Trainer, doing: str) -> None:
+        """Watch from here on, and agree on the name of the attempt's folder. A collective, once the ranks have joined.
+
+        Args:
+            trainer: its callbacks include this one.
+            doing: what the run does now.
+        """
         if self._timeout:
             self._attempt = trainer.strategy.broadcast(f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+            self._beat(trainer, doing)
+
+    @contextmanager
+    def watching(self, trainer: pl.Trainer, doing: str) -> Iterator[None]:
+        """Watch what is done here, where the trainer's hooks do not say when it is over. A collective."""
+        self.begin(trainer, doing)
+        try:
+            yield
+        except BaseException as error:
+            self.on_exception(trainer, trainer.lightning_module, error)
+            raise
+        self._rest()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """The data are set up."""
+        self._beat(trainer, "set-up")
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The model is where it is to be; a checkpoint is loaded next."""
+        self._beat(trainer, "set-up")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The set-up is over."""
+        self._beat(trainer, "start of training")
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The first micro batch of an epoch is waited for."""
+        self._beat(trainer, "first batch of the epoch")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The last save, copies and the end of the run follow."""
+        self._beat(trainer, "end of training")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Watch no more."""
@@ -87,54 +135,90 @@ class Watchdog(Callback):
         """A validation is over."""
         self._beat(trainer, "after validation")
 
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A test begins."""
+        self._beat(trainer, "test")
+
     def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """A batch is done."""
         self._beat(trainer, "test")
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A prediction begins."""
+        self._beat(trainer, "prediction")
 
     def on_predict_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """A batch is done."""
         self._beat(trainer, "prediction")
 
     def _beat(self, trainer: pl.Trainer, doing: str) -> None:
-        if not self._timeout:
+        if not self._attempt:
             return
         self._beats, self._step, self._doing = self._beats + 1, trainer.global_step, doing
         if self._ended is None:
             self._ended = threading.Event()
             arguments = (self._ended, detect_world())
-            self._arm()  # Python's lock may be held before the thread has had its first turn
+            self._arm(self._ended)  # Python's lock may be held before the thread has had its first turn
             name = "disttrain-watchdog"
             self._thread = threading.Thread(target=self._watch, args=arguments, name=name, daemon=True)
             self._thread.start()
 
     def _rest(self) -> None:
-        if self._ended is not None:
+        if self._ended is None:
+            return
+        with self._arming:
             self._ended.set()
-            self._ended = self._thread = None
+            faulthandler.cancel_dump_traceback_later()
+        self._ended = self._thread = None
+        with suppress(OSError):  # where there is none, or another rank has removed it
+            self._works().unlink()
+            self._works().parent.rmdir()
 
     def _folder(self) -> Path:
         return self.run_dir / FOLDER / self._attempt
 
+    def _works(self) -> Path:
+        return self.run_dir / FOLDER / f"{self._attempt}{_WORKS}"
+
     def _watch(self, ended: threading.Event, world: World) -> None:
         folder = self._folder()
-        seen, quiet, looked = self._beats, 0.0, time.monotonic()
+        seen, worked, told = self._beats, beats(), self._last_told()
+        quiet, still, looked = 0.0, 0.0, time.monotonic()  # seconds without anything, and without a step or batch
         while not ended.wait(self._interval):
             now = time.monotonic()
             # Of a longer gap than between two looks, the process was stopped; only what it was awake for counts.
-            quiet += min(now - looked, 2 * self._interval)
-            looked = now
+            passed = min(now - looked, 2 * self._interval)
+            quiet, still, looked = quiet + passed, still + passed, now
             if self._beats != seen:
-                seen, quiet = self._beats, 0.0
+                seen, quiet, still = self._beats, 0.0, 0.0
+            if beats() != worked:
+                worked, quiet = beats(), 0.0
+                if still >= _SHARE * self._timeout:
+                    self._tell_work()
+            elif quiet >= _SHARE * self._timeout and (told_now := self._last_told()) != told:
+                told, quiet = told_now, 0.0  # another rank does what this one waits for
             if quiet >= self._timeout or folder.exists():
                 self._end(folder, world, quiet)
-            self._arm()
-        faulthandler.cancel_dump_traceback_later()
+            self._arm(ended)
 
-    def _arm(self) -> None:
+    def _arm(self, ended: threading.Event) -> None:
         """Have the stacks printed from C, should the watching thread not come round to put that off."""
-        with suppress(OSError):  # standard error may be gone
-            # It prints and no more: it also fires when a process goes on that was stopped for long.
-            faulthandler.dump_traceback_later(self._timeout + 2 * self._interval, exit=False, file=2)
+        with self._arming, suppress(OSError):  # standard error may be gone
+            if not ended.is_set():
+                # It prints and no more: it also fires when a process goes on that was stopped for long.
+                faulthandler.dump_traceback_later(self._timeout + 2 * self._interval, exit=False, file=2)
+
+    def _tell_work(self) -> None:
+        """Let the other ranks see that this one works."""
+        with suppress(OSError):  # a full disk: they see no more of it than before
+            self._works().parent.mkdir(parents=True, exist_ok=True)
+            self._works().write_text(f"{time.time()}\n")
+
+    def _last_told(self) -> tuple[int, str]:
+        """When a rank last said that it works, and what; only whether that has changed is looked at."""
+        with suppress(OSError):
+            return self._works().stat().st_mtime_ns, self._works().read_text()
+        return 0, ""
 
     def _end(self, folder: Path, world: World, quiet: float) -> None:
         """Tell where this rank is, see to it that there is a report, and end the process."""
@@ -172,14 +256,25 @@ class Watchdog(Callback):
 
 
 def _last_collectives() -> list[str]:
-    """The last entries of PyTorch's flight recorder, where it records (``TORCH_FR_BUFFER_SIZE``)."""
-    try:
-        import torch._C._distributed_c10d as c10d
+    """The last entries of PyTorch's flight recorders, where they record (``TORCH_FR_BUFFER_SIZE``)."""
+    import torch._C._distributed_c10d as c10d
 
-        dump: Any = getattr(c10d, "_dump_fr_trace_json")  # noqa: B009
-        entries = json.loads(dump(True, False)).get("entries", [])[-5:]
-    except Exception:  # it exists in some versions and builds only
-        return []
+    dumps = []
+    for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):  # gloo's; and NCCL's, which has one of its own
+        with suppress(Exception):  # each exists in some versions and builds only
+            dumps.append(json.loads(getattr(c10d, name)(True, False)))
+    return last_entries(dumps)
+
+
+def last_entries(dumps: list[dict[str, Any]]) -> list[str]:
+    """The newest entries of flight recorders, the newest last, a line each.
+
+    Args:
+        dumps: what each recorder holds, as PyTorch gives it.
+    """
+    # By what they are, since a build may give one recorder under both names.
+    found = {json.dumps(entry, sort_keys=True): entry for dump in dumps for entry in dump.get("entries", [])}
+    entries = sorted(found.values(), key=lambda entry: entry.get("time_created_ns", 0))[-_ENTRIES:]
     names = ("collective_seq_id", "profiling_name", "input_sizes", "state")
     return [
         " ".join([*(str(entry.get(name)) for name in names), "in group", *map(str, entry.get("process_group", []))])

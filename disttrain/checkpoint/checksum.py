@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from disttrain.beats import beat
+
 KIND: Final = "crc32"
 _CHUNK_BYTES: Final = 4 << 20
 
@@ -45,6 +47,7 @@ def sum_of(path: Path) -> Sum:
         buffer = memoryview(bytearray(_CHUNK_BYTES))
         while count := file.readinto(buffer):
             crc, size = zlib.crc32(buffer[:count], crc), size + count
+            beat()
     return Sum(size, f"{crc:08x}")
 
 
@@ -97,6 +100,7 @@ class SummedFile(io.RawIOBase):
             raise
         self.crc = zlib.crc32(view, self.crc)
         self.num_bytes += view.nbytes
+        beat()
         return view.nbytes
 
     def tell(self) -> int:

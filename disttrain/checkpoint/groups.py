@@ -51,3 +51,8 @@ def parameters_by_name(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters by the names that checkpoints use; a tied one once for each of its names."""
     for name, parameter in module.named_parameters(remove_duplicate=False):
         yield name.replace("_orig_mod.", ""), parameter  # as torch.compile wraps a submodule
+
+
+def trained_names(module: nn.Module) -> frozenset[str]:
+    """The dotted names, in a checkpoint, of the weights that training moves; buffers may well hold infinities."""
+    return frozenset(f"model.{name}" for name, value in parameters_by_name(module) if value.requires_grad)

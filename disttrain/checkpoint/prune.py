@@ -18,20 +18,28 @@ class Keep:
         best: names of directories to keep whatever their age.
         every_steps: keep those whose step is a multiple, for good.
         below_step: keep those of earlier steps than this: the run may have to go back to one.
+        before_step: keep the newest of those of earlier steps than this, and the oldest of the others, which follows it
+            in this when the run has gone on: it may yet have to go back. 0 keeps none for that.
     """
 
     last: int = 1
     best: Collection[str] = ()
     every_steps: int | None = None
     below_step: int = 0
+    before_step: int = 0
 
     def superfluous(self, found: Sequence[Committed]) -> list[Committed]:
         """Those of ``found``, oldest first, that need not be kept."""
+        held = []
+        if self.before_step:
+            older = [entry for entry in found if entry.global_step < self.before_step]
+            held = [*older[-1:], *found[len(older) : len(older) + 1]]
         return [
             entry
             for entry in found[: max(0, len(found) - self.last)]
             if entry.path.name not in self.best
             and entry.global_step >= self.below_step
+            and entry not in held
             and not (self.every_steps and entry.global_step % self.every_steps == 0)
         ]
 

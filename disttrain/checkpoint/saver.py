@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -88,6 +89,7 @@ class Saver:
         self._group: dist.ProcessGroup | None = None
         self._flight: _Flight | None = None
         self._boundary = 0
+        self._doing: threading.Thread | None = None
 
     @property
     def busy(self) -> bool:
@@ -110,9 +112,12 @@ class Saver:
         Args:
             job: what to do; in the background, a checkpoint's tensors are staged ones.
             background: return at once.
-            done: called after the commit, by the same thread; it must not fail.
+            done: called after the commit, by the same thread, once the ranks have agreed: what it does, such as
+                deleting older checkpoints, holds up none of them but for the next save. It must not fail, but for
+                being fenced off, which the next save finds out.
         """
         assert self._flight is None, "a save is under way"
+        self._finish_done()
         flight = _Flight(job, done)
         if self._group is None and dist.is_available() and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")
@@ -141,6 +146,7 @@ class Saver:
         """Wait for the save; None where there is none, or where it takes longer than the limit."""
         flight = self._flight
         if flight is None:
+            self._finish_done(timeout_seconds)
             return None
         if flight.thread is not None:
             flight.thread.join(timeout_seconds)
@@ -148,8 +154,14 @@ class Saver:
                 return None
         return self._take(flight)
 
+    def _finish_done(self, timeout_seconds: float | None = None) -> None:
+        """Wait for what is done after the commit of a save whose outcome was told."""
+        if self._doing is not None:
+            self._doing.join(timeout_seconds)
+            self._doing = self._doing if self._doing.is_alive() else None
+
     def _take(self, flight: _Flight) -> Outcome:
-        self._flight = None
+        self._flight, self._doing = None, flight.thread
         job = flight.job
         return Outcome(job.final, job.about.global_step, flight.error, flight.fatal, flight.seconds)
 
@@ -157,8 +169,6 @@ class Saver:
         started = time.perf_counter()
         try:
             flight.job.run(self._group)
-            if flight.done is not None:
-                flight.done()
         except BaseException as error:
             flight.error = error
         flight.seconds = time.perf_counter() - started
@@ -174,6 +184,9 @@ class Saver:
         with flight.changed:
             flight.state = "decided"
             flight.changed.notify_all()
+        if flight.error is None and flight.done is not None:
+            with suppress(FencedError):
+                flight.done()
 
     def _gather(self, own: tuple[int, bool]) -> list[Any]:
         if self._group is None:
@@ -192,7 +205,8 @@ class SaveRequest:
         background: let training go on meanwhile.
         attempt: who may publish it.
         metric: the monitored metric of this step.
-        done: called by the writing thread after the commit.
+        done: called by the writing thread after the commit, on which no rank waits.
+        finite: dotted names of tensors that must hold finite numbers alone.
     """
 
     saver: Saver
@@ -200,6 +214,7 @@ class SaveRequest:
     attempt: Attempt | None = None
     metric: Metric | None = None
     done: Callable[[], None] | None = None
+    finite: frozenset[str] = frozenset()
 
     def begin(self, final: Path, *, tensors: Tensors, meta: dict[str, Any], about: About) -> None:
         """Take the state as it is now, and write it. A collective.
@@ -222,5 +237,5 @@ class SaveRequest:
                 packed = pack_meta(meta)
         about = replace(about, metric=self.metric, run=self.attempt.run if self.attempt else "")
         about = replace(about, attempt=self.attempt.number if self.attempt else 0)
-        job = Job(final, own, packed, about, self.attempt)
+        job = Job(final, own, packed, about, self.attempt, self.finite)
         self.saver.begin(job, background=self.background, done=self.done)

@@ -40,6 +40,10 @@ _TENSOR_OVERHEAD_BYTES = 1500
 """What the format adds to a tensor: a zip archive of its own, and an entry of the index."""
 
 
+class SpoiltError(CheckpointError):
+    """Weights that are not finite, of which no checkpoint is made. The same on all ranks."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A checkpoint to write: what one rank gives to it.
@@ -50,6 +54,7 @@ class Job:
         meta: everything else, serialized; None but on rank 0.
         about: what the marker says.
         attempt: who may publish it; None where nobody else could.
+        finite: dotted names of tensors that must hold finite numbers alone.
     """
 
     final: Path
@@ -57,6 +62,7 @@ class Job:
     meta: bytes | None
     about: About
     attempt: Attempt | None = None
+    finite: frozenset[str] = frozenset()
 
     @property
     def temporary(self) -> Path:
@@ -69,6 +75,7 @@ class Job:
 
         Raises:
             FencedError: a newer attempt has begun. Other ranks raise a ``RankError``.
+            SpoiltError: a tensor is not finite that has to be; on all ranks, and nothing is written.
             CheckpointError: a file cannot be written. Earlier checkpoints are untouched. Ranks that did not fail
                 raise a ``RankError``.
         """
@@ -85,7 +92,13 @@ class Job:
 
     def _write(self, group: dist.ProcessGroup | None, lead: bool) -> None:
         directory, sums = self.final.parent, Sums()
-        num_bytes = sum(_gather(_own_bytes(self.tensors), group)) + len(self.meta or b"")
+        told = _gather((_own_bytes(self.tensors), _first_spoilt(self.tensors, self.finite)), group)
+        num_bytes = sum(own for own, _ in told) + len(self.meta or b"")
+        if spoilt := next((name for _, name in told if name), ""):
+            raise SpoiltError(
+                f"its weights are not finite ({spoilt.removeprefix('model.')})",
+                mend="use a lower learning rate or gradient clipping; guard.enabled: false saves such weights too",
+            )
         with raise_together(group), file_errors(self.temporary, sums):
             if lead:
                 guard(directory, self.attempt)
@@ -230,6 +243,19 @@ def _check_space(directory: Path, num_bytes: int) -> None:
 
 def _own_bytes(tensors: Tensors) -> int:
     return round(sum(_bytes_of(tensor) + _TENSOR_OVERHEAD_BYTES for _, tensor in leaves(tensors)))
+
+
+def _first_spoilt(tensors: Tensors, names: frozenset[str]) -> str:
+    """The first of these tensors, of those that are here, that holds a number that is not finite; or an empty text."""
+    for name, tensor in leaves(tensors):
+        if name in names:
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if local.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+                continue
+            # Both ends are not a number where any element is not; and no copy of the tensor is made.
+            if local.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(local.detach())):
+                return name
+    return ""
 
 
 def _bytes_of(tensor: torch.Tensor) -> float:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from disttrain.beats import beat
 from disttrain.data.index import Shard, parse_manifest
 from disttrain.data.remote import RemoteFile, is_remote
 from disttrain.data.remote_index import REQUESTS_AT_ONCE, describe_remote, kept_md5, remote_md5
@@ -72,6 +73,8 @@ def index_shards(
             return _remote(path, anew=anew) if is_remote(path) else _local(path, anew=anew)
         except ShardError as error:
             return error
+        finally:
+            beat()
 
     are_local = len(local) == len(paths)
     threads = 8 if are_local else REQUESTS_AT_ONCE

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
+from disttrain.beats import beat
 from disttrain.data import transport
 from disttrain.data.remote import DEFAULT_RETRY, RemoteError, RemoteFile, RetryConfig, try_again
 
@@ -86,6 +87,7 @@ class ObjectFolder:
         """
         url = self.at(name)
         self._try(url, lambda: transport.upload(str(path), url, self.retry.timeout_seconds))
+        beat()
 
     def remove(self, names: Iterable[str]) -> None:
         """Delete objects, several at once; those that are gone already are no error.
@@ -101,6 +103,7 @@ class ObjectFolder:
             except RemoteError as error:
                 if error.status != 404:
                     raise
+            beat()
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(one, names))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
+from disttrain.beats import beat
 from disttrain.data.transport import AttemptError, NoLibraryError, describe, fetch, tells_state
 from disttrain.errors import ConfigError, ShardError
 
@@ -118,7 +119,9 @@ class RemoteFile:
             RemoteError: they cannot be read.
         """
         stop = min(offset + length, self.size)
-        return self._try(lambda: self._read(offset, stop)) if stop > offset else b""
+        data = self._try(lambda: self._read(offset, stop)) if stop > offset else b""
+        beat()
+        return data
 
     def confirm(self) -> None:
         """Ask whether the file is still the one whose size and version are known here.

@@ -18,6 +18,8 @@ from functools import lru_cache, partial
 from threading import Lock
 from typing import Any, Final
 
+from disttrain.beats import beat
+
 _HTTP: Final = ("http", "https")
 _S3: Final = ("s3", "s3a")
 _GCS: Final = ("gs", "gcs")
@@ -140,7 +142,11 @@ def upload(path: str, url: str, timeout: float) -> None:
     """
     with open(path, "rb"):
         pass  # a local error must not look like a server's
-    _call(url, "put_file", timeout, before=(path,))
+    from fsspec.callbacks import Callback
+
+    # It is told of every part that has gone.
+    progress = Callback(hooks={"beat": lambda *_, **__: beat()})
+    _call(url, "put_file", timeout, before=(path,), callback=progress)
 
 
 def remove(url: str, timeout: float) -> None:

@@ -97,6 +97,38 @@ def test_all_ranks_hear_of_a_save_at_the_same_boundary(tmp_path: Path) -> None:
         assert all(bool((value == entry.global_step).all()) for value in model.values())
 
 
+def prune_slowly(directory: str) -> None:
+    """Rank 0 deletes older checkpoints for as long as the ranks train on; none of them waits for it."""
+    join_ranks()
+    saver, deleting, over = Saver(), Gate(), Gate()
+
+    def prune() -> None:
+        deleting.open()
+        over.wait()
+        print("pruned", flush=True)
+
+    request = SaveRequest(saver, background=True, done=prune if dist.get_rank() == 0 else None)
+    request.begin(Path(directory) / "step-00000001", tensors=tensors(1.0), meta={}, about=About(1))
+    outcome = None
+    while outcome is None:  # each a step, with a collective of training's
+        outcome = saver.poll()
+        dist.barrier()
+    assert outcome.error is None, outcome.error
+    assert not saver.busy
+    print("told", flush=True)
+    if dist.get_rank() == 0:
+        deleting.wait()
+    over.open()
+    assert saver.wait() is None
+    begin(saver, Path(directory), 2, tensors(2.0), background=False)
+    print("saved", flush=True)
+
+
+def test_no_rank_waits_for_the_deletion_of_older_checkpoints(tmp_path: Path) -> None:
+    outcome = run_ranks(2, prune_slowly, str(tmp_path / "checkpoints"), folder=tmp_path / "logs").ok()
+    assert outcome.outputs == ["told\npruned\nsaved\n", "told\nsaved\n"]
+
+
 def read_one(path: Path) -> dict[str, torch.Tensor]:
     import warnings
 

@@ -85,6 +85,29 @@ def test_all_ranks_leave_out_the_same_updates(poisoned: Path, tmp_path: Path) ->
         assert not differing(weights[0], other)
 
 
+@pytest.mark.parametrize("parallel", ["{}", pytest.param("{strategy: fsdp}", marks=pytest.mark.slow)])
+def test_a_module_that_is_no_task_is_watched_too(poisoned: Path, tmp_path: Path, parallel: str) -> None:
+    module = ("--model", "tests.support.tasks.PlainFeatures", "--trainer.gradient_clip_norm", "5")
+    fit(tmp_path / "run", poisoned, 2, parallel, *SPIKES, *module).ok()
+    found = skipped(tmp_path / "run")
+    keys = {key: step for step, line in found.items() for key in line["keys"]}
+    assert sorted(found) == sorted({keys["s077"], keys[f"s{LARGE}"]})
+    assert all(len(line["keys"]) == GLOBAL for line in found.values())
+    assert found[keys["s077"]]["loss"] == "nan"
+    assert float(found[keys[f"s{LARGE}"]]["grad_norm"]) > 100
+    assert all(bool(value.isfinite().all()) for value in final_weights(tmp_path / "run").values())
+
+
+def test_a_module_that_optimizes_by_hand_is_not_and_is_told_so(poisoned: Path, tmp_path: Path) -> None:
+    module = ("--model", "tests.support.tasks.PlainFeatures", "--model.by_hand", "true")
+    refused = fit(tmp_path / "refused", poisoned, 1, "{}", *SPIKES, *module)
+    assert refused.codes == [2], refused.text
+    assert "guard.spikes is 20, but PlainFeatures optimizes by hand" in refused.text
+    assert "mend: set guard.spikes to 0, or use automatic optimization" in refused.text
+    text = fit(tmp_path / "run", poisoned, 1, "{}", *module, "--data.micro_batch_size", "16").ok().text
+    assert text.count("the guard is off: PlainFeatures optimizes by hand (automatic_optimization is False)") == 1
+
+
 def test_a_spike_of_the_loss_alone_is_one(poisoned: Path, tmp_path: Path) -> None:
     task = ("--model", "tests.support.tasks.LossSpikeTask")
     fit(tmp_path / "run", poisoned, 2, "{}", *SPIKES, *task).ok()

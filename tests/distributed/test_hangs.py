@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from disttrain.callbacks.watchdog import last_entries
 from disttrain.runs import read_run
 from tests.support.preemption import fit
 from tests.support.ranks import Outcome
@@ -33,7 +34,7 @@ def assert_reported(
     assert outcome.text.count(f"disttrain: the run hangs at step {event['step']}") == 1, outcome.text
     report = next((run_dir / "hangs").glob("*/report.txt"))
     text = report.read_text()
-    assert f"no step or batch for 4 s. {suspect}" in text, text.splitlines()[0]
+    assert f": no step or batch for 4 s. {suspect}" in text, text.splitlines()[0]
     assert event["text"].startswith(suspect)
     assert read_run(run_dir)["attempts"][-1]["stop_reason"] == "hung"
     assert "thread MainThread" in text
@@ -54,8 +55,24 @@ def test_user_code_in_a_loop(digits: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_an_extra_collective(digits: Path, tmp_path: Path) -> None:
     outcome = hang(tmp_path / "run", digits, *at("collective"))
-    text = assert_reported(outcome, tmp_path / "run", "rank")
-    assert "rank 1 waits for the other ranks in barrier, called by user code support/callbacks.py:" in text
+    suspect = "rank 1 waits for the other ranks in barrier, called by user code support/callbacks.py:"
+    assert_reported(outcome, tmp_path / "run", suspect)
+
+
+def test_the_first_sample_never_comes(digits: Path, tmp_path: Path) -> None:
+    stuck = "--data.hooks.transform=tests.support.hooks.Stuck"
+    outcome = hang(tmp_path / "run", digits, stuck, "--data.hooks.transform.init_args.after=1")
+    text = assert_reported(outcome, tmp_path / "run", "rank 1 is in the reader, shard", step=0)
+    assert "in user code support/hooks.py:" in text.splitlines()[0]
+    assert "rank 1 on " in text
+    assert ", first batch of the epoch, step 0: is in the reader" in text
+
+
+@pytest.mark.slow
+def test_training_never_starts(digits: Path, tmp_path: Path) -> None:
+    outcome = hang(tmp_path / "run", digits, *at("start"))
+    suspect = "rank 1 is in user code support/callbacks.py:"
+    assert "(on_train_start)" in assert_reported(outcome, tmp_path / "run", suspect, step=0).splitlines()[0]
 
 
 @pytest.mark.slow
@@ -73,3 +90,44 @@ def test_a_reader_that_is_stuck(digits: Path, tmp_path: Path, threads: int) -> N
     outcome = hang(tmp_path / "run", digits, *blocked)
     text = assert_reported(outcome, tmp_path / "run", "rank 1 is in the reader, shard", step=None)
     assert "in user code support/hooks.py:" in text.splitlines()[0]
+
+
+@pytest.mark.slow
+def test_a_copy_that_takes_longer_than_the_limit_is_no_hang(digits: Path, tmp_path: Path) -> None:
+    """Rank 1 uploads its files of the last checkpoint for longer than the limit; rank 0 only waits for it."""
+    name = "--trainer.callbacks"
+    slow = (f"{name}+=tests.support.callbacks.SlowCopy", f"{name}.seconds=2.5", f"{name}.rank=1")
+    copies = (
+        "--checkpoint.mirror.url",
+        (tmp_path / "copies").as_uri(),
+        "--checkpoint.every_steps=50",
+        "--checkpoint.keep_best=0",
+    )
+    hang(tmp_path / "run", digits, *copies, *slow).ok()
+    assert read_run(tmp_path / "run")["status"] == "completed"
+    assert len(list((tmp_path / "copies").glob("*/COMMITTED"))) == 1
+    assert not (tmp_path / "run" / "hangs").exists(), "what was told of the copy was left"
+
+
+def test_the_newest_entries_of_all_flight_recorders_are_told() -> None:
+    """As PyTorch gives them: gloo's recorder, and NCCL's, whose entries have fields of their own."""
+
+    def entry(at: int, what: str) -> dict[str, object]:
+        return {
+            "time_created_ns": at,
+            "collective_seq_id": at,
+            "profiling_name": what,
+            "input_sizes": [[4]],
+            "state": "scheduled",
+            "process_group": ["0", "default_pg"],
+        }
+
+    host = {"entries": [entry(at, "gloo:all_reduce") for at in (1, 2, 3, 4, 5, 9)]}
+    device = {"version": "2.10", "entries": [{**entry(at, "nccl:broadcast"), "duration_ms": 1} for at in (6, 7, 8)]}
+    told = last_entries([host, device, host, {}])
+    assert [line.split()[:2] for line in told] == [
+        ["5", "gloo:all_reduce"],
+        *(["678"[place], "nccl:broadcast"] for place in range(3)),
+        ["9", "gloo:all_reduce"],
+    ]
+    assert told[-1] == "9 gloo:all_reduce [[4]] scheduled in group 0 default_pg"

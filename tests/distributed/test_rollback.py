@@ -197,6 +197,29 @@ def test_the_checkpoint_to_go_back_to_is_kept_while_a_streak_lasts(poisoned: Pat
     assert [entry.global_step for entry in committed(tmp_path / "run" / "checkpoints")[0]] == [STEPS]
 
 
+def test_harm_in_the_step_of_a_save_is_not_saved(tmp_path: Path) -> None:
+    """With one checkpoint kept, that of step 12 would have been the only one, and nothing left to go back to."""
+    run_dir, data = tmp_path / "run", write_data(tmp_path / "data", ())
+    more = ("--checkpoint.keep_last", "1", *extra("SpoilWeights", step=12))
+    text = fit(run_dir, data, 2, "{}", *GUARD, *more).ok().text
+    assert text.count("going back to step-00000008") == 1, text
+    refused = "no checkpoint of step 12, training goes on: its weights are not finite (model.0.weight)"
+    assert text.count(refused) == 1, text
+    assert refused in [event["text"] for event in read_run(run_dir)["events"]]
+    assert all(bool(value.isfinite().all()) for value in final_weights(run_dir).values())
+    assert [entry.global_step for entry in committed(run_dir / "checkpoints")[0]] == [STEPS]
+
+
+@pytest.mark.slow
+def test_a_run_that_ends_with_spoilt_weights_says_so(tmp_path: Path) -> None:
+    run_dir, data = tmp_path / "run", write_data(tmp_path / "data", ())
+    outcome = fit(run_dir, data, 2, FSDP, *GUARD, "--checkpoint.keep_last", "1", *extra("SpoilWeights", step=23))
+    assert set(outcome.codes) == {2}, outcome.text
+    assert "the run ends at step 24 with weights that are not finite, and is not saved" in outcome.text
+    there = [entry.global_step for entry in committed(run_dir / "checkpoints")[0]]
+    assert there == [16, 20], "what it may be started from again"
+
+
 def test_rollbacks_are_bounded(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", tuple(range(13, STEPS + 1)))
     outcome = fit(tmp_path / "run", data, 2, "{}", *GUARD, "--guard.rollbacks", "1")
@@ -219,7 +242,7 @@ def test_a_second_rollback_goes_back_further(tmp_path: Path) -> None:
 def test_weights_that_one_step_has_ruined_are_healed(tmp_path: Path) -> None:
     """Its gradient is finite, so step 12 passes; all later losses are not. The margin takes it out."""
     data = write_samples(tmp_path / "data", STEPS, sick_samples(STEPS, 0, (12,)), spoil=1e25)
-    fit(tmp_path / "run", data, 2, TREE, *GUARD).ok()
+    fit(tmp_path / "run", data, 2, TREE, *GUARD, "--checkpoint.keep_last", "1").ok()  # that of step 12 has it
     told = [(event["to_step"], event["first_skipped"], event["last_skipped"]) for event in rollbacks(tmp_path / "run")]
     assert told == [(8, 11, 20)]
     left_out = extra("LeaveOut", steps=list(range(11, 21)))

@@ -154,13 +154,18 @@ class HangAt(Callback):
 
     Args:
         step: optimizer steps done before.
-        how: ``loop`` (user code that never ends), ``collective`` (one that no other rank is in), ``stop`` (SIGSTOP)
-            or ``lock`` (code of C that holds Python's lock).
+        how: ``loop`` (user code that never ends), ``start`` (the same when training starts), ``collective`` (one that
+            no other rank is in), ``stop`` (SIGSTOP) or ``lock`` (code of C that holds Python's lock).
         rank: which rank.
     """
 
     def __init__(self, step: int, how: str, *, rank: int = 1) -> None:
         self.step, self.how, self.rank = step, how, rank
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Hang before the first batch."""
+        while self.how == "start" and trainer.global_rank == self.rank:
+            sum(range(1000))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -232,6 +237,29 @@ class KillInCopy(KillInSave):
 
     def _is_due(self, trainer: pl.Trainer, arguments: tuple[Any, ...]) -> bool:
         return int(arguments[1][5:13]) >= self.step
+
+
+class SlowCopy(Callback):
+    """Makes the upload of every file of a checkpoint take longer on one rank.
+
+    Args:
+        seconds: how much longer.
+        rank: which rank.
+    """
+
+    def __init__(self, seconds: float, rank: int = 0) -> None:
+        self.seconds, self.rank = seconds, rank
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the brake on."""
+        if trainer.global_rank == self.rank:
+            known = Mirror.upload
+
+            def slow(mirror: Mirror, name: str, path: Path) -> None:
+                time.sleep(self.seconds)
+                known(mirror, name, path)
+
+            Mirror.upload = slow  # type: ignore[method-assign]
 
 
 class KillAtReplace(Callback):
@@ -322,6 +350,26 @@ class LeaveOut(Callback):
         if trainer.global_step + 1 in self.steps:
             for parameter in pl_module.parameters():
                 parameter.grad = None
+
+
+class SpoilWeights(Callback):
+    """Makes a weight no number at the end of a step, once, as a fault of the device's might.
+
+    Args:
+        step: which, counted from 1.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Spoil it."""
+        if trainer.global_step == self.step:
+            self.step = -1
+            with torch.no_grad():
+                next(pl_module.parameters()).mul_(float("nan"))
 
 
 class KillInRollback(Callback):

@@ -104,3 +104,24 @@ class LossSpikeTask(FeatureTask):
 
     def losses(self, outputs: Any, batch: Any) -> Tensor:
         return super().losses(outputs, batch) + 1e4 * (batch["features"].abs() > 1e3).any(dim=1)
+
+
+class PlainFeatures(pl.LightningModule):
+    """The same as any LightningModule, which knows nothing of disttrain; or one that optimizes by hand."""
+
+    def __init__(self, by_hand: bool = False) -> None:
+        super().__init__()
+        self.automatic_optimization = not by_hand
+        self.model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 2))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self.model(batch["features"]), batch["label"])
+        if not self.automatic_optimization:
+            optimizer: Any = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
