@@ -114,16 +114,22 @@ def announce(meeting: Meeting, port: int) -> Iterator[None]:
 
 
 @contextmanager
-def reserve_port() -> Iterator[int]:
+def reserve_port(*, everywhere: bool = False) -> Iterator[int]:
     """A free port of this host that stays free for processes to come, for as long as the context lasts.
 
     A number that is only looked up may be another program's by the time that it is used: as its own port, or as that of
     a connection it makes. A socket that is bound but does not listen keeps the kernel from giving it away, and lets
     others listen there that ask for ``SO_REUSEADDR``, as servers do, torch's stores among them.
+
+    Args:
+        everywhere: at all addresses, for ranks on other hosts, and not at the loopback alone.
     """
-    with socket.socket() as place:
+    both = everywhere and socket.has_dualstack_ipv6()
+    with socket.socket(socket.AF_INET6 if both else socket.AF_INET) as place:
         place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        place.bind(("127.0.0.1", 0))
+        if both:
+            place.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        place.bind(("" if everywhere else "127.0.0.1", 0))
         yield place.getsockname()[1]
 
 

@@ -63,7 +63,10 @@ LAYERS: dict[str, int] = {
             "data.verify",
             "data.verify_keys",
             "metrics_file",
-            *(f"slurm.{name}" for name in ("commands", "job", "render", "requeue", "runs", "site", "snapshot")),
+            *(
+                f"slurm.{name}"
+                for name in ("agent", "commands", "job", "render", "requeue", "runs", "site", "snapshot")
+            ),
             "checkpoint.checksum",
             "checkpoint.fence",
             "checkpoint.folder",

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     for folder in arguments.folders:
         if not folder.is_dir():
             raise ConfigError(f"there is no folder {folder}", mend="name the folder of a run, or one that holds runs")
-    runs = find_runs(arguments.folders)
+    runs = find_runs(arguments.folders, skipped=_pass_over)
     queued: dict[str, commands.Queued] = {}
     if commands.has("squeue"):
         try:
@@ -47,6 +47,10 @@ def main(argv: list[str]) -> int:
     else:
         _print(rows)
     return 0
+
+
+def _pass_over(folder: Path, error: OSError) -> None:
+    print(f"disttrain: {folder} is passed over: {error.strerror}", file=sys.stderr)
 
 
 def _print(rows: list[Row]) -> None:

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
         settings=by_index,
         output=None if arguments.output is None else os.path.abspath(arguments.output),
     )
-    _check_folder(script, checked.resume)
+    _check_folder(script, job, checked.resume)
     _check_output(script)
     text = render(job, site, script)
     if arguments.dry_run:
@@ -122,7 +122,7 @@ def _settings(given: list[str], job: Job) -> tuple[list[str], dict[str, str]]:
     return fixed, by_index
 
 
-def _check_folder(script: Script, resume: str) -> None:
+def _check_folder(script: Script, job: Job, resume: str) -> None:
     """The run folder has to be one that the job, however often it is started, goes on in."""
     if resume == "never":
         raise ConfigError(
@@ -134,6 +134,13 @@ def _check_folder(script: Script, resume: str) -> None:
             f"run folder {script.run_dir} holds a complete run",
             mend="name another one, --set trainer.run_dir=FOLDER, or move it away",
         )
+    if complete := _complete(script.run_dir, job):
+        left = job.without(complete)
+        names = ", ".join(map(str, complete[:8])) + (f" and {len(complete) - 8} more" if len(complete) > 8 else "")
+        raise ConfigError(
+            f"run folder {script.run_dir} holds complete runs of the array: {names}",
+            mend=f"leave them out: --array {left}; or move them away" if left else "move them away; all are complete",
+        )
     before = str(read_job(script.run_dir).get("job", ""))
     if before and commands.has("squeue"):
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
@@ -143,6 +150,14 @@ def _check_folder(script: Script, resume: str) -> None:
                 f"job {alive[0].job} of run folder {script.run_dir} is {alive[0].state.lower()}",
                 mend=f"wait for it, or end it: scancel {before}",
             )
+
+
+def _complete(run_dir: Path, job: Job) -> list[int]:
+    """The indices of an array whose runs are complete."""
+    if job.array is None or not run_dir.is_dir():
+        return []
+    there = sorted(int(child.name) for child in run_dir.iterdir() if child.name.isdecimal())
+    return [i for i in there if job.has_index(i) and record_of(run_dir / str(i)).get("status") == "completed"]
 
 
 def _check_output(script: Script) -> None:

@@ -28,7 +28,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from disttrain.doctor import judge, network, speed
 from disttrain.doctor.finding import Finding, failure, ok, worst
 from disttrain.doctor.folders import Folders, SharedSign, examine_folders
-from disttrain.doctor.machine import examine_device, examine_machine
+from disttrain.doctor.machine import examine_device, examine_machine, gpu_link, system_facts
 from disttrain.errors import DisttrainError
 from disttrain.meeting import Meeting, find_meeting
 from disttrain.parallel.alike import package_checksum, versions
@@ -101,7 +101,7 @@ def examine(world: World, options: Options, *, caught: Callable[[Report], None])
     """
     report = Report(world, speaks=world.rank == 0)
     start = time.perf_counter()
-    with _guarded(report, 3 * options.timeout + _GUARD_SECONDS, caught):
+    with _guarded(report, 5 * options.timeout + _GUARD_SECONDS, caught):
         meeting = _meeting(report)
         used = _examine_node(report, options, meeting)
         if world.size == 1:
@@ -186,6 +186,7 @@ class _Together:
             "code": {"source of disttrain": package_checksum()},
             "config": _config_facts(self.options.config),
             "environment": network.watched_environment(),
+            "system": system_facts(),
             "findings": [asdict(finding) for finding in self.report.findings],
         }
         self.store.set(f"facts/{self.world.rank}", json.dumps(facts))
@@ -249,7 +250,7 @@ class _Together:
             self.report.stage = "exchanging tensors"
             try:
                 timeout = timedelta(seconds=self.options.timeout)
-                with _quiet():
+                with speed.quiet():
                     speed.join_group(PrefixStore("group", self.store), world, device, timeout)
                     told["speeds"] = speed.exchange_speeds(device)
             except RuntimeError as error:
@@ -260,8 +261,21 @@ class _Together:
                     dist.destroy_process_group()
         told["findings"] = [asdict(finding) | {"ranks": [world.rank]} for finding in found]
         if world.rank == 0:
-            told["loopback"], told["megabits"] = network.loopback_speed(), used.megabits if used else 0
+            told["link"] = asdict(self._link(len(hosts), device.type == "cuda", used))
         self.store.set(f"result/{world.rank}", json.dumps(told))
+
+    def _link(self, num_hosts: int, on_gpus: bool, used: network.Interface | None) -> judge.Link:
+        """What the links between the ranks should carry."""
+        if num_hosts > 1:
+            infiniband = network.infiniband_speed() if on_gpus else 0.0
+            interface = used.megabits * 1e6 / 8 if used else 0.0
+            return (
+                judge.Link("InfiniBand has", infiniband) if infiniband else judge.Link("the interface has", interface)
+            )
+        name, speed = gpu_link() if on_gpus else ("", 0.0)
+        if speed:
+            return judge.Link(f"{name} has", speed, inside=True)
+        return judge.Link("one TCP connection inside the node carries", network.loopback_speed(), inside=True)
 
     def _reach(self, plan: Mapping[str, Any], came: list[int]) -> list[Finding]:
         """Each rank tries some others, at distances of powers of two: all are tried, and few each."""
@@ -283,7 +297,7 @@ class _Together:
         """Rank 0 judges and tells the others what came out; they end as it does."""
         self.report.stage = "waiting for the others' results"
         if self.world.rank > 0:
-            text = self._read("verdict", 2 * self.options.timeout + 10)
+            text = self._read("verdict", 3 * self.options.timeout + 15)
             if text is None:
                 self.report.findings.append(failure("peers", "rank 0 went away", "look at what rank 0 printed"))
             else:
@@ -291,7 +305,8 @@ class _Together:
                 self.store.add("read", 1)
             return
         came = sorted(int(rank) for rank in plan["hosts"])
-        ready = self._wait_for("result", came, self.options.timeout + 5)
+        # A rank may have begun to connect after this one, and then wait as long for one that has gone.
+        ready = self._wait_for("result", came, 2 * self.options.timeout + 5)
         hosts = {int(rank): str(host) for rank, host in plan["hosts"].items()}
         told = {rank: json.loads(self.store.get(f"result/{rank}")) for rank in ready}
         self._judge_results(told, hosts, [rank for rank in came if rank not in ready])
@@ -316,17 +331,10 @@ class _Together:
         if len(told) > 1:
             report.findings += judge.compare_speeds(seconds, hosts)
         if "speeds" in told[0]:
-            report.measured |= {**told[0]["speeds"], "loopback": told[0]["loopback"]}
+            link = judge.Link(**told[0]["link"])
+            report.measured |= {**told[0]["speeds"], "link": link.speed}
             backend = "nccl" if speed.device_of(self.world).type == "cuda" else "gloo"
-            report.findings.append(
-                judge.judge_links(
-                    told[0]["speeds"],
-                    backend=backend,
-                    num_hosts=len(set(hosts.values())),
-                    megabits=int(told[0]["megabits"]),
-                    loopback=float(told[0]["loopback"]),
-                )
-            )
+            report.findings.append(judge.judge_links(told[0]["speeds"], backend=backend, link=link))
 
     def _read(self, key: str, seconds: float) -> str | None:
         """What a key holds, once it does; None where that takes too long."""
@@ -357,19 +365,6 @@ def _config_facts(config: Path | None) -> dict[str, str]:
         return {str(config): f"{zlib.crc32(config.read_bytes()):08x}"}
     except OSError as error:
         return {str(config): f"unreadable ({error.strerror})"}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Gloo tells on standard output that it is connected; that is for results."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 @contextmanager

@@ -46,18 +46,32 @@ def folders_of(config: str | None, run_dir: str | None, data: Sequence[str]) -> 
     """The folders that a configuration names; what is given besides comes first.
 
     Raises:
-        ConfigError: the file cannot be read.
+        ConfigError: the file cannot be read, or is no configuration.
     """
-    settings: dict[str, Any] = {}
-    if config is not None:
-        try:
-            settings = yaml.safe_load(Path(config).read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"{config} cannot be read: {error}", mend="correct --config") from None
-    trainer, sources = settings.get("trainer") or {}, settings.get("data") or {}
+    settings = _settings(config) if config is not None else {}
+    trainer, sources = ({} if settings.get(name) is None else settings[name] for name in ("trainer", "data"))
+    for name, section in (("trainer", trainer), ("data", sources)):
+        if not isinstance(section, dict):
+            raise ConfigError(
+                f"{config}: {name} is {section!r:.60}, no settings by name", mend=f"write {name}: and NAME: VALUE below"
+            )
     named = list(data) or [text for key in ("train", "val", "test") for text in _texts(sources.get(key))]
     local = [text for text in named if "://" not in text]
     return Folders(Path(run_dir or trainer.get("run_dir") or "runs"), tuple(dict.fromkeys(map(_readable, local))))
+
+
+def _settings(config: str) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(Path(config).read_text())
+    except UnicodeDecodeError:
+        raise ConfigError(f"{config} is no text in UTF-8", mend="correct --config") from None
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{config} cannot be read: {error}", mend="correct --config") from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{config} holds no settings by name", mend="correct --config: write NAME: VALUE")
+    return settings
 
 
 def _texts(source: Any) -> Iterator[str]:

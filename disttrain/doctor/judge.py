@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from disttrain.doctor.finding import Finding, failure, ok, warning
@@ -12,6 +13,11 @@ from disttrain.parallel.alike import describe_differences, name_ranks
 _CLOCK_SECONDS: Final = 1.0
 _SLOWER: Final = 1.5
 _OF_LINK: Final = 0.25
+_OF_GPUS: Final = 0.1
+_OF_GLOO_INSIDE: Final = 0.02
+"""Of one TCP connection: many ranks share the cores that move the bytes."""
+_LEAST: Final = 1e7
+_LATENCY_SECONDS: Final = {"gloo": 0.1, "nccl": 0.01}
 
 
 def compare_facts(facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
@@ -34,9 +40,16 @@ def compare_facts(facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
     if differing:
         mend = "export them before the launcher, so that all ranks have them (srun --export=ALL)"
         found.append(warning("environment", f"not the same on all ranks: {differing}", mend))
+    differing = describe_differences(
+        [{k: v for k, v in each["system"].items() if k != "kernel"} for each in facts], hosts
+    )
+    if differing:
+        mend = "install the same driver on every node; NCCL and CUDA may behave otherwise with another"
+        found.append(warning("driver", f"not the same on all ranks: {differing}", mend))
     if not found:
         found.append(ok("ranks", f"{len(facts)} ranks on {_nodes(hosts)} have the same versions, code and settings"))
-    return found
+    kernels = describe_differences([{"kernel": each["system"].get("kernel", "")} for each in facts], hosts)
+    return [*found, ok("kernel", f"not the same on all ranks: {kernels}")] if kernels else found
 
 
 def compare_clocks(seconds: Mapping[int, float], hosts: Mapping[int, str]) -> Finding:
@@ -87,31 +100,45 @@ def compare_speeds(seconds: Mapping[int, float], hosts: Mapping[int, str]) -> li
     ]
 
 
-def judge_links(
-    speeds: Mapping[str, float], *, backend: str, num_hosts: int, megabits: int, loopback: float
-) -> Finding:
-    """The slowest link, against what it should carry.
+@dataclass(frozen=True)
+class Link:
+    """What the slowest link between the ranks should carry.
+
+    Attributes:
+        name: words that its speed follows.
+        speed: bytes a second; 0 where it is not known.
+        inside: whether it is inside of one node, where processors, or the way between GPUs, take more of it.
+    """
+
+    name: str
+    speed: float
+    inside: bool = False
+
+
+def judge_links(speeds: Mapping[str, float], *, backend: str, link: Link) -> Finding:
+    """The slowest link, against what it should carry, and the latency.
 
     Args:
         speeds: what :func:`disttrain.doctor.speed.exchange_speeds` returned.
         backend: ``gloo`` or ``nccl``.
-        num_hosts: nodes.
-        megabits: speed of the interface between nodes; 0 where it is not known.
-        loopback: bytes a second of one TCP connection inside a node.
+        link: what is expected; a link of unknown speed is judged by what no training can live with.
     """
-    reduce, gather = speeds["all_reduce"], speeds["all_gather"]
-    said = (
-        f"{backend}: all-reduce {_rate(reduce)}, all-gather {_rate(gather)} a link, latency"
-        f" {speeds['latency'] * 1e6:,.0f} us"
-    )
-    if num_hosts > 1 and megabits > 0 and backend == "gloo":
-        link = megabits * 1e6 / 8
-        said += f"; the interface has {_rate(link)}"
-        if max(reduce, gather) < _OF_LINK * link:
+    reduce, gather, latency = speeds["all_reduce"], speeds["all_gather"], speeds["latency"]
+    said = f"{backend}: all-reduce {_rate(reduce)}, all-gather {_rate(gather)} a link, latency {latency * 1e6:,.0f} us"
+    if link.speed:
+        said += f"; {link.name} {_rate(link.speed)}"
+    share = (_OF_GLOO_INSIDE if backend == "gloo" else _OF_GPUS) if link.inside else _OF_LINK
+    if max(reduce, gather) < max(_LEAST, share * link.speed):
+        if not link.inside:
             mend = "look for a slower interface in between (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), or other traffic"
-            return warning("collectives", said, mend)
-    elif num_hosts == 1 and backend == "gloo" and loopback:
-        said += f"; one TCP connection inside the node carries {_rate(loopback)}"
+        elif backend == "gloo":
+            mend = "look with `top` for what else computes here, and whether ranks share cores (srun --cpu-bind=cores)"
+        else:
+            mend = "look at `nvidia-smi topo -m`, for NCCL_P2P_DISABLE and NCCL_SHM_DISABLE, and with NCCL_DEBUG=INFO"
+        return warning("collectives", said, mend)
+    if latency > _LATENCY_SECONDS[backend]:
+        mend = "look for ranks that share cores or wait for other programs, and, between nodes, at `ping`"
+        return warning("collectives", f"{said}: each collective takes long, however small", mend)
     return ok("collectives", said)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -55,10 +57,10 @@ def _processors(world: World) -> Finding:
 
 def _memory(world: World) -> Finding:
     free = psutil.virtual_memory().available
-    limit = _cgroup_limit()
+    limit = cgroup_left()
     said = f"{size(free)} free of {size(psutil.virtual_memory().total)}"
     if limit is not None:
-        said += f", limited to {size(limit)} by the job"
+        said += f", {size(limit)} of it left to the job"
         free = min(free, limit)
     if free < world.local_size * _GIB:
         return warning(
@@ -69,19 +71,45 @@ def _memory(world: World) -> Finding:
     return ok("memory", said)
 
 
-def _cgroup_limit() -> int | None:
-    """What the control group leaves, in bytes, where it has a limit."""
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            most = int(Path(limit).read_text())
-            left = most - int(Path(used).read_text())
-        except (OSError, ValueError):
+def cgroup_left(root: Path = Path("/")) -> int | None:
+    """What the control groups of this process, and those that they are in, leave of memory, in bytes; None if all.
+
+    On a bare node the job's limit stands in the job's own group, on the way to the process's; in a container mostly at
+    the top. What is kept of files only is counted as free.
+
+    Args:
+        root: where ``proc`` and ``sys`` are.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    left = []
+    for line in lines:
+        _, controllers, own = line.split(":", 2)
+        if controllers == "":
+            top, names, kept = root / "sys/fs/cgroup", ("memory.max", "memory.current"), "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            kept = "total_inactive_file"
+        else:
             continue
-        return max(0, left) if most < psutil.virtual_memory().total else None
-    return None
+        parts = [part for part in own.split("/") if part not in ("", "..")]
+        for depth in range(len(parts) + 1):
+            folder = top.joinpath(*parts[:depth])
+            with suppress(OSError, ValueError):  # not there, or "max"
+                most, used = (int((folder / name).read_text()) for name in names)
+                if most < psutil.virtual_memory().total:
+                    left.append(max(0, most - used + _kept(folder / "memory.stat", kept)))
+    return min(left, default=None)
+
+
+def _kept(stat: Path, name: str) -> int:
+    with suppress(OSError):
+        for line in stat.read_text().splitlines():
+            if line.startswith(f"{name} "):
+                return int(line.split()[1])
+    return 0
 
 
 def _shared_memory(shm: Path) -> Finding:
@@ -153,6 +181,41 @@ def examine_device(world: World) -> list[Finding]:
     if free < 0.9 * total:
         return [warning("GPU memory", said, "another process holds the rest: look with `nvidia-smi`")]
     return [ok("GPU memory", said)]
+
+
+def system_facts() -> dict[str, str]:
+    """The kernel, and the driver of the GPUs where there is one; without asking a program, which takes seconds."""
+    found = {"kernel": platform.release()}
+    with suppress(OSError):
+        driver = driver_of(Path("/proc/driver/nvidia/version").read_text())
+        found |= {"NVIDIA driver": driver} if driver else {}
+    return found
+
+
+def driver_of(text: str) -> str:
+    """The version in what the driver says of itself; empty where it says none."""
+    found = re.search(r"Kernel Module\b.*?\s(\d{3,}(?:\.\d+)+)\s", text)
+    return found[1] if found else ""
+
+
+def gpu_link() -> tuple[str, float]:
+    """How GPUs of this node are joined, and bytes a second of it as nvidia-smi tells; empty and 0 where it does not."""
+    if speed := nvlink_speed(_smi("nvlink", "--status", "--id=0")):
+        return "NVLink", speed
+    return "PCIe", pcie_speed(_smi("--query-gpu=pcie.link.gen.max,pcie.link.width.current", "--format=csv,noheader"))
+
+
+def nvlink_speed(text: str) -> float:
+    """Bytes a second of all links of the first GPU, of ``nvidia-smi nvlink --status``."""
+    first = text.partition("\nGPU ")[0]
+    return sum(float(each) for each in re.findall(r"Link \d+: ([\d.]+) GB/s", first)) * 1e9
+
+
+def pcie_speed(text: str) -> float:
+    """Bytes a second of the first GPU's ``generation, lanes``."""
+    found = re.match(r"(\d+), (\d+)", text)
+    # From the third generation on, a lane carries 0.985 GB/s, and twice as much in each that follows.
+    return 0.985e9 * 2.0 ** (int(found[1]) - 3) * int(found[2]) if found else 0.0
 
 
 def _smi(*arguments: str) -> str:

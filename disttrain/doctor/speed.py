@@ -6,9 +6,12 @@ or throttled device, a stranger's process, a wrong binding to cores. Bounded to 
 
 from __future__ import annotations
 
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Final
 
@@ -98,3 +101,16 @@ def _median_seconds(act: Callable[[], Any], device: torch.device, *, rounds: int
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Gloo tells on standard output that it is connected; that is for results."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

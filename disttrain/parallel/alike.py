@@ -31,6 +31,7 @@ from disttrain.version import __version__
 OWN_TO_A_NODE: Final = ("config", "data.cache.directory")
 """Settings that may differ: where files are on a node."""
 _SHOWN: Final = 6
+_SHOWN_CHARACTERS: Final = 160
 _MODULE: Final = "code of module "
 
 
@@ -91,10 +92,24 @@ def describe_differences(every: Sequence[Mapping[str, str]], hosts: Sequence[str
         if name.startswith(_MODULE):
             by_value.pop("not there", None)  # some ranks may have loaded more than others
         if len(by_value) > 1:
-            kinds = (f"{value} on {name_ranks(ranks, hosts)}" for value, ranks in by_value.items())
+            shown = around_the_difference(list(by_value))
+            kinds = (
+                f"{text} on {name_ranks(ranks, hosts)}" for text, ranks in zip(shown, by_value.values(), strict=True)
+            )
             lines.append(f"{name}: {'; '.join(kinds)}")
     more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
     return "\n    ".join([*lines[:_SHOWN], *more])
+
+
+def around_the_difference(values: Sequence[str]) -> list[str]:
+    """Values that differ, as they are if they are short, or else what lies around the first character that differs."""
+    if max(map(len, values)) <= _SHOWN_CHARACTERS:
+        return list(values)
+    pairs = zip(min(values), max(values), strict=False)  # these two have the shortest beginning in common
+    same = next((i for i, (one, other) in enumerate(pairs) if one != other), min(map(len, values)))
+    start = max(0, same - _SHOWN_CHARACTERS // 3)
+    end = start + _SHOWN_CHARACTERS
+    return [f"{'...' * (start > 0)}{value[start:end]}{'...' * (len(value) > end)}" for value in values]
 
 
 def name_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
@@ -119,7 +134,7 @@ def _order(name: str) -> tuple[int, str]:
 def _texts(settings: Mapping[str, Any]) -> dict[str, str]:
     kept = {name: value for name, value in settings.items() if not name.startswith(OWN_TO_A_NODE)}
     # A function's text ends in its address.
-    return {f"setting {name}": re.sub(r" at 0x\w+", "", repr(value))[:200] for name, value in kept.items()}
+    return {f"setting {name}": re.sub(r" at 0x\w+", "", repr(value)) for name, value in kept.items()}
 
 
 def package_checksum() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -105,7 +106,31 @@ class Job:
     @property
     def first_index(self) -> int | None:
         """The first index of an array; None without one."""
-        return None if self.array is None else int(re.split(r"[-,%:]", self.array)[0])
+        return None if self.array is None else self._ranges[0][0]
+
+    def has_index(self, index: int) -> bool:
+        """Whether an array has an index."""
+        return any(index in one for one in self._ranges)
+
+    @property
+    def _ranges(self) -> list[range]:
+        found = []
+        for part in (self.array or "").partition("%")[0].split(","):
+            first, last, step = re.fullmatch(r"(\d*)(?:-(\d+))?(?::(\d+))?", part).groups()  # type: ignore[union-attr]
+            if first:
+                found.append(range(int(first), int(last or first) + 1, int(step or 1) or 1))
+        return found
+
+    def without(self, indices: Sequence[int]) -> str:
+        """The array, as SLURM writes it, without some of its indices; empty where none is left."""
+        left = sorted({index for one in self._ranges for index in one} - set(indices))
+        spans: list[list[int]] = []
+        for index in left:
+            if spans and spans[-1][-1] == index - 1:
+                spans[-1] = [spans[-1][0], index]
+            else:
+                spans.append([index])
+        return ",".join("-".join(map(str, span)) for span in spans)
 
 
 def slurm_time(seconds: int) -> str:

@@ -23,6 +23,13 @@ INDEX: Final = "%a"
 SUBMIT: Final = "submit"
 """Folder within a run folder that holds script, configuration and the state of the code at submission."""
 _PLACE: Final = re.compile(r"\{\{(\w+)\}\}")
+_PARTS: Final = frozenset(
+    [
+        *("if", "then", "else", "elif", "fi", "for", "while", "until", "do", "done", "case", "esac", "select", "in"),
+        *("function", "{", "}", "(", ")", "!", "[[", "["),
+    ]
+)
+"""Words that begin a part of a longer command of shell, or a test, which may be false."""
 _OWN: Final = (
     *("job-name", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time", "partition"),
     *("account", "qos", "array", "requeue", "no-requeue", "open-mode", "signal", "output", "chdir"),
@@ -128,8 +135,9 @@ def _cpus_per_task(job: Job, site: Site) -> int | None:
 
 
 def _setup(job: Job, site: Site) -> list[str]:
-    lines = [f"module load {' '.join(map(shlex.quote, site.modules))}"] if site.modules else []
-    lines += site.setup
+    lines = _checked(
+        [*([f"module load {' '.join(map(shlex.quote, site.modules))}"] if site.modules else []), *site.setup]
+    )
     lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
     lines.append(f"export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{site.cpus_per_task or 1}}}")
     if (cpus := _cpus_per_task(job, site)) is not None:
@@ -137,6 +145,30 @@ def _setup(job: Job, site: Site) -> list[str]:
     if job.requeue:
         lines.append(f"export DISTTRAIN_REQUEUE={job.max_requeues}  # a rank that stops requeues the job")
     return lines
+
+
+def _checked(lines: Sequence[str]) -> list[str]:
+    """Lines of a site, each of which ends the job where it fails; parts of a longer command are left as they are."""
+    if not lines:
+        return []
+    try:
+        whole = all(shlex.split(line) is not None for line in lines) and not any("<<" in line for line in lines)
+    except ValueError:  # a quotation goes on in the next line
+        whole = False
+    checked = [f"{line} || failed {shlex.quote(line)}" if whole and _is_simple(line) else line for line in lines]
+    says = 'echo "disttrain: $1 failed; no rank was started" >&2'
+    return [f"failed() {{ {says}; exit 1; }}", *checked] if checked != list(lines) else checked
+
+
+def _is_simple(line: str) -> bool:
+    """Whether a line of shell is one command by itself, whose failure nothing else looks at."""
+    first = line.split(maxsplit=1)[:1]
+    return (
+        bool(first)
+        and "\n" not in line
+        and first[0] not in _PARTS
+        and not re.search(r"&&|\|\||;|#|^[^()]*\)|[\\&|{(]\s*$", line)
+    )
 
 
 def _srun(job: Job, site: Site, script: Script) -> list[str]:

@@ -2,13 +2,15 @@
 
 One rank asks, while all ranks are alive: a job that has ended, be it well, is not queued again. A job that was
 cancelled stays cancelled, and a process that a newer attempt of the same job has replaced asks for nothing. Where
-there is no ``scontrol``, as in a container, a note in the run folder lets the job's script do it, outside.
+there is no ``scontrol``, as in a container, or SLURM does not answer for a few seconds, a note in the run folder lets
+the job's script do it, outside; that one asks again for some minutes.
 """
 
 from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -18,6 +20,8 @@ from disttrain.files import write_atomically
 VARIABLE: Final = "DISTTRAIN_REQUEUE"
 NOTE: Final = "requeue"
 _TIMEOUT_SECONDS: Final = 20
+_PAUSES: Final = (2.0, 5.0)
+"""Seconds between asking SLURM about the job again; the ranks wait meanwhile."""
 
 
 def job_of(environ: Mapping[str, str] | None = None) -> dict[str, str | int]:
@@ -50,7 +54,7 @@ def ask_to_requeue(run_dir: Path, environ: Mapping[str, str] | None = None) -> s
     except OSError as error:
         return f"job {job} is not requeued: {run_dir / NOTE} cannot be written: {error.strerror}"
     try:
-        shown = _scontrol("-o", "show", "job", job)
+        shown = _shown(job)
     except FileNotFoundError:
         return f"no scontrol here: the script of job {job} is to requeue it"
     except (OSError, subprocess.SubprocessError) as error:
@@ -88,6 +92,23 @@ def _number(env: Mapping[str, str]) -> str:
 def _limit(env: Mapping[str, str]) -> int:
     text = env.get(VARIABLE, "0")
     return int(text) if text.isdigit() else 0
+
+
+def _shown(job: str) -> str:
+    """What SLURM says of a job; asked again where it says nothing.
+
+    Raises:
+        OSError: there is no scontrol, or it cannot be run.
+        subprocess.SubprocessError: SLURM does not answer, or does not know the job.
+    """
+    for pause in _PAUSES:
+        try:
+            return _scontrol("-o", "show", "job", job)
+        except subprocess.SubprocessError as error:
+            if "Invalid job id" in _said(error):
+                raise
+        time.sleep(pause)
+    return _scontrol("-o", "show", "job", job)
 
 
 def _scontrol(*arguments: str) -> str:

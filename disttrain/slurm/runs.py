@@ -1,14 +1,15 @@
 """The runs under a folder and the jobs that train them: state, step, last checkpoint. Reads small files, no torch.
 
 A run's state is that of its job while SLURM knows it, and otherwise what the run's record says; a record that says
-``running`` of a job that is gone is ``lost``: it was killed, and the same command goes on.
+``running`` of a job that is gone is ``lost``: it was killed, and the same command goes on. A folder that may not be
+read is passed over.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -49,18 +50,28 @@ class Row:
     note: str
 
 
-def find_runs(roots: Sequence[Path]) -> list[Path]:
-    """The run folders in or below some folders, by name; those that were submitted and have not begun too."""
+def find_runs(roots: Sequence[Path], *, skipped: Callable[[Path, OSError], None] | None = None) -> list[Path]:
+    """The run folders in or below some folders, by name; those that were submitted and have not begun too.
+
+    Args:
+        roots: the folders.
+        skipped: called for each folder that cannot be read.
+    """
     found: set[Path] = set()
 
     def look(folder: Path, depth: int) -> None:
-        if (folder / "run.json").exists() or (folder / SUBMIT / JOB).exists():
-            found.add(folder)
-        if depth:
-            for child in folder.iterdir():
-                skipped = child.name in (SUBMIT, "checkpoints", "tensorboard", "report", "hangs")
-                if child.is_dir() and not skipped and not child.name.startswith("."):
-                    look(child, depth - 1)
+        try:
+            if (folder / "run.json").exists() or (folder / SUBMIT / JOB).exists():
+                found.add(folder)
+            children = [child for child in folder.iterdir() if child.is_dir()] if depth else []
+        except OSError as error:
+            if skipped is not None:
+                skipped(folder, error)
+            return
+        for child in children:
+            own = child.name in (SUBMIT, "checkpoints", "tensorboard", "report", "hangs")
+            if not own and not child.name.startswith("."):
+                look(child, depth - 1)
 
     for root in roots:
         if root.is_dir():
@@ -110,8 +121,9 @@ def _state(record: Mapping[str, Any], job: Queued | None, *, known: bool) -> tup
     if job is not None and job.state not in _OVER and not job.state.startswith("CANCELLED"):
         return job.state.lower(), job.reason.strip("()")
     if own == "running":
-        ending = f": its job is {job.state.lower()}" if job is not None else ": its job is gone" if known else ""
-        return ("lost", f"killed{ending}") if known else ("running", "")
+        if job is not None and not job.state.startswith("COMPLETED"):
+            return job.state.split()[0].lower(), "killed"
+        return ("lost", "killed: its job is gone" if job is None else "killed") if known else ("running", "")
     if job is not None and own != "completed" and not job.state.startswith("COMPLETED"):
         return job.state.lower(), reason
     return own or (job.state.lower() if job is not None else "gone"), reason

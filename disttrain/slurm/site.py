@@ -107,6 +107,8 @@ def load_site(path: Path | None) -> Site:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"site file {path} cannot be read: {error.strerror}", mend="correct --site") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"site file {path} is no text in UTF-8", mend="correct --site, or the file") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark is not None else ""

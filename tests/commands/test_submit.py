@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 import time
 from pathlib import Path
 from types import ModuleType
@@ -75,6 +77,27 @@ def test_a_complete_run_is_left_alone(tmp_path: Path) -> None:
     assert "trainer.run_dir" in caught.value.mend
 
 
+def test_complete_members_of_an_array_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for index in (0, 2, 5):
+        (tmp_path / str(index)).mkdir()
+        (tmp_path / str(index) / "run.json").write_text('{"status": "completed"}')
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "run.json").write_text('{"status": "preempted"}')
+
+    def submit_array(indices: str) -> int:
+        where = ["--set", f"trainer.run_dir={tmp_path}", "--dry-run"]
+        return submit.main([*CONFIG, "--tasks-per-node", "1", "--array", indices, *where])
+
+    with pytest.raises(ConfigError, match=r"holds complete runs of the array: 0, 2\n") as caught:
+        submit_array("0-4%2")
+    assert "--array 1,3-4;" in caught.value.mend
+    with pytest.raises(ConfigError, match=r"of the array: 5\n") as caught:
+        submit_array("5")
+    assert caught.value.mend == "move them away; all are complete"
+    assert submit_array("1,3-7:4") == 0
+    assert "#SBATCH --array=1,3-7:4\n" in capsys.readouterr().out
+
+
 def test_without_slurm_only_a_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="there is no sbatch here"):
@@ -97,7 +120,9 @@ def a_run(folder: Path, status: str, **more: object) -> Path:
         ("running", Queued("7", "RUNNING", "n1"), "running"),
         ("preempted", Queued("7", "PENDING", "(BeginTime)"), "pending"),
         ("running", None, "lost"),
-        ("running", Queued("7", "NODE_FAIL"), "lost"),
+        ("running", Queued("7", "NODE_FAIL"), "node_fail"),
+        ("running", Queued("7", "CANCELLED by 0"), "cancelled"),
+        ("running", Queued("7", "COMPLETED"), "lost"),
         ("preempted", None, "preempted"),
         ("preempted", Queued("7", "CANCELLED"), "cancelled"),
         ("completed", Queued("7", "COMPLETED"), "completed"),
@@ -122,3 +147,24 @@ def test_jobs_lists_runs_below_a_folder(
     assert [line.split()[2] for line in lines[1:]] == ["lost", "completed"]
     with pytest.raises(ConfigError, match="there is no folder"):
         jobs.main([str(tmp_path / "absent")])
+
+
+def test_jobs_passes_over_folders_that_may_not_be_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")  # no squeue
+    # In a folder that all may pass, unlike pytest's own.
+    with tempfile.TemporaryDirectory() as name:
+        runs = Path(name)
+        runs.chmod(0o755)
+        a_run(runs / "a", "completed")
+        (runs / "b").mkdir(mode=0)
+        root = os.geteuid()
+        os.seteuid(65534 if root == 0 else root)  # root may read everything
+        try:
+            assert jobs.main([name]) == 0
+        finally:
+            os.seteuid(root)
+    said = capsys.readouterr()
+    assert [line.split()[0] for line in said.out.splitlines()[1:]] == [f"{name}/a"]
+    assert f"{name}/b is passed over: Permission denied" in said.err

@@ -137,17 +137,24 @@ def test_srun_trains_what_torchrun_does(digits: Path, tmp_path: Path) -> None:
     assert not differing(final_weights(folders[0]), final_weights(folders[1]))
 
 
+def many_callbacks(last: float) -> str:
+    """A long setting, the last of whose many values is this one."""
+    each = "{class_path: tests.support.callbacks.Slowly, init_args: {seconds: %s}}"
+    return f"--trainer.callbacks=[{', '.join(each % seconds for seconds in (*[0.0] * 6, last))}]"
+
+
 def fit_otherwise(arguments: list[str], how: str, folder: str) -> None:
     """Train, but for one rank whose settings, library or code is another."""
     if os.environ["RANK"] == "1":
         if how == "settings":
             arguments = [*arguments, "--model.optimizer.lr", "0.125", "--data.cache.directory", "/tmp/of-one-node"]
+            arguments.append(many_callbacks(0.003))
         else:
             module = types.ModuleType("my_layers")
             module.__file__ = f"{folder}/my_layers.py"
             sys.modules["my_layers"] = module
     elif how == "settings":
-        arguments = [*arguments, "--data.cache.directory", "/tmp/of-another-node"]
+        arguments = [*arguments, "--data.cache.directory", "/tmp/of-another-node", many_callbacks(0.002)]
     else:
         module = types.ModuleType("my_layers")
         module.__file__ = f"{folder}/older/my_layers.py"
@@ -158,7 +165,12 @@ def fit_otherwise(arguments: list[str], how: str, folder: str) -> None:
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("settings", r"setting model.init_args.optimizer.*: .*0\.\d+.* on rank 0 \(.*\); .*0\.125.* on rank 1 \("),
+        (
+            "settings",
+            r"setting model.init_args.optimizer.*: .*0\.\d+.* on rank 0 \(.*\); .*0\.125.* on rank 1 \([^\n]*\n"
+            r" *setting trainer\.callbacks: \.\.\..{,60}0\.002.{,20} on rank 0 \(.*\);"
+            r" \.\.\..{,60}0\.003.{,20} on rank 1 \(",
+        ),
         ("code", r"code of module my_layers: \w{8} on rank 0 \(.*\); \w{8} on rank 1 \("),
     ],
 )

@@ -11,6 +11,7 @@ from rich.console import Console
 from disttrain.doctor import judge
 from disttrain.doctor.examine import Report
 from disttrain.doctor.finding import Finding, failure, ok, size, warning, worst
+from disttrain.doctor.judge import Link
 from disttrain.doctor.show import merge, print_report, summary
 from disttrain.world import World
 
@@ -19,6 +20,7 @@ SPEEDS = {"all_reduce": 1e9, "all_gather": 0.9e9, "latency": 2e-4}
 
 def facts(host: str, **changed: dict[str, str]) -> dict[str, Any]:
     usual = {"host": host, "versions": {"torch": "2.13.0"}, "code": {"source": "a"}, "config": {}, "environment": {}}
+    usual |= {"system": {"kernel": "6.1.0"}}
     return usual | changed
 
 
@@ -73,16 +75,43 @@ def test_a_slow_rank_is_slow_among_two_and_among_many() -> None:
     assert finding.said.startswith("rank 0 (n0) takes 5.0 times as long"), finding.said
 
 
-def test_links_are_judged_by_the_interface_between_nodes() -> None:
-    def of(num_hosts: int, megabits: int) -> Finding:
-        return judge.judge_links(SPEEDS, backend="gloo", num_hosts=num_hosts, megabits=megabits, loopback=4e9)
+@pytest.mark.parametrize(
+    ("backend", "link", "slowest"),
+    [
+        ("gloo", Link("the interface has", 1.25e9), 0.3e9),
+        ("gloo", Link("the interface has", 0.0), 9e6),  # it tells no speed
+        ("nccl", Link("InfiniBand has", 50e9), 12e9),
+        ("nccl", Link("NVLink has", 450e9, inside=True), 44e9),
+        ("nccl", Link("PCIe has", 31.5e9, inside=True), 3e9),
+        ("gloo", Link("one TCP connection inside the node carries", 4e9, inside=True), 0.07e9),
+    ],
+)
+def test_links_are_judged_by_what_they_should_carry(backend: str, link: Link, slowest: float) -> None:
+    speeds = SPEEDS | {"all_reduce": slowest, "all_gather": slowest / 2}
+    slow = judge.judge_links(speeds, backend=backend, link=link)
+    assert (slow.status, bool(slow.mend)) == ("warning", True)
+    assert link.name in slow.said if link.speed else "0.00 GB/s" not in slow.said
+    well = judge.judge_links(speeds | {"all_reduce": 1.2 * slowest}, backend=backend, link=link)
+    assert well.status == "ok", "the faster of the two counts"
+    assert "latency 200 us" in well.said
+    late = judge.judge_links({"all_reduce": 1e12, "all_gather": 1e12, "latency": 5.0}, backend=backend, link=link)
+    assert (late.status, "latency 5,000,000 us" in late.said) == ("warning", True)
 
-    assert of(2, 10_000).status == "ok"
-    assert "the interface has 1.25 GB/s" in of(2, 10_000).said
-    assert of(2, 100_000).status == "warning"
-    assert of(2, 0).status == "ok", "an interface that tells no speed is not judged"
-    assert "one TCP connection inside the node carries 4.00 GB/s" in of(1, 100_000).said
-    assert "latency 200 us" in of(1, 0).said
+
+def test_drivers_and_kernels() -> None:
+    def found(**changed: str) -> list[tuple[str, str]]:
+        other = {"kernel": "6.1.0", "NVIDIA driver": "550.54.15"} | changed
+        here = {"kernel": "6.1.0", "NVIDIA driver": "550.54.15"}
+        return [
+            (each.check, each.status)
+            for each in judge.compare_facts([facts("a", system=here), facts("b", system=other)])
+        ]
+
+    assert found() == [("ranks", "ok")]
+    assert found(kernel="6.2.0") == [("ranks", "ok"), ("kernel", "ok")]
+    (finding,) = judge.compare_facts([facts("a", system={"NVIDIA driver": "550.1.2"}), facts("b", system={})])
+    assert finding.status == "warning"
+    assert finding.said.endswith("NVIDIA driver: 550.1.2 on rank 0 (a); not there on rank 1 (b)")
 
 
 def test_findings_of_many_nodes_are_one_line_each() -> None:

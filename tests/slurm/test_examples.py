@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,36 @@ def test_names_with_spaces_stay_one_word() -> None:
     exported = next(line for line in text.splitlines() if line.startswith("export NOTE="))
     said = subprocess.run(["bash", "-c", f'{exported}; printf %s "$NOTE"'], capture_output=True, text=True)
     assert said.stdout == "it's one"
+
+
+def before_the_ranks(site: Site, folder: Path) -> subprocess.CompletedProcess[str]:
+    """What the script of a job does before it starts any rank."""
+    text = render(Job("a", tasks_per_node=1), site, SCRIPT).partition("step() {")[0]
+    (folder / "module").write_text('#!/bin/sh\necho "module $*"\n[ "$2" != absent ]\n')
+    (folder / "module").chmod(0o755)
+    env = {"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    return subprocess.run(["bash", "-c", f"{text}\necho ready"], env=env, capture_output=True, text=True)
+
+
+def test_what_a_site_sets_up_may_be_any_shell_and_ends_the_job_where_it_fails(tmp_path: Path) -> None:
+    (tmp_path / "activate").write_text('[ -n "$CONDA_BACKUP_X" ] || export ENV=there\n')  # no "set -u" for conda
+    loop = ("for name in a b; do", "  module load $name", "done")
+    tests = ("[ -f absent ] && source absent", "if [ -f absent ]; then", "  false", "fi", "false || true")
+    good = Site(modules=("cuda",), setup=(f"source {tmp_path}/activate", *loop, *tests, "echo $ENV  # a word"))
+    done = before_the_ranks(good, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["module load cuda", "module load a", "module load b", "there", "ready"]
+    assert "unbound" not in done.stderr
+    for site, what in (
+        (Site(modules=("absent",)), "module load absent"),
+        (Site(setup=("true", "source absent/activate")), "source absent/activate"),
+        (Site(setup=("if true; then", "  module load absent", "fi")), "  module load absent"),
+    ):
+        done = before_the_ranks(site, tmp_path)
+        assert (done.returncode, "ready" in done.stdout) == (1, False), done.stdout
+        assert f"disttrain: {what} failed; no rank was started" in done.stderr
+    lines = ("cat >/dev/null <<EOF", "it's", "EOF", "X='a", "b'")  # are left as they are
+    assert before_the_ranks(Site(setup=lines), tmp_path).stdout == "ready\n"
 
 
 def test_pyxis_mounts_by_options_of_srun() -> None:

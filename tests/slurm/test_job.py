@@ -96,3 +96,6 @@ def test_a_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_site(None) == file
     with pytest.raises(ConfigError, match="cannot be read"):
         load_site(tmp_path / "absent.yaml")
+    file.write_bytes(b"account: \xff")
+    with pytest.raises(ConfigError, match="no text in UTF-8"):
+        load_site(file)

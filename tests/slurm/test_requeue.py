@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from disttrain.callbacks.ledger import read_ledger
+from disttrain.meeting import find_meeting
 from disttrain.runs import read_run
+from disttrain.world import World
 from tests.support.slurm import Cluster, missing, wait_until
 from tests.support.slurm_jobs import STEPS, callbacks, log_of, queue_job, slowly, wait_for
 from tests.support.weights import differing, final_weights
@@ -38,10 +41,14 @@ def says(log: Path, words: str) -> bool:
 def test_both_styles_train_as_local_ranks_do(
     cluster: Cluster, digits: Path, tmp_path: Path, whole: Path, style: str
 ) -> None:
-    """2 nodes x 2 (made-up) GPUs give 4 ranks."""
+    """2 nodes x 2 (made-up) GPUs give 4 ranks. Other programs have the first ports at which they would meet."""
     run_dir = tmp_path / "run"
-    job = queue_job(cluster, run_dir, digits, "--nodes", "2", "--gpus-per-node", "2", "--style", style)
-    cluster.wait_done(job, log=log_of(run_dir, job))
+    options = ("--nodes", "2", "--gpus-per-node", "2", "--style", style, "--sbatch", "hold")
+    job = queue_job(cluster, run_dir, digits, *options)
+    told = {"SLURM_JOB_ID": job, "SLURM_STEP_ID": "0", "SLURM_JOB_NODELIST": "n[1-2]", "MASTER_ADDR": "n1"}
+    with cluster.holding("n1", find_meeting(World(0, 4, 0, 2, "slurm"), told).ports[:2]):
+        cluster.run(["scontrol", "release", job])
+        cluster.wait_done(job, log=log_of(run_dir, job))
     assert read_run(run_dir)["attempts"][0]["world_size"] == 4
     assert read_run(run_dir)["attempts"][0]["nodes"] == "n[1-2]"
     assert_same(whole, run_dir, attempts=1)
@@ -86,23 +93,33 @@ def test_the_time_limit_requeues_under_both_styles(cluster: Cluster, digits: Pat
 
 
 def test_preemption_with_ranks_apart(cluster: Cluster, digits: Path, tmp_path: Path, whole: Path) -> None:
-    """Rank 1 comes to everything half a second later; a job of a higher priority takes the nodes."""
-    run_dir = tmp_path / "run"
-    options = ("--nodes", "2", "--tasks-per-node", "1", "--partition", "low", "--requeue")
-    job = queue_job(cluster, run_dir, digits, *options, more=callbacks(slowly(0.5, rank=1)))
-    log = log_of(run_dir, job)
-    wait_until((run_dir / "checkpoints" / "step-00000004").exists, 90, log.read_text)
+    """A job of a higher priority takes the nodes of two: one whose rank 1 comes to everything half a second later, and,
+    under torchrun, one that is within a step for longer than the 30 s after which torchrun would kill it."""
+    go, runs = tmp_path / "go", {}
+    cluster.run(["scontrol", "update", "PartitionName=low", "GraceTime=90"])
+    for style, more in (("srun", slowly(0.5, rank=1)), ("torchrun", wait_for(6, go))):
+        options = ("--nodes", "2", "--tasks-per-node", "1", "--partition", "low", "--requeue", "--style", style)
+        job = queue_job(cluster, tmp_path / style, digits, *options, more=callbacks(more))
+        runs[style] = (tmp_path / style, job, log_of(tmp_path / style, job))
+    for run_dir, _, log in runs.values():
+        wait_until((run_dir / "checkpoints" / "step-00000004").exists, 120, log.read_text)
     urgent = cluster.run(
         ["sbatch", "--parsable", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
     ).stdout.strip()
-    cluster.wait_done(urgent, log=log)
-    cluster.wait_done(job, log=log)
-    run = read_run(run_dir)
-    assert "preempted by SIGTERM" in run["attempts"][0]["stop_reason"]
-    assert run["attempts"][1]["from_step"] == run["attempts"][0]["to_step"] < STEPS
-    assert f"job {job} is requeued and goes on by itself" in [event["text"] for event in run["events"]]
-    assert "disttrain: stopped at step" in log.read_text()
-    assert_same(whole, run_dir, attempts=2)
+    slow = runs["torchrun"]
+    wait_until(partial(says, slow[2], "SIGTERM: stopping"), 60, slow[2].read_text)
+    end = time.monotonic() + 35
+    wait_until(lambda: time.monotonic() > end, 60, cluster.logs)
+    go.touch()
+    cluster.wait_done(urgent)
+    for run_dir, job, log in runs.values():
+        cluster.wait_done(job, log=log)
+        run = read_run(run_dir)
+        assert "preempted by SIGTERM" in run["attempts"][0]["stop_reason"]
+        assert run["attempts"][1]["from_step"] == run["attempts"][0]["to_step"] < STEPS
+        assert f"job {job} is requeued and goes on by itself" in [event["text"] for event in run["events"]]
+        assert "disttrain: stopped at step" in log.read_text()
+        assert_same(whole, run_dir, attempts=2)
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, digits: Path, tmp_path: Path) -> None:
@@ -145,17 +162,22 @@ def test_a_signal_before_training_and_a_start_after_the_end(
 
 
 def test_a_crash_is_not_requeued(cluster: Cluster, digits: Path, tmp_path: Path) -> None:
-    """The nodes answer, and nobody asked: the job fails with the ranks' code, under both styles."""
+    """A rank that is killed, and a mistake before training: the job fails, under both styles, though srun ends the
+    other node's rank by SIGTERM and takes its code. The nodes answer, and nobody asked."""
+    dying = callbacks("{class_path: tests.support.callbacks.KillAt, init_args: {step: 2, rank: 1}}")
+    mistake = {"data.train": str(tmp_path / "absent.json")}
     jobs = {}
     for style in ("srun", "torchrun"):
-        options = ("--tasks-per-node", "1", "--style", style, "--requeue")
-        dying = "{class_path: tests.support.callbacks.KillAt, init_args: {step: 2}}"
-        jobs[style] = queue_job(cluster, tmp_path / style, digits, *options, more=callbacks(dying))
-    for style, job in jobs.items():
-        log = log_of(tmp_path / style, job)
+        for name, more in (("killed", dying), ("mistake", mistake)):
+            options = ("--nodes", "2", "--tasks-per-node", "1", "--style", style, "--requeue", "--no-check-data")
+            run_dir = tmp_path / f"{style}-{name}"
+            job = queue_job(cluster, run_dir, digits, *options, more=more)
+            jobs[job] = log_of(run_dir, job)
+    for job, log in jobs.items():
         cluster.wait_state(job, "FAILED", log=log)
         assert cluster.job(job).restarts == 0, log.read_text()
-        assert not says(log, "requeue")
+        assert not says(log, f"job {job} requeued")
+        assert says(log, "absent.json does not exist") or (log.parent.parent / "killed-1").exists(), log.read_text()
 
 
 def test_a_dead_node_is_replaced(cluster: Cluster, digits: Path, tmp_path: Path, whole: Path) -> None:

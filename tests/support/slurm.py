@@ -283,6 +283,18 @@ class Cluster:
             start = f"hostname {name}; exec slurmd -N {name}"
             self.run(["ip", "netns", "exec", name, "unshare", "--uts", "--mount", "sh", "-c", start])
 
+    @contextmanager
+    def holding(self, name: str, ports: Sequence[int]) -> Iterator[None]:
+        """Another program listens at some ports of a node's address."""
+        address = f"10.77.0.{name.removeprefix('n')}"
+        script = f"import socket, sys; kept = [socket.create_server(({address!r}, p)) for p in {list(ports)}]"
+        command = ["ip", "netns", "exec", name, sys.executable, "-c", f"{script}; print(flush=True); sys.stdin.read()"]
+        pipe = subprocess.PIPE
+        with subprocess.Popen([*self._inside, *command], stdin=pipe, stdout=pipe, env=self.environ) as holder:
+            assert holder.stdout is not None
+            assert holder.stdout.readline(), f"the ports {ports} could not be taken"
+            yield  # the pipe is closed at the end, and with it the program
+
     def processes_of(self, name: str, word: str) -> list[str]:
         """Processes of a node whose command holds a word."""
         script = f"for p in $(ip netns pids {name}); do tr '\\0' ' ' </proc/$p/cmdline; echo; done"
