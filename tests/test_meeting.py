@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from disttrain.errors import ConfigError
-from disttrain.meeting import expand_nodes, find_meeting, slurm_hosts
+from disttrain.meeting import expand_nodes, find_meeting, reserve_port, slurm_hosts
 from disttrain.world import World
 
 SLURM = World(0, 4, 0, 2, "slurm")
@@ -61,6 +61,11 @@ def test_a_reserved_port_is_left_to_who_knows_it(port: int) -> None:
         other.bind(("127.0.0.1", port))
     with socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True):
         socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    with reserve_port(everywhere=True) as number:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.2", number))
+        with socket.create_server(("", number), family=socket.AF_INET6, dualstack_ipv6=True):
+            socket.create_connection(("127.0.0.2", number), timeout=5).close()
 
 
 def test_each_attempt_of_each_step_meets_elsewhere() -> None:

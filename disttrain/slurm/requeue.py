@@ -2,7 +2,7 @@
 
 One rank asks, while all ranks are alive: a job that has ended, be it well, is not queued again. A job that was
 cancelled stays cancelled, and a process that a newer attempt of the same job has replaced asks for nothing. Where
-there is no ``scontrol``, as in a container, or SLURM does not answer for a few seconds, a note in the run folder lets
+there is no ``scontrol``, as in a container, or SLURM does not answer for a minute, a note in the run folder lets
 the job's script do it, outside; that one asks again for some minutes.
 """
 

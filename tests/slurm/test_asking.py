@@ -140,7 +140,7 @@ def test_the_script_requeues_what_asked_for_it(
 
 
 def test_a_controller_that_is_away_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = commands(tmp_path / "bin", jobs=[*[NO_ANSWER] * 30, RUNNING, NO_ANSWER, NO_ANSWER, RUNNING])
+    folder = commands(tmp_path / "bin", jobs=[*[NO_ANSWER] * 20, RUNNING, NO_ANSWER, NO_ANSWER, RUNNING])
     assert "requeue 7" in end_of_job(tmp_path, folder, code=75, note="7 0")
     away = commands(tmp_path / "away", jobs=[NO_ANSWER])
     assert "requeue 7" not in end_of_job(tmp_path, away, code=75, note="7 0")

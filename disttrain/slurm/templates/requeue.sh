@@ -6,9 +6,10 @@
 restart=${SLURM_RESTART_COUNT:-0} shown= asks=0
 # What SLURM says of this job. While its controller is away it says nothing, and is asked again, for some minutes.
 look() {
+  command -v scontrol >/dev/null || return
   until shown=$(scontrol -o show job "$JOB" 2>&1); do
     case $shown in *"Invalid job id"*) return ;; esac
-    [ $((asks += 1)) -le 60 ] || return
+    [ $((asks += 1)) -le 30 ] || return
     [ "$asks" -gt 1 ] || echo "disttrain: SLURM does not answer and is asked again: $shown" >&2
     sleep 5
   done
