@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from disttrain import OptimizerConfig, ParallelConfig, Trainer, UpdateGuard
-from disttrain.parallel.gradients import clip_gradient_norm
+from disttrain.parallel.gradients import clip_gradient_norm, scale_gradients
 from disttrain.parallel.reduction import PartialSums
 from disttrain.parallel.tree import plan_tree
 from disttrain.runs import read_run
@@ -185,3 +185,19 @@ def test_clipping_and_weighing_on_the_device_wait_for_nothing() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert abs(float(norm) - 90**0.5) < 1e-6
+
+
+def test_half_precision_is_scaled_by_a_factor_in_float32() -> None:
+    """A factor that is rounded to bfloat16 gives another product for every tenth element or more."""
+    grad = torch.randn(10_000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    factor = torch.tensor(0.3337, dtype=torch.float64)
+    expected = (grad.float() * factor.float()).bfloat16()
+    assert not torch.equal(expected, grad * factor.bfloat16()), "the test shows nothing"
+    parameter = torch.nn.Parameter(torch.zeros_like(grad, device="cuda"))
+    parameter.grad = grad.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        scale_gradients([parameter], factor.cuda())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(parameter.grad.cpu(), expected)

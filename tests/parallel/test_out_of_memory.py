@@ -138,7 +138,7 @@ class FeatureModule(PlainModule):
 def _resume_with_sizes(folder: str) -> None:
     shard = write_features(Path(folder), "train", 12)
     checkpoint: Path | None = None
-    for step, size in enumerate((4, 4, 2), start=1):
+    for step, size in enumerate((4, 2), start=1):
         data = ShardedDataModule(train=shard, global_batch_size=4, micro_batch_size=size)
         callbacks: list[Any] = [Checkpointing(every_steps=1)]
         trainer = Trainer(run_dir=folder, max_steps=step, callbacks=callbacks, progress_bar=False)
