@@ -25,6 +25,7 @@ import torch.distributed
 
 from disttrain.checkpoint import store, verify
 from disttrain.checkpoint.fence import Attempt, run_of
+from disttrain.checkpoint.marker import ABANDONED
 from disttrain.checkpoint.mirror import Mirror, Stored, another_run, begin
 from disttrain.checkpoint.mirroring import fetch
 from disttrain.checkpoint.prune import best_of
@@ -356,6 +357,11 @@ def _named(path: Path, faulty: Mapping[Path, str]) -> Start:
                 f"run folder {path} holds no committed checkpoint", mend="name another one, or use --resume never"
             )
         return start
+    if ABANDONED in path.name and path.is_dir():
+        raise CheckpointError(
+            f"checkpoint {path} was set aside, as its run did not go on from it",
+            mend=f"rename it to {path.name.partition(ABANDONED)[0]}, and name it so or use --resume auto",
+        )
     store.check(path)
     if path in faulty:
         raise CheckpointError(faulty[path], mend="resume from an earlier one")

@@ -95,10 +95,6 @@ def leave_behind(
     """
     copies = mirror.forget_after(step, attempt) if mirror is not None and attempt is not None else []
     with _changing(directory):
-        if start is not None and ABANDONED in start.name and _same(start.parent, directory) and start.is_dir():
-            guard(directory, attempt)
-            name = start.name.partition(ABANDONED)[0]
-            os.rename(start, start := free_path(directory, name))
         left = _not_gone_on_from(committed(directory)[0], step, start, faulty)
         moved = []
         for entry in reversed(left):
@@ -118,11 +114,12 @@ def _not_gone_on_from(
     found: list[Committed], step: int, start: Path | None, faulty: Collection[Path]
 ) -> list[Committed]:
     """Those of ``found``, oldest first, that are faulty or would be taken instead of the start."""
+    bad = {path.resolve() for path in faulty}
     index = next((i for i, entry in enumerate(found) if start is not None and _same(entry.path, start)), None)
     left = []
     for i, entry in enumerate(found):
         rival = start is not None and entry.global_step == step and (index is None or i > index)
-        if entry.global_step > step or rival or entry.path in faulty:
+        if entry.global_step > step or rival or entry.path.resolve() in bad:
             left.append(entry)
     return left
 

@@ -16,6 +16,7 @@ from disttrain.checkpoint.marker import abandoned, committed, remove
 from disttrain.checkpoint.mirror import Mirror, MirrorConfig, begin
 from disttrain.checkpoint.prune import Keep
 from disttrain.errors import CheckpointError
+from disttrain.runs import choose_start
 from tests.support.checkpoints import make_checkpoint
 
 
@@ -69,10 +70,13 @@ def test_a_start_elsewhere_and_a_faulty_checkpoint_of_the_same_step(folder: Path
 
 
 def test_what_was_set_aside_can_be_gone_on_from(folder: Path) -> None:
+    """By its old name alone: under the other one it would not be found by the next start."""
     leave_behind(folder, 8, start=folder / "step-00000008")
-    leave_behind(folder, 12, start=folder / "step-00000012.abandoned")
-    assert counting(folder) == ["step-00000004", "step-00000008", "step-00000012"]
-    assert aside(folder) == []
+    with pytest.raises(CheckpointError, match="was set aside") as caught:
+        choose_start(folder.parent, str(folder / "step-00000012.abandoned"))
+    assert "rename it to step-00000012, and" in caught.value.mend
+    (folder / "step-00000012.abandoned").rename(folder / "step-00000012")
+    assert choose_start(folder.parent, "auto").checkpoint == folder / "step-00000012"
 
 
 def test_a_start_from_nothing_leaves_all(folder: Path) -> None:
