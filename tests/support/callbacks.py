@@ -185,6 +185,24 @@ class HangAt(Callback):
             sum(range(1000))
 
 
+class LoseServer(Callback):
+    """Fails on one rank as code that talks to a server of its own might, with the words of a collective that fails.
+
+    Args:
+        rank: which rank.
+    """
+
+    def __init__(self, rank: int = 1) -> None:
+        self.rank = rank
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Fail."""
+        if trainer.global_rank == self.rank:
+            raise RuntimeError("my metrics server db:5432: Connection refused")
+
+
 class KillInSave(Callback):
     """Kills its own process inside a save, in the thread that saves.
 
