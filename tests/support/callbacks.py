@@ -149,6 +149,23 @@ class Slowly(Callback):
             time.sleep(self.seconds)
 
 
+class SlowBackward(Callback):
+    """Makes every backward pass take longer on one rank, before the last gradient is there.
+
+    Args:
+        seconds: how much longer.
+        rank: on which rank.
+    """
+
+    def __init__(self, seconds: float, rank: int = 1) -> None:
+        self.seconds, self.rank = seconds, rank
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the brake on."""
+        if trainer.global_rank == self.rank:
+            next(pl_module.parameters()).register_hook(lambda gradient: time.sleep(self.seconds))
+
+
 class HangAt(Callback):
     """Makes a rank hang before a step, in a run that has not hung yet.
 
