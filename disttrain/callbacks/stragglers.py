@@ -41,8 +41,8 @@ _SHARE: Final = 0.05  # of a step
 _PARTS: Final = ("forward", "backward", "communication")  # of a micro batch
 
 Quantiles = dict[str, Any]
-"""One rank's ``rank``, ``host``, whether its backward passes wait for no other (``backward_alone``), and the medians and
-95 % quantiles of its parts in seconds."""
+"""One rank's ``rank``, ``host``, whether its backward passes wait for no other (``backward_alone``), and the medians
+and 95 % quantiles of its parts in seconds."""
 
 
 class Stragglers(Callback):
