@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from pathlib import Path
 
 from disttrain.endings import note_ending
 from disttrain.errors import PREEMPTED_CODE, ConfigError, DisttrainError, Preempted, RankError, nearest
@@ -32,6 +33,8 @@ _TOOLS = {
     "report": "draw the report of a run, or compare several",
 }
 
+_BACKENDS = ("gloo", "NCCL", "nccl")
+_MOST_LETTERS = 300
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -59,7 +62,9 @@ def _main(arguments: list[str]) -> int:
             raise
         world = detect_world()
         note_ending(RankError.exit_code, follows=True)
-        print(f"disttrain: rank {world.rank} of {world.size} stops: another rank failed or was killed", file=sys.stderr)
+        why = (str(error).splitlines() or [type(error).__name__])[0][:_MOST_LETTERS]
+        text = f"rank {world.rank} of {world.size} stops: another rank failed or was killed: {why}"
+        print(f"disttrain: {text}", file=sys.stderr)
         return RankError.exit_code
     except KeyboardInterrupt:
         return _interrupted()
@@ -143,9 +148,23 @@ def _interrupted() -> int:
 
 
 def _lost_a_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone; that rank has said, or will say, why."""
+    """Whether a collective failed because another rank is gone; that rank has said, or will say, why.
+
+    A user's own error may have the same words, so it must come from a collective: by its kind, by the name of the
+    library that its text bears, or since it was raised inside of PyTorch, Lightning or disttrain.
+    """
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
-    return any(sign in str(error) for sign in signs)
+    text, torch = str(error), sys.modules.get("torch")
+    if torch is None or detect_world().size == 1 or not any(sign in text for sign in signs):
+        return False
+    if isinstance(error, getattr(torch.distributed, "DistError", ())) or any(name in text for name in _BACKENDS):
+        return True
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    path = frame.tb_frame.f_code.co_filename if frame is not None else ""
+    modules = [sys.modules.get(name) for name in ("disttrain", "torch", "lightning")]
+    return path.startswith(tuple(f"{Path(str(module.__file__)).parent}/" for module in modules if module is not None))
 
 
 def _usage() -> str:

@@ -223,9 +223,11 @@ def _pickled_task(task: tuple[Any, ...]) -> bytes:
 
 def _serve(connection: Connection, handle: _Handle) -> None:
     """The life of a process: make what is asked for until nobody asks any more."""
-    # Ctrl-C and what a launcher sends to the trainer's group of processes are the trainer's; it closes the pipe.
+    # Ctrl-C and what a launcher sends to the trainer's group of processes, or SLURM to every process of a step, is the
+    # trainer's: it goes on to the end of its step, for which it needs batches, and then closes the pipe.
     os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for request in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(request, signal.SIG_IGN)
     torch.set_num_threads(1)
     arena = mmap.mmap(handle.fd, 0)
     makers: dict[int, BatchMaker] = {}

@@ -220,12 +220,19 @@ def _attempt_rows(run: Run) -> list[Row]:
     ]
 
 
-_RANK_PARTS: Final = {"step": "Step", "wait": "Data wait", "forward": "Forward pass", "rest": "Backward, communication"}
+_RANK_PARTS: Final = {
+    "step": "Step",
+    "wait": "Data wait",
+    "forward": "Forward pass",
+    "backward": "Backward pass",
+    "communication": "Communication",
+    "rest": "Rest",
+}
 _RANK_HEADS: Final = ("Rank", "Node", *(f"{part}, median (95 %) in ms" for part in _RANK_PARTS.values()))
 
 
 def _rank_rows(run: Run) -> list[Row]:
-    """The times that each rank's steps took; the rest holds the waiting for other ranks."""
+    """The times that each rank's steps took; communication and rest hold the waiting for other ranks."""
     rows: list[Row] = []
     for told in run.ranks:
         cells = [_milliseconds(told.get(f"{part}_p50"), told.get(f"{part}_p95")) for part in _RANK_PARTS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -156,6 +157,17 @@ def test_a_fault_that_one_rank_meets_is_named_by_that_rank(
     assert "train-000003.tar at byte" in outcome.text
     assert "not a class number: b'x'" in outcome.text
     assert "stops: another rank failed" in outcome.text
+
+
+def test_an_error_of_the_users_own_is_no_lost_rank(fit: Callable[..., Outcome]) -> None:
+    """Though its words are those of a collective that fails; the rank that does lose a peer quotes its own error."""
+    outcome = fit("--trainer.callbacks+=tests.support.callbacks.LoseServer", ranks=2)
+    assert outcome.codes == [2, 1], outcome.text
+    assert "Traceback" in outcome.outputs[1]
+    assert "RuntimeError: my metrics server db:5432: Connection refused" in outcome.outputs[1]
+    assert "another rank failed or was killed" not in outcome.outputs[1]
+    assert "Traceback" not in outcome.outputs[0]
+    assert re.search(r"rank 0 of 2 stops: another rank failed or was killed: .*onnection", outcome.outputs[0])
 
 
 def test_dotted_overrides_and_the_saved_config(fit: Callable[..., Outcome], tmp_path: Path) -> None:

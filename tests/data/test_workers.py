@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -126,6 +127,18 @@ def test_a_process_that_dies_is_an_error_and_the_next_one_starts(reader: Reader)
         pool.make(BatchMaker(reader, HooksConfig(die)), np.arange(2)[None], None, None)
     (batch,) = pool.make(BatchMaker(reader), np.arange(2)[None], None, None)
     assert batch["x"][:, 0].tolist() == [0, 1]
+    pool.close()
+
+
+def test_a_request_to_stop_is_the_trainers(reader: Reader) -> None:
+    """SLURM sends it to every process of a step; the trainer still needs batches to the end of its step."""
+    pool = WorkerPool(1)
+    maker = BatchMaker(reader, HooksConfig(with_process))
+    (before,) = pool.make(maker, np.arange(1)[None], None, None)
+    for request in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(int(before["process"][0]), request)
+    (after,) = pool.make(maker, np.arange(1)[None], None, None)
+    assert int(after["process"][0]) == int(before["process"][0]), "the worker process was ended"
     pool.close()
 
 

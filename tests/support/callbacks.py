@@ -149,6 +149,23 @@ class Slowly(Callback):
             time.sleep(self.seconds)
 
 
+class SlowBackward(Callback):
+    """Makes every backward pass take longer on one rank, before the last gradient is there.
+
+    Args:
+        seconds: how much longer.
+        rank: on which rank.
+    """
+
+    def __init__(self, seconds: float, rank: int = 1) -> None:
+        self.seconds, self.rank = seconds, rank
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the brake on."""
+        if trainer.global_rank == self.rank:
+            next(pl_module.parameters()).register_hook(lambda gradient: time.sleep(self.seconds))
+
+
 class HangAt(Callback):
     """Makes a rank hang before a step, in a run that has not hung yet.
 
@@ -183,6 +200,24 @@ class HangAt(Callback):
             dist.barrier()
         while self.how == "loop":
             sum(range(1000))
+
+
+class LoseServer(Callback):
+    """Fails on one rank as code that talks to a server of its own might, with the words of a collective that fails.
+
+    Args:
+        rank: which rank.
+    """
+
+    def __init__(self, rank: int = 1) -> None:
+        self.rank = rank
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Fail."""
+        if trainer.global_rank == self.rank:
+            raise RuntimeError("my metrics server db:5432: Connection refused")
 
 
 class KillInSave(Callback):

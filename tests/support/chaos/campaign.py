@@ -239,8 +239,8 @@ class Campaign:
         """Nothing that was committed is lost, and nothing piles up, whatever has just happened."""
         there = checks.sound(self.checkpoints, self.damaged)
         names = {path.name for path in self.checkpoints.iterdir() if path.is_dir()} - set(self.damaged)
-        # The newest; as many as attempts that ended between a commit and its pruning; one being written or removed.
-        most = KEEP_LAST + KEEP_BEST + 1 + self.unpruned
+        # The newest; those for a guard; one for each attempt that ended between a commit and its pruning; one at work.
+        most = KEEP_LAST + KEEP_BEST + 2 + 1 + self.unpruned
         assert len(there) <= most, f"checkpoints pile up: {there}"
         assert len(names) <= most + 2, f"checkpoints pile up: {sorted(names)}"
 
