@@ -21,6 +21,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
+from disttrain.callbacks.best import BestList, Rated
 from disttrain.callbacks.monitor import Mode, Monitor
 from disttrain.callbacks.save_times import SaveTimes
 from disttrain.callbacks.streak import Guarded
@@ -111,9 +112,7 @@ class Checkpointing(Checkpoint):
         self._ending = False
         self._saver = Saver()
         self._mirroring: Mirroring | None = None
-        # (value, step, directory name), best first; one that is not in this folder keeps worse ones out all the same.
-        self._best: list[tuple[float, int, str]] = []
-        self._best_before: list[tuple[float, int, str]] = []
+        self._best = BestList(keep_best)
         self._saved_step = -1
         self.save_seconds = 0.0
         """Seconds that saving has stopped this attempt for."""
@@ -123,12 +122,14 @@ class Checkpointing(Checkpoint):
     @property
     def best_step(self) -> int:
         """Step of the best checkpoint, -1 where there is none."""
-        return self._best[0][1] if self._best else -1
+        return self._best.first.step if self._best.first else -1
 
     @property
     def best_model_path(self) -> str:
         """Directory of the best checkpoint, empty where there is none here; Lightning's ``ckpt_path='best'``."""
-        return str(self._directory() / self._best[0][2]) if self.directory and self._has_best() else ""
+        if self.directory is None or self._best.first is None or not self._best.is_first_in(self.directory):
+            return ""
+        return str(self.directory / self._best.first.name)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find the run's folder; to train, become the one attempt that may write there."""
@@ -163,12 +164,11 @@ class Checkpointing(Checkpoint):
                         mirror=self.mirror,
                     )
                 ]
-                if self._best and not self._has_best():
-                    value, step, _ = self._best[0]
+                if self._best.first is not None and not self._best.is_first_in(self._directory()):
+                    value, step, _ = self._best.first
                     what = self.monitor.name if self.monitor else "value"
                     notes.append(f"the best {what}, {value:.6g} at step {step}, is of no checkpoint in this folder")
-                notes = [note for note in notes if note]
-                for note in notes:
+                for note in (notes := [note for note in notes if note]):
                     print(f"disttrain: {note}", file=sys.stderr)
         return notes
 
@@ -195,7 +195,8 @@ class Checkpointing(Checkpoint):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         value = self.monitor.value(trainer) if self.monitor is not None else None
-        if self._due(trainer) or self._among_best(value):
+        among_best = self.monitor is not None and value is not None and self._best.admits(value, self.monitor)
+        if self._due(trainer) or among_best:
             self._save(trainer, value)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -259,9 +260,10 @@ class Checkpointing(Checkpoint):
     def restore_best(self, trainer: pl.Trainer) -> bool:
         """Load the best checkpoint's weights; False where there is none here. A collective."""
         self._settle(trainer, self._saver.wait())
-        if not trainer.strategy.broadcast(self._has_best()):
+        path = Path(trainer.strategy.broadcast(self.best_model_path))
+        if not path.name:
             return False
-        strategy_of(trainer).load_weights(self._directory() / self._best[0][2])
+        strategy_of(trainer).load_weights(path)
         # What is in memory is no longer the state of this step.
         self._saved_step = trainer.global_step
         return True
@@ -294,41 +296,22 @@ class Checkpointing(Checkpoint):
 
     def on_roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget what was saved; the checkpoint that is loaded next says what was best."""
-        self._best, self._saved_step, self.newest = [], -1, None
+        self._best.clear()
+        self._saved_step, self.newest = -1, None
         if self._mirroring is not None:
             self._mirroring.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """Which checkpoints are the best."""
-        return {"monitor": self.monitor and self.monitor.name, "best": [list(entry) for entry in self._best]}
+        return {"monitor": self.monitor and self.monitor.name, "best": self._best.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Know the best ones again, also those that are in another folder: nothing worse takes their place."""
         if self.monitor is not None and state_dict["monitor"] == self.monitor.name:
-            best = [(float(value), int(step), str(name)) for value, step, name in state_dict["best"]]
-            self._best = best[: self.keep_best]
-
-    def _has_best(self) -> bool:
-        """Whether the best checkpoint is in this folder; one of its name may be of another course of the run."""
-        if not self._best:
-            return False
-        value, step, name = self._best[0]
-        try:
-            found = store.check(self._directory() / name)
-        except CheckpointError:
-            return False
-        metric = found.about.metric
-        return found.global_step == step and (metric is None or metric.value == value)
+            self._best.load(state_dict["best"])
 
     def _due(self, trainer: pl.Trainer) -> bool:
         return self.times.due(trainer) and trainer.global_step != self._saved_step
-
-    def _among_best(self, value: float | None) -> bool:
-        if self.monitor is None or value is None:
-            return False
-        if len(self._best) < self.keep_best:
-            return self.monitor.better(value, self.monitor.worst)
-        return self.monitor.better(value, self._best[-1][0])
 
     def _save(
         self, trainer: pl.Trainer, value: float | None, *, background: bool | None = None, must: bool = False
@@ -338,15 +321,11 @@ class Checkpointing(Checkpoint):
         self._settle(trainer, self._saver.wait())
         path: Path = trainer.strategy.broadcast(store.free_path(self._directory(), f"step-{step:08d}"))
         # The list is part of what is saved, so it has to name this checkpoint before it is written.
-        self._best_before = list(self._best)
+        self._best.begin()
         metric = None
         if self.monitor is not None and value is not None:
             metric = Metric(self.monitor.name, value, self.monitor.mode)
-            if self._among_best(value):
-                sign = 1 if self.monitor.mode == "min" else -1
-                self._best.append((value, step, path.name))
-                self._best.sort(key=lambda entry: (sign * entry[0], entry[1]))
-                del self._best[self.keep_best :]
+            self._best.add(Rated(value, step, path.name), self.monitor)
         request = SaveRequest(
             self._saver,
             background=self.background if background is None else background,
@@ -358,7 +337,7 @@ class Checkpointing(Checkpoint):
         try:
             trainer.save_checkpoint(path, weights_only=False, storage_options=request)
         except BaseException:
-            self._best = self._best_before
+            self._best.undo()
             raise
         self._saved_step = step
         self.times.saved()
@@ -374,14 +353,14 @@ class Checkpointing(Checkpoint):
         if outcome.error is None:
             self.newest = outcome.path
             if trainer.is_global_zero:
-                text = f"{outcome.path.name} is committed, {outcome.seconds:.2f} s after its save began"
-                self.log_event(outcome.global_step, "checkpoint", text)
+                seconds = f"{outcome.seconds:.2f} s after its save began"
+                self.log_event(outcome.global_step, "checkpoint", f"{outcome.path.name} is committed, {seconds}")
             if self._mirroring is not None:
                 self._mirroring.offer(outcome.path, outcome.global_step, self._keep(outcome.global_step))
             return
-        self._best, self._saved_step = self._best_before, -1
-        spoilt = isinstance(outcome.error, SpoiltError)
-        if not spoilt and (must or outcome.fatal or self.on_save_error == "stop"):
+        self._best.undo()
+        self._saved_step = -1
+        if (must or outcome.fatal or self.on_save_error == "stop") and not isinstance(outcome.error, SpoiltError):
             raise outcome.error
         self._tell_error(trainer, f"no checkpoint of step {outcome.global_step}", outcome.error)
 
@@ -402,8 +381,7 @@ class Checkpointing(Checkpoint):
 
     def _keep(self, step: int) -> Keep:
         """What to keep at a step."""
-        best = [name for _, _, name in self._best]
-        keep = Keep(self.keep_last, best, self.keep_every_steps)
+        keep = Keep(self.keep_last, self._best.names, self.keep_every_steps)
         return keep if self.guarded is None or self._ending else self.guarded.widen(keep, step)
 
     def _pruning(self, new: Path, step: int) -> Callable[[], None]:
