@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+from disttrain.parallel.out_of_memory import no_way_back
 
 
 def fsdp_modules(module: nn.Module) -> list[FSDPModule]:
@@ -52,6 +55,21 @@ def take_unreduced(record: Any) -> Tensor | None:
     return inner
 
 
+class _Noting(ReduceScatter):
+    """A reduce-scatter that notes whether it was done."""
+
+    def __init__(self, inner: ReduceScatter) -> None:
+        self.inner, self.done = inner, False
+
+    def allocate(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.inner.allocate(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.inner(*args, **kwargs)
+        self.done = True
+        return result
+
+
 class UnitDriver:
     """Runs what FSDP2 does around sharded units without the units themselves.
 
@@ -75,6 +93,8 @@ class UnitDriver:
         """Leave FSDP2 as it was."""
         for group in self._watched:
             vars(group).pop("post_backward", None)
+            if isinstance(group._reduce_scatter_comm, _Noting):
+                group._reduce_scatter_comm = group._reduce_scatter_comm.inner
 
     def begin(self, root: FSDPModule) -> None:
         """A micro batch begins: the root's parameters are gathered."""
@@ -142,9 +162,17 @@ class UnitDriver:
 
     def _watch(self, unit: FSDPModule, group: Any) -> None:
         original = group.post_backward
+        scatter = group._reduce_scatter_comm = _Noting(group._reduce_scatter_comm)
 
         def post_backward(*unused: Any) -> None:
-            original(*unused)
+            scatter.done = False
+            try:
+                original(*unused)
+            except Exception:
+                if not scatter.done:
+                    raise  # to be called once more
+                with no_way_back("after the others had its gradients of a sharded block, which they want once"):
+                    raise
             self.reduced.add(unit)
 
         group.post_backward = post_backward

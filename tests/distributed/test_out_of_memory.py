@@ -77,12 +77,19 @@ def test_in_the_exchange_of_the_tree(tmp_path: Path, strategy: str) -> None:
         assert_same(tmp_path / wanted, tmp_path / run.name)
 
 
-def test_where_the_others_cannot_be_told_a_rank_ends_and_they_with_it(tmp_path: Path) -> None:
-    """In clipping sharded gradients, where they wait in a sum; nobody hangs."""
-    run = Run("run", "auto", config("fsdp"), Shortage(1, "clip", 0, step=1), start=8, steps=3)
+@pytest.mark.parametrize(
+    ("phase", "words"),
+    [
+        ("clip", "where the ranks cannot agree on a smaller micro batch: in clipping or in a hook"),
+        pytest.param("cast", "after the others had its gradients of a sharded block", marks=pytest.mark.slow),
+    ],
+)
+def test_where_the_others_cannot_be_told_a_rank_ends_and_they_with_it(tmp_path: Path, phase: str, words: str) -> None:
+    """In clipping sharded gradients, where they wait in a sum, and behind a reduce-scatter; nobody hangs."""
+    run = Run("run", "auto", config("fsdp"), Shortage(1, phase, 0, step=1), start=8, steps=3)
     outcome = make(2, [run], tmp_path)
     assert outcome.codes == [1, 1], outcome.text  # a rank that waits would be killed: -9
-    assert "OutOfStepError: rank 1 ran out of memory where the ranks cannot agree on a smaller micro" in outcome.text
+    assert f"OutOfStepError: rank 1 ran out of memory {words}" in outcome.text
 
 
 def test_a_lone_rank_goes_down_twice(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_clipping_and_weighing_on_the_device_wait_for_nothing() -> None:
 
 
 def test_half_precision_is_scaled_by_a_factor_in_float32() -> None:
-    """A factor that is rounded to bfloat16 gives another product for every tenth element or more."""
+    """A factor that is rounded to bfloat16 gives another product for about every tenth element."""
     grad = torch.randn(10_000, generator=torch.Generator().manual_seed(0)).bfloat16()
     factor = torch.tensor(0.3337, dtype=torch.float64)
     expected = (grad.float() * factor.float()).bfloat16()

@@ -33,7 +33,8 @@ class Shortage:
     """Where an allocation fails: on which rank, in what, for micro batches of more samples than the limit.
 
     Attributes:
-        phase: ``copy``, ``forward``, ``backward``, ``gather``, ``scatter``, ``exchange``, ``clip`` or ``optimizer``.
+        phase: ``copy``, ``forward``, ``backward``, ``gather``, ``scatter``, ``cast``, ``exchange``, ``clip`` or
+            ``optimizer``.
         place: ``stem``, ``0``, ``1``, ``2`` or ``head`` in a forward or backward pass; for copies and the buffers of
             FSDP and of the exchange of ``reduction: tree`` the number of an allocation.
         step: from which step on.
@@ -184,6 +185,9 @@ class ShortTask(Task):
             for unit in fsdp_modules(self):
                 unit.set_custom_all_gather(TightGather(self))
                 unit.set_custom_reduce_scatter(TightScatter(self))
+        if self.shortage is not None and self.shortage.phase == "cast":
+            for unit in fsdp_modules(self):  # what comes after the reduce-scatter
+                unit.set_all_reduce_hook(lambda _: self.allocate("cast"))
         if self.shortage is not None and self.shortage.phase == "exchange":
             strategy: Any = self.trainer.strategy
             exchange = (getattr(strategy, "_hook", None) or strategy._scatters[0])._exchange
