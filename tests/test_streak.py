@@ -9,7 +9,7 @@ import pytest
 from disttrain import UpdateGuard
 from disttrain.callbacks.rollback import read_rollbacks, write_rollbacks
 from disttrain.callbacks.streak import Guarded, Rollback, Streak, merged, planned_steps, roll_back, targets
-from disttrain.checkpoint.marker import Committed
+from disttrain.checkpoint.marker import About, Committed, Metric
 from disttrain.checkpoint.prune import Keep
 from disttrain.errors import CheckpointError, ConfigError
 
@@ -93,6 +93,18 @@ def test_there_is_always_one_from_before_the_margin(every: int, margin: int) -> 
             found = [entry for entry in found if entry not in gone]
             assert len(found) <= (2 if every >= margin else 3), found
     assert Guarded(lambda: 0, None).widen(Keep(1), 50).superfluous(found) == found[:-1], "it never goes back"
+
+
+def test_what_was_the_best_at_one_to_go_back_to_is_kept() -> None:
+    """The loss falls from save to save but for one: the best at step 20 is that of 15, which 25 replaces."""
+    losses = {5: 5.0, 10: 4.0, 15: 3.0, 20: 3.5, 25: 2.0, 30: 1.0}
+    found = [
+        Committed(Path(f"step-{step}"), step, About(step, metric=Metric("val/loss", loss, "min")))
+        for step, loss in losses.items()
+    ]
+    keep = Guarded(lambda: 0, 10).widen(Keep(1, best=["step-30"]), 30)  # before step 21
+    assert [entry.global_step for entry in keep.superfluous(found)] == [5, 10]
+    assert [entry.global_step for entry in Keep(1, best=["step-30"]).superfluous(found)] == [5, 10, 15, 20, 25]
 
 
 def test_the_record_of_rollbacks(tmp_path: Path) -> None:

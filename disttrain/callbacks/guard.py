@@ -115,11 +115,13 @@ class UpdateGuard(Callback):
             ConfigError: ``spikes`` are asked for where no step can be watched.
         """
         checkpoints = find_callback(trainer, Checkpointing)
-        if stage != "fit" or not self.enabled or not self._can_watch(trainer, pl_module):
+        if stage != "fit":
             return
+        watches = self.enabled and self._can_watch(trainer, pl_module)
         if checkpoints is not None:
             goes_back = self.max_rollbacks and isinstance(trainer.fit_loop, EndingFitLoop)
-            checkpoints.guarded = Guarded(self._streak_begins, self.margin if goes_back else None)
+            guarded = Guarded(self._streak_begins, self.margin if goes_back else None)
+            checkpoints.guarded = guarded if watches else None
 
     def _can_watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Whether updates can be left out here; says so where that may surprise."""

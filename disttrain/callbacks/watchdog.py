@@ -257,8 +257,10 @@ class Watchdog(Callback):
 
 def _last_collectives() -> list[str]:
     """The last entries of PyTorch's flight recorders, where they record (``TORCH_FR_BUFFER_SIZE``)."""
-    import torch._C._distributed_c10d as c10d
-
+    try:
+        import torch._C._distributed_c10d as c10d
+    except ImportError:  # a build without
+        return []
     dumps = []
     for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):  # gloo's; and NCCL's, which has one of its own
         with suppress(Exception):  # each exists in some versions and builds only

@@ -19,7 +19,8 @@ class Keep:
         every_steps: keep those whose step is a multiple, for good.
         below_step: keep those of earlier steps than this: the run may have to go back to one.
         before_step: keep the newest of those of earlier steps than this, and the oldest of the others, which follows it
-            in this when the run has gone on: it may yet have to go back. 0 keeps none for that.
+            in this when the run has gone on: it may yet have to go back; and what was the best at each that is kept.
+            0 keeps none for that.
     """
 
     last: int = 1
@@ -30,18 +31,17 @@ class Keep:
 
     def superfluous(self, found: Sequence[Committed]) -> list[Committed]:
         """Those of ``found``, oldest first, that need not be kept."""
-        held = []
+        kept = list(found[max(0, len(found) - self.last) :])
         if self.before_step:
             older = [entry for entry in found if entry.global_step < self.before_step]
-            held = [*older[-1:], *found[len(older) : len(older) + 1]]
-        return [
-            entry
-            for entry in found[: max(0, len(found) - self.last)]
-            if entry.path.name not in self.best
-            and entry.global_step >= self.below_step
-            and entry not in held
-            and not (self.every_steps and entry.global_step % self.every_steps == 0)
-        ]
+            kept += [*older[-1:], *found[len(older) : len(older) + 1]]
+        kept += [entry for entry in found if entry.path.name in self.best or entry.global_step < self.below_step]
+        if self.every_steps:
+            kept += [entry for entry in found if entry.global_step % self.every_steps == 0]
+        if self.before_step:  # to go back to one takes what was the best then, too
+            for last in {entry.global_step for entry in kept}:
+                kept += best_of([entry for entry in found if entry.global_step <= last], len(self.best))
+        return [entry for entry in found if entry not in kept]
 
 
 def best_of(found: Sequence[Committed], number: int) -> list[Committed]:

@@ -239,8 +239,9 @@ class Campaign:
         """Nothing that was committed is lost, and nothing piles up, whatever has just happened."""
         there = checks.sound(self.checkpoints, self.damaged)
         names = {path.name for path in self.checkpoints.iterdir() if path.is_dir()} - set(self.damaged)
-        # The newest; those for a guard; one for each attempt that ended between a commit and its pruning; one at work.
-        most = KEEP_LAST + KEEP_BEST + 2 + 1 + self.unpruned
+        # The newest and two for a guard, with what was the best at each; the best now; one for each attempt that ended
+        # between a commit and its pruning; one being written or removed.
+        most = 2 * (KEEP_LAST + 2) + KEEP_BEST + 1 + self.unpruned
         assert len(there) <= most, f"checkpoints pile up: {there}"
         assert len(names) <= most + 2, f"checkpoints pile up: {sorted(names)}"
 
