@@ -190,7 +190,8 @@ def test_a_micro_batch_size_that_is_found_survives(poisoned: Path, reference: Pa
 @pytest.mark.slow
 def test_the_checkpoint_to_go_back_to_is_kept_while_a_streak_lasts(poisoned: Path, tmp_path: Path) -> None:
     """With one checkpoint kept, that of step 16 would have replaced the last good one, of step 12."""
-    text = fit(tmp_path / "run", poisoned, 1, "{}", *GUARD, "--checkpoint.keep_last", "1").ok().text
+    more = ("--guard.margin", "0", "--checkpoint.keep_last", "1")
+    text = fit(tmp_path / "run", poisoned, 1, "{}", *GUARD, *more).ok().text
     assert text.count("going back to step-00000012") == 1
     told = rollbacks(tmp_path / "run")[0]
     assert (told["first_skipped"], told["last_skipped"]) == (13, 15)

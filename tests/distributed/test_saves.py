@@ -76,7 +76,8 @@ def test_killed_inside_a_save_and_resumed(digits: Path, tmp_path: Path, place: s
     fit(tmp_path / "whole", digits, 2).ok()
     run_dir = tmp_path / "killed"
     trap = ("--trainer.callbacks+=tests.support.callbacks.KillInSave", f"--trainer.callbacks.place={place}")
-    codes = fit(run_dir, digits, 2, *trap, "--trainer.callbacks.step=8").codes
+    more = ("--trainer.callbacks.step=8", "--guard.margin=0")  # nothing older is kept for the guard: it is deleted
+    codes = fit(run_dir, digits, 2, *trap, *more).codes
     assert codes[0] == -9, f"not killed while {place}: {codes}"
     found, _ = committed(run_dir / "checkpoints")
     assert {entry.global_step for entry in found} & {4, 6, 8}, "the earlier checkpoints are gone"
