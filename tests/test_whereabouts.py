@@ -13,6 +13,8 @@ from types import FrameType
 import torch
 
 from disttrain.callbacks.hang_report import make_report, summarize
+from disttrain.checkpoint.marker import About
+from disttrain.checkpoint.saver import Saver
 from disttrain.data.decode import Field
 from disttrain.data.index import ShardIndex
 from disttrain.data.loader import EvaluationLoader, LoaderConfig
@@ -83,6 +85,32 @@ def test_a_fifo_in_place_of_a_shard_is_named(tmp_path: Path) -> None:
     assert place == wanted
 
 
+def test_who_waits_for_a_save_says_where_that_is() -> None:
+    reached, go_on = threading.Event(), threading.Event()
+
+    class Stuck:
+        final, about = Path("step-1"), About(1)
+
+        def run(self, group: object = None) -> None:
+            reached.set()
+            go_on.wait()
+
+    saver = Saver()
+    saver.begin(Stuck(), background=True)
+    waiting = threading.Thread(target=saver.wait, daemon=True)
+    waiting.start()
+    assert reached.wait(20)
+    tick = threading.Event()
+    while not any(frame.f_code.co_name == "join" for frame in stack_of(waiting)):
+        tick.wait(0.01)
+    saving = next(thread for thread in threading.enumerate() if thread.name == "disttrain-save")
+    place = describe(stack_of(waiting), [], [stack_of(saving)])
+    assert place.startswith("waits for a save or a copy, which is in user code tests/test_whereabouts.py:"), place
+    assert describe(stack_of(waiting), []) == "waits for a save or a copy"
+    go_on.set()
+    waiting.join(20)
+
+
 def test_a_process_tells_the_stacks_of_its_other_threads() -> None:
     told: list[tuple[str, str]] = []
     thread = threading.Thread(target=lambda: told.append(whereabouts()), name="watcher")
@@ -95,7 +123,15 @@ def test_a_process_tells_the_stacks_of_its_other_threads() -> None:
 
 def told(rank: int, place: str, host: str = "a") -> dict[str, object]:
     return {
-        **{"rank": rank, "host": host, "pid": 7, "step": 12, "doing": "step", "quiet_seconds": 4.0, "place": place},
+        **{
+            "rank": rank,
+            "host": host,
+            "pid": 7,
+            "step": 12,
+            "doing": "micro batch",
+            "quiet_seconds": 4.0,
+            "place": place,
+        },
         **{"collectives": [], "stacks": f"stack of rank {rank}"},
     }
 

@@ -13,6 +13,8 @@ from disttrain.runs import read_run, write_run
 
 FOLDER: Final = "hangs"
 REPORT: Final = "report.txt"
+MICRO_BATCH: Final = "micro batch"
+"""What a run that trains does; anything else is told with the step that it hangs at."""
 
 
 def make_report(run_dir: Path, folder: Path, size: int, timeout: float) -> str:
@@ -31,7 +33,7 @@ def make_report(run_dir: Path, folder: Path, size: int, timeout: float) -> str:
     step = max(told["step"] for told in ranks.values())
     summary = summarize(ranks, size)
     stages = {told["doing"] for told in ranks.values()}
-    stage = f" ({stages.pop()})" if len(stages) == 1 else ""
+    stage = f" ({stages.pop()})" if len(stages) == 1 and not any(MICRO_BATCH in each for each in stages) else ""
     head = (
         f"the run hangs at step {step}{stage}: no step or batch for {timeout:g} s. {summary};"
         f" {folder / REPORT} has the stacks"

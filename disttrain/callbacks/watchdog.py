@@ -29,7 +29,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from disttrain.beats import beats
-from disttrain.callbacks.hang_report import FOLDER, REPORT, make_report
+from disttrain.callbacks.hang_report import FOLDER, MICRO_BATCH, REPORT, make_report
 from disttrain.durations import parse_duration
 from disttrain.endings import note_ending
 from disttrain.errors import HUNG_CODE
@@ -117,11 +117,11 @@ class Watchdog(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """A micro batch has come."""
-        self._beat(trainer, "step")
+        self._beat(trainer, MICRO_BATCH)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """A micro batch is done."""
-        self._beat(trainer, "after step")
+        self._beat(trainer, f"after a {MICRO_BATCH}")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A validation begins."""

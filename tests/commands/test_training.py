@@ -161,7 +161,7 @@ def test_a_fault_that_one_rank_meets_is_named_by_that_rank(
 
 def test_an_error_of_the_users_own_is_no_lost_rank(fit: Callable[..., Outcome]) -> None:
     """Though its words are those of a collective that fails; the rank that does lose a peer quotes its own error."""
-    outcome = fit("--trainer.callbacks+=tests.support.callbacks.LoseServer", ranks=2)
+    outcome = fit("--trainer.callbacks+=tests.support.troubles.LoseServer", ranks=2)
     assert outcome.codes == [2, 1], outcome.text
     assert "Traceback" in outcome.outputs[1]
     assert "RuntimeError: my metrics server db:5432: Connection refused" in outcome.outputs[1]

@@ -96,7 +96,7 @@ def test_a_reader_that_is_stuck(digits: Path, tmp_path: Path, threads: int) -> N
 def test_a_copy_that_takes_longer_than_the_limit_is_no_hang(digits: Path, tmp_path: Path) -> None:
     """Rank 1 uploads its files of the last checkpoint for longer than the limit; rank 0 only waits for it."""
     name = "--trainer.callbacks"
-    slow = (f"{name}+=tests.support.callbacks.SlowCopy", f"{name}.seconds=2.5", f"{name}.rank=1")
+    slow = (f"{name}+=tests.support.troubles.SlowCopy", f"{name}.seconds=2.5", f"{name}.rank=1")
     copies = (
         "--checkpoint.mirror.url",
         (tmp_path / "copies").as_uri(),

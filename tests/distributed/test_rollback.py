@@ -23,6 +23,7 @@ STREAK = (13, 14, 15)
 TREE = "{reduction: tree}"
 FSDP = "{strategy: fsdp, reduction: tree}"
 GUARD = ("--guard.patience", "3", "--guard.margin", "2")
+SPOILT = "--trainer.callbacks+=tests.support.troubles.SpoilWeights"
 LEFT_OUT = [11, 12, 13, 14, 15]
 """What these leave out: the streak and two steps before it; the checkpoint is that of step 8."""
 
@@ -201,7 +202,7 @@ def test_the_checkpoint_to_go_back_to_is_kept_while_a_streak_lasts(poisoned: Pat
 def test_harm_in_the_step_of_a_save_is_not_saved(tmp_path: Path) -> None:
     """With one checkpoint kept, that of step 12 would have been the only one, and nothing left to go back to."""
     run_dir, data = tmp_path / "run", write_data(tmp_path / "data", ())
-    more = ("--checkpoint.keep_last", "1", *extra("SpoilWeights", step=12))
+    more = ("--checkpoint.keep_last", "1", SPOILT, "--trainer.callbacks.step=12")
     text = fit(run_dir, data, 2, "{}", *GUARD, *more).ok().text
     assert text.count("going back to step-00000008") == 1, text
     refused = "no checkpoint of step 12, training goes on: its weights are not finite (model.0.weight)"
@@ -214,7 +215,7 @@ def test_harm_in_the_step_of_a_save_is_not_saved(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_that_ends_with_spoilt_weights_says_so(tmp_path: Path) -> None:
     run_dir, data = tmp_path / "run", write_data(tmp_path / "data", ())
-    outcome = fit(run_dir, data, 2, FSDP, *GUARD, "--checkpoint.keep_last", "1", *extra("SpoilWeights", step=23))
+    outcome = fit(run_dir, data, 2, FSDP, *GUARD, "--checkpoint.keep_last", "1", SPOILT, "--trainer.callbacks.step=23")
     assert set(outcome.codes) == {2}, outcome.text
     assert "the run ends at step 24 with weights that are not finite, and is not saved" in outcome.text
     there = [entry.global_step for entry in committed(run_dir / "checkpoints")[0]]

@@ -32,7 +32,7 @@ def test_a_slow_rank_is_found_in_a_real_run(digits: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_a_rank_that_is_slow_in_its_backward_pass_is_found_too(digits: Path, tmp_path: Path) -> None:
     name = "--trainer.callbacks"
-    fit(tmp_path / "run", digits, "ddp", [f"{name}+=tests.support.callbacks.SlowBackward", f"{name}.seconds=0.03"]).ok()
+    fit(tmp_path / "run", digits, "ddp", [f"{name}+=tests.support.troubles.SlowBackward", f"{name}.seconds=0.03"]).ok()
     record = read_run(tmp_path / "run")
     events = [event["text"] for event in record["events"] if event["kind"] == "slow rank"]
     assert len(events) == 1, events

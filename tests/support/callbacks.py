@@ -149,23 +149,6 @@ class Slowly(Callback):
             time.sleep(self.seconds)
 
 
-class SlowBackward(Callback):
-    """Makes every backward pass take longer on one rank, before the last gradient is there.
-
-    Args:
-        seconds: how much longer.
-        rank: on which rank.
-    """
-
-    def __init__(self, seconds: float, rank: int = 1) -> None:
-        self.seconds, self.rank = seconds, rank
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the brake on."""
-        if trainer.global_rank == self.rank:
-            next(pl_module.parameters()).register_hook(lambda gradient: time.sleep(self.seconds))
-
-
 class HangAt(Callback):
     """Makes a rank hang before a step, in a run that has not hung yet.
 
@@ -200,24 +183,6 @@ class HangAt(Callback):
             dist.barrier()
         while self.how == "loop":
             sum(range(1000))
-
-
-class LoseServer(Callback):
-    """Fails on one rank as code that talks to a server of its own might, with the words of a collective that fails.
-
-    Args:
-        rank: which rank.
-    """
-
-    def __init__(self, rank: int = 1) -> None:
-        self.rank = rank
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Fail."""
-        if trainer.global_rank == self.rank:
-            raise RuntimeError("my metrics server db:5432: Connection refused")
 
 
 class KillInSave(Callback):
@@ -272,29 +237,6 @@ class KillInCopy(KillInSave):
 
     def _is_due(self, trainer: pl.Trainer, arguments: tuple[Any, ...]) -> bool:
         return int(arguments[1][5:13]) >= self.step
-
-
-class SlowCopy(Callback):
-    """Makes the upload of every file of a checkpoint take longer on one rank.
-
-    Args:
-        seconds: how much longer.
-        rank: which rank.
-    """
-
-    def __init__(self, seconds: float, rank: int = 0) -> None:
-        self.seconds, self.rank = seconds, rank
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the brake on."""
-        if trainer.global_rank == self.rank:
-            known = Mirror.upload
-
-            def slow(mirror: Mirror, name: str, path: Path) -> None:
-                time.sleep(self.seconds)
-                known(mirror, name, path)
-
-            Mirror.upload = slow  # type: ignore[method-assign]
 
 
 class KillAtReplace(Callback):
@@ -385,26 +327,6 @@ class LeaveOut(Callback):
         if trainer.global_step + 1 in self.steps:
             for parameter in pl_module.parameters():
                 parameter.grad = None
-
-
-class SpoilWeights(Callback):
-    """Makes a weight no number at the end of a step, once, as a fault of the device's might.
-
-    Args:
-        step: which, counted from 1.
-    """
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Spoil it."""
-        if trainer.global_step == self.step:
-            self.step = -1
-            with torch.no_grad():
-                next(pl_module.parameters()).mul_(float("nan"))
 
 
 class KillInRollback(Callback):
