@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from disttrain.checkpoint.marker import LATEST, MARKER
+from disttrain.checkpoint.marker import ABANDONED, LATEST, MARKER
 from tests.support.chaos import checks, disk
 from tests.support.chaos.plan import EVERY, FAILING, STEPS, Attempt, Between, Fault, Layout
 from tests.support.chaos.trap import RUN_DIR, SCHEDULE
@@ -85,7 +85,7 @@ class Campaign:
         self.run_dir, self.own_data, self.control = (self.folder / name for name in ("run", "data", "control"))
         self.chance = random.Random(self.seed)
         self.sessions: list[int] = []
-        self.damaged: list[str] = []
+        self.harmed: list[tuple[Path, int]] = []
         self.mark = secrets.token_hex(8)
         self.notes: list[str] = []
         self.number = self.unpruned = 0
@@ -94,6 +94,11 @@ class Campaign:
     def checkpoints(self) -> Path:
         """The run's folder of checkpoints."""
         return self.run_dir / "checkpoints"
+
+    @property
+    def damaged(self) -> list[str]:
+        """Names of the damaged checkpoints that are still there; a sound one may have taken a name over."""
+        return [path.parent.name for path, time_ns in self.harmed if path.exists() and _changed(path) == time_ns]
 
     def run(self) -> list[Row]:
         """All attempts; raises an AssertionError that names the seed and the attempt where something does not hold."""
@@ -186,7 +191,7 @@ class Campaign:
             disk.truncate(file)
         else:
             disk.flip(file, self.chance.randrange(8 * file.stat().st_size))
-        self.damaged.append(path.name)
+        self.harmed.append((file, _changed(file)))
         self.rows.append(Row(layout, "flip, marker" if what == "marker" else f"{what}, tensors", None))
         print(f"  {self.number:3d}  {layout}  before: {what} {path.name}/{file.name}", flush=True)
         return f"passed over: checkpoint {path} "
@@ -239,11 +244,13 @@ class Campaign:
         """Nothing that was committed is lost, and nothing piles up, whatever has just happened."""
         there = checks.sound(self.checkpoints, self.damaged)
         names = {path.name for path in self.checkpoints.iterdir() if path.is_dir()} - set(self.damaged)
+        aside = {name for name in names if ABANDONED in name}
+        assert len(aside) <= len(self.harmed), f"more is set aside than was damaged: {sorted(aside)}"
         # The newest and two for a guard, with what was the best at each; the best now; one for each attempt that ended
         # between a commit and its pruning; one being written or removed.
         most = 2 * (KEEP_LAST + 2) + KEEP_BEST + 1 + self.unpruned
         assert len(there) <= most, f"checkpoints pile up: {there}"
-        assert len(names) <= most + 2, f"checkpoints pile up: {sorted(names)}"
+        assert len(names - aside) <= most + 2, f"checkpoints pile up: {sorted(names)}"
 
     def _until_stopped(self, ranks: Ranks) -> None:
         process = psutil.Process(ranks.processes[0].pid)
@@ -279,6 +286,10 @@ class Campaign:
             assert not left, f"left running: {left}"
         except AssertionError as error:
             raise AssertionError(f"seed {self.seed}, at the end: {error}") from None
+
+
+def _changed(path: Path) -> int:
+    return path.stat().st_mtime_ns
 
 
 def fault_row(layout: Layout, fault: Fault, step: int) -> Row:
