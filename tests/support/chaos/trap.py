@@ -25,7 +25,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from disttrain.callbacks.run_record import RunRecord
-from disttrain.checkpoint import checksum, fence, staging, store, write
+from disttrain.checkpoint import checksum, fence, folder, staging, store, write
 from disttrain.checkpoint.marker import LATEST, MARKER, META
 from disttrain.metrics_file import FILE_NAME
 from disttrain.runs import RUN_FILE
@@ -59,7 +59,7 @@ PLACES: Final[dict[str, tuple[Any, str, Where]]] = {
     "marking": (write, "write_marker", _anywhere),
     "marked": (os, "replace", _to(MARKER)),
     "latest": (os, "replace", _to(LATEST)),
-    "pruning": (store, "remove", _anywhere),
+    "pruning": (folder, "remove", _anywhere),
     "pruned": (shutil, "rmtree", lambda path, *_, **__: OWN_NAME.fullmatch(Path(path).name) is not None),
     "claiming": (os, "replace", _to(fence.FENCE)),
     "clearing": (fence, "_clear", _anywhere),
