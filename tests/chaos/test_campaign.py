@@ -31,6 +31,7 @@ def test_the_schedule_follows_from_its_seed() -> None:
     assert made[-1].faults == (), "the last one goes on to the end"
 
 
+@pytest.mark.slow
 def test_one_rank_brought_down_six_times(digits: Path, tmp_path: Path) -> None:
     whole = whole_run(tmp_path / "whole", digits, ONE)
     rows = Campaign(tmp_path, digits, 6, schedule(6, [ONE], attempts=5), whole).run()

@@ -32,7 +32,7 @@ def evaluate(shards: dict[int, str], out: str, strategy: str) -> None:
             Path(out).write_text(json.dumps(results))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_metrics_are_those_of_one_process(tmp_path: Path, strategy: str) -> None:
     shards = {size: write_features(tmp_path, f"val-{size}", size) for size in SIZES}
     results = {}

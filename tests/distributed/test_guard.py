@@ -128,6 +128,7 @@ def test_nothing_changes_in_a_step_that_is_left_out(poisoned: Path, tmp_path: Pa
         assert not differing(before, after), f"step {step} changed weights"
 
 
+@pytest.mark.slow
 def test_what_is_usual_survives_a_kill(poisoned: Path, tmp_path: Path) -> None:
     fit(tmp_path / "straight", poisoned, 2, "{reduction: tree}", *SPIKES).ok()
     for step in (3, 9):

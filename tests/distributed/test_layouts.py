@@ -45,7 +45,13 @@ def alone(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize("parallel", ["{strategy: fsdp, replicate: 2}", "{strategy: fsdp, replicate: -1, shard: 2}"])
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        "{strategy: fsdp, replicate: 2}",
+        pytest.param("{strategy: fsdp, replicate: -1, shard: 2}", marks=pytest.mark.slow),
+    ],
+)
 def test_copies_of_a_sharded_model_train_as_one_process(
     digits: Path, tmp_path: Path, alone: Path, parallel: str
 ) -> None:
@@ -54,6 +60,7 @@ def test_copies_of_a_sharded_model_train_as_one_process(
     assert apart <= 1e-6, f"weights are {apart:.2e} apart"
 
 
+@pytest.mark.slow
 def test_checkpoints_of_copies_load_in_other_layouts(digits: Path, tmp_path: Path, alone: Path) -> None:
     moved = tmp_path / "moved"
     fit(moved, digits, 4, "{strategy: fsdp, replicate: 2}", *killed_at(9))

@@ -25,7 +25,9 @@ def events(run_dir: Path) -> list[str]:
     return [event["text"] for event in read_run(run_dir)["events"] if event["kind"] == "memory"]
 
 
-@pytest.mark.parametrize(("strategy", "reduction"), [("ddp", "fast"), ("fsdp", "tree")])
+@pytest.mark.parametrize(
+    ("strategy", "reduction"), [("ddp", "fast"), pytest.param("fsdp", "tree", marks=pytest.mark.slow)]
+)
 def test_a_rank_that_runs_out_takes_the_others_down_with_it(tmp_path: Path, strategy: str, reduction: str) -> None:
     """In the middle of a step, and in its very first micro batch, where the order of the blocks is not known yet."""
     parallel = config(strategy, reduction)

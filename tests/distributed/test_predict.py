@@ -44,7 +44,8 @@ def lines_of(text: bytes) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.decode().splitlines()]
 
 
-@pytest.mark.parametrize("per_file", [5, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("per_file", [5, 8])
 def test_files_are_the_same_at_every_world_size(shards: list[str], tmp_path: Path, per_file: int) -> None:
     """Files of 5 samples straddle micro batches of 4 and ranks; those of 8 straddle ranks."""
     found: dict[str, dict[str, dict[str, bytes]]] = {}

@@ -209,6 +209,7 @@ def test_a_start_that_fails_leaves_the_complete_run_in_place(digits: Path, tmp_p
         assert sorted(path.name for path in tmp_path.glob("run*")) == ["run", "run-logs"]
 
 
+@pytest.mark.slow
 def test_another_optimizer_is_refused_and_kept_settings_are_told(digits: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     fit(run_dir, digits, 1, "ddp", *killed_at(9, 0))

@@ -41,7 +41,7 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     return {f"{group}.{name}": value for group in groups(path) for name, value in read_group(path, group).items()}
 
 
-@pytest.mark.parametrize(("ranks", "strategy"), [(2, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize(("ranks", "strategy"), [pytest.param(2, "ddp", marks=pytest.mark.slow), (2, "fsdp")])
 def test_in_the_background_the_same_is_saved(digits: Path, tmp_path: Path, ranks: int, strategy: str) -> None:
     found = {}
     for way in ("async", "sync"):

@@ -61,6 +61,7 @@ def test_patience_and_best_survive_a_resume(digits: Path, tmp_path: Path) -> Non
     assert resumed["stop_reason"] == whole["stop_reason"]
 
 
+@pytest.mark.slow
 def test_a_run_that_had_decided_to_stop_stays_stopped(digits: Path, tmp_path: Path) -> None:
     """Killed after the decision was saved, before the end: the resumed run does not train on."""
     run_dir = tmp_path / "run"

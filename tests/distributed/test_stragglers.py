@@ -12,6 +12,7 @@ from disttrain.runs import read_run
 from tests.support.preemption import fit
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_found_in_a_real_run(digits: Path, tmp_path: Path) -> None:
     name = "--trainer.callbacks"
     slow = [f"{name}+=tests.support.callbacks.Slowly", f"{name}.seconds=0.05", f"{name}.rank=1"]

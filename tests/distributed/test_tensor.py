@@ -71,7 +71,7 @@ def alone(sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("ranks", "parallel", "more"),
     [
         pytest.param(2, "{strategy: fsdp, tensor: 2}", (), marks=pytest.mark.slow),
-        (4, "{strategy: fsdp, tensor: 2}", ()),
+        pytest.param(4, "{strategy: fsdp, tensor: 2}", (), marks=pytest.mark.slow),
         (4, "{strategy: fsdp, tensor: 2}", ("--model.sequence_parallel", "true")),
         pytest.param(4, "{strategy: fsdp, tensor: 4, activation_checkpointing: blocks}", (), marks=pytest.mark.slow),
     ],
