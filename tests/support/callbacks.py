@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Callback
 
 from disttrain.callbacks import guard
 from disttrain.callbacks.find import find_callback
-from disttrain.checkpoint import checksum, staging, store, write
+from disttrain.checkpoint import checksum, folder, staging, write
 from disttrain.checkpoint.mirror import Mirror
 from disttrain.tasks.base import Task
 
@@ -200,7 +200,7 @@ class KillInSave(Callback):
         "renaming": (write, "open_directory"),
         "marking": (write, "write_marker"),
         "latest": (write, "write_synced"),
-        "pruning": (store, "remove"),
+        "pruning": (folder, "remove"),
     }
 
     def __init__(self, place: str, step: int, rank: int = 0) -> None:
@@ -347,7 +347,7 @@ class KillInRollback(Callback):
         if stage != "fit":
             return
         if self.place == "deleted":
-            store.remove = self._trap(store.remove, before=False)
+            folder.remove = self._trap(folder.remove, before=False)
         elif self.place in ("before-record", "recorded"):
             guard.write_rollbacks = self._trap(guard.write_rollbacks, before=self.place == "before-record")
 
