@@ -88,8 +88,7 @@ def main(argv: list[str]) -> int:
     compared = []
     for layout, trace in zip(others, traces, strict=True):
         same_sums = layout.tensor == layouts[0].tensor  # another tensor degree adds other parts of each product
-        exact = tree and same_sums and trace.micro_batch_size == reference.micro_batch_size
-        compared.append(compare(reference, trace, tolerance * (1 if same_sums else _LOOSER), exact=exact))
+        compared.append(_compare(reference, trace, tolerance, same_sums=same_sums, tree=tree))
     again = None
     if any(one.verdict == DIFFERENT for one in compared):
         # A run that does not even repeat itself differs for another reason than its layout.
@@ -100,6 +99,14 @@ def main(argv: list[str]) -> int:
     write_json(out / "parity.json", reference, compared, again)
     print("pictures: " + ", ".join(str(path) for path in pictures))
     return _judge([one for one in compared if one.verdict == DIFFERENT])
+
+
+def _compare(reference: Trace, trace: Trace, tolerance: float, *, same_sums: bool, tree: bool) -> Comparison:
+    """Compare by bits where the layouts must have the same, otherwise by what sums may round."""
+    from disttrain.parity.compare import compare
+
+    exact = tree and same_sums and trace.micro_batch_size == reference.micro_batch_size
+    return compare(reference, trace, tolerance * (1 if same_sums else _LOOSER), exact=exact)
 
 
 def _run(runs: Runs, layout: Layout, *, name: str = "", kill: bool = False) -> Trace:
