@@ -8,13 +8,13 @@ one report of all, notes it in ``run.json`` and prints it. Then all end with exi
 collective: a rank that works while the others wait for it, without a step, touches ``<run_dir>/hangs/<attempt>.works``.
 
 Time during which the whole process was stopped does not count. A rank whose thread cannot run, since code of C holds
-Python's lock, prints its stacks to standard error. Cost: one addition a batch, and one look at the run's folder every
-few seconds.
+Python's lock, is made to print its stacks, and is ended, by a process beside it
+(:mod:`disttrain.callbacks.overseer`). Cost: one addition a batch, one look at the run's folder every few seconds, and
+that process.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
 import sys
@@ -30,6 +30,7 @@ from lightning.pytorch.callbacks import Callback
 
 from disttrain.beats import beats
 from disttrain.callbacks.hang_report import FOLDER, MICRO_BATCH, REPORT, make_report
+from disttrain.callbacks.overseer import Overseer
 from disttrain.durations import parse_duration
 from disttrain.endings import note_ending
 from disttrain.errors import HUNG_CODE
@@ -61,7 +62,7 @@ class Watchdog(Callback):
         self._attempt = ""
         self._ended: threading.Event | None = None
         self._thread: threading.Thread | None = None
-        self._arming = threading.Lock()
+        self._overseer: Overseer | None = None
 
     def begin(self, trainer: pl.Trainer, doing: str) -> None:
         """Watch from here on, and agree on the name of the attempt's folder. A collective, once the ranks have joined.
@@ -156,20 +157,20 @@ class Watchdog(Callback):
             return
         self._beats, self._step, self._doing = self._beats + 1, trainer.global_step, doing
         if self._ended is None:
-            self._ended = threading.Event()
-            arguments = (self._ended, detect_world())
-            self._arm(self._ended)  # Python's lock may be held before the thread has had its first turn
+            self._ended, world = threading.Event(), detect_world()
+            limit, grace = self._timeout + 2 * self._interval, min(_GRACE_SECONDS, self._timeout)
+            self._overseer = Overseer(world.rank, limit=limit, grace=grace)
+            arguments = (self._ended, world)
             name = "disttrain-watchdog"
             self._thread = threading.Thread(target=self._watch, args=arguments, name=name, daemon=True)
             self._thread.start()
 
     def _rest(self) -> None:
-        if self._ended is None:
+        if self._ended is None or self._overseer is None:
             return
-        with self._arming:
-            self._ended.set()
-            faulthandler.cancel_dump_traceback_later()
-        self._ended = self._thread = None
+        self._ended.set()
+        self._overseer.end()
+        self._ended = self._thread = self._overseer = None
         with suppress(OSError):  # where there is none, or another rank has removed it
             self._works().unlink()
             self._works().parent.rmdir()
@@ -199,14 +200,6 @@ class Watchdog(Callback):
                 told, quiet = told_now, 0.0  # another rank does what this one waits for
             if quiet >= self._timeout or folder.exists():
                 self._end(folder, world, quiet)
-            self._arm(ended)
-
-    def _arm(self, ended: threading.Event) -> None:
-        """Have the stacks printed from C, should the watching thread not come round to put that off."""
-        with self._arming, suppress(OSError):  # standard error may be gone
-            if not ended.is_set():
-                # It prints and no more: it also fires when a process goes on that was stopped for long.
-                faulthandler.dump_traceback_later(self._timeout + 2 * self._interval, exit=False, file=2)
 
     def _tell_work(self) -> None:
         """Let the other ranks see that this one works."""
