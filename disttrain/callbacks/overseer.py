@@ -4,8 +4,8 @@ Within the process nothing can tell that apart from a process that was only stop
 the stacks of threads that do run reads memory that changes under its hands: Python's own timer for it
 (``faulthandler.dump_traceback_later``) ended runs that had been suspended with a segmentation fault. So a thread of the
 rank sends a byte a second, and this process counts the seconds without one in which the rank was not stopped and it was
-awake itself. After ``limit`` seconds it has the rank print its stacks, by a signal whose handler is of C; after ``grace``
-more without a byte it kills the rank, which nothing else in it could end.
+awake itself. After ``limit`` seconds it has the rank print its stacks, by a signal whose handler is of C; after
+``grace`` more without a byte it kills the rank, which nothing else in it could end.
 
 It needs the standard library only, obeys no signal, and ends with the rank. Cost: a Python process of 10 MiB, and a
 thread, that wake once a second.
