@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+import pytest
 import torch
 
 from disttrain.callbacks.hang_report import make_report, summarize
@@ -164,3 +165,23 @@ def test_the_report_holds_the_stacks_and_is_noted_in_the_record(tmp_path: Path) 
     assert "stack of rank 1" in text
     assert [event["kind"] for event in read_run(tmp_path)["events"]] == ["hang"]
     assert read_run(tmp_path)["attempts"][0]["stop_reason"] == "hung"
+
+
+def test_a_slurm_job_goes_on_after_a_hang_where_it_came_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path, {"attempts": [{"started": 1.0}], "events": []})
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "DISTTRAIN_REQUEUE": "50"}.items():
+        monkeypatch.setenv(name, value)
+    said, notes = [], []
+    for number, step in enumerate((0, 12, 12, 13)):
+        folder = tmp_path / "hangs" / str(number)
+        folder.mkdir(parents=True)
+        (folder / "rank-00000.json").write_text(json.dumps(told(0, REDUCES) | {"step": step}))
+        said.append(make_report(tmp_path, folder, 1, 90.0).rpartition("; ")[2])
+        notes.append((tmp_path / "requeue").exists() and (tmp_path / "requeue").read_text())
+        (tmp_path / "requeue").unlink(missing_ok=True)
+    goes_on = "the script of job 7 is to requeue it"
+    stays = "job 7 is not requeued: the run has come no further than when it hung before"
+    assert said == [goes_on, goes_on, stays, goes_on]
+    assert notes == ["7 2\n", "7 2\n", False, "7 2\n"]

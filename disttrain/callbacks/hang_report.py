@@ -1,4 +1,8 @@
-"""One report on a run that hangs, from the files that its ranks have written, each about itself."""
+"""One report on a run that hangs, from the files that its ranks have written, each about itself.
+
+A SLURM job that goes on by itself is requeued after a hang as well, as torchrun restarts one; but only where the run
+has come further than at any earlier hang, so that what hangs for good does so twice and no more.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from typing import Any, Final
 
 from disttrain.files import write_atomically
 from disttrain.runs import read_run, write_run
+from disttrain.slurm.requeue import have_script_requeue, is_to_be_requeued, job_of
 
 FOLDER: Final = "hangs"
 REPORT: Final = "report.txt"
@@ -36,7 +41,7 @@ def make_report(run_dir: Path, folder: Path, size: int, timeout: float) -> str:
     stage = f" ({stages.pop()})" if len(stages) == 1 and not any(MICRO_BATCH in each for each in stages) else ""
     head = (
         f"the run hangs at step {step}{stage}: no step or batch for {timeout:g} s. {summary};"
-        f" {folder / REPORT} has the stacks"
+        f" {folder / REPORT} has the stacks{_go_on(run_dir, step)}"
     )
     parts = [head]
     for rank, told in ranks.items():
@@ -88,6 +93,16 @@ def _spans(ranks: Iterable[int]) -> str:
         else:
             spans.append([rank])
     return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
+
+
+def _go_on(run_dir: Path, step: int) -> str:
+    """Have the SLURM job go on where it is to; returns what was done, as a part of a sentence."""
+    if not is_to_be_requeued():
+        return ""
+    before = [event for event in read_run(run_dir).get("events", []) if event.get("kind") == "hang"]
+    if any(event["step"] >= step for event in before):
+        return f"; job {job_of()['slurm_job']} is not requeued: the run has come no further than when it hung before"
+    return f"; {have_script_requeue(run_dir)}"
 
 
 def _note(run_dir: Path, step: int, summary: str) -> None:

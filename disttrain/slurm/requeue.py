@@ -3,7 +3,7 @@
 One rank asks, while all ranks are alive: a job that has ended, be it well, is not queued again. A job that was
 cancelled stays cancelled, and a process that a newer attempt of the same job has replaced asks for nothing. Where
 there is no ``scontrol``, as in a container, or SLURM does not answer for a minute, a note in the run folder lets
-the job's script do it, outside; that one asks again for some minutes.
+the job's script do it, outside; that one asks again for some minutes. A run that hangs leaves the note, too.
 """
 
 from __future__ import annotations
@@ -47,12 +47,8 @@ def ask_to_requeue(run_dir: Path, environ: Mapping[str, str] | None = None) -> s
     """
     env = os.environ if environ is None else environ
     job, restarts = _number(env), _restarts(env)
-    if restarts >= _limit(env):
-        return f"job {job} is not requeued: it has been {restarts} times, as often as it may"
-    try:
-        write_atomically(run_dir / NOTE, f"{job} {restarts}\n")
-    except OSError as error:
-        return f"job {job} is not requeued: {run_dir / NOTE} cannot be written: {error.strerror}"
+    if said := _leave_note(run_dir, env):
+        return said
     try:
         shown = _shown(job)
     except FileNotFoundError:
@@ -71,6 +67,24 @@ def ask_to_requeue(run_dir: Path, environ: Mapping[str, str] | None = None) -> s
         if not isinstance(error, subprocess.CalledProcessError) or error.returncode >= 0:
             return f"the script of job {job} is to requeue it: scontrol failed: {_said(error)}"
     return f"job {job} is requeued and goes on by itself"
+
+
+def have_script_requeue(run_dir: Path, environ: Mapping[str, str] | None = None) -> str:
+    """Have the job's script ask, once all ranks have ended. One rank only; returns what was done, in words."""
+    env = os.environ if environ is None else environ
+    return _leave_note(run_dir, env) or f"the script of job {_number(env)} is to requeue it"
+
+
+def _leave_note(run_dir: Path, env: Mapping[str, str]) -> str:
+    """For the script; why there is none, where there is none."""
+    job, restarts = _number(env), _restarts(env)
+    if restarts >= _limit(env):
+        return f"job {job} is not requeued: it has been {restarts} times, as often as it may"
+    try:
+        write_atomically(run_dir / NOTE, f"{job} {restarts}\n")
+    except OSError as error:
+        return f"job {job} is not requeued: {run_dir / NOTE} cannot be written: {error.strerror}"
+    return ""
 
 
 def is_restarted_by_slurm(environ: Mapping[str, str] | None = None) -> bool:

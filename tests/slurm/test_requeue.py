@@ -180,6 +180,21 @@ def test_a_crash_is_not_requeued(cluster: Cluster, digits: Path, tmp_path: Path)
         assert says(log, "absent.json does not exist") or (log.parent.parent / "killed-1").exists(), log.read_text()
 
 
+def test_a_hang_is_requeued(cluster: Cluster, digits: Path, tmp_path: Path, whole: Path) -> None:
+    """A rank is in a loop; all ranks report it and end, and the script has the job go on."""
+    run_dir = tmp_path / "run"
+    hangs = "{class_path: tests.support.callbacks.HangAt, init_args: {step: 5, how: loop, rank: 1}}"
+    options = ("--nodes", "2", "--tasks-per-node", "1", "--requeue")
+    job = queue_job(cluster, run_dir, digits, *options, more=callbacks(hangs) | {"trainer.hang_timeout": "5s"})
+    log = log_of(run_dir, job)
+    cluster.wait_done(job, log=log)
+    said = log.read_text()
+    assert "disttrain: the run hangs at step 5: no step or batch for 5 s. rank 1 on n2 is in user code" in said, said
+    assert f"; the script of job {job} is to requeue it" in said, said
+    assert read_run(run_dir)["attempts"][0]["stop_reason"] == "hung"
+    assert_same(whole, run_dir, attempts=2)
+
+
 def test_a_dead_node_is_replaced(cluster: Cluster, digits: Path, tmp_path: Path, whole: Path) -> None:
     run_dir = tmp_path / "run"
     options = ("--nodes", "2", "--tasks-per-node", "1", "--requeue")
