@@ -64,6 +64,7 @@ def test_the_wheel_holds_recipes_with_their_settings(wheel: Path) -> None:
     assert (wheel / "disttrain" / "py.typed").is_file()
 
 
+@pytest.mark.slow
 def test_the_readme_script_trains_under_torchrun_and_resumes(wheel: Path, digits: Path, tmp_path: Path) -> None:
     """The script as printed, from outside the source tree, with the wheel alone."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)

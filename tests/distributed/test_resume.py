@@ -53,14 +53,8 @@ def assert_same_ledger(one: Path, other: Path) -> None:
     assert not different, f"global batches differ at steps {different[:5]}"
 
 
-@pytest.mark.parametrize(
-    ("ranks", "strategy", "kills"),
-    [
-        pytest.param(2, "ddp", 5, marks=pytest.mark.slow),
-        pytest.param(4, "ddp", 2, marks=pytest.mark.slow),
-        (2, "fsdp", 2),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "strategy", "kills"), [(2, "ddp", 5), (4, "ddp", 2), (2, "fsdp", 2)])
 def test_same_layout_gives_the_same_bits(digits: Path, tmp_path: Path, ranks: int, strategy: str, kills: int) -> None:
     fit(tmp_path / "whole", digits, ranks, strategy).ok()
     steps = killed_and_resumed(tmp_path / "killed", digits, ranks, strategy, kills=kills, seed=ranks)

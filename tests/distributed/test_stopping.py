@@ -14,14 +14,14 @@ from tests.support.weights import differing
 
 
 def fit(run_dir: Path, data: Path, ranks: int, *more: str) -> Outcome:
-    """Train until the validation loss falls by less than 0.02 in two times five steps."""
+    """Train until the validation loss falls by less than 0.05 in two times five steps."""
     arguments = [
         *("fit", "--config", "recipes/digits.yaml", "--trainer.run_dir", str(run_dir)),
         *(f"--data.{split}={data}/{split}.json" for split in ("train", "val", "test")),
         *("--data.global_batch_size", "64", "--data.micro_batch_size", "16"),
         *("--model.optimizer", "{name: sgd, lr: 0.05, momentum: 0.9}", "--model.schedule.name", "constant"),
         *("--trainer.validate_every_steps", "5", "--early_stopping.patience", "2"),
-        *("--early_stopping.min_delta", "0.02"),
+        *("--early_stopping.min_delta", "0.05"),
         *("--trainer.max_epochs", "20"),
         *more,
     ]
@@ -30,7 +30,7 @@ def fit(run_dir: Path, data: Path, ranks: int, *more: str) -> Outcome:
 
 def test_all_ranks_stop_at_the_step_at_which_one_process_stops(digits: Path, tmp_path: Path) -> None:
     runs = {}
-    for ranks in (1, 2, 4):
+    for ranks in (1, 4):
         run_dir = tmp_path / str(ranks)
         outcome = fit(run_dir, digits, ranks).ok()
         runs[ranks] = read_run(run_dir)

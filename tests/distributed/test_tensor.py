@@ -158,6 +158,7 @@ def test_predictions_are_written_once(sentences: Path, tmp_path: Path, alone: Pa
         torch.testing.assert_close(torch.tensor(theirs["output"]), torch.tensor(ours["output"]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_initial_weights_made_on_the_meta_device_are_the_same(sentences: Path, tmp_path: Path) -> None:
     for name, ranks, parallel in (("one", 1, "{strategy: ddp"), ("four", 4, "{strategy: fsdp, tensor: 2")):
         fit(tmp_path / name, sentences, ranks, f"{parallel}, meta_init: true}}", "--trainer.max_steps", "2").ok()
