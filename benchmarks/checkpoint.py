@@ -58,28 +58,30 @@ class Settings:
 
 
 class Watch(Callback):
-    """Seconds of each step without its save, and of each save."""
+    """Seconds of each step without its save, and of each save with the looks at it since the save before."""
 
-    def __init__(self, checkpoints: Checkpointing) -> None:
-        self.checkpoints = checkpoints
+    def __init__(self, checkpoints: Checkpointing, every_steps: int) -> None:
+        self.checkpoints, self.every_steps = checkpoints, every_steps
         self.stalls: list[float] = []
         self.free: list[float] = []
         self.busy: list[float] = []
         self._ended = self._spent = 0.0
+        self._writes = False  # when the step began
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         now, spent = time.perf_counter(), self.checkpoints.save_seconds
-        if spent > self._spent:
+        if batch_idx and batch_idx % self.every_steps == 0:
             self.stalls.append(spent - self._spent)
+            self._spent = spent
         elif batch_idx > 2:
-            (self.busy if self.checkpoints._saver.busy else self.free).append(now - self._ended)
-        self._ended, self._spent = now, spent
+            (self.busy if self._writes else self.free).append(now - self._ended)
+        self._ended, self._writes = now, self.checkpoints._saver.busy
 
 
 def train(run_dir: Path, settings: Settings, way: str) -> dict[str, float]:
     """Train a new model; this rank's seconds."""
     checkpoints = Checkpointing(every_steps=settings.every_steps, save=way)  # type: ignore[arg-type]
-    watch = Watch(checkpoints)
+    watch = Watch(checkpoints, settings.every_steps)
     trainer = make_trainer(run_dir, settings, [checkpoints, watch])
     if trainer.is_global_zero:
         shutil.rmtree(run_dir, ignore_errors=True)

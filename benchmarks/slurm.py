@@ -153,8 +153,8 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# On a real SLURM",
         "",
-        f"SLURM 22.05, four slurmd on one machine of {result['cores']} cores, which other work shared (load"
-        f" {min(loads):.0f} to {max(loads):.0f}); `python -m benchmarks.slurm`.",
+        f"SLURM 22.05, four slurmd on one machine of {result['cores']} cores (load"
+        f" {min(loads):.0f} to {max(loads):.0f} at the end of a job, its own included); `python -m benchmarks.slurm`.",
         "",
         "## From `disttrain submit` to the end of step 1",
         "",
