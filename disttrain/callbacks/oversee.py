@@ -10,7 +10,7 @@ import select
 import sys
 import time
 
-_SIGKILL = 9  # the module of signals takes half as long to import as Python to start
+_SIGKILL = 9  # importing the module of signals takes nearly as long as starting Python
 
 
 def oversee(pid: int, rank: int, limit: float, grace: float, interval: float, print_stacks: int) -> None:
