@@ -28,6 +28,7 @@ from disttrain.checkpoint.marker import About, Metric
 from disttrain.checkpoint.staging import Stage, own_part
 from disttrain.checkpoint.store import Tensors
 from disttrain.checkpoint.write import Job, pack_meta
+from disttrain.data.device import same_device
 from disttrain.errors import DisttrainError
 from disttrain.parallel.agree import is_distributed, raise_together
 
@@ -125,7 +126,13 @@ class Saver:
         if not background:
             self._run(flight)
             return
-        flight.thread = threading.Thread(target=self._run, args=(flight,), name="disttrain-save", daemon=True)
+        begin = same_device()
+
+        def run() -> None:
+            begin()
+            self._run(flight)
+
+        flight.thread = threading.Thread(target=run, name="disttrain-save", daemon=True)
         flight.thread.start()
 
     def poll(self) -> Outcome | None:

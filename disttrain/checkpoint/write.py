@@ -107,7 +107,9 @@ class Job:
                 shutil.rmtree(self.temporary, ignore_errors=True)
                 self.temporary.mkdir()
         with raise_together(group), file_errors(self.temporary, sums):
-            writer = FileSystemWriter(self.temporary, sync_files=True)
+            # Nothing copied ahead: PyTorch would do that on a CUDA stream wherever there is a device, and so start CUDA
+            # beside a training on the CPU. Of a save in the background the tensors are on the CPU already.
+            writer = FileSystemWriter(self.temporary, sync_files=True, per_thread_copy_ahead=0)
             writer.fs = _SummingFileSystem(sums)
             # Each replicated tensor is written by one rank; the planner spreads those that several ranks bring.
             dcp_save(self.tensors, storage_writer=writer, planner=DefaultSavePlanner(), process_group=group)

@@ -18,11 +18,11 @@ from threading import Lock
 from typing import Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from disttrain.data.batches import Batch, BatchMaker
+from disttrain.data.device import same_device, uses_cuda
 from disttrain.data.draws import Draws
 from disttrain.data.mixture import Mixture
 from disttrain.data.order import Needs, Order, evaluation_ids
@@ -103,7 +103,7 @@ class _Loader:
             return
         read_bytes = self._micro_batches_a_read() * self.micro_batch_size * self._sample_bytes
         ahead = int(max(1, min(4 * threads, self.config.prefetch_mib * 2**20 / read_bytes)))
-        pool = ThreadPoolExecutor(threads, thread_name_prefix="disttrain-reader")
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="disttrain-reader", initializer=same_device())
         pending: deque[Future[list[Batch]]] = deque()
         try:
             for item in work:
@@ -127,7 +127,7 @@ class _Loader:
             batches = self._pool.make(self.maker, ids, work.counts, draws)
         else:
             batches = self.maker.make(ids, work.counts, draws)
-        if torch.cuda.is_available():
+        if uses_cuda():
             batches = [{n: v.pin_memory() if isinstance(v, Tensor) else v for n, v in b.items()} for b in batches]
         return batches
 

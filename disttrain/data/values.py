@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from disttrain.data.device import uses_cuda
+
 _MAX_DIGITS: Final = 18  # of an int64
 
 Decoded = Tensor | list[Any]
@@ -89,7 +91,7 @@ class RawValues:
         memory, at, _ = self._pieces
         width = stop - start
         # Every run of so many bytes is seen as a row, without a copy: the rows wanted are the only ones copied.
-        if _has_cuda():
+        if uses_cuda():
             rows = _writable(memory).as_strided((len(memory) - width + 1, width), (1, 1))
             out = torch.empty((len(at), width), dtype=torch.uint8, pin_memory=True)
             return torch.index_select(rows, 0, torch.from_numpy(at + start), out=out)
@@ -111,11 +113,6 @@ class RawValues:
             return None
         columns = np.arange(width) - width + sizes[:, None]  # byte of the value, negative where there is none
         return np.where(columns < 0, np.uint8(fill), memory[at[:, None] + np.maximum(columns, 0)])
-
-
-def _has_cuda() -> bool:
-    """Whether this process uses CUDA already: a worker process is not to start it."""
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 class _Alias:
@@ -230,8 +227,16 @@ def _alike_npy(raw: RawValues, size: int, declared: Declared) -> Tensor | None:
     headers = raw.columns(0, start).numpy()
     if size - start != int(np.prod(shape)) * dtype.itemsize or (headers != headers[0]).any():
         return None
-    content = raw.columns(start, size).numpy()
-    return torch.from_numpy(content.view(dtype).reshape(len(content), *shape))
+    return _seen_as(raw.columns(start, size), dtype, shape)
+
+
+def _seen_as(rows: Tensor, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Tensor:
+    """Rows of bytes as numbers, shape (samples, *shape).
+
+    The memory stays the tensor's own: one that went through NumPy would be unknown to the allocator of pinned memory,
+    which then gives the block away while a copy to the device still reads it.
+    """
+    return rows.view(torch.from_numpy(np.empty(0, dtype)).dtype).view(len(rows), *shape)
 
 
 def _npy_header(data: bytes, declared: Declared) -> tuple[tuple[int, ...], np.dtype[Any], int]:
@@ -300,7 +305,7 @@ def tensor(raw: RawValues, dtype: str, shape: tuple[int, ...]) -> Tensor:
         wrong = f"{{}} bytes, but {dtype} of shape {shape} takes {expected}"
         if faults := {place: wrong.format(size) for place, size in enumerate(sizes) if size != expected}:
             raise BadValuesError(faults)
-        block = np.stack([np.frombuffer(value, np.uint8) for value in raw.values])
+        block = torch.from_numpy(np.stack([np.frombuffer(value, np.uint8) for value in raw.values]))
     else:
-        block = raw.columns(0, expected).numpy()
-    return torch.from_numpy(block.view(kind).reshape(len(block), *shape))
+        block = raw.columns(0, expected)
+    return _seen_as(block, kind, shape)

@@ -47,6 +47,7 @@ def test_loaders_give_pinned_batches(tmp_path: Path) -> None:
     shard = write_features(tmp_path, "train", 24)
     data = ShardedDataModule(train=shard, val=shard, global_batch_size=8, micro_batch_size=4)
     data.setup("fit")
+    torch.cuda.init()  # as a training on a device has by then
     for loader in (data.train_dataloader(), data.val_dataloader()):
         for found in loader:
             assert found["features.npy"].is_pinned()
