@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Final, Literal
 
@@ -150,7 +150,7 @@ class ScheduleConfig:
     Attributes:
         name: ``constant``; ``cosine`` or ``linear`` decay to ``final_fraction``; ``step`` decay by ``gamma``
             every ``step_size`` steps.
-        warmup_steps: steps of linear warm-up from 0.
+        warmup_steps: steps of linear warm-up from 0. A run that is not longer and decays takes a tenth of its steps.
         total_steps: steps until the end of a decay; 0 takes the run's limit (``max_steps`` or ``max_epochs``).
         final_fraction: what is left of the peak at the end of a decay.
         step_size: steps between two drops.
@@ -274,9 +274,27 @@ def build_schedule(optimizer: Optimizer, config: ScheduleConfig, *, total_steps:
         raise ConfigError(
             f"schedule.name is {config.name}, but it would end at step {total}, not after its"
             f" {config.warmup_steps} warm-up steps",
-            mend="set schedule.total_steps, or limit the run with trainer.max_steps or trainer.max_epochs",
+            mend="use fewer schedule.warmup_steps or a later schedule.total_steps"
+            if total
+            else "set schedule.total_steps, or limit the run with trainer.max_steps or trainer.max_epochs",
         )
     return LambdaLR(optimizer, lr_factor(config, total))
+
+
+def fit_warmup(config: ScheduleConfig, total_steps: int) -> ScheduleConfig:
+    """A schedule whose warm-up ends before the run does, which is a short trial of a longer one's configuration.
+
+    Args:
+        config: which schedule; one with a ``total_steps`` of its own stays as it is.
+        total_steps: the run's limit in steps, 0 where it has none.
+
+    Returns:
+        The same, or one with a warm-up of a tenth of the run, 0 steps of fewer than ten.
+    """
+    decays = config.name in ("cosine", "linear") and not config.total_steps
+    if decays and 0 < total_steps <= config.warmup_steps:
+        return replace(config, warmup_steps=total_steps // 10)
+    return config
 
 
 def lr_factor(config: ScheduleConfig, total_steps: int) -> Callable[[int], float]:

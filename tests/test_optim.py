@@ -23,6 +23,7 @@ from disttrain.optim import (
     ScheduleConfig,
     build_optimizer,
     build_schedule,
+    fit_warmup,
     lr_factor,
     parameter_groups,
 )
@@ -229,9 +230,23 @@ def test_a_decay_without_an_end_is_refused(name: Any, warmup: int, total: int) -
     optimizer = build_optimizer(nn.Linear(1, 1), OptimizerConfig())
     with pytest.raises(ConfigError) as caught:
         build_schedule(optimizer, ScheduleConfig(name, warmup_steps=warmup), total_steps=total)
-    for word in (f"schedule.name is {name}", f"end at step {total}", f"{warmup} warm-up steps", "trainer.max_steps"):
+    way_out = "fewer schedule.warmup_steps" if total else "trainer.max_steps"
+    for word in (f"schedule.name is {name}", f"end at step {total}", f"{warmup} warm-up steps", way_out):
         assert word in str(caught.value), f"the message does not say {word!r}"
     build_schedule(optimizer, ScheduleConfig(name, warmup_steps=warmup, total_steps=11), total_steps=total)
+
+
+@pytest.mark.parametrize(("warmup", "total", "fitted"), [(20, 19, 1), (20, 20, 2), (20, 1, 0), (20, 21, 20), (20, 0, 20)])
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_the_warmup_of_a_short_run_is_a_tenth_of_it(name: Any, warmup: int, total: int, fitted: int) -> None:
+    config = ScheduleConfig(name, warmup_steps=warmup)
+    assert fit_warmup(config, total).warmup_steps == fitted
+    if total:
+        factors = [lr_factor(fit_warmup(config, total), total)(step) for step in range(total + 1)]
+        assert max(factors) == 1, "it reaches its peak"
+        assert factors[total] == (0 if total > fitted else 1)
+    for other in (ScheduleConfig(name, warmup_steps=warmup, total_steps=9), ScheduleConfig("constant", warmup)):
+        assert fit_warmup(other, total) is other, "nobody asked for another one"
 
 
 @pytest.mark.parametrize(

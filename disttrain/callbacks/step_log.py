@@ -1,7 +1,8 @@
 """Loss, learning rate, throughput and data wait, every few steps.
 
 The loss is that of all samples since the last log, summed on the device by the task; the host waits for the
-device only when a line is logged. Throughput leaves validation out.
+device only when a line is logged. The sums are part of a checkpoint, so that the first line after a resume is the mean
+over the same steps as without it, on any number of ranks. Throughput leaves validation out.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import time
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from disttrain.callbacks.bad_samples import BadSamples
@@ -42,13 +44,26 @@ class StepLog(Callback):
         self._steps = 0
         self._wait = 0.0
         self._saving = 0.0
+        self._task: Task | None = None  # while it trains
+        self._resumed_sums: list[float] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums of the line that is under way; the same on all ranks."""
+        sums = self._task.train_sums if self._task is not None else None
+        return {"train_sums": None if sums is None else sums.tolist()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Have the next line count the steps before the checkpoint, too."""
+        self._resumed_sums = state_dict["train_sums"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock; the loss is that of the steps from here on."""
+        """Start the clock; the loss is that of the steps from here on, and of those that a checkpoint has summed."""
         self._since, self._wait, self._steps = time.perf_counter(), _waited(trainer), 0
         self._saving = _saving_seconds(trainer)
         if isinstance(pl_module, Task):
-            pl_module.take_train_loss()
+            sums, self._resumed_sums = self._resumed_sums, None
+            self._task = pl_module
+            pl_module.train_sums = None if sums is None else torch.tensor(sums, dtype=torch.float64).to(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -39,7 +39,7 @@ from disttrain.errors import ConfigError, DisttrainError
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.strategies import strategy_of
 from disttrain.report import write_report
-from disttrain.runs import best_checkpoint, finished_by_this_job
+from disttrain.runs import CHECKPOINTS, Start, best_checkpoint, finished_by_this_job
 from disttrain.trainer import Trainer
 from disttrain.version import __version__
 from disttrain.world import detect_world
@@ -119,7 +119,8 @@ class TrainingCLI(LightningCLI):
                 "--initialize_from",
                 type=str | None,
                 default=None,
-                help="weights that a new run begins with: a .safetensors file, a .pt state_dict or a checkpoint",
+                help="weights that a new run begins with: a .safetensors file, a .pt state_dict, a checkpoint, or a run"
+                " folder, of which its best",
             )
             parser.add_argument(
                 "--initialize_strict",
@@ -185,7 +186,11 @@ class TrainingCLI(LightningCLI):
         trainer.record.awaits_result = True
         start = trainer.find_start(self._get(self.config, "resume"))
         if start.checkpoint is None:  # a resumed run has its own weights
-            self._initialize(start.notes)
+            try:
+                self._initialize(start)
+            except DisttrainError as error:
+                trainer.record.on_exception(trainer, self.model, error)
+                raise
         with raise_together():
             if trainer.is_global_zero:
                 _say(start.notes)
@@ -199,7 +204,7 @@ class TrainingCLI(LightningCLI):
             trainer.record.add_result(result)
             _print_result(trainer, result, _report(trainer.run_dir))
 
-    def _initialize(self, notes: list[str]) -> None:
+    def _initialize(self, start: Start) -> None:
         """Begin with the weights that were asked for."""
         source, strict = (self._get(self.config, name) for name in ("initialize_from", "initialize_strict"))
         if source is None:
@@ -210,8 +215,13 @@ class TrainingCLI(LightningCLI):
                     f"--initialize_from {shown(source)} is a URL",
                     mend="run `disttrain checkpoints export URL weights.safetensors`, and name that file",
                 )
-            taken = initialize(self.model, Path(source), strict=strict)
-            notes.append(f"weights are those of {source}: {taken}")
+            path = Path(source)
+            if start.aside is not None and path.resolve().is_relative_to(self.trainer.run_dir.resolve()):
+                path = start.aside / path.resolve().relative_to(self.trainer.run_dir.resolve())
+            if (path / CHECKPOINTS).is_dir():  # a run's folder
+                path = best_checkpoint(path, "best", tell=start.notes.append)
+            taken = initialize(self.model, path, strict=strict)
+            start.notes.append(f"weights are those of {path}: {taken}")
 
     def validate(self) -> None:
         """Evaluate on the validation split."""

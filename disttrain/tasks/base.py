@@ -14,6 +14,7 @@ Cost: one gathering of two numbers a micro batch and one pass over the gradients
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,7 +29,7 @@ from torchmetrics import Metric
 from disttrain.data.batches import COUNT, KEY, WEIGHT, Batch
 from disttrain.data.module import sharded_data
 from disttrain.errors import ConfigError, DataError, nearest
-from disttrain.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
+from disttrain.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule, fit_warmup
 from disttrain.parallel.agree import gather
 from disttrain.parallel.collectives import all_gather_single
 from disttrain.parallel.gradients import (
@@ -66,8 +67,10 @@ class Task(pl.LightningModule):
         """The metrics of the last validation or test, by the name they are logged under."""
         self._step_sums: list[Tensor] = []  # [sum of weighted losses, sum of weights] of this step's micro batches
         self._all_sums: Tensor | None = None  # the same of all ranks, by rank
-        self._log_sums: Tensor | None = None  # the same over all ranks and the steps since the last log
-        self._log_sums_before: Tensor | None = None  # as they were before this step
+        self.train_sums: Tensor | None = None
+        """Sum of the weighted losses and sum of the weights over all ranks and the steps since the last log, float64 of
+        shape (2,); None where there was no step. Part of a checkpoint."""
+        self._train_sums_before: Tensor | None = None  # as they were before this step
         self._step_loss: Tensor | None = None
         self._pending: dist.Work | None = None
         self._nominal = 0.0  # not known yet
@@ -126,7 +129,7 @@ class Task(pl.LightningModule):
         # A step whose weights are all zero has no gradient; 0/0 would poison the weights.
         factor = torch.where(weight > 0, self._nominal / weight.clamp(min=1e-30), torch.zeros_like(weight))
         scale_gradients(self.parameters(), factor)
-        self._log_sums = sums if self._log_sums is None else self._log_sums + sums
+        self.train_sums = sums if self.train_sums is None else self.train_sums + sums
         self._step_loss = sums[0] / torch.where(weight > 0, weight, 1.0)
 
     def configure_gradient_clipping(
@@ -165,20 +168,25 @@ class Task(pl.LightningModule):
             self._pending.wait()
         self._pending, self._all_sums = None, None
         self._step_sums.clear()
-        self._log_sums = self._log_sums_before
+        self.train_sums = self._train_sums_before
 
     def take_train_loss(self) -> Tensor | None:
         """The loss over the global batches since this was last called; float64 scalar, the same on all ranks."""
-        if self._log_sums is None:
+        if self.train_sums is None:
             return None
-        loss = self._log_sums[0] / self._log_sums[1]
-        self._log_sums = None
+        loss = self.train_sums[0] / self.train_sums[1]
+        self.train_sums = None
         return loss
 
     def configure_optimizers(self) -> Any:
         """The configured optimizer and its schedule, stepped once an optimizer step."""
         optimizer = build_optimizer(self, self.optimizer_config)
-        schedule = build_schedule(optimizer, self.schedule_config, total_steps=run_steps(self.trainer) or 0)
+        steps, config = run_steps(self.trainer) or 0, self.schedule_config
+        fitted = fit_warmup(config, steps)
+        if fitted != config and self.trainer.is_global_zero:
+            text = f"the run has {steps} steps, schedule.warmup_steps is {config.warmup_steps}: the warm-up is shortened"
+            print(f"disttrain: {text} to {fitted.warmup_steps}", file=sys.stderr)
+        schedule = build_schedule(optimizer, fitted, total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # Evaluation: law 4.
@@ -272,7 +280,7 @@ class Task(pl.LightningModule):
         if ranks.size > 1:
             gathered = own.new_empty(own.shape[0] * ranks.size, 2)
             self._pending = all_gather_single(gathered, own, group=ranks.group, async_op=True)
-        self._all_sums, self._log_sums_before = gathered, self._log_sums
+        self._all_sums, self._train_sums_before = gathered, self.train_sums
         self._step_sums.clear()
 
     def _reset(self, split: str) -> None:

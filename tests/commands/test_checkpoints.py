@@ -205,11 +205,19 @@ def test_a_run_begins_with_the_weights_of_another(digits: Path, tmp_path: Path) 
     assert main(["checkpoints", "export", str(tmp_path / "first"), str(out)]) == 0
     # No weight moves: what the second run saves is what it began with.
     still = ("--model.lr", "1e-30", "--trainer.max_steps", "1", "--trainer.parallel.strategy", "fsdp")
-    text = fit("second", *still, "--initialize_from", str(out))
-    assert f"weights are those of {out}: 4 tensors taken" in text
-    assert not differing(final_weights(tmp_path / "first"), final_weights(tmp_path / "second"))
-    events = [event["text"] for event in read_run(tmp_path / "second")["events"]]
-    assert any(f"weights are those of {out}" in text for text in events)
+    # From a file, from a run's folder, and from the folder of the run that makes room for it.
+    for source, place in (
+        (out, out),
+        (tmp_path / "first", tmp_path / "first" / "checkpoints" / "step-00000003"),
+        (tmp_path / "second", tmp_path / "second.2" / "checkpoints" / "step-00000001"),
+    ):
+        text = fit("second", *still, "--resume", "never", "--initialize_from", str(source))
+        assert f"weights are those of {place}: 4 tensors taken" in text
+        assert not differing(final_weights(tmp_path / "first"), final_weights(tmp_path / "second"))
+        events = [event["text"] for event in read_run(tmp_path / "second")["events"]]
+        assert any(f"weights are those of {place}" in text for text in events)
     weights = load_file(out)
     save_file({**weights, "model.1.weight": torch.ones(2, 2)}, out)
-    assert "1 mismatched: model.1.weight (2, 2)" in fit("third", *still, "--initialize_from", str(out))
+    text = fit("second", *still, "--resume", "never", "--initialize_from", str(out))
+    assert "1 mismatched: model.1.weight (2, 2)" in text
+    assert f"the older run was moved back to {tmp_path / 'second'}" in text

@@ -9,6 +9,7 @@ import pytest
 
 from disttrain.callbacks.ledger import read_ledger
 from disttrain.checkpoint.store import committed
+from disttrain.metrics_file import read_rows
 from disttrain.runs import read_run
 from tests.support.kills import killed_at
 from tests.support.ranks import Outcome, run_cli
@@ -26,7 +27,7 @@ def fit(run_dir: Path, data: Path, ranks: int, strategy: str, *more: str) -> Out
         *("--data.global_batch_size", "64", "--data.micro_batch_size", "16"),
         *("--trainer.max_steps", str(STEPS), "--trainer.parallel.strategy", strategy),
         *("--trainer.validate_every_steps", "10", "--checkpoint.every_steps", "4"),
-        *("--early_stopping.restore_best", "false", "--checkpoint.save", "sync"),
+        *("--early_stopping.restore_best", "false", "--checkpoint.save", "sync", "--trainer.log_every_steps", "3"),
         "--trainer.callbacks+=disttrain.callbacks.SampleLedger",
         *more,
     ]
@@ -43,6 +44,12 @@ def killed_and_resumed(run_dir: Path, data: Path, ranks: int, strategy: str, *, 
         assert codes == [-9] * ranks, f"not killed at step {step}: exit codes {codes}"
     fit(run_dir, data, ranks, strategy, *IN_BACKGROUND).ok()
     return steps
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """The rows of ``train/loss``: each is a mean over the steps since the row before."""
+    rows = read_rows(run_dir / "metrics.csv")
+    return {row.step: row.values["train/loss"] for row in rows if "train/loss" in row.values}
 
 
 def assert_same_ledger(one: Path, other: Path) -> None:
@@ -64,6 +71,7 @@ def test_same_layout_gives_the_same_bits(digits: Path, tmp_path: Path, ranks: in
     assert_same_ledger(tmp_path / "whole", tmp_path / "killed")
     whole, killed = read_run(tmp_path / "whole"), read_run(tmp_path / "killed")
     assert whole["result"] == killed["result"]
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed"), f"killed at {steps}"
     assert len(killed["attempts"]) == kills + 1
 
     epoch = [key for step in range(19) for key in read_ledger(tmp_path / "killed" / "ledger")[step]]
@@ -79,6 +87,8 @@ def test_resumed_under_another_strategy_and_world_size(digits: Path, tmp_path: P
 
     apart = distance(final_weights(tmp_path / "whole"), final_weights(moved))
     assert apart <= 1e-6, f"weights are {apart:.2e} apart"
+    assert losses(moved) == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
+    assert list(losses(moved)) == list(range(3, STEPS + 1, 3))
     assert_same_ledger(tmp_path / "whole", moved)
     assert [a["world_size"] for a in read_run(moved)["attempts"]] == [2, 4, 2]
 
@@ -194,7 +204,7 @@ def test_a_start_that_fails_leaves_the_complete_run_in_place(digits: Path, tmp_p
     run_dir = tmp_path / "run"
     short = ("--trainer.max_steps", "4", "--model.schedule.name", "constant")
     fit(run_dir, digits, 2, "ddp", *short).ok()
-    for mistake in (("--data.micro_batch_size", "24"), ("--model.schedule.name", "linear", "--trainer.max_steps", "1")):
+    for mistake in (("--data.micro_batch_size", "24"), ("--model.schedule.name", "linear", "--model.schedule.total_steps", "9")):
         outcome = fit(run_dir, digits, 2, "ddp", *short, *mistake)
         assert outcome.codes[0] == 2, outcome.text
         assert f"the older run was moved back to {run_dir}" in outcome.text
