@@ -59,7 +59,7 @@ LAYERS: dict[str, int] = {
         [
             *(f"data.{name}" for name in ("tar", "index", "order", "samples", "write", "tables", "sources", "pack")),
             *(f"data.{name}" for name in ("mixture", "objects", "remote", "remote_index", "sidecar", "transport")),
-            *(f"data.{name}" for name in ("indexing", "statistics", "stream", "together")),
+            *(f"data.{name}" for name in ("indexing", "statistics", "stream", "together", "http_range")),
             "data.verify",
             "data.verify_keys",
             "metrics_file",

@@ -2,7 +2,11 @@
 
 A shard is downloaded under a temporary name that its downloader locks, so that the other ranks wait for it
 instead of fetching it too; its length is checked (and its MD5 where the manifest has one) before it gets its
-name, so whatever is in the cache is whole. Space is reserved before a download. Eviction follows the plans of
+name, so whatever is in the cache is whole. The checksum is the manifest's, else the one that the server gives
+(see :mod:`disttrain.data.transport`). A copy that was written to since is fetched again: its modification time is set
+to a value of its own, which no later write leaves, and is looked at with its size each time it is opened; its bytes are
+not hashed again. The cache is a folder of its own that only this user can write, and removes only what it made.
+Space is reserved before a download. Eviction follows the plans of
 the processes (see :mod:`disttrain.data.plan`): what nobody needs goes first, then what is needed last; a
 shard that somebody is reading holds a shared lock and stays. What a killed process left is removed by the
 next one that needs room. Cost: a handful of system calls to open a shard; a listing of the folder to evict.
@@ -14,9 +18,10 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -27,12 +32,17 @@ import numpy as np
 from disttrain.data.index import Shard
 from disttrain.data.plan import Plans, is_at, remove_if_dead
 from disttrain.data.remote import RemoteFile, RetryConfig, shown
-from disttrain.data.remote_index import cache_home, cache_name
+from disttrain.data.remote_index import cache_home, cache_name, private_folder
 from disttrain.errors import ConfigError, DataError, ShardError
 
 _CHUNK_BYTES: Final = 8 * 2**20
 _POLL_SECONDS: Final = 0.02
 _GIB: Final = 2**30
+_TAG: Final = "CACHEDIR.TAG"
+# https://bford.info/cachedir/: backups pass over such a folder.
+_TAG_TEXT: Final = "Signature: 8a477f597d28d172789f06886806bc55\n# Remote shards, kept by disttrain. May be deleted.\n"
+_LOCK: Final = "space.lock"
+_OWN: Final = re.compile(r"[0-9a-f]{32}\.(tar|part)|\d+-[0-9a-f]{8}\.(plan|new)")
 
 
 @dataclass(frozen=True)
@@ -40,8 +50,8 @@ class CacheConfig:
     """Where remote shards are kept. None of it changes what is read.
 
     Attributes:
-        directory: a folder on the node's own disk; by default ``shards`` under ``$DISTTRAIN_CACHE``
-            (``~/.cache/disttrain``).
+        directory: a folder on the node's own disk; by default ``$DISTTRAIN_CACHE`` (``~/.cache/disttrain``). Shards
+            are kept in a sub-folder ``disttrain-shards-UID`` of it, which belongs to the cache alone.
         max_gib: bound on its size, in GiB. What the windows of a node's lanes span should fit: less is
             correct, but fetches shards again and again.
         prefetch_threads: downloads ahead of the reading, for each rank; 0 fetches a shard when it is read.
@@ -66,8 +76,10 @@ class CacheConfig:
 
     @property
     def path(self) -> Path:
-        """The folder in force."""
-        return Path(self.directory).expanduser() if self.directory else cache_home() / "shards"
+        """The folder in force, where nothing else lies."""
+        return (
+            Path(self.directory).expanduser() if self.directory else cache_home()
+        ) / f"disttrain-shards-{os.geteuid()}"
 
 
 class ShardCache:
@@ -78,21 +90,29 @@ class ShardCache:
         sleep: waits for room.
 
     Raises:
-        DataError: the folder cannot be made or written.
+        DataError: the folder cannot be made or written, is open to other users, or holds files of others.
     """
 
     def __init__(self, config: CacheConfig, *, sleep: Callable[[float], None] = time.sleep) -> None:
         self.config, self._sleep = config, sleep
         self.directory = config.path
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with open(self.directory / "space.lock", "a"):
-                pass  # it can be written
+            private_folder(self.directory)
+            os.close(self._create(_LOCK))  # it can be written
+            (self.directory / _TAG).write_text(_TAG_TEXT)
         except OSError as error:
             raise DataError(
                 f"the cache folder {self.directory} cannot be made or written: {error.strerror}",
                 mend="set data.cache.directory to a folder that can be written",
             ) from None
+        foreign = [
+            name for name in os.listdir(self.directory) if name not in (_LOCK, _TAG) and not _OWN.fullmatch(name)
+        ]
+        if foreign:
+            raise DataError(
+                f"the cache folder {self.directory} holds {min(foreign)!r}, which the cache did not make",
+                mend="move it elsewhere, or set data.cache.directory to another folder",
+            )
         self._plans, self._lock = Plans(self.directory), Lock()
 
     def holds(self, shard: Shard) -> bool:
@@ -138,17 +158,15 @@ class ShardCache:
     def _opened(self, shard: Shard) -> int | None:
         place = self._place(shard)
         try:
-            fd = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         fcntl.flock(fd, fcntl.LOCK_SH)
         status = os.fstat(fd)
-        if status.st_nlink and status.st_size == shard.size_bytes:
-            # The file of another user has its old time: only the order of eviction within a step depends on it.
-            with suppress(PermissionError):
-                os.utime(fd)
+        if status.st_nlink and status.st_size == shard.size_bytes and status.st_mtime_ns == _stamp_ns(place):
+            os.utime(fd, ns=(time.time_ns(), status.st_mtime_ns))  # what is evicted goes by the time of its last use
             return fd
-        if status.st_nlink:  # damaged by something else than a cache
+        if status.st_nlink:  # changed by something else than a cache
             place.unlink(missing_ok=True)
         os.close(fd)
         return None
@@ -156,7 +174,7 @@ class ShardCache:
     def _fetch(self, shard: Shard, steps: float | None) -> int | None:
         """Download a shard, or wait for whoever does; None where that failed, or (with ``steps``) lacks room yet."""
         part = self.directory / f"{name_of(shard)}.part"
-        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = self._create(part.name)
         is_mine = False
         try:
             try:
@@ -170,6 +188,7 @@ class ShardCache:
             if not is_mine or self.holds(shard) or not self._reserve(fd, shard, steps):
                 return None
             self._download(fd, shard)
+            os.utime(fd, ns=(time.time_ns(), _stamp_ns(part)))
             with self._alone():  # or whoever counts bytes might see it under neither name
                 os.replace(part, self._place(shard))
             is_mine = False
@@ -204,9 +223,13 @@ class ShardCache:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """One process and thread of the node at a time: whoever counts bytes."""
-        with self._lock, open(self.directory / "space.lock", "a") as file:
+        with self._lock, open(self._create(_LOCK), "a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+    def _create(self, name: str) -> int:
+        """A descriptor of a file of the cache, made if need be; never what a link names."""
+        return os.open(self.directory / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
     def _make_room(self, needed_bytes: int, steps: float | None) -> bool:
         """Evict until so many bytes are free; with ``steps``, only shards that are needed later than that."""
@@ -220,7 +243,7 @@ class ShardCache:
                 used += status.st_size
             elif entry.name.endswith(".tar"):
                 used += status.st_size
-                held.append((Path(entry.path), status.st_size, status.st_mtime_ns))
+                held.append((Path(entry.path), status.st_size, status.st_atime_ns))
         excess = used + needed_bytes - self.config.max_bytes
         if excess <= 0:
             return True
@@ -249,22 +272,24 @@ class ShardCache:
                 + (" and another version" if replaced else ""),
                 mend="it was replaced: start again to index it anew, and write its manifest anew if it has one",
             )
-        digest = hashlib.md5(usedforsecurity=False)
+        whose = "its manifest" if shard.md5 else "the server"
+        algorithm, expected = ("md5", shard.md5) if shard.md5 else remote.checksum
+        digest = hashlib.new(algorithm or "md5", usedforsecurity=False)
         for offset in range(0, remote.size, _CHUNK_BYTES):
             chunk = memoryview(remote.read(offset, _CHUNK_BYTES))
-            if shard.md5:
+            if expected:
                 digest.update(chunk)
             while chunk:
                 written = os.pwrite(fd, chunk, offset)
                 chunk, offset = chunk[written:], offset + written  # noqa: PLW2901
-        if shard.md5 and digest.hexdigest() != shard.md5:
+        if not shard.md5:
+            remote.confirm()
+        if expected and digest.hexdigest() != expected:
             raise ShardError(
-                f"shard {remote.name} has MD5 {digest.hexdigest()}, but its manifest says {shard.md5}",
+                f"shard {remote.name} has {algorithm.upper()} {digest.hexdigest()}, but {whose} says {expected}",
                 mend="upload the shard again, or write its manifest anew with `disttrain shards index --md5`; a proxy"
                 " may also serve an old copy",
             )
-        if not shard.md5:
-            remote.confirm()
         # A node that loses power must not find a shard of the right length full of zeros.
         os.fdatasync(fd)
 
@@ -281,6 +306,14 @@ class ShardCache:
                 " was not fetched",
                 mend="free space, lower data.cache.max_gib, or set data.cache.directory to another disk",
             ) from None
+
+
+def _stamp_ns(place: Path) -> int:
+    """The modification time of an untouched copy, by its name: even seconds of the years 2001 to 2018.
+
+    Even, since FAT keeps no odd ones.
+    """
+    return (10**9 + 2 * int(place.name[:7], 16)) * 10**9
 
 
 def name_of(shard: Shard) -> str:

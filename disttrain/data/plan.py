@@ -56,7 +56,7 @@ class Plan:
         records.sort(order="name")
         self.path = directory / f"{os.getpid()}-{secrets.token_hex(4)}.plan"
         temporary = self.path.with_suffix(".new")
-        self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX)
             with open(self._fd, "wb", closefd=False) as file:
@@ -140,7 +140,7 @@ def remove_if_dead(path: Path) -> bool:
         Whether it is gone. Another user's that may not be opened or removed is theirs to remove.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return True
     except PermissionError:

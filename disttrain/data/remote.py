@@ -20,7 +20,7 @@ from typing import Final, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from disttrain.beats import beat
-from disttrain.data.transport import AttemptError, NoLibraryError, describe, fetch, tells_state
+from disttrain.data.transport import Answer, AttemptError, NoLibraryError, describe, fetch, tells_state
 from disttrain.errors import ConfigError, ShardError
 
 T = TypeVar("T")
@@ -86,7 +86,8 @@ class RemoteFile:
         url: where it is.
         retry: how long to try.
         size: its size in bytes; asked of the server where it is not given.
-        version: what the server says identifies its contents (the ``ETag``); likewise.
+        version: what the server says identifies its contents (the ``ETag``); asked for with the size.
+        checksum: algorithm and hexadecimal digest of its contents, if the server gives one; asked for with the size.
         sleep: waits between attempts.
 
     Raises:
@@ -98,6 +99,7 @@ class RemoteFile:
     retry: RetryConfig = field(default_factory=RetryConfig)
     size: int = -1
     version: str = ""
+    checksum: tuple[str, str] = ("", "")
     sleep: Callable[[float], None] = time.sleep
     window_bytes: int = WINDOW_BYTES
 
@@ -105,7 +107,8 @@ class RemoteFile:
         # Its own generator: the global one belongs to the run, whose numbers must not depend on the network.
         self._random = random.Random()
         if self.size < 0:
-            self.size, self.version = self._try(lambda: describe(self.url, self.retry.timeout_seconds))
+            found = self._try(lambda: describe(self.url, self.retry.timeout_seconds))
+            self.size, self.version, self.checksum = found.total or 0, found.version, found.checksum
 
     @property
     def name(self) -> str:
@@ -132,9 +135,10 @@ class RemoteFile:
             RemoteError: it was replaced, or cannot be asked for.
         """
         if not tells_state(self.url):
-            self._try(lambda: self._same_state(*describe(self.url, self.retry.timeout_seconds)))
+            self._try(lambda: self._same_state(describe(self.url, self.retry.timeout_seconds)))
 
-    def _same_state(self, size: int, version: str) -> None:
+    def _same_state(self, answer: Answer) -> None:
+        size, version = answer.total or 0, answer.version
         if size != self.size or (self.version and version and version != self.version):
             what = f"it has {size} bytes, not {self.size}" if size != self.size else "it is another of the same size"
             raise AttemptError(
@@ -146,7 +150,7 @@ class RemoteFile:
     def _read(self, start: int, stop: int) -> bytes:
         answer = fetch(self.url, start, stop, self.retry.timeout_seconds)
         if answer.total is not None:
-            self._same_state(answer.total, answer.version)
+            self._same_state(answer)
             self.version = self.version or answer.version  # all reads are of one state
         if len(answer.body) != stop - start:
             raise AttemptError(f"{len(answer.body)} bytes came for bytes {start}-{stop - 1}", again=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Final, NamedTuple
@@ -29,6 +30,28 @@ REQUESTS_AT_ONCE: Final = 16
 def cache_home() -> Path:
     """Where what was fetched is kept: ``$DISTTRAIN_CACHE``, or ``~/.cache/disttrain``."""
     return Path(os.environ.get("DISTTRAIN_CACHE") or "~/.cache/disttrain").expanduser()
+
+
+def private_folder(path: Path) -> Path:
+    """Make a folder that only this user can write, or check one that is there.
+
+    What lies in it can then be trusted: nobody else can plant a file or a link there. A link to the folder may
+    stand in its place, if it is this user's own.
+
+    Raises:
+        OSError: it cannot be made, belongs to another user, or others may write to it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    status = path.stat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise NotADirectoryError(20, "it is not a folder", str(path))
+    if {status.st_uid, path.lstat().st_uid} != {os.geteuid()}:
+        raise PermissionError(1, "it belongs to another user", str(path))
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(1, "other users may write to it", str(path))
+    return path
 
 
 def cache_name(url: str, size: int, version: str) -> str:
@@ -97,10 +120,7 @@ def remote_sidecar(file: RemoteFile) -> tuple[bool, ShardTable | None]:
 
 def kept_md5(url: str, size: int, version: str) -> str:
     """The MD5 that :func:`remote_md5` found for a version of a remote file; empty where it has not been asked."""
-    try:
-        return _md5_place(url, size, version).read_text().strip() if version else ""
-    except OSError:
-        return ""
+    return (_kept_text(_md5_place(url, size, version)) or "").strip() if version else ""
 
 
 def remote_md5(file: RemoteFile) -> str:
@@ -122,7 +142,7 @@ def _place(file: RemoteFile, state: str) -> Path:
 def _keep(place: Path, text: str) -> bool:
     # A folder that cannot be written costs reading again at the next start, nothing else.
     with suppress(OSError):
-        place.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(place.parent)
         write_atomically(place, text)
         return True
     return False
@@ -141,8 +161,12 @@ def _table_of(file: RemoteFile, version: str, *, anew: bool = False) -> tuple[Sh
 
 
 def _kept(file: RemoteFile, place: Path) -> ShardTable | None:
-    try:
-        text = place.read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError:
-        return None
-    return parse_sidecar(text.splitlines(), size_bytes=file.size)
+    text = _kept_text(place)
+    return None if text is None else parse_sidecar(text.splitlines(), size_bytes=file.size)
+
+
+def _kept_text(place: Path) -> str | None:
+    # What another user could have written is not read: a table says which bytes of a shard are a sample's.
+    with suppress(OSError):
+        return (private_folder(place.parent) / place.name).read_text(encoding="utf-8", errors="surrogateescape")
+    return None

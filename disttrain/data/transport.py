@@ -1,9 +1,9 @@
 """One attempt to ask a server for some bytes of a file, or to give it some, and what its failure means.
 
-:func:`describe` and :func:`fetch` go through fsspec's file systems; over HTTP the request is made here, so that
-status, ``Content-Range`` and ``ETag`` are seen. Every failure becomes an :class:`AttemptError`: in words, with
-the status where one is known, and whether another attempt may succeed. The retries that the libraries make on their
-own are switched off, so attempts are counted in one place. Cost: one request; two to describe a file on GCS.
+:func:`describe` and :func:`fetch` go through fsspec's file systems; over HTTP the request is that of
+:mod:`disttrain.data.http_range`. Every failure becomes an :class:`AttemptError`: in words, with the status where one
+is known, and whether another attempt may succeed. The retries that the libraries make on their own are switched off,
+so attempts are counted in one place. Cost: one request; two to describe a file on S3 or GCS.
 """
 
 from __future__ import annotations
@@ -11,26 +11,21 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import ssl
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from threading import Lock
 from typing import Any, Final
 
 from disttrain.beats import beat
+from disttrain.data.http_range import HTTP, WAITING_HELPS, Answer, AttemptError, digest_of, get_range, md5_of_etag
 
-_HTTP: Final = ("http", "https")
 _S3: Final = ("s3", "s3a")
 _GCS: Final = ("gs", "gcs")
 _LOCAL: Final = ("file", "local")
-_CONTENT_RANGE: Final = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
 NO_BUCKET: Final = "bucket does not exist"
 """What stores say of a bucket that is not there, rather than a file."""
-_WAITING_HELPS: Final = frozenset({408, 425, 429})
-_SMALL_BYTES: Final = 2**16
 _NO_CREDENTIALS: Final = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError")
-_BAD_URLS: Final = ("InvalidURL", "InvalidUrlClientError", "NonHttpUrlClientError", "TooManyRedirects")
+_BAD_URLS: Final = ("InvalidURL", "InvalidUrlClientError", "NonHttpUrlClientError")
 _BUGS: Final = (ImportError, AttributeError, NameError, TypeError)
 _NO_TLS: Final = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "RECORD_LAYER_FAILURE")
 _IN_WORDS: Final = {
@@ -43,32 +38,6 @@ _IN_WORDS: Final = {
     "ConnectionClosedError": "the connection was cut before the answer",
     "ClientConnectorDNSError": "the name of the host is not known",
 }
-_MENDS: Final = {
-    200: "serve the files by a server that answers range requests, as nginx, S3 and GCS do",
-    400: "check the URL, and renew the credentials if they are temporary",
-    401: "give credentials that may read it",
-    403: "give credentials that may read it (some servers also say so of a file that is not there)",
-    404: "correct the URL, or upload the file",
-    410: "correct the URL, or upload the file",
-}
-
-
-class AttemptError(Exception):
-    """One attempt that failed, in words.
-
-    Attributes:
-        again: whether another may succeed.
-        status: the HTTP status, where one is known.
-        mend: how to mend it, where that is more than waiting.
-        after_seconds: how long the server asks to be left alone.
-    """
-
-    def __init__(
-        self, what: str, *, again: bool, status: int | None = None, mend: str = "", after_seconds: float = 0.0
-    ) -> None:
-        super().__init__(what)
-        self.again, self.status, self.after_seconds = again, status, after_seconds
-        self.mend = mend or _MENDS.get(status or 0, "")
 
 
 class NoLibraryError(Exception):
@@ -79,28 +48,13 @@ class NoLibraryError(Exception):
         self.mend = mend
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a server said to one request.
-
-    Attributes:
-        body: the bytes.
-        total: the size of the whole file; None where the answer does not tell.
-        version: what identifies the contents, or empty.
-    """
-
-    body: bytes
-    total: int | None = None
-    version: str = ""
-
-
 def tells_state(url: str) -> bool:
     """Whether every answer tells size and version of the file that it comes from."""
-    return _scheme(url) in _HTTP
+    return _scheme(url) in HTTP
 
 
-def describe(url: str, timeout: float) -> tuple[int, str]:
-    """Size and version of a file; ``timeout`` is how many seconds a connection may be silent.
+def describe(url: str, timeout: float) -> Answer:
+    """Size, version and checksum of a file; ``timeout`` is how many seconds a connection may be silent.
 
     Raises:
         AttemptError: the server does not say.
@@ -108,13 +62,15 @@ def describe(url: str, timeout: float) -> tuple[int, str]:
     """
     if tells_state(url):
         # Not HEAD: a signed URL allows one method only, and this also proves that ranges work.
-        answer = _http_get(url, 0, 1, timeout)
-        return answer.total or 0, answer.version
+        return _http_get(url, 0, 1, timeout)
     info = _call(url, "info", timeout)
     if info.get("type") == "directory":
         raise AttemptError("it is a folder", again=False, status=404)
-    version = info.get("generation") or info.get("ETag") or info.get("etag") or ""
-    return int(info["size"]), str(version).strip('"')
+    version = str(info.get("generation") or info.get("ETag") or info.get("etag") or "").strip('"')
+    checksum = digest_of("md5", info.get("md5Hash") or "")
+    if _scheme(url) in _S3 and "-" not in version:
+        checksum = _s3_checksum(url, version, timeout)
+    return Answer(b"", int(info["size"]), version, checksum)
 
 
 def fetch(url: str, start: int, stop: int, timeout: float) -> Answer:
@@ -164,6 +120,17 @@ def listing(url: str, timeout: float) -> dict[str, int]:
     return {name.removeprefix(begin): int(of["size"] or 0) for name, of in found.items() if name.startswith(begin)}
 
 
+def _s3_checksum(url: str, etag: str, timeout: float) -> tuple[str, str]:
+    """The MD5 that an ETag of S3's may be; what s3fs tells of an object leaves out how it is encrypted."""
+    system = _filesystem(url, timeout)
+    bucket, key, _ = system.split_path(url)
+    try:
+        head = system.call_s3("head_object", Bucket=bucket, Key=key)
+    except Exception as error:  # botocore's, aiohttp's and the operating system's
+        raise _failed(error, timeout) from None
+    return md5_of_etag(etag, head.get("ServerSideEncryption"), head.get("SSECustomerAlgorithm"))
+
+
 def _scheme(url: str) -> str:
     return url.partition("://")[0].lower()
 
@@ -211,6 +178,9 @@ def _new_filesystem(scheme: str, timeout: float) -> Any:
             found._request = partial(once, found)
     elif scheme in _LOCAL:
         found = kind(**options, auto_mkdir=True)
+    elif scheme in HTTP:
+        # What is compressed in spite of what was asked for is an answer to be refused, not to be tried again.
+        found = kind(**options, client_kwargs={"auto_decompress": False})
     else:
         found = kind(**options)
     return found
@@ -252,10 +222,8 @@ def _failed(error: Exception, timeout: float) -> AttemptError:
         mend = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_S3_ANON=true for a public bucket"
         return AttemptError(f"there are no credentials: {text}", again=False, mend=mend)
     may_pass = kind not in _BAD_URLS and not isinstance(error, _BUGS)
-    again = may_pass and (status is None or status >= 500 or status in _WAITING_HELPS)
-    if kind == "TooManyRedirects":
-        what = "it redirects without end"
-    elif status is not None and status >= 400:
+    again = may_pass and (status is None or status in WAITING_HELPS)
+    if status is not None and status >= 400:
         # A library names the file in its own way; of the bucket it says something new.
         what = f"the server refuses: {text}" if status != 404 or NO_BUCKET in text else "it is not there"
     elif isinstance(error, TimeoutError) or "Timeout" in kind:
@@ -314,49 +282,14 @@ def _http_get(url: str, start: int, stop: int, timeout: float) -> Answer:
     system = _filesystem(url, timeout)
     from fsspec.asyn import sync
 
+    async def get() -> Answer:
+        return await get_range(await system.set_session(), url, start, stop, timeout)
+
     try:
-        status, headers, body = sync(system.loop, _http_request, system, url, start, stop, timeout)
+        answer: Answer = sync(system.loop, get)
+    except AttemptError as error:
+        _let_go(error)
+        raise
     except Exception as error:  # aiohttp's, asyncio's and the operating system's
         raise _failed(error, timeout) from None
-    version = headers.get("ETag", "").removeprefix("W/").strip('"')
-    found = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
-    if status == 416 and found and int(found[3]) <= start:  # the file ends before
-        return Answer(b"", int(found[3]), version)
-    if status == 200:
-        raise AttemptError("the server ignores range requests and sends the whole file", again=False, status=status)
-    if status != 206:
-        again = status >= 500 or status in _WAITING_HELPS
-        after = headers.get("Retry-After", "")
-        what = "it is not there" if status in (404, 410) else "the server refuses"
-        seconds = float(after) if after.isdecimal() else 0.0
-        raise AttemptError(what, again=again, status=status, after_seconds=seconds)
-    if found is None or found[1] is None:
-        raise AttemptError(f"Content-Range {headers.get('Content-Range')!r} makes no sense", again=True, status=status)
-    first, last, total = int(found[1]), int(found[2]), int(found[3])
-    if first != start or last != min(stop, total) - 1:
-        raise AttemptError(f"bytes {first}-{last} came for bytes {start}-{stop - 1}", again=True, status=status)
-    if len(body) != last - first + 1:
-        raise AttemptError(f"{len(body)} bytes came for bytes {start}-{stop - 1}", again=True, status=status)
-    return Answer(body, total, version)
-
-
-async def _http_request(system: Any, url: str, start: int, stop: int, timeout: float) -> tuple[int, Any, bytes]:
-    import aiohttp
-
-    session = await system.set_session()
-    # identity: a compressed body has no bytes at these places
-    headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-    limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
-    trusted = _trusted(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
-    async with session.get(system.encode_url(url), headers=headers, timeout=limits, ssl=trusted) as response:
-        # The body of anything else is of no use, and may be a whole shard; a small one is read so that the connection
-        # serves again.
-        is_small = response.content_length is not None and response.content_length <= _SMALL_BYTES
-        body = await response.read() if response.status == 206 or is_small else b""
-        return response.status, response.headers, body
-
-
-@lru_cache(maxsize=4)
-def _trusted(file: str | None, folder: str | None) -> ssl.SSLContext:
-    """The authorities that OpenSSL trusts, by its two variables as they are now: aiohttp reads them when imported."""
-    return ssl.create_default_context()
+    return answer

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import errno
+import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from disttrain.data.store import ShardStore
 from disttrain.data.write import md5_of
 from disttrain.errors import ConfigError, DataError, ShardError
 from disttrain.parallel.config import BatchPlan
-from tests.support.caches import QUICK, config_of, shards_of, take
+from tests.support.caches import QUICK, config_of, kept_in, shards_of, take
 from tests.support.servers import RangeServer
 
 pytestmark = pytest.mark.usefixtures("cache_home")
@@ -47,14 +49,14 @@ def test_a_shard_is_fetched_once_and_kept(server: RangeServer, tmp_path: Path) -
         take(cache, shards[2], server)
     assert len(server.requests) == 2, "its size and its bytes"
     assert held(cache, shards) == [2]
-    assert not list((tmp_path / "c").glob("*.part"))
+    assert not list(kept_in(tmp_path / "c").glob("*.part"))
 
 
 def test_eviction_follows_the_plan(server: RangeServer, tmp_path: Path) -> None:
     shards = shards_of(server)
     cache = ShardCache(config_of(3.5, shards[0], tmp_path / "c"))
     names = [name_of(shard) for shard in shards]
-    plan = Plan(tmp_path / "c", names, needs_of((0, 0, 4), (1, 5, 9), (2, 20, 24), (3, 10, 14), (4, 0, 2)), 0)
+    plan = Plan(kept_in(tmp_path / "c"), names, needs_of((0, 0, 4), (1, 5, 9), (2, 20, 24), (3, 10, 14), (4, 0, 2)), 0)
     for number in (0, 1, 2):
         take(cache, shards[number], server)
     take(cache, shards[3], server)
@@ -87,10 +89,10 @@ def test_what_the_next_validation_needs_goes_after_what_nobody_needs(server: Ran
     training.follow(needs_of((0, 0, 9), (1, 20, 29), (2, 40, 10**9)), 0)
     assert read(training, 0, 7) == [0, 7]  # nobody needs shard 7
     validation.follow(needs_of((5, 0, 0), (6, 1, 1)), 0)
-    assert len(list((tmp_path / "c").glob("*.plan"))) == 2, "a validation drops the plan of the training"
+    assert len(list(kept_in(tmp_path / "c").glob("*.plan"))) == 2, "a validation drops the plan of the training"
     assert read(validation, 5, 6) == [0, 5, 6, 7]
     validation.finish(again=True)
-    assert len(list((tmp_path / "c").glob("*.plan"))) == 2
+    assert len(list(kept_in(tmp_path / "c").glob("*.plan"))) == 2
 
     assert read(training, 1) == [0, 1, 5, 6], "what nobody needs goes first"
     assert read(training, 2) in ([0, 1, 2, 5], [0, 1, 2, 6]), "then what the next validation needs"
@@ -102,7 +104,7 @@ def test_what_the_next_validation_needs_goes_after_what_nobody_needs(server: Ran
     assert read(training, 2) in ([0, 1, 2, 5], [0, 1, 2, 6])
     validation.finish()
     training.finish()
-    assert not list((tmp_path / "c").glob("*.plan"))
+    assert not list(kept_in(tmp_path / "c").glob("*.plan"))
 
 
 def test_a_shard_that_is_read_is_never_evicted(server: RangeServer, tmp_path: Path) -> None:
@@ -144,7 +146,7 @@ def test_faults_leave_nothing_behind(server: RangeServer, tmp_path: Path, fault:
     server.fail("train-000.tar", *[fault] * 3)
     with pytest.raises(RemoteError, match=r"train-000.tar: .*3 attempts"):
         cache.open(shards[0])
-    assert [path.name for path in (tmp_path / "c").iterdir()] == ["space.lock"]
+    assert [path.name for path in kept_in(tmp_path / "c").iterdir() if path.suffix != ".TAG"] == ["space.lock"]
     take(cache, shards[0], server)
 
 
@@ -159,14 +161,14 @@ def test_a_shard_is_what_index_and_manifest_say(server: RangeServer, tmp_path: P
         cache.open(replace(shard, size_bytes=1024, version=""))
     with pytest.raises(ShardError, match="and another version"):
         cache.open(replace(shard, version="old"))
-    assert len([p for p in (tmp_path / "c").iterdir() if p.suffix in (".tar", ".part")]) == 1
+    assert len([p for p in kept_in(tmp_path / "c").iterdir() if p.suffix in (".tar", ".part")]) == 1
 
 
 def test_a_damaged_copy_is_fetched_again(server: RangeServer, tmp_path: Path) -> None:
     shard = shards_of(server)[0]
     cache = ShardCache(config_of(8, shard, tmp_path / "c"))
     take(cache, shard, server)
-    os.truncate(tmp_path / "c" / f"{name_of(shard)}.tar", 100)
+    os.truncate(kept_in(tmp_path / "c") / f"{name_of(shard)}.tar", 100)
     take(cache, shard, server)
 
 
@@ -180,14 +182,17 @@ def test_a_full_disk_is_named(server: RangeServer, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(DataError, match=r"is on a full disk; shard .*/train-000.tar of \d+ bytes was not fetched"):
         cache.open(shard)
-    assert not list((tmp_path / "c").glob("*.part"))
+    assert not list(kept_in(tmp_path / "c").glob("*.part"))
 
 
 def test_a_copy_that_cannot_be_opened_is_named(server: RangeServer, tmp_path: Path) -> None:
     shard = shards_of(server)[0]
     cache = ShardCache(config_of(8, shard, tmp_path / "c"))
-    (tmp_path / "c" / f"{name_of(shard)}.tar").symlink_to(f"{name_of(shard)}.tar")
-    with pytest.raises(DataError, match=r"/c cannot be read or written: Too many levels .*/train-000.tar of \d+ bytes"):
+    (kept_in(tmp_path / "c") / f"{name_of(shard)}.tar").symlink_to(f"{name_of(shard)}.tar")
+    with pytest.raises(
+        DataError,
+        match=r"/c/disttrain-shards-\d+ cannot be read or written: Too many levels .*/train-000.tar of \d+ bytes",
+    ):
         cache.open(shard)
 
 
@@ -244,7 +249,7 @@ def test_the_loaders_read_the_same_from_afar(server: RangeServer, tmp_path: Path
         return keys
 
     assert evaluated(there) == evaluated(local)
-    assert not list((tmp_path / "c").glob("*.plan"))
+    assert not list(kept_in(tmp_path / "c").glob("*.plan"))
 
 
 def test_shards_are_fetched_ahead_in_the_order_of_the_plan(server: RangeServer, tmp_path: Path) -> None:
@@ -282,3 +287,97 @@ def test_pieces_add_up(server: RangeServer, tmp_path: Path, monkeypatch: pytest.
     shard = shards_of(server)[0]
     monkeypatch.setattr(cache_module, "_CHUNK_BYTES", 1000)
     take(ShardCache(config_of(8, shard, tmp_path / "c")), shard, server)
+
+
+def test_tars_that_the_cache_did_not_write_stay(server: RangeServer, tmp_path: Path) -> None:
+    shards = shards_of(server)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    tars = [mine / "own.tar", mine / f"{'0' * 32}.tar", mine / f"{name_of(shards[0])}.part"]
+    for path in tars:
+        path.write_bytes(bytes(shards[0].size_bytes))
+    cache = ShardCache(config_of(1, shards[0], mine))
+    for shard in shards:
+        take(cache, shard, server)
+    assert held(cache, shards) == [7]
+    assert {path.stat().st_size for path in tars} == {shards[0].size_bytes}
+    assert kept_in(mine).stat().st_mode & 0o777 == 0o700
+
+
+def test_files_of_others_in_the_cache_are_refused(server: RangeServer, tmp_path: Path) -> None:
+    config = config_of(1, shards_of(server)[0], tmp_path / "c")
+    kept_in(tmp_path / "c").mkdir(parents=True, mode=0o700)
+    (kept_in(tmp_path / "c") / "train-000.tar").write_bytes(b"mine")
+    with pytest.raises(DataError, match=r"holds 'train-000.tar', which the cache did not make") as error:
+        ShardCache(config)
+    assert "data.cache.directory" in error.value.mend
+    assert (kept_in(tmp_path / "c") / "train-000.tar").read_bytes() == b"mine"
+
+
+def test_a_folder_that_others_may_write_to_is_refused(server: RangeServer, tmp_path: Path) -> None:
+    config = config_of(1, shards_of(server)[0], tmp_path / "c")
+    kept_in(tmp_path / "c").mkdir(parents=True)
+    kept_in(tmp_path / "c").chmod(0o777)
+    with pytest.raises(DataError, match="other users may write to it"):
+        ShardCache(config)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_folder_of_another_user_is_refused(server: RangeServer, tmp_path: Path) -> None:
+    config = config_of(1, shards_of(server)[0], tmp_path / "c")
+    kept_in(tmp_path / "c").mkdir(parents=True, mode=0o700)
+    os.chown(kept_in(tmp_path / "c"), 12345, 12345)
+    with pytest.raises(DataError, match="belongs to another user"):
+        ShardCache(config)
+
+
+def test_a_link_where_a_download_goes_is_not_followed(server: RangeServer, tmp_path: Path) -> None:
+    shard = shards_of(server)[0]
+    cache = ShardCache(config_of(8, shard, tmp_path / "c"))
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (kept_in(tmp_path / "c") / f"{name_of(shard)}.part").symlink_to(victim)
+    with pytest.raises(DataError, match="cannot be read or written: Too many levels"):
+        cache.open(shard)
+    assert victim.read_text() == "precious"
+
+
+def test_a_copy_that_was_changed_is_fetched_again(server: RangeServer, tmp_path: Path) -> None:
+    shard = shards_of(server)[0]
+    cache = ShardCache(config_of(8, shard, tmp_path / "c"))
+    take(cache, shard, server)
+    with open(kept_in(tmp_path / "c") / f"{name_of(shard)}.tar", "r+b") as file:
+        file.seek(600)
+        file.write(b"changed")
+    fetched = server.bytes_served["train-000.tar"]
+    take(cache, shard, server)
+    take(cache, shard, server)
+    assert server.bytes_served["train-000.tar"] == fetched + 1 + shard.size_bytes, "its size and its bytes, once"
+
+
+@pytest.mark.parametrize("kind", ["sha-256", "google", "s3", "s3 with a key", "damaged", "none"])
+def test_the_checksum_of_the_server_is_compared(server: RangeServer, tmp_path: Path, kind: str) -> None:
+    shard = replace(shards_of(server)[0], version="")
+    content = (server.folder / "train-000.tar").read_bytes()
+    md5 = hashlib.md5(b"other", usedforsecurity=False)
+    headers = {
+        "sha-256": {"Repr-Digest": f"sha-256=:{b64(hashlib.sha256(b'other').digest())}:"},
+        "google": {"x-goog-hash": f"crc32c=AAAAAA==,md5={b64(md5.digest())}"},
+        "s3": {"ETag": f'"{md5.hexdigest()}"', "x-amz-request-id": "1", "x-amz-server-side-encryption": "AES256"},
+        "s3 with a key": {"ETag": f'"{md5.hexdigest()}"', "x-amz-request-id": "1"}
+        | {"x-amz-server-side-encryption": "aws:kms"},
+        "damaged": {"Repr-Digest": "sha-256=:A:"},
+        "none": {},
+    }[kind]
+    server.headers = headers
+    cache = ShardCache(config_of(8, shard, tmp_path / "c"))
+    if kind in ("sha-256", "google", "s3"):
+        with pytest.raises(ShardError, match=r"train-000.tar has \w+ \w+, but the server says \w+"):
+            cache.open(shard)
+        digest = b64(hashlib.sha256(content).digest())
+        server.headers = {"Repr-Digest": f"sha-256=:{digest}:"}
+    take(cache, shard, server)
+
+
+def b64(digest: bytes) -> str:
+    return base64.b64encode(digest).decode()

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -118,6 +119,9 @@ def test_lasting_faults_are_errors(server: RangeServer, fault: str, words: str, 
     [
         ("status:404", "HTTP 404"),
         ("status:403", "HTTP 403"),
+        ("status:501", "HTTP 501"),
+        ("redirect:", "HTTP 302: the server redirects without saying where to"),
+        ("redirect:ftp://h/x.bin", "redirects to ftp://..., which is not http"),
         ("no range", "ignores range requests"),
         ("other version", "the file was replaced: it is another of the same size"),
     ],
@@ -129,6 +133,35 @@ def test_what_waiting_does_not_mend_is_tried_once(server: RangeServer, fault: st
         file.read(0, 10)
     assert "(1 attempt;" in str(error.value)
     assert file.read(0, 10) == CONTENT[:10]
+
+
+def test_what_is_compressed_unasked_is_refused_at_once(server: RangeServer) -> None:
+    server.headers = {"Content-Encoding": "gzip"}
+    with pytest.raises(RemoteError, match=r"the server compresses the answer \(gzip\).*1 attempt;") as error:
+        RemoteFile(f"{server.url}/x.bin", QUICK)
+    assert "switch compression off" in error.value.mend
+
+
+@pytest.mark.parametrize("query", ["?sig=a%2Fb%2B%3d&x=%7e+%20", "?k=a:b@c,d;e!$'()*", "?p=%C3%BC&q="])
+def test_urls_are_sent_to_the_letter(server: RangeServer, query: str) -> None:
+    RemoteFile(f"{server.url}/x.bin{query}", QUICK)
+    assert server.targets == [f"/x.bin{query}"]
+    server.fail("a", f"redirect:/x.bin{query}", f"redirect:{server.url}/x.bin{query}")
+    for _ in range(2):
+        RemoteFile(f"{server.url}/a", QUICK)
+    assert server.targets[1:] == ["/a", f"/x.bin{query}"] * 2
+
+
+def test_what_no_url_may_hold_is_escaped(server: RangeServer) -> None:
+    for name in ("a b.bin", "ü.bin", "100%.bin", "a{1}|.bin"):
+        (server.folder / quote(name)).write_bytes(CONTENT)
+        assert RemoteFile(f"{server.url}/{name}", QUICK).size == len(CONTENT)
+
+
+def test_redirects_without_end(server: RangeServer) -> None:
+    server.fail("x.bin", *["redirect:x.bin"] * 30)
+    with pytest.raises(RemoteError, match=r"it redirects without end \(1 attempt;"):
+        RemoteFile(f"{server.url}/x.bin", QUICK)
 
 
 def test_a_silent_server_is_a_cut_connection(server: RangeServer) -> None:

@@ -15,6 +15,7 @@ from disttrain.callbacks.ledger import read_ledger
 from disttrain.commands import shards
 from disttrain.data.index import ShardIndex
 from disttrain.data.order import Order, OrderConfig
+from tests.support.caches import kept_in
 from tests.support.ranks import Outcome, run_ranks
 from tests.support.servers import NGINX, S3, S3Server, nginx_server, range_server, s3_server
 
@@ -96,9 +97,9 @@ def test_killed_and_resumed_with_a_cold_cache(digits: Path, url: str, tmp_path: 
         log = (tmp_path / "nginx" / "access.log").read_text()
         assert all(f'HTTP/1.1" {status} ' in log for status in (500, 503, 444)), "a fault was not met"
     assert not (tmp_path / "unused").exists(), "local shards went through a cache"
-    left = [path for path in (tmp_path / "cold" / "shards").iterdir() if path.suffix == ".tar"]
+    left = [path for path in kept_in(tmp_path / "cold" / "shards").iterdir() if path.suffix == ".tar"]
     assert 0 < len(left) < len(list(digits.glob("*.tar")))
-    assert not list((tmp_path / "cold" / "shards").glob("*.plan")), "a plan outlived its run"
+    assert not list(kept_in(tmp_path / "cold" / "shards").glob("*.plan")), "a plan outlived its run"
 
 
 needs_s3 = pytest.mark.skipif(not S3, reason="moto[server] and s3fs are not installed")
@@ -158,7 +159,7 @@ def test_four_ranks_share_a_cache_smaller_than_the_data_set(many: Path, s3: S3Se
         # With prefetching, what comes first and is evicted again depends on which rank is first to say what it needs.
         assert sum(found.values()) <= sum(needs.values()), f"fetched {found}, needed {needs}"
         assert prefetch or all(found[shard] <= needs[shard] for shard in needs), f"fetched {found}, needed {needs}"
-        kept = sum(path.stat().st_size for path in (cache / "shards").glob("*.tar"))
+        kept = sum(path.stat().st_size for path in kept_in(cache / "shards").glob("*.tar"))
         assert kept <= 11 * max(shard.size_bytes for shard in index.shards)
 
 

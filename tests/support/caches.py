@@ -26,6 +26,11 @@ def config_of(num_shards: float, shard: Shard, directory: Path, **more: Any) -> 
     return CacheConfig(str(directory), num_shards * shard.size_bytes / GIB, **options)
 
 
+def kept_in(directory: Path) -> Path:
+    """The folder of a cache in a directory."""
+    return CacheConfig(str(directory)).path
+
+
 def take(cache: ShardCache, shard: Shard, server: RangeServer) -> None:
     """Read a shard through the cache, and let it go."""
     fd = cache.open(shard)

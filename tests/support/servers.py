@@ -3,6 +3,7 @@ a small one that speaks Google Cloud Storage's JSON, and moto's S3."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import importlib
 import importlib.util
@@ -41,6 +42,10 @@ class RangeServer(ThreadingHTTPServer):
         self.faults: dict[str, deque[Fault]] = {}
         self.bytes_served: Counter[str] = Counter()
         self.requests: list[tuple[str, str]] = []
+        self.targets: list[str] = []
+        """What stood in the request lines."""
+        self.headers: dict[str, str] = {}
+        """Of answers, in place of the usual ones."""
         self.pieces: dict[str, bytearray] = {}
         self.released = Event()
         self.on_request: Callable[[str, str], None] = lambda name, range_: None
@@ -84,6 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:  # the name that http.server calls
         """Answer one request."""
         name, range_ = self.path.lstrip("/").partition("?")[0], self.headers.get("Range", "")
+        self.server.targets.append(self.path)
         self.server.on_request(name, range_)
         fault = self.server.next_fault(name)
         path = self.server.folder / name
@@ -92,6 +98,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault.startswith("status:"):
             self._answer(int(fault.removeprefix("status:")), b"")
+        elif fault.startswith("redirect:"):
+            self._answer(302, b"", **{"Location": place} if (place := fault.removeprefix("redirect:")) else {})
         elif not path.is_file():
             self._answer(404, b"")
         else:
@@ -117,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault in ("short", "cut"):
             body = body[: length // 2]
             length = len(body) if fault == "short" else length
-        self._answer(206, body, length, **{"Content-Range": told, "ETag": f'"{version}"'})
+        self._answer(206, body, length, **{"Content-Range": told, "ETag": f'"{version}"', **self.server.headers})
         if fault == "cut":
             self.close_connection = True
 
@@ -234,7 +242,7 @@ def _gcs_object(bucket: Path, path: Path) -> dict[str, str]:
         "kind": "storage#object",
         "name": str(path.relative_to(bucket)),
         "size": str(path.stat().st_size),
-        "md5Hash": digest.hexdigest(),
+        "md5Hash": base64.b64encode(digest.digest()).decode(),
         "generation": str(int(digest.hexdigest()[:12], 16)),
         "etag": f"etag-{digest.hexdigest()[:8]}",
     }
