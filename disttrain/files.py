@@ -10,13 +10,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old or the new one, never a part."""
+def write_atomically(path: Path, text: str, *, mode: int = 0o644) -> None:
+    """Write a text file so that a reader sees the old or the new one, never a part.
+
+    Args:
+        path: the file.
+        text: what it is to hold.
+        mode: its permissions; 0o600 where it may hold a secret.
+    """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
         with suppress(FileNotFoundError):  # somebody has taken the file over

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from disttrain.commands.shards_show import count, named, summary
 from disttrain.data.index import write_manifest
 from disttrain.data.indexing import STATES, index_shards
-from disttrain.data.remote import shown
+from disttrain.data.remote import redacted, shown
 from disttrain.data.remote_index import cache_home
 from disttrain.data.together import together
 from disttrain.data.verify import first_fields, shard_faults
@@ -51,8 +51,8 @@ def index(arguments: argparse.Namespace) -> int:
         hashes = {"hashed": found.num_hashed, "MD5 kept from before": known}
         told = ", ".join(f"{number} {what}" for what, number in hashes.items() if number)
         print(f"manifest: {manifest}{f' ({told})' if told else ''}")
-        if any(shard.is_remote and shown(shard.path) != shard.path for shard in found.shards):
-            print("note: it holds URLs with a query or a user, which may be secrets: let no one else read it")
+        if any(redacted(shard.path) != shard.path for shard in found.shards):
+            print("note: it holds URLs with a query or a user, which may be secrets: only you may read it")
     return 0
 
 

@@ -34,7 +34,7 @@ from disttrain.callbacks.predictions import PredictionWriter
 from disttrain.checkpoint.weights import initialize
 from disttrain.commands.messages import explain, own_error
 from disttrain.data.module import ShardedDataModule
-from disttrain.data.remote import is_remote, shown
+from disttrain.data.remote import is_remote, redacted, shown
 from disttrain.errors import ConfigError, DisttrainError
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.strategies import strategy_of
@@ -322,7 +322,7 @@ def _add_output_arguments(parser: LightningArgumentParser) -> None:
 def _write_config(run_dir: Path, text: str) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(text)
+        (run_dir / "config.yaml").write_text(redacted(text))
     except OSError as error:
         raise ConfigError(
             f"run folder {run_dir} cannot be written: {error.strerror}",

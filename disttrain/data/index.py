@@ -28,7 +28,16 @@ from urllib.request import url2pathname
 import braceexpand
 import numpy as np
 
-from disttrain.data.remote import DEFAULT_RETRY, RemoteError, RemoteFile, RetryConfig, is_remote, shown, sibling
+from disttrain.data.remote import (
+    DEFAULT_RETRY,
+    RemoteError,
+    RemoteFile,
+    RetryConfig,
+    is_remote,
+    redacted,
+    shown,
+    sibling,
+)
 from disttrain.data.remote_index import REQUESTS_AT_ONCE, describe_remote, load_remote_table, read_remote_text
 from disttrain.data.sidecar import (
     ShardTable,
@@ -381,7 +390,10 @@ def _size_of(path: str) -> int:
 def write_manifest(
     path: Path, shards: Sequence[Shard], *, name: str, extra: Mapping[str, object] | None = None
 ) -> None:
-    """Write a ``wids-shard-index-v1`` manifest, atomically, with paths relative to its folder and extra entries."""
+    """Write a ``wids-shard-index-v1`` manifest, atomically, with paths relative to its folder and extra entries.
+
+    Where a URL in it holds a user or a query, only this user may read it.
+    """
     entries = [
         {
             "url": shard.path if shard.is_remote else os.path.relpath(shard.path, path.parent),
@@ -392,4 +404,5 @@ def write_manifest(
         for shard in shards
     ]
     content = {"__kind__": MANIFEST_KIND, "wids_version": 1, "name": name, **(extra or {}), "shardlist": entries}
-    write_atomically(path, json.dumps(content, indent=2) + "\n")
+    has_secrets = any(redacted(shard.path) != shard.path for shard in shards)
+    write_atomically(path, json.dumps(content, indent=2) + "\n", mode=0o600 if has_secrets else 0o644)

@@ -29,7 +29,12 @@ WINDOW_BYTES: Final = 2**20
 """What a header scan reads at once: a request costs about as long as a megabyte."""
 
 _URL: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
-_URL_IN_TEXT: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^\s'\"<>)]+")
+_USER_IN_TEXT: Final = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://)([^\s/?#\"<>]*)@")
+_QUERY_IN_TEXT: Final = re.compile(
+    r"([a-zA-Z][a-zA-Z0-9+.-]*://[^\s?\"'<>]*)\?([^\s\"'<>]*?)(?=[,;)\]}]*(?:[\s\"'<>]|$))"
+)
+_VARIABLE: Final = r"\$(?:\w+|\{\w+\})"
+_BY_NAME: Final = re.compile(rf"(?:[^:]*:)?{_VARIABLE}|(?:[^=&]*={_VARIABLE}(?:&|$))+")
 _HTTP: Final = ("http", "https")
 _WAIT: Final = "check the server and the network, then run again: it will resume"
 
@@ -92,7 +97,7 @@ class RemoteFile:
 
     Raises:
         RemoteError: it cannot be read; names URL, status, attempts and where credentials came from.
-        ConfigError: the library for this kind of URL is not installed.
+        ConfigError: the library for this kind of URL is not installed, or its secret was redacted.
     """
 
     url: str
@@ -104,6 +109,11 @@ class RemoteFile:
     window_bytes: int = WINDOW_BYTES
 
     def __post_init__(self) -> None:
+        if "://...@" in self.url or self.url.endswith("?..."):
+            raise ConfigError(
+                f"{self.url} is a URL whose password or signature was taken out, as records of runs show it",
+                mend="give it in full, or name variables of the environment: https://$USER:$PASSWORD@host/...",
+            )
         # Its own generator: the global one belongs to the run, whose numbers must not depend on the network.
         self._random = random.Random()
         if self.size < 0:
@@ -202,9 +212,8 @@ def _error(url: str, failed: AttemptError, attempts: int, seconds: float) -> Rem
     tries = "1 attempt" if attempts == 1 else f"{attempts} attempts in {seconds:.1f} s"
     status = f"HTTP {failed.status}: " if failed.status is not None else ""
     # What a library says may hold the URL as it is.
-    what = _URL_IN_TEXT.sub(lambda found: shown(found[0]), str(failed))
     return RemoteError(
-        f"{shown(url)}: {status}{what} ({tries}; credentials: {credential_source(url)})",
+        f"{shown(url)}: {status}{redacted(str(failed))} ({tries}; credentials: {credential_source(url)})",
         mend=failed.mend or _WAIT,
         status=failed.status,
     )
@@ -227,6 +236,21 @@ def shown(url: str) -> str:
     return urlunsplit(
         (parts.scheme, host, parts.path, "...", "") if parts.query else (parts.scheme, host, parts.path, "", "")
     )
+
+
+def redacted(text: str) -> str:
+    """A text without the users, passwords and queries of its URLs: three dots stand in their place.
+
+    A password or parameter that only names a variable of the environment, such as ``$TOKEN``, stays.
+    """
+
+    def user(found: re.Match[str]) -> str:
+        return found[0] if _BY_NAME.fullmatch(found[2]) else f"{found[1]}...@"
+
+    def query(found: re.Match[str]) -> str:
+        return found[0] if not found[2] or _BY_NAME.fullmatch(found[2]) else f"{found[1]}?..."
+
+    return _QUERY_IN_TEXT.sub(query, _USER_IN_TEXT.sub(user, text))
 
 
 def sibling(url: str, name: str) -> str:

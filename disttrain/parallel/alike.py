@@ -24,6 +24,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from disttrain.data.remote import redacted
 from disttrain.errors import ConfigError
 from disttrain.parallel.agree import gather, is_distributed
 from disttrain.version import __version__
@@ -92,7 +93,9 @@ def describe_differences(every: Sequence[Mapping[str, str]], hosts: Sequence[str
         if name.startswith(_MODULE):
             by_value.pop("not there", None)  # some ranks may have loaded more than others
         if len(by_value) > 1:
-            shown = around_the_difference(list(by_value))
+            shown = around_the_difference([redacted(value) for value in by_value])
+            if len(set(shown)) == 1:
+                shown = [f"secret {number}" for number, _ in enumerate(by_value, start=1)]
             kinds = (
                 f"{text} on {name_ranks(ranks, hosts)}" for text, ranks in zip(shown, by_value.values(), strict=True)
             )

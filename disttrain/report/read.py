@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import yaml
 
+from disttrain.data.remote import redacted
 from disttrain.errors import DataError
 from disttrain.metrics_file import FILE_NAME, Series, read_rows
 
@@ -193,7 +194,7 @@ def read_run(folder: Path) -> Run:
         environment={name: _text(value) for name, value in _mapping(content.get("environment")).items()},
         attempts=attempts,
         events=events,
-        config=_read_text(folder / "config.yaml"),
+        config=redacted(_read_text(folder / "config.yaml")),  # older runs' is not
         series=series,
         last_step=max(steps) if steps else None,
         num_epochs=num_epochs,

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+from disttrain.data.remote import redacted
 from disttrain.errors import ConfigError
 from disttrain.files import write_atomically
 from disttrain.slurm.job import Job
@@ -48,12 +49,14 @@ def write_snapshot(script: Script, *, config: str, text: str, arguments: list[st
     state, changes = git_state(script.folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(script.config, config)
-        write_atomically(folder / SCRIPT, text)
-        write_atomically(folder / "git.json", json.dumps({**state, "submitted_with": arguments}, indent=2) + "\n")
+        # URLs in them may hold passwords, which the job needs; what only tells a reader does without.
+        write_atomically(script.config, config, mode=0o600)
+        write_atomically(folder / SCRIPT, text, mode=0o600)
+        told = {**state, "submitted_with": [redacted(word) for word in arguments]}
+        write_atomically(folder / "git.json", json.dumps(told, indent=2) + "\n")
         (folder / "changes.diff").unlink(missing_ok=True)
         if changes:
-            write_atomically(folder / "changes.diff", changes)
+            write_atomically(folder / "changes.diff", changes, mode=0o600)
     except OSError as error:
         raise ConfigError(
             f"run folder {script.run_dir} cannot be written: {error.strerror}",

@@ -23,7 +23,7 @@ from disttrain.data import transport
 from disttrain.data.decode import Field
 from disttrain.data.index import ShardIndex, describe_shard, parse_manifest, write_manifest
 from disttrain.data.reader import Reader
-from disttrain.data.remote import RemoteError, RemoteFile, RetryConfig, credential_source, is_remote, shown
+from disttrain.data.remote import RemoteError, RemoteFile, RetryConfig, credential_source, is_remote, redacted, shown
 from disttrain.data.sidecar import build_table, write_sidecar_file
 from disttrain.data.write import md5_of
 from disttrain.errors import ConfigError, DataError, ShardError
@@ -423,3 +423,26 @@ def test_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert reader.read(np.arange(37))["x"][:, 0].tolist() == list(range(37))
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: https://me:se)c'r@et@h:8/x-{000..003}.tar?X-Sig=a%2Fb&e=1", "a: https://...@h:8/x-{000..003}.tar?..."),
+        ("['s3://b/x.tar?versionId=1', 'https://t@h/y']", "['s3://b/x.tar?...', 'https://...@h/y']"),
+        ("[http://h/x?sig=1, http://h/y?sig=2], z", "[http://h/x?..., http://h/y?...], z"),
+        ("https://$USER:$TOKEN@h/x?sig=${SIG}&e=$E", "https://$USER:$TOKEN@h/x?sig=${SIG}&e=$E"),
+        ("https://u:${TOKEN}@h/x?sig=${SIG}&e=1", "https://u:${TOKEN}@h/x?..."),
+        ("me@example.org, what? /data/x.tar http://h/a@b/c", "me@example.org, what? /data/x.tar http://h/a@b/c"),
+    ],
+)
+def test_texts_without_the_secrets_of_urls(text: str, expected: str) -> None:
+    assert redacted(text) == expected
+    assert redacted(expected) == expected
+
+
+def test_a_redacted_url_is_refused_with_a_hint() -> None:
+    for url in ("https://...@h/x.tar", "https://h/x.tar?..."):
+        with pytest.raises(ConfigError, match="whose password or signature was taken out") as error:
+            RemoteFile(url)
+        assert "$PASSWORD" in error.value.mend
