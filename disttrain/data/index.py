@@ -28,16 +28,7 @@ from urllib.request import url2pathname
 import braceexpand
 import numpy as np
 
-from disttrain.data.remote import (
-    DEFAULT_RETRY,
-    RemoteError,
-    RemoteFile,
-    RetryConfig,
-    is_remote,
-    redacted,
-    shown,
-    sibling,
-)
+from disttrain.data.remote import DEFAULT_RETRY, RemoteError, RemoteFile, RetryConfig, is_remote, shown, sibling
 from disttrain.data.remote_index import REQUESTS_AT_ONCE, describe_remote, load_remote_table, read_remote_text
 from disttrain.data.sidecar import (
     ShardTable,
@@ -404,5 +395,5 @@ def write_manifest(
         for shard in shards
     ]
     content = {"__kind__": MANIFEST_KIND, "wids_version": 1, "name": name, **(extra or {}), "shardlist": entries}
-    has_secrets = any(redacted(shard.path) != shard.path for shard in shards)
+    has_secrets = any(shown(shard.path) != shard.path for shard in shards)
     write_atomically(path, json.dumps(content, indent=2) + "\n", mode=0o600 if has_secrets else 0o644)

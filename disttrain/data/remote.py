@@ -20,7 +20,8 @@ from typing import Final, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from disttrain.beats import beat
-from disttrain.data.transport import Answer, AttemptError, NoLibraryError, describe, fetch, tells_state
+from disttrain.data.http_range import Answer, AttemptError
+from disttrain.data.transport import NoLibraryError, describe, fetch, tells_state
 from disttrain.errors import ConfigError, ShardError
 
 T = TypeVar("T")
