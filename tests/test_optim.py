@@ -236,7 +236,9 @@ def test_a_decay_without_an_end_is_refused(name: Any, warmup: int, total: int) -
     build_schedule(optimizer, ScheduleConfig(name, warmup_steps=warmup, total_steps=11), total_steps=total)
 
 
-@pytest.mark.parametrize(("warmup", "total", "fitted"), [(20, 19, 1), (20, 20, 2), (20, 1, 0), (20, 21, 20), (20, 0, 20)])
+@pytest.mark.parametrize(
+    ("warmup", "total", "fitted"), [(20, 19, 1), (20, 20, 2), (20, 1, 0), (20, 21, 20), (20, 0, 20)]
+)
 @pytest.mark.parametrize("name", ["cosine", "linear"])
 def test_the_warmup_of_a_short_run_is_a_tenth_of_it(name: Any, warmup: int, total: int, fitted: int) -> None:
     config = ScheduleConfig(name, warmup_steps=warmup)

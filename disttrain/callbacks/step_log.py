@@ -63,7 +63,9 @@ class StepLog(Callback):
         if isinstance(pl_module, Task):
             sums, self._resumed_sums = self._resumed_sums, None
             self._task = pl_module
-            pl_module.train_sums = None if sums is None else torch.tensor(sums, dtype=torch.float64).to(pl_module.device)
+            pl_module.train_sums = (
+                None if sums is None else torch.tensor(sums, dtype=torch.float64).to(pl_module.device)
+            )
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -184,7 +184,9 @@ class Task(pl.LightningModule):
         steps, config = run_steps(self.trainer) or 0, self.schedule_config
         fitted = fit_warmup(config, steps)
         if fitted != config and self.trainer.is_global_zero:
-            text = f"the run has {steps} steps, schedule.warmup_steps is {config.warmup_steps}: the warm-up is shortened"
+            text = (
+                f"the run has {steps} steps, schedule.warmup_steps is {config.warmup_steps}: the warm-up is shortened"
+            )
             print(f"disttrain: {text} to {fitted.warmup_steps}", file=sys.stderr)
         schedule = build_schedule(optimizer, fitted, total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

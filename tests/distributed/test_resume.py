@@ -204,7 +204,10 @@ def test_a_start_that_fails_leaves_the_complete_run_in_place(digits: Path, tmp_p
     run_dir = tmp_path / "run"
     short = ("--trainer.max_steps", "4", "--model.schedule.name", "constant")
     fit(run_dir, digits, 2, "ddp", *short).ok()
-    for mistake in (("--data.micro_batch_size", "24"), ("--model.schedule.name", "linear", "--model.schedule.total_steps", "9")):
+    for mistake in (
+        ("--data.micro_batch_size", "24"),
+        ("--model.schedule.name", "linear", "--model.schedule.total_steps", "9"),
+    ):
         outcome = fit(run_dir, digits, 2, "ddp", *short, *mistake)
         assert outcome.codes[0] == 2, outcome.text
         assert f"the older run was moved back to {run_dir}" in outcome.text
