@@ -14,6 +14,7 @@ from pathlib import Path
 
 from disttrain.endings import note_ending
 from disttrain.errors import PREEMPTED_CODE, ConfigError, DisttrainError, Preempted, RankError, nearest
+from disttrain.terminal import say, tell
 from disttrain.world import World, detect_world
 
 _TRAINING = {
@@ -64,13 +65,13 @@ def _main(arguments: list[str]) -> int:
         note_ending(RankError.exit_code, follows=True)
         why = (str(error).splitlines() or [type(error).__name__])[0][:_MOST_LETTERS]
         text = f"rank {world.rank} of {world.size} stops: another rank failed or was killed: {why}"
-        print(f"disttrain: {text}", file=sys.stderr)
+        tell(text)
         return RankError.exit_code
     except KeyboardInterrupt:
         return _interrupted()
     except Preempted as stop:
         if detect_world().rank == 0:
-            print(f"disttrain: {stop}", file=sys.stderr)
+            tell(stop)
         return PREEMPTED_CODE
     except SystemExit as exit_:
         # Lightning ends a training that Ctrl-C interrupts by a bare exit.
@@ -95,12 +96,12 @@ def _main(arguments: list[str]) -> int:
 def _dispatch(arguments: list[str]) -> int:
     name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if name in ("-h", "--help"):
-        print(_usage())
+        say(_usage(), lines=True)
         return 0
     if name == "--version":
         from disttrain.version import __version__
 
-        print(f"disttrain {__version__}")
+        say(f"disttrain {__version__}")
         return 0
     if name == "launch":
         from disttrain.commands import launch
@@ -143,7 +144,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _interrupted() -> int:
-    print("disttrain: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+    tell("interrupted; the same command goes on from the last checkpoint")
     return 130
 
 
@@ -185,7 +186,7 @@ def _print_error(error: DisttrainError) -> None:
     if world.rank > 0 and isinstance(error, ConfigError):
         return  # all ranks have the same configuration
     where = f" (rank {world.rank} of {world.size})" if world.size > 1 else ""
-    print(f"disttrain: error{where}: {error}", file=sys.stderr)
+    tell(f"error{where}: {error}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 import time
 import zlib
@@ -26,6 +25,7 @@ from itertools import product
 from typing import Final
 
 from disttrain.errors import ConfigError, JoinError
+from disttrain.terminal import tell
 from disttrain.world import World
 
 _FIRST_PORT: Final = 16_000
@@ -178,7 +178,7 @@ def hear(meeting: Meeting, deadline: float) -> int:
             )
         if time.monotonic() > noted:
             noted = time.monotonic() + _NOTE_SECONDS
-            print(f"disttrain: still waiting for rank 0 at {meeting.host}; {told}", file=sys.stderr, flush=True)
+            tell(f"still waiting for rank 0 at {meeting.host}; {told}")
         time.sleep(_LOOK_SECONDS)
 
 

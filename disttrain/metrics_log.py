@@ -8,7 +8,6 @@ written, on a full disk say, is told and left out; no log ends a training.
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from disttrain.metrics_file import FILE_NAME, MetricsFile
+from disttrain.terminal import tell
 
 
 class MetricsLog(Logger):
@@ -157,4 +157,4 @@ class EventsLog(TensorBoardLogger):
 
 
 def _say(text: str) -> None:
-    print(f"disttrain: {text}", file=sys.stderr)
+    tell(text)

@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Final
+
+from disttrain.terminal import tell
 
 NOTED: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 INTERRUPTED_CODE: Final = 130
@@ -94,4 +95,4 @@ class NotedSignals:
 
 def _say(text: str) -> None:
     with suppress(OSError, ValueError):  # the output may be gone, as when a terminal was closed
-        print(f"disttrain: {text}", file=sys.stderr, flush=True)
+        tell(text)

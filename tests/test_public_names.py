@@ -53,7 +53,21 @@ PUBLIC = [
 
 LAYERS: dict[str, int] = {
     **dict.fromkeys(
-        ["beats", "durations", "endings", "errors", "files", "meeting", "signals", "whereabouts", "world", "version"], 0
+        [
+            "beats",
+            "durations",
+            "endings",
+            "errors",
+            "files",
+            "meeting",
+            "reading",
+            "signals",
+            "terminal",
+            "version",
+            "whereabouts",
+            "world",
+        ],
+        0,
     ),
     **dict.fromkeys(
         [

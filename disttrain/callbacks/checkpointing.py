@@ -10,7 +10,6 @@ Committed ones may be copied to remote storage, in the background too, under the
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,6 +36,7 @@ from disttrain.checkpoint.write import SpoiltError
 from disttrain.errors import CheckpointError, ConfigError
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.strategies import strategy_of
+from disttrain.terminal import tell
 
 _GRACE_SECONDS = 60.0
 """How long a run that fails waits for the save that is under way."""
@@ -169,7 +169,7 @@ class Checkpointing(Checkpoint):
                     what = self.monitor.name if self.monitor else "value"
                     notes.append(f"the best {what}, {value:.6g} at step {step}, is of no checkpoint in this folder")
                 for note in (notes := [note for note in notes if note]):
-                    print(f"disttrain: {note}", file=sys.stderr)
+                    tell(note)
         return notes
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -376,7 +376,7 @@ class Checkpointing(Checkpoint):
     def _tell_error(self, trainer: pl.Trainer, what: str, error: BaseException) -> None:
         if trainer.is_global_zero:
             text = f"{what}, training goes on: {error.what if isinstance(error, CheckpointError) else error}"
-            print(f"disttrain: {text}", file=sys.stderr)
+            tell(text)
             self.tell(trainer.global_step, "save", text)
 
     def _keep(self, step: int) -> Keep:

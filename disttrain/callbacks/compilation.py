@@ -5,7 +5,6 @@ The record of the run has it under ``compile``, with what was compiled until the
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from disttrain.callbacks.run_record import RunRecord
 from disttrain.parallel.compiling import Compilation, compilation
+from disttrain.terminal import tell
 
 
 class CompileReport(Callback):
@@ -35,7 +35,7 @@ class CompileReport(Callback):
         self._told = True
         found = compilation()
         text = describe(found)
-        print(f"disttrain: {text}", file=sys.stderr)
+        tell(text)
         self._record.event(trainer.global_step, "compile", text)
         self._record.add({"compile": found.as_dict()})
 

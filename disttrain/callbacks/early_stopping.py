@@ -8,7 +8,6 @@ uninterrupted one does. The monitor's name is checked by a short validation befo
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +17,7 @@ from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.find import find_callback
 from disttrain.callbacks.monitor import Mode, Monitor
 from disttrain.errors import ConfigError
+from disttrain.terminal import tell
 
 
 class EarlyStopping(Callback):
@@ -102,7 +102,7 @@ class EarlyStopping(Callback):
             text = (
                 f"the weights of the best validation (step {self.best_step}) are of no checkpoint here: the last stay"
             )
-            print(f"disttrain: {text}", file=sys.stderr)
+            tell(text)
             checkpoints.tell(trainer.global_step, "best", text)
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,6 +50,7 @@ from disttrain.parallel.agree import is_distributed, raise_together
 from disttrain.parallel.gradients import gradient_norm, ordered_gradient_norm
 from disttrain.parallel.ranks import data_ranks
 from disttrain.tasks.base import Task
+from disttrain.terminal import tell
 
 FOLDER: Final = "skipped"
 _LOOK_EVERY: Final = 10
@@ -131,9 +131,7 @@ class UpdateGuard(Callback):
             why = f"{type(pl_module).__name__} optimizes by hand (automatic_optimization is False)"
             mend = "automatic optimization"
             if trainer.is_global_zero and not self.spikes:
-                print(
-                    f"disttrain: the guard is off: {why}; losses that are not finite spoil the weights", file=sys.stderr
-                )
+                tell(f"the guard is off: {why}; losses that are not finite spoil the weights")
         else:
             return True
         if self.spikes:
@@ -320,7 +318,7 @@ class UpdateGuard(Callback):
                 f"step {step}: {number} updates in a row were left out; going back to {target.path.name}, from where"
                 f" on the batches of steps {made.first_skipped} to {made.last_skipped} are left out"
             )
-            print(f"disttrain: {text}", file=sys.stderr, flush=True)
+            tell(text)
             record.tell(step, "rollback", text, **made.as_dict())
         restore(trainer, target.path)
 
@@ -370,7 +368,7 @@ class UpdateGuard(Callback):
                 if step in self._planned:  # the rollback has told
                     continue
                 text = f"step {step}: the update was left out; loss {loss:.4g}, gradient norm {norm:.4g}"
-                print(f"disttrain: {text}", file=sys.stderr, flush=True)
+                tell(text)
                 record.tell(step, "skip", text)
 
 

@@ -13,7 +13,6 @@ Cost: see :mod:`disttrain.parallel.out_of_memory`; nothing where the size is a n
 from __future__ import annotations
 
 import functools
-import sys
 import warnings
 from typing import Any
 
@@ -29,6 +28,7 @@ from disttrain.parallel.lockstep import DDPLockstep, FSDPLockstep
 from disttrain.parallel.out_of_memory import OPTIMIZER, PHASES, MemoryGuard, StepThrownAway, is_out_of_memory
 from disttrain.parallel.strategies import FSDP, strategy_of
 from disttrain.tasks.base import Task
+from disttrain.terminal import tell
 
 
 class MicroBatchSearch(Callback):
@@ -100,7 +100,7 @@ class MicroBatchSearch(Callback):
         """Tell of a smaller size."""
         assert self._data is not None
         if trainer.is_global_zero:
-            print(f"disttrain: {text}", file=sys.stderr, flush=True)
+            tell(text)
             self._record.event(trainer.global_step, "memory", text)
             self._record.note_micro_batch_size(self._data.micro_batch_size)
 
@@ -109,11 +109,9 @@ class MicroBatchSearch(Callback):
         data = sharded_data(trainer)
         if data is None or not data.finds_micro_batch_size or not is_out_of_memory(exception) or trainer.training:
             return
-        print(
-            f"disttrain: rank {trainer.global_rank} ran out of memory in an evaluation, whose micro batches have"
-            f" {data.evaluation_batch_size} samples\n  mend: set data.micro_batch_size to a smaller number",
-            file=sys.stderr,
-            flush=True,
+        tell(
+            f"rank {trainer.global_rank} ran out of memory in an evaluation, whose micro batches have"
+            f" {data.evaluation_batch_size} samples\n  mend: set data.micro_batch_size to a smaller number"
         )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from disttrain.parallel.votes import Votes
 from disttrain.runs import launch_id
 from disttrain.signals import NotedSignals
 from disttrain.slurm.requeue import ask_to_requeue, is_to_be_requeued
+from disttrain.terminal import tell
 from disttrain.world import detect_world
 
 STOP_FILE: Final = "STOP"
@@ -180,7 +180,7 @@ class Preemption(Checkpoint):  # Lightning calls its checkpoint callbacks last
                 record.stopped(trainer, f"preempted by {cause}")
             (self.run_dir / STOP_FILE).unlink(missing_ok=True)
             if number in _REQUEUE and is_to_be_requeued():
-                print(f"disttrain: {message}", file=sys.stderr, flush=True)  # SLURM may leave no time for it later
+                tell(message)  # SLURM may leave no time for it later
                 message = ask_to_requeue(self.run_dir)
                 if record is not None:
                     record.tell(trainer.global_step, "requeue", message)

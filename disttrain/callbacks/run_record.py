@@ -11,7 +11,6 @@ import json
 import platform
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -36,6 +35,7 @@ from disttrain.metrics_log import MetricsLog
 from disttrain.parallel.agree import raise_together
 from disttrain.runs import COMPLETED, PREEMPTED, RUN_FILE, Start, launch_id, note_begun, read_run, take_back, write_run
 from disttrain.slurm.requeue import job_of
+from disttrain.terminal import tell
 from disttrain.version import __version__
 
 EVENT_LOG: Final = "events.jsonl"
@@ -201,7 +201,7 @@ class RunRecord(Callback):
         """A start that fails before its first step leaves the older run where it was."""
         if trainer.is_global_zero and not self.record and self.start.aside is not None:
             take_back(self.run_dir, self.start.aside)
-            print(f"disttrain: the older run was moved back to {self.run_dir}", file=sys.stderr)
+            tell(f"the older run was moved back to {self.run_dir}")
 
     def add(self, entries: dict[str, Any]) -> None:
         """Add entries to the record, or replace them. Rank 0 only."""
@@ -234,11 +234,7 @@ class RunRecord(Callback):
         """A full disk is no reason to end a training; what is lost is said, once a file and cause."""
         if (name, error.errno) not in self._complaints:
             self._complaints.add((name, error.errno))
-            print(
-                f"disttrain: {self.run_dir / name} cannot be written, training goes on: {error.strerror}",
-                file=sys.stderr,
-                flush=True,
-            )
+            tell(f"{self.run_dir / name} cannot be written, training goes on: {error.strerror}")
 
 
 def _samples_seen(trainer: pl.Trainer) -> dict[str, int]:

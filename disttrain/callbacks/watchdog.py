@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from disttrain.callbacks.overseer import Overseer
 from disttrain.durations import parse_duration
 from disttrain.endings import note_ending
 from disttrain.errors import HUNG_CODE
+from disttrain.terminal import tell
 from disttrain.whereabouts import whereabouts
 from disttrain.world import World, detect_world
 
@@ -237,12 +237,12 @@ class Watchdog(Callback):
                 time.sleep(self._interval / 4)
             if sorted(folder.glob("rank-*.json"))[0] == path:
                 report = make_report(self.run_dir, folder, world.size, self._timeout)
-                print(f"disttrain: {report}", file=sys.stderr, flush=True)
+                tell(report)
             deadline += _GRACE_SECONDS
             while not (folder / REPORT).exists() and time.monotonic() < deadline:
                 time.sleep(self._interval / 4)
         except Exception as error:  # a full disk must not keep the rank from ending
-            print(f"disttrain: rank {world.rank} hangs, and cannot report it: {error}", file=sys.stderr, flush=True)
+            tell(f"rank {world.rank} hangs, and cannot report it: {error}")
         finally:
             note_ending(HUNG_CODE)
             os._exit(HUNG_CODE)

@@ -11,7 +11,6 @@ whether another attempt has taken over.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +22,7 @@ from disttrain.checkpoint.mirror import Mirror
 from disttrain.checkpoint.prune import Keep
 from disttrain.errors import CheckpointError
 from disttrain.files import sync_directory, write_synced
+from disttrain.terminal import tell
 
 
 def prune(directory: Path, keep: Keep, attempt: Attempt | None, *, new: Path, step: int) -> None:
@@ -48,7 +48,7 @@ def prune(directory: Path, keep: Keep, attempt: Attempt | None, *, new: Path, st
         raise
     except (OSError, CheckpointError) as error:  # the new one is safe; the next save tries again
         told = error.what if isinstance(error, CheckpointError) else error
-        print(f"disttrain: an old checkpoint could not be removed: {told}", file=sys.stderr)
+        tell(f"an old checkpoint could not be removed: {told}")
 
 
 def forget_after(directory: Path, step: int, *, attempt: Attempt | None, mirror: Mirror | None) -> None:

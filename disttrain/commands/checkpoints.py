@@ -8,7 +8,6 @@ model's class and without a GPU. What a user can mend is raised as a
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from disttrain.checkpoint.mirror import Mirror, MirrorConfig, Stored, copy_of
 from disttrain.checkpoint.prune import Keep, best_of
 from disttrain.data.remote import is_remote
 from disttrain.errors import CheckpointError, ConfigError
+from disttrain.terminal import Parser, say, tell
 
 
 def main(argv: list[str]) -> int:
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="disttrain checkpoints", description="List, verify, export and prune the checkpoints of a run."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -88,14 +88,12 @@ def _ls(arguments: argparse.Namespace) -> int:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, *numbers, verdict, metric in rows:
         cells = [cell.rjust(width) for cell, width in zip(numbers, widths[1:5], strict=True)]
-        print("  ".join([name.ljust(widths[0]), *cells, verdict.ljust(widths[5]), metric]).rstrip())
+        say("  ".join([name.ljust(widths[0]), *cells, verdict.ljust(widths[5]), metric]).rstrip())
     for reason in passed_over:
-        print(f"passed over: {reason}")
+        say(f"passed over: {reason}")
     directory = None if is_remote(arguments.path) else _folder(Path(arguments.path))
     for entry in abandoned(directory) if directory is not None else []:
-        print(
-            f"set aside, until the run has passed step {entry.global_step}: {entry.path.name} {_size(entry.num_bytes)}"
-        )
+        say(f"set aside, until the run has passed step {entry.global_step}: {entry.path.name} {_size(entry.num_bytes)}")
     return 0
 
 
@@ -106,9 +104,9 @@ def _verify(arguments: argparse.Namespace) -> int:
         told += wrong
         if not wrong:
             sums = "all checksums are right" if entry.format > 1 else "sizes are right; format 1 has no checksums"
-            print(f"{one.where}: {len(entry.files)} files, {_size(entry.num_bytes)}: {sums}")
+            say(f"{one.where}: {len(entry.files)} files, {_size(entry.num_bytes)}: {sums}")
     for reason in told:
-        print(f"fault: {reason}")
+        say(f"fault: {reason}")
     return 1 if told else 0
 
 
@@ -130,7 +128,7 @@ def _export(arguments: argparse.Namespace) -> int:
         about = {"disttrain_checkpoint": path.name, "disttrain_step": f"{check(path).global_step}"}
     write_weights(arguments.out, tensors, about=about)
     elements = sum(tensor.numel() for tensor in tensors.values())
-    print(f"{where} ({group}): {len(tensors)} tensors, {elements:,} elements -> {arguments.out}")
+    say(f"{where} ({group}): {len(tensors)} tensors, {elements:,} elements -> {arguments.out}")
     return 0
 
 
@@ -165,12 +163,12 @@ def _prune(arguments: argparse.Namespace) -> int:
     keep = Keep(arguments.keep_last, best, arguments.keep_every_steps)
     superfluous = keep.superfluous(found)
     for entry in superfluous:
-        print(f"{'would remove' if arguments.dry_run else 'removed'} {entry.path} ({_size(entry.num_bytes)})")
+        say(f"{'would remove' if arguments.dry_run else 'removed'} {entry.path} ({_size(entry.num_bytes)})")
         if not arguments.dry_run:
             remove(entry.path)
-    print(f"{len(found) - len(superfluous)} of {len(found)} kept")
+    say(f"{len(found) - len(superfluous)} of {len(found)} kept")
     for reason in passed_over:
-        print(f"left alone: {reason}")
+        say(f"left alone: {reason}")
     return 0
 
 
@@ -181,10 +179,10 @@ def _prune_copies(arguments: argparse.Namespace) -> int:
     gone, number = mirror.prune(keep, dry_run=arguments.dry_run)
     for one in gone:
         what = "would remove" if arguments.dry_run else "removed"
-        print(f"{what} {mirror.url}/{one.name} ({_size(one.entry.num_bytes)})")
-    print(f"{number - len(gone)} of {number} kept")
+        say(f"{what} {mirror.url}/{one.name} ({_size(one.entry.num_bytes)})")
+    say(f"{number - len(gone)} of {number} kept")
     for reason in passed_over:
-        print(f"left alone: {reason}")
+        say(f"left alone: {reason}")
     return 0
 
 
@@ -243,7 +241,7 @@ def _found(place: str) -> tuple[list[_One], list[str]]:
 
 
 def _note(text: str) -> None:
-    print(f"disttrain: {text}", file=sys.stderr)
+    tell(text)
 
 
 def _verdict(one: _One, read: bool) -> str:

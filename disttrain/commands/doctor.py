@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 from disttrain.errors import ConfigError
+from disttrain.terminal import Parser, say
 
 
 def main(argv: list[str]) -> int:
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
         if not report.speaks:
             return
         if arguments.json:
-            print(json.dumps(report.as_json(), indent=2), flush=True)
+            say(json.dumps(report.as_json(), indent=2), lines=True)
         else:
             print_report(report)
 
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="disttrain doctor",
         description="Check versions, devices, memory, network, ports, folders and, on several ranks, whether they reach"
         " each other, are alike, and compute and exchange at the speed they should. Run it alone, or on all ranks as a"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from disttrain.errors import ConfigError
 from disttrain.slurm import commands
 from disttrain.slurm.runs import Row, find_runs, rows_of
 from disttrain.slurm.snapshot import read_job
+from disttrain.terminal import Parser, say, tell
 
 
 def main(argv: list[str]) -> int:
@@ -37,25 +37,25 @@ def main(argv: list[str]) -> int:
         try:
             queued = {one.job: one for one in commands.queue()}
         except commands.SlurmError as error:
-            print(f"disttrain: states are those of the run folders: {error.what}", file=sys.stderr)
+            tell(f"states are those of the run folders: {error.what}")
         gone = {str(job) for run in runs if (job := read_job(run).get("job"))}
         gone = {job for job in gone if not any(name.partition("_")[0] == job for name in queued)}
         queued |= {one.job: one for one in commands.ended(sorted(gone))}
     rows = [row for run in runs for row in rows_of(run, queued)]
     if arguments.json:
-        print(json.dumps([asdict(row) for row in rows], indent=2))
+        say(json.dumps([asdict(row) for row in rows], indent=2), lines=True)
     else:
         _print(rows)
     return 0
 
 
 def _pass_over(folder: Path, error: OSError) -> None:
-    print(f"disttrain: {folder} is passed over: {error.strerror}", file=sys.stderr)
+    tell(f"{folder} is passed over: {error.strerror}")
 
 
 def _print(rows: list[Row]) -> None:
     if not rows:
-        print("no runs here")
+        say("no runs here")
         return
     cells = [("run", "job", "state", "attempts", "step", "checkpoint", "note")]
     for row in rows:
@@ -66,7 +66,7 @@ def _print(rows: list[Row]) -> None:
         cells.append((row.run, row.job, row.state, f"{row.attempts}", step, saved, row.note))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def _age(seconds: float) -> str:
@@ -77,7 +77,7 @@ def _age(seconds: float) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="disttrain jobs", description="List runs with the state of their jobs, step and last checkpoint."
     )
     parser.add_argument(

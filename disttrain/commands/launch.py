@@ -24,6 +24,7 @@ from typing import Final
 
 from disttrain.endings import VARIABLE, Ending, code_of, read_endings
 from disttrain.errors import ConfigError
+from disttrain.terminal import Parser, tell
 from disttrain.world import detect_world
 
 _FORWARDED: Final = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> int:
     command = torchrun_command(arguments.command, nproc=nproc, max_restarts=arguments.max_restarts)
     threads = {} if "OMP_NUM_THREADS" in os.environ or nproc == 1 else {"OMP_NUM_THREADS": "1"}
     shown = " ".join([*(f"{name}={value}" for name, value in threads.items()), shlex.join(command)])
-    print(f"disttrain: {shown}", file=sys.stderr, flush=True)
+    tell(shown)
     folder = Path(tempfile.mkdtemp(prefix="disttrain-launch-"))
     try:
         code = _run(command, {**os.environ, **threads, VARIABLE: str(folder)})
@@ -149,11 +150,11 @@ def _tell(endings: list[Ending], nproc: int) -> None:
             by_message.setdefault(ending.message, []).append(ending.rank)
     for message, ranks in by_message.items():
         where = f" (rank {', '.join(map(str, ranks))} of {nproc})" if nproc > 1 else ""
-        print(f"disttrain: error{where}: {message}", file=sys.stderr)
+        tell(f"error{where}: {message}")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="disttrain launch",
         usage="disttrain launch [--nproc N] [--max-restarts K] SUBCOMMAND ... | SCRIPT.py ...",
         description="Run a subcommand of disttrain, or a script, in several ranks on this machine: a rank a GPU, or one"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from disttrain.errors import ConfigError
+from disttrain.terminal import Parser, say
 
 if TYPE_CHECKING:
     from disttrain.commands.config_check import Checked
@@ -70,13 +71,15 @@ def main(argv: list[str]) -> int:
     out = Path(arguments.out)
     _clear(out)
     runs = Runs(tuple(words), out, arguments.steps, recipe.parallel, size)
-    print(f"disttrain parity: {arguments.steps} steps in {len(layouts)} layouts, the first is the reference")
-    print(*(f"  {note}\n" for note in notes), sep="", end="", flush=True)
+    say(f"disttrain parity: {arguments.steps} steps in {len(layouts)} layouts, the first is the reference")
+    for note in notes:
+        say(f"  {note}")
     reference = _run(runs, layouts[0])
     if arguments.layouts is None:
         added, note = _another_size(reference, recipe.global_batch_size)
         layouts += added
-        print(f"  {note}\n" if note else "", end="", flush=True)
+        if note:
+            say(f"  {note}")
     others, traces = layouts[1:], []
     if arguments.kill:
         # The reference itself goes on undisturbed: killed like the others it would hide what a kill changes.
@@ -94,10 +97,10 @@ def main(argv: list[str]) -> int:
         # A run that does not even repeat itself differs for another reason than its layout.
         again = compare(reference, runs.run(layouts[0], name=f"{layouts[0].name}-again"), tolerance)
     print_comparisons(reference, compared, again)
-    print(f"tolerance: {tolerance:g}, {why}" + (", and the same bits where reduction: tree gives them" if tree else ""))
+    say(f"tolerance: {tolerance:g}, {why}" + (", and the same bits where reduction: tree gives them" if tree else ""))
     pictures = draw_pictures([reference, *traces], compared, out)
     write_json(out / "parity.json", reference, compared, again)
-    print("pictures: " + ", ".join(str(path) for path in pictures))
+    say("pictures: " + ", ".join(str(path) for path in pictures))
     return _judge([one for one in compared if one.verdict == DIFFERENT])
 
 
@@ -113,7 +116,7 @@ def _run(runs: Runs, layout: Layout, *, name: str = "", kill: bool = False) -> T
     """Run the recipe in a layout, and tell."""
     trace = runs.run(layout, name=name, kill=kill)
     resumed = f", killed and resumed from step {trace.resumed_from}" if kill else ""
-    print(f"  {trace.name}: done{resumed}", flush=True)
+    say(f"  {trace.name}: done{resumed}")
     return trace
 
 
@@ -121,7 +124,7 @@ def _judge(failed: Sequence[Comparison]) -> int:
     """Tell which layouts differ from the first by more than they may; gives the exit code."""
     needs = ("have the same bits" if one.exact else f"differ by at most {one.tolerance:g}" for one in failed)
     if failed:
-        print("FAILED: " + ", ".join(f"{one.name} (must {need})" for one, need in zip(failed, needs, strict=True)))
+        say("FAILED: " + ", ".join(f"{one.name} (must {need})" for one, need in zip(failed, needs, strict=True)))
     return 1 if failed else 0
 
 
@@ -187,7 +190,7 @@ def _clear(out: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="disttrain parity",
         description="Run a recipe for a few steps in several layouts on this machine, and compare order, losses,"
         " gradients, weights and metrics with those of the first. Further arguments are overrides of the recipe, as"

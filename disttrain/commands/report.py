@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from disttrain.terminal import Parser, say
+
 
 def main(argv: list[str]) -> int:
     """Run the command.
@@ -26,12 +28,12 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     from disttrain.report import write_report  # here, so that --help does not load Matplotlib
 
-    print(write_report(arguments.run_dirs, arguments.out))
+    say(write_report(arguments.run_dirs, arguments.out))
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="disttrain report",
         description="Write a self-contained HTML page on a run, or one that compares several runs.",
     )

@@ -16,6 +16,7 @@ from disttrain.commands.shards_check import index, verify
 from disttrain.commands.shards_show import ls, stats, summary
 from disttrain.data.pack import PackConfig, pack
 from disttrain.data.sources import SKLEARN, open_source
+from disttrain.terminal import Parser, say
 
 _DATA_HELP: Final = (
     "a brace pattern ('train-{000000..000007}.tar'), a glob ('train-*.tar') or a manifest (train.json); braces and"
@@ -39,9 +40,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="disttrain shards", description="Pack data into WebDataset tars, index, check and show them."
-    )
+    parser = Parser(prog="disttrain shards", description="Pack data into WebDataset tars, index, check and show them.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_pack(commands)
     _add_index(commands)
@@ -52,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    commands: argparse._SubParsersAction[Parser],
     name: str,
     run: Callable[[argparse.Namespace], int],
     *,
@@ -64,7 +63,7 @@ def _add(
     return parser
 
 
-def _add_pack(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_pack(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = _add(
         commands,
         "pack",
@@ -105,7 +104,7 @@ def _add_pack(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
 
 
-def _add_index(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_index(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = _add(
         commands,
         "index",
@@ -126,7 +125,7 @@ def _add_index(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--force", action="store_true", help="read all shards again, changed or not")
 
 
-def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_verify(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = _add(
         commands,
         "verify",
@@ -151,7 +150,7 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
 
 
-def _add_ls(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_ls(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = _add(
         commands,
         "ls",
@@ -163,7 +162,7 @@ def _add_ls(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("--samples", action="store_true", help="one line a sample: shard, key, bytes of each field")
 
 
-def _add_stats(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_stats(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = _add(
         commands,
         "stats",
@@ -205,12 +204,12 @@ def _pack(arguments: argparse.Namespace) -> int:
     done = pack(source, out_dir=arguments.out_dir, config=config, progress=True)
     if done.was_complete:
         shards = [shard for split in done.splits.values() for shard in split.shards]
-        print(f"{arguments.out_dir} holds this packing already: {summary(shards)}; nothing to do")
+        say(f"{arguments.out_dir} holds this packing already: {summary(shards)}; nothing to do")
         return 0
     for note in done.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
     for prefix, split in done.splits.items():
         kept = len(split.shards) - split.num_written
         was_there = f", {kept} kept from before" if kept else ""
-        print(f"{prefix}: {summary(split.shards)}{was_there} -> {split.manifest}")
+        say(f"{prefix}: {summary(split.shards)}{was_there} -> {split.manifest}")
     return 0

@@ -22,6 +22,7 @@ from disttrain.data.together import together
 from disttrain.data.verify import first_fields, shard_faults
 from disttrain.data.verify_keys import Keys
 from disttrain.errors import ConfigError, DataError
+from disttrain.terminal import say
 
 if TYPE_CHECKING:
     from disttrain.data.verify_decode import Decoders
@@ -39,9 +40,9 @@ def index(arguments: argparse.Namespace) -> int:
         raise DataError(f"folder {manifest.parent} does not exist", mend="make it, or correct --manifest")
     paths = [shard.path for shard in named(arguments.data)]
     found = index_shards(paths, manifest=manifest, md5=arguments.md5, anew=arguments.force, progress=True)
-    print("; ".join([summary(found.shards), *_told(found.sidecars, found.kept)]))
+    say("; ".join([summary(found.shards), *_told(found.sidecars, found.kept)]))
     if found.sidecars["not writable"] or found.kept["not writable"]:
-        print("note: no sidecar where the folder is read-only or a key holds white space; headers are read instead")
+        say("note: no sidecar where the folder is read-only or a key holds white space; headers are read instead")
     if manifest is not None:
         try:
             write_manifest(manifest, found.shards, name=manifest.stem)
@@ -50,9 +51,9 @@ def index(arguments: argparse.Namespace) -> int:
         known = sum(bool(shard.md5) for shard in found.shards) - found.num_hashed
         hashes = {"hashed": found.num_hashed, "MD5 kept from before": known}
         told = ", ".join(f"{number} {what}" for what, number in hashes.items() if number)
-        print(f"manifest: {manifest}{f' ({told})' if told else ''}")
+        say(f"manifest: {manifest}{f' ({told})' if told else ''}")
         if any(redacted(shard.path) != shard.path for shard in found.shards):
-            print("note: it holds URLs with a query or a user, which may be secrets: only you may read it")
+            say("note: it holds URLs with a query or a user, which may be secrets: only you may read it")
     return 0
 
 
@@ -76,13 +77,13 @@ def verify(arguments: argparse.Namespace) -> int:
     num_faults = num_samples = 0
     for faults, samples in together(check, range(len(shards)), threads=_THREADS, told="verifying"):
         for fault in faults:
-            print(fault)
+            say(fault)
         num_faults += len(faults)
         num_samples += samples
     _print_repeats(keys)
     for why in decoders.left_out.values() if decoders is not None else ():
-        print(f"note: not decoded: {why}")
-    print(f"{count(len(shards), 'shard')}, {count(num_samples, 'sample')}: {count(num_faults or 'no', 'fault')}")
+        say(f"note: not decoded: {why}")
+    say(f"{count(len(shards), 'shard')}, {count(num_samples, 'sample')}: {count(num_faults or 'no', 'fault')}")
     return 1 if num_faults else 0
 
 
@@ -91,9 +92,9 @@ def _print_repeats(keys: Keys) -> None:
     repeats, total = keys.repeats(_REPEATS_SHOWN)
     for key, first, second in repeats:
         there = "which is named twice" if first.path == second.path else f"and in shard {shown(second.path)}"
-        print(f"note: key {key!r} is in shard {shown(first.path)}, {there}")
+        say(f"note: key {key!r} is in shard {shown(first.path)}, {there}")
     if total > len(repeats):
-        print(f"note: {count(total, 'key')} in all are in more than one shard")
+        say(f"note: {count(total, 'key')} in all are in more than one shard")
 
 
 def _decoders(wanted: Sequence[tuple[str, str, str]]) -> Decoders:

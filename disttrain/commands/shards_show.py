@@ -14,7 +14,6 @@ from typing import Final
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from disttrain.data.index import Shard, ShardIndex, expand, is_manifest, parse_manifest
 from disttrain.data.remote import shown
@@ -22,6 +21,7 @@ from disttrain.data.sidecar import ShardTable
 from disttrain.data.statistics import Sizes, Statistics, count_values, in_order
 from disttrain.data.together import together
 from disttrain.errors import DataError
+from disttrain.terminal import cell, say
 
 _UNFOLDED: Final = 100_000
 _BAR: Final = 40
@@ -34,7 +34,7 @@ def ls(arguments: argparse.Namespace) -> int:
     if arguments.samples:
         for shard, found in _tables(index):
             for key, spans in found.spans().items():
-                print(_text(shown(shard.path)), _text(key), *(f"{_text(f)}:{n}" for f, (_, n) in spans.items()))
+                say(" ".join([shown(shard.path), key, *(f"{field}:{n}" for field, (_, n) in spans.items())]))
         return 0
     total = 0
     table = Table(show_footer=True)
@@ -45,8 +45,8 @@ def ls(arguments: argparse.Namespace) -> int:
     for shard, found in _tables(index):
         size = _size(shard)
         total += size
-        fields = Text(_text(", ".join(found.fields)))
-        table.add_row(Text(_text(shown(shard.path))), f"{shard.num_samples:,}", f"{size:,}", fields)
+        fields = cell(", ".join(found.fields))
+        table.add_row(cell(shown(shard.path)), f"{shard.num_samples:,}", f"{size:,}", fields)
     table.columns[2].footer = f"{total:,}"
     _console().print(table)
     return 0
@@ -72,7 +72,7 @@ def stats(arguments: argparse.Namespace) -> int:
         table.add_column(title, justify="right")
     for name, sizes in numbers.fields.items():
         columns = (_bytes(sizes.min), _bytes(sizes.mean), _bytes(sizes.max), _bytes(sizes.total))
-        table.add_row(Text(_text(name)), f"{sizes.count:,}", *columns)
+        table.add_row(cell(name), f"{sizes.count:,}", *columns)
     console.print(table)
     _histogram(console, "bytes of a sample", numbers.samples)
     _histogram(console, "bytes of a shard", numbers.shards)
@@ -102,20 +102,20 @@ def _classes(console: Console, index: ShardIndex, fields: Sequence[str]) -> None
         rows = found.most_common(_CLASSES_SHOWN)
     left_out = len(found) - len(rows)
     which = f", the {len(rows)} most frequent" if left_out else ""
-    _bars(console, f"samples by {_text(name)}: {len(found):,} classes{which}", rows)
+    _bars(console, f"samples by {name}: {len(found):,} classes{which}", rows)
 
 
 def _bars(console: Console, title: str, rows: Sequence[tuple[str, int]]) -> None:
     """Numbers with bars, as long as they are large."""
     block = "█" if console.encoding.startswith("utf") else "#"
     most = max((number for _, number in rows), default=1)
-    table = Table(title=Text(title), title_justify="left", title_style="bold", box=None, show_header=False)
+    table = Table(title=cell(title), title_justify="left", title_style="bold", box=None, show_header=False)
     table.add_column(justify="right", overflow="fold")
     table.add_column(justify="right")
     table.add_column(no_wrap=True)
     for label, number in rows:
         length = max(1, round(_BAR * number / most)) if number else 0
-        table.add_row(Text(label), f"{number:,}", block * length)
+        table.add_row(cell(label), f"{number:,}", block * length)
     console.print()
     console.print(table)
 
@@ -135,11 +135,6 @@ def _console() -> Console:
     console = Console()
     # A pipe has no width: nothing is folded or cut there.
     return console if console.is_terminal else Console(width=_UNFOLDED)
-
-
-def _text(name: str) -> str:
-    """A name as it can be printed, also one that is not UTF-8."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _bytes(number: float) -> str:

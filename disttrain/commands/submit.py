@@ -23,6 +23,7 @@ from disttrain.slurm.render import INDEX, SUBMIT, Script, render
 from disttrain.slurm.runs import record_of
 from disttrain.slurm.site import DEFAULT, VARIABLE, Site, find_site, load_site
 from disttrain.slurm.snapshot import read_job, write_job, write_snapshot
+from disttrain.terminal import Parser, say
 
 
 def main(argv: list[str]) -> int:
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> int:
     _check_output(script)
     text = render(job, site, script)
     if arguments.dry_run:
-        print(text, end="")
+        say(text.rstrip("\n"), lines=True)
         return 0
     said = _let_slurm_check(job, site, script, text)
     path = write_snapshot(script, config=checked.text, text=text, arguments=["disttrain", "submit", *argv])
@@ -187,7 +188,7 @@ def _let_slurm_check(job: Job, site: Site, script: Script, text: str) -> str:
 def _tell(number: str, job: Job, script: Script, layout: str, said: str, site_file: Path | None) -> None:
     output = script.output_of(job).replace("%j", number).replace("%A", number)
     shown = Path(os.path.relpath(script.run_dir))
-    print(f"submitted job {number}: {shown} on {layout}, style {job.style}")
+    say(f"submitted job {number}: {shown} on {layout}, style {job.style}")
     lines = [("script", str(shown / SUBMIT / "job.sbatch"))]
     if site_file is not None:
         lines.append(("site", str(site_file)))
@@ -196,13 +197,11 @@ def _tell(number: str, job: Job, script: Script, layout: str, said: str, site_fi
     lines.append(("follow", f"tail -F {shlex.quote(os.path.relpath(output)).replace('%a', str(job.first_index))}"))
     lines += [("state", f"disttrain jobs {shlex.quote(str(shown))}"), ("end it", f"scancel {number}")]
     for name, value in lines:
-        print(f"  {name:<11} {value}")
+        say(f"  {name:<11} {value}")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="disttrain submit", description="Queue `disttrain fit` as a SLURM job, after checking it."
-    )
+    parser = Parser(prog="disttrain submit", description="Queue `disttrain fit` as a SLURM job, after checking it.")
     add = parser.add_argument
     add("--config", "-c", metavar="FILE", action="append", required=True, help="configuration; several merge")
     add(

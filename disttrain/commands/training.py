@@ -40,6 +40,7 @@ from disttrain.parallel.agree import raise_together
 from disttrain.parallel.strategies import strategy_of
 from disttrain.report import write_report
 from disttrain.runs import CHECKPOINTS, Start, best_checkpoint, finished_by_this_job
+from disttrain.terminal import cell, tell
 from disttrain.trainer import Trainer
 from disttrain.version import __version__
 from disttrain.world import detect_world
@@ -257,11 +258,11 @@ class TrainingCLI(LightningCLI):
         run(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, verbose=False)
         if self.trainer.is_global_zero:
             averaged = ", averaged weights" if strategy_of(self.trainer).evaluated_group else ""
-            table = Table(title=f"disttrain {which}: {checkpoint}{averaged}")
+            table = Table(title=cell(f"disttrain {which}: {checkpoint}{averaged}"))
             table.add_column("metric")
             table.add_column("value", justify="right")
             for name, value in _metrics(self.trainer).items():
-                table.add_row(name, f"{value:.6f}")
+                table.add_row(cell(name), f"{value:.6f}")
             Console().print(table)
 
     def _checkpoint(self) -> str:
@@ -356,24 +357,24 @@ def _report(run_dir: Path) -> str:
 
 def _print_result(trainer: Trainer, result: dict[str, float], page: str) -> None:
     record, log = trainer.record.record, trainer.step_log
-    table = Table(title=f"disttrain fit: {trainer.run_dir}", show_header=False)
+    table = Table(title=cell(f"disttrain fit: {trainer.run_dir}"), show_header=False)
     for name, value in result.items():
-        table.add_row(name, f"{value:.4f}")
+        table.add_row(cell(name), f"{value:.4f}")
     best = record.get("best")
     if best:
-        table.add_row(f"best {best['monitor']}", f"{best['value']:.4f} at step {best['step']}")
+        table.add_row(cell(f"best {best['monitor']}"), f"{best['value']:.4f} at step {best['step']}")
     table.add_row("steps", f"{record['attempts'][-1]['to_step']}")
     if log.seconds > 0 and log.samples:
         table.add_row("samples/s", f"{log.samples / log.seconds:,.0f} on {_ranks(trainer.world_size)}")
     for name, source in record.get("sources", {}).items():
-        table.add_row(f"source {name!r}", f"{source['samples']:,} samples, {source['epochs']:.2f} epochs")
+        table.add_row(cell(f"source {name!r}"), f"{source['samples']:,} samples, {source['epochs']:.2f} epochs")
     if record.get("bad_samples"):
-        table.add_row("bad samples", f"skipped {record['bad_samples']:,} times; see {trainer.run_dir / FOLDER}")
-    table.add_row("stopped", record.get("stop_reason", ""))
+        table.add_row("bad samples", cell(f"skipped {record['bad_samples']:,} times; see {trainer.run_dir / FOLDER}"))
+    table.add_row("stopped", cell(record.get("stop_reason", "")))
     checkpoints = trainer.checkpoint_callback
     kept = checkpoints.best_model_path if isinstance(checkpoints, Checkpointing) else ""
-    table.add_row("checkpoint", kept or str(trainer.run_dir / "checkpoints"))
-    table.add_row("report", page)
+    table.add_row("checkpoint", cell(kept or str(trainer.run_dir / "checkpoints")))
+    table.add_row("report", cell(page))
     Console().print(table)
 
 
@@ -383,7 +384,7 @@ def _ranks(number: int) -> str:
 
 def _say(lines: list[str]) -> None:
     for line in lines:
-        print(f"disttrain: {line}", file=sys.stderr)
+        tell(line)
 
 
 def _quieten() -> None:

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import Final, TypeVar
 
+from disttrain.terminal import say
+
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -87,4 +89,4 @@ class _Lines:
             now = time.monotonic()
             if now >= self._next:
                 self._next = now + _LINE_SECONDS
-                print(f"{self._told}: {self._done:,} of {self._total:,}", file=sys.stderr, flush=True)
+                say(f"{self._told}: {self._done:,} of {self._total:,}", err=True)

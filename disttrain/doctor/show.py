@@ -11,6 +11,7 @@ from rich.text import Text
 
 from disttrain.doctor.examine import Report
 from disttrain.doctor.finding import Finding, by_weight, worst
+from disttrain.terminal import cell, printable
 
 _WORDS: Final = {"ok": "OK", "warning": "warning", "failure": "FAILURE"}
 _STYLES: Final = {"ok": "green", "warning": "yellow", "failure": "bold red"}
@@ -26,10 +27,10 @@ def print_report(report: Report, console: Console | None = None) -> None:
     table.add_column("status", no_wrap=True)
     table.add_column("found")
     for finding in merge(report.findings):
-        text = Text(finding.said)
+        text = cell(finding.said)
         if finding.mend:
-            text.append(f"\nmend: {finding.mend}", style="italic")
-        table.add_row(finding.check, Text(_WORDS[finding.status], style=_STYLES[finding.status]), text)
+            text.append(f"\nmend: {printable(finding.mend)}", style="italic")
+        table.add_row(cell(finding.check), Text(_WORDS[finding.status], style=_STYLES[finding.status]), text)
     (console or Console()).print(table)
     (console or Console()).print(f"disttrain doctor: {summary(report.findings)}")
 

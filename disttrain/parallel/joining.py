@@ -9,7 +9,6 @@ named. Cost: some requests to the store for each rank, once.
 
 from __future__ import annotations
 
-import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from disttrain.errors import JoinError
 from disttrain.meeting import find_meeting
 from disttrain.parallel.store import has_agent_store, meet
+from disttrain.terminal import tell
 from disttrain.world import World, detect_world
 
 _POLL_SECONDS: Final = 0.02
@@ -170,7 +170,7 @@ def agree_on_a_name(store: Store, rank: int, size: int, timeout: float, *, call:
             missing = [call(other) for other in sorted(waiting)]
             if time.monotonic() > noted:
                 noted = time.monotonic() + _NOTE_SECONDS
-                print(f"disttrain: still waiting for {_some(missing)}", file=sys.stderr, flush=True)
+                tell(f"still waiting for {_some(missing)}")
             _pause(deadline, missing)
     return own
 

@@ -18,6 +18,7 @@ from disttrain.files import write_atomically
 from disttrain.parity.compare import DIFFERENT, SAME, Comparison
 from disttrain.parity.traces import Trace
 from disttrain.report.draw import MAX_LINES, Line, Picture, draw
+from disttrain.terminal import say
 
 
 def print_comparisons(reference: Trace, compared: Sequence[Comparison], again: Comparison | None) -> None:
@@ -35,20 +36,17 @@ def print_comparisons(reference: Trace, compared: Sequence[Comparison], again: C
         table.add_column(head, justify="right")
     for one in compared:
         table.add_row(one.name, one.verdict, *map(_number, (one.weights, one.loss, one.grad_norm, one.metrics)))
-    console = Console()
-    console.print(table)
-    console.print(
-        "weights: max|w - w'| / max|w| after the last step; loss, norm: largest relative difference of a step"
-    )
+    Console().print(table)
+    say("weights: max|w - w'| / max|w| after the last step; loss, norm: largest relative difference of a step")
     for one in compared:
         if one.verdict == SAME:
             continue
         beyond = "not the same bits" if one.exact else f"beyond {one.tolerance:g}"
         what = beyond if one.verdict == DIFFERENT else "the last bits"
-        console.print(f"{one.name}: {what}, first {one.first}", highlight=False)
+        say(f"{one.name}: {what}, first {one.first}")
         if one.verdict == DIFFERENT:
             for number, cause in enumerate(_causes(one, again), start=1):
-                console.print(f"  likely cause {number}: {cause}", highlight=False)
+                say(f"  likely cause {number}: {cause}")
 
 
 def draw_pictures(traces: Sequence[Trace], compared: Sequence[Comparison], out: Path) -> list[Path]:

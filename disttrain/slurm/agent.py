@@ -23,6 +23,7 @@ import psutil
 
 from disttrain.errors import ConfigError, DisttrainError
 from disttrain.meeting import announce, find_meeting, hear, reserve_port
+from disttrain.terminal import say, tell
 from disttrain.world import World
 
 PASSED: Final = (signal.SIGTERM, signal.SIGUSR1)
@@ -74,7 +75,7 @@ def _torchrun(ranks: int, nodes: int, node: int, host: str, port: int, command: 
     try:
         run.main([*options, "-m", "disttrain", *command])
     except ChildFailedError as error:
-        print(error, file=sys.stderr, flush=True)
+        say(error, lines=True, err=True)
         code = int(error.get_first_failure()[1].exitcode)
         return 128 - code if code < 0 else code
     return 0
@@ -113,7 +114,7 @@ def _watch(near: socket.socket, far: socket.socket) -> None:
 
 
 def _say(error: DisttrainError) -> int:
-    print(f"disttrain: error: {error}", file=sys.stderr, flush=True)
+    tell(f"error: {error}")
     return error.exit_code
 
 

@@ -1,0 +1,318 @@
+"""The one reader of small files: JSON, YAML and lines, which anyone may have written, with limits.
+
+What it refuses, before it costs time or memory: anything but a regular file (a FIFO would wait, ``/dev/zero`` never
+ends), more bytes than a limit, text that is not UTF-8, values nested too deep, YAML whose aliases multiply or contain
+themselves, names that are given twice, and numbers beyond 64 bits. The reason is a :class:`ReadError`, a
+``ValueError``; what the system refuses stays an ``OSError``. The functions ``as_...`` take values for what they should
+be, and give nothing for any other. Cost: one pass more than the parser's own. Needs neither torch nor, for JSON, yaml.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    import yaml
+
+MAX_BYTES: Final = 64 * 2**20
+"""Of a file that is read whole, if nothing else is said."""
+CONFIG_BYTES: Final = 4 * 2**20
+"""Of a configuration."""
+MAX_DEPTH: Final = 100
+MAX_NODES: Final = 200_000
+"""Values of a YAML file, each alias counted as what it stands for."""
+_MAX_DIGITS: Final = 20
+_DIGITS: Final = re.compile(r"[-+]?[0-9][0-9a-fA-F_:xo]*")
+_LONE: Final = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+"""Halves of characters that no file name has: those of bytes that are not UTF-8 lie between."""
+
+
+class ReadError(ValueError):
+    """Why a file's content is refused: words that follow its name, such as ``is not a regular file``."""
+
+
+@contextmanager
+def open_regular(path: Path | str, *, limit: int | None = None) -> Iterator[IO[bytes]]:
+    """Open a regular file to read; nothing else, and without waiting.
+
+    Args:
+        path: the file.
+        limit: its largest size in bytes; None for any.
+
+    Raises:
+        ReadError: it is not a regular file, or larger.
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # or a FIFO would wait for its writer
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(found.st_mode):
+            raise ReadError("is not a regular file")
+        if limit is not None and found.st_size > limit:
+            raise ReadError(f"has {found.st_size:,} bytes, more than {limit:,}")
+        yield file
+
+
+def read_text(path: Path | str, *, limit: int = MAX_BYTES) -> str:
+    """The text of a regular file in UTF-8, without a byte order mark.
+
+    Raises:
+        ReadError: it is something else, or larger.
+        OSError: it cannot be read.
+    """
+    with open_regular(path, limit=limit) as file:
+        return decode(file.read(limit))
+
+
+def decode(data: bytes) -> str:
+    """Text in UTF-8, without a byte order mark.
+
+    Raises:
+        ReadError: it is not UTF-8.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ReadError(f"is not text in UTF-8 (byte {error.start})") from None
+
+
+def read_json(path: Path | str, *, limit: int = MAX_BYTES) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ReadError: it is not JSON, or beyond a limit.
+        OSError: it cannot be read.
+    """
+    return parse_json(read_text(path, limit=limit))
+
+
+def read_record(path: Path | str) -> dict[str, Any]:
+    """The object that a JSON file holds; empty where there is none, or it is damaged."""
+    try:
+        return as_dict(read_json(path))
+    except (OSError, ValueError):
+        return {}
+
+
+def read_json_lines(path: Path | str) -> Iterator[dict[str, Any]]:
+    """The objects in a file of one on each line; other lines, such as one that a kill cut off, are passed over.
+
+    Raises:
+        ReadError: it is not a regular file.
+        OSError: it cannot be read.
+    """
+    for line in read_lines(path):
+        with suppress(ReadError):
+            found = parse_json(decode(line))
+            if isinstance(found, dict):
+                yield found
+
+
+def read_lines(path: Path | str, *, limit: int = 4 * 2**20) -> Iterator[bytes]:
+    """The lines of a regular file with their ends, one at a time; the last may have none.
+
+    Raises:
+        ReadError: it is something else, or a line is longer than ``limit``.
+        OSError: it cannot be read.
+    """
+    with open_regular(path) as file:
+        number = 0
+        while line := file.readline(limit + 1):
+            number += 1
+            if len(line) > limit:
+                raise ReadError(f"has more than {limit:,} bytes in line {number}")
+            yield line
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A JSON value.
+
+    Raises:
+        ReadError: the text is not JSON, or beyond a limit.
+    """
+    if isinstance(text, bytes):
+        text = decode(text)
+    try:
+        value = json.loads(text, parse_int=_whole, object_pairs_hook=_without_doubles)
+    except RecursionError:
+        raise ReadError(f"nests values more than {MAX_DEPTH} deep") from None
+    except json.JSONDecodeError as error:
+        raise ReadError(f"is not JSON: {error}") from None
+    if _LONE.search(text) or "\\ud" in text or "\\uD" in text:
+        _check_tree(value, strings=True)
+    elif text.count("[") + text.count("{") > MAX_DEPTH:
+        _check_tree(value)
+    return value
+
+
+def read_yaml(path: Path | str, *, limit: int = CONFIG_BYTES) -> Any:
+    """The content of a YAML file of plain values.
+
+    Raises:
+        ReadError: it is not YAML, or beyond a limit.
+        OSError: it cannot be read.
+    """
+    return parse_yaml(read_text(path, limit=limit))
+
+
+def parse_yaml(text: str) -> Any:
+    """A YAML value of plain types.
+
+    Raises:
+        ReadError: the text is not YAML, or beyond a limit.
+    """
+    import yaml
+
+    check_yaml(text)
+    with _yaml_errors():
+        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def check_yaml(text: str) -> None:
+    """Whether YAML keeps within the limits, before anything is made of it; looks at the parser's events alone.
+
+    Raises:
+        ReadError: it is not YAML, nests too deep, holds too much, an alias of itself, or a name twice.
+    """
+    import yaml
+
+    sizes: dict[str, tuple[int, int]] = {}  # of what has an anchor: values, depth
+    open_nodes: list[_Node] = [_Node("")]
+    with _yaml_errors():
+        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            if isinstance(event, yaml.AliasEvent):
+                if any(node.anchor == event.anchor for node in open_nodes):
+                    raise ReadError(f"has {event.anchor!r} within itself{_line(event.start_mark)}")
+                _add(open_nodes, *sizes.get(event.anchor or "", (1, 0)))
+            elif isinstance(event, yaml.ScalarEvent):
+                if event.implicit[0] and len(event.value) > _MAX_DIGITS and _DIGITS.fullmatch(event.value):
+                    raise ReadError(f"has a number of {len(event.value):,} digits{_line(event.start_mark)}")
+                open_nodes[-1].key(event)
+                sizes[event.anchor or ""] = (1, 0)
+                _add(open_nodes, 1, 0)
+            elif isinstance(event, yaml.CollectionStartEvent):
+                open_nodes.append(_Node(event.anchor or "", isinstance(event, yaml.MappingStartEvent)))
+                if len(open_nodes) > MAX_DEPTH:
+                    raise ReadError(f"nests values more than {MAX_DEPTH} deep{_line(event.start_mark)}")
+            elif isinstance(event, yaml.CollectionEndEvent):
+                node = open_nodes.pop()
+                sizes[node.anchor] = (node.values, node.depth)
+                _add(open_nodes, node.values, node.depth + 1)
+
+
+class _Node:
+    """A list or mapping of YAML that has begun."""
+
+    def __init__(self, anchor: str, is_mapping: bool = False) -> None:
+        self.anchor, self.values, self.depth, self.parts = anchor, 1, 0, 0
+        self.names: set[str] | None = set() if is_mapping else None
+
+    def key(self, event: yaml.ScalarEvent) -> None:
+        """Note a name of a mapping, which may be given once."""
+        if self.names is not None and self.parts % 2 == 0:
+            if event.value in self.names and event.value != "<<":
+                raise ReadError(f"has {event.value[:100]!r} twice{_line(event.start_mark)}")
+            self.names.add(event.value)
+
+
+def _add(open_nodes: list[_Node], values: int, depth: int) -> None:
+    node = open_nodes[-1]
+    node.parts += 1
+    node.values += values
+    node.depth = max(node.depth, depth)
+    if sum(one.values for one in open_nodes) > MAX_NODES:
+        raise ReadError(f"holds more than {MAX_NODES:,} values, counting each alias as what it stands for")
+    if len(open_nodes) + depth > MAX_DEPTH:
+        raise ReadError(f"nests values more than {MAX_DEPTH} deep")
+
+
+def _line(mark: Any) -> str:
+    return f", line {mark.line + 1}" if mark is not None else ""
+
+
+@contextmanager
+def _yaml_errors() -> Iterator[None]:
+    """What the parser makes of bad text: its own errors, and those of Python's types."""
+    import yaml
+
+    try:
+        yield
+    except ReadError:
+        raise
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        why = " ".join(part for part in (getattr(error, "context", ""), getattr(error, "problem", "")) if part)
+        raise ReadError(f"is not valid YAML{_line(mark)}: {why or str(error).splitlines()[0]}") from None
+    except (ValueError, OverflowError, RecursionError, TypeError) as error:
+        raise ReadError(f"is not valid YAML: {error}") from None
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ReadError(f"has a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ReadError(f"has {next(name for name in names if names.count(name) > 1)[:100]!r} twice")
+    return found
+
+
+def _check_tree(value: Any, *, strings: bool = False) -> None:
+    """Whether a value is nested too deep, or, with ``strings``, holds halves of characters."""
+    level, depth = [value], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise ReadError(f"nests values more than {MAX_DEPTH} deep")
+        if strings and any(isinstance(one, str) and _LONE.search(one) for one in level):
+            raise ReadError("has half of a character in a text")
+        inner: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                inner += one.values()
+                inner += one.keys() if strings else ()
+            elif isinstance(one, list):
+                inner += one
+        level, depth = inner, depth + 1
+
+
+def as_dict(value: object) -> dict[str, Any]:
+    """An object; empty for anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_dicts(value: object) -> list[dict[str, Any]]:
+    """The objects in a list; none for anything else."""
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def as_text(value: object) -> str:
+    """A text, also of a number; empty for anything else."""
+    return str(value) if isinstance(value, str | int | float) else ""
+
+
+def as_number(value: object) -> float | None:
+    """A number; None for anything else."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def as_whole(value: object) -> int | None:
+    """A number without its fraction, within 64 bits; None for anything else."""
+    number = as_number(value)
+    if number is None or not math.isfinite(number) or abs(number) >= 2**63:
+        return None
+    return int(value) if isinstance(value, int) else int(number)
