@@ -14,7 +14,6 @@ Cost: one gathering of two numbers a micro batch and one pass over the gradients
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -41,6 +40,7 @@ from disttrain.parallel.gradients import (
 )
 from disttrain.parallel.ranks import data_ranks
 from disttrain.tasks.metrics import WeightedMean
+from disttrain.terminal import tell
 
 LOSS = "loss"
 
@@ -187,7 +187,7 @@ class Task(pl.LightningModule):
             text = (
                 f"the run has {steps} steps, schedule.warmup_steps is {config.warmup_steps}: the warm-up is shortened"
             )
-            print(f"disttrain: {text} to {fitted.warmup_steps}", file=sys.stderr)
+            tell(f"{text} to {fitted.warmup_steps}")
         schedule = build_schedule(optimizer, fitted, total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
