@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import Optimizer
 
-from disttrain.checkpoint.state import compare_groups
+from disttrain.checkpoint.optimizers import agreed_groups
 from disttrain.errors import CheckpointError, ConfigError
 from disttrain.optim import (
     OptimizerConfig,
@@ -383,13 +383,13 @@ def test_groups_that_cannot_work_are_refused(make: Callable[[], Any], words: str
 def test_checkpoints_from_before_groups_had_names_are_accepted() -> None:
     now = [{"params": ["a", "b"], "lr": 0.1, "initial_lr": 0.1, "name": "rest"}]
     old = [{"params": ["b", "a"], "lr": 0.05, "initial_lr": 0.1}]
-    compare_groups(Path("c"), "AdamW", old, now)
+    agreed_groups(Path("c"), "AdamW", old, now)
     for wrong, words in (
         ([*old, *old], "other settings or parameter groups than this run's AdamW"),
         ([{**old[0], "momentum": 0.9}], "other settings or parameter groups"),
         ([{**old[0], "params": ["a", "c"]}], "other members of the optimizer's parameter group 'rest': b and 1 more"),
     ):
         with pytest.raises(CheckpointError, match=words):
-            compare_groups(Path("c"), "AdamW", wrong, now)
+            agreed_groups(Path("c"), "AdamW", wrong, now)
     with pytest.warns(UserWarning, match=r"settings are kept: initial_lr 0.2 \(the configuration says 0.1\)"):
-        compare_groups(Path("c"), "AdamW", [{**old[0], "initial_lr": 0.2}], now)
+        agreed_groups(Path("c"), "AdamW", [{**old[0], "initial_lr": 0.2}], now)

@@ -128,7 +128,9 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(["parallel.collectives", "parallel.fsdp_internals", "parallel.narrow", "parallel.recompute"], 2),
     **dict.fromkeys(["ending", "stepping", "parallel.joining", "parallel.store", "parallel.votes"], 2),
     **dict.fromkeys(["parallel.ranks", "parallel.reduction", "parallel.summation", "parallel.tensor"], 2),
-    **dict.fromkeys(["checkpoint.store", "checkpoint.groups", "checkpoint.progress", "checkpoint.state"], 2),
+    **dict.fromkeys(
+        [f"checkpoint.{name}" for name in ("store", "groups", "plain", "optimizers", "progress", "state")], 2
+    ),
     **dict.fromkeys(
         [f"checkpoint.{name}" for name in ("mirroring", "saver", "staging", "verify", "weights", "write")], 2
     ),

@@ -8,7 +8,8 @@ No cost without a group.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -56,3 +57,24 @@ def parameters_by_name(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def trained_names(module: nn.Module) -> frozenset[str]:
     """The dotted names, in a checkpoint, of the weights that training moves; buffers may well hold infinities."""
     return frozenset(f"model.{name}" for name, value in parameters_by_name(module) if value.requires_grad)
+
+
+def freeze_as_saved(module: nn.Module, frozen: Iterable[str]) -> None:
+    """Freeze and thaw parameters as they were when a checkpoint was taken: what did it may not do so again.
+
+    Args:
+        module: whose parameters.
+        frozen: names of those that were frozen.
+    """
+    before, changed = set(frozen), []
+    for name, parameter in parameters_by_name(module):
+        if parameter.requires_grad == (name in before):
+            parameter.requires_grad_(name not in before)
+            changed.append(name)
+    if changed:
+        kind = "frozen" if changed[0] in before else "trained"
+        warnings.warn(
+            f"{changed[0]}{f' and {len(changed) - 1} more' if len(changed) > 1 else ''} began otherwise and is now"
+            f" {kind}, as in the checkpoint",
+            stacklevel=4,
+        )

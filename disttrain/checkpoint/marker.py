@@ -27,7 +27,7 @@ from disttrain.checkpoint.checksum import KIND, Sum, sum_of
 from disttrain.errors import CheckpointError
 from disttrain.files import write_synced
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 MARKER: Final = "COMMITTED"
 LATEST: Final = "LATEST"
 META: Final = "meta.pt"
@@ -310,7 +310,7 @@ def _second(path: Path, content: dict[str, Any]) -> Committed:
     metric = content["metric"] and Metric(**content["metric"])
     step = int(content["global_step"])
     about = About(step, content["epoch"], content["run"], content["attempt"], metric, content["time"])
-    return Committed(path, step, about, files, 2)
+    return Committed(path, step, about, files, int(content["format"]))
 
 
 def _own_sum(content: Mapping[str, Any]) -> str:

@@ -13,24 +13,22 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from disttrain.checkpoint import store, verify
-from disttrain.checkpoint.groups import TensorGroup, parameters_by_name
+from disttrain.checkpoint.groups import TensorGroup, freeze_as_saved, parameters_by_name
 from disttrain.checkpoint.marker import About
+from disttrain.checkpoint.optimizers import Filling, agreed_groups, named_state, restore_groups, split, with_first_names
+from disttrain.checkpoint.plain import split_off_extra
 from disttrain.checkpoint.progress import Progress, loop_state, progress_of
 from disttrain.checkpoint.saver import SaveRequest
 from disttrain.checkpoint.staging import own_part
@@ -38,10 +36,15 @@ from disttrain.checkpoint.write import write
 from disttrain.errors import CheckpointError
 from disttrain.parallel.agree import is_distributed
 
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import DDPStrategy as _Base
+else:
+    _Base = object
+
 _SPLIT_OFF = ("state_dict", "optimizer_states", "loops", "epoch", "global_step")
 
 
-class CheckpointMixin:
+class CheckpointMixin(_Base):
     """Saves and loads disttrain's checkpoints; to be mixed into a Lightning strategy, before its base."""
 
     lightning_module: pl.LightningModule | None
@@ -63,26 +66,46 @@ class CheckpointMixin:
         """Optimizers are filled together with the model."""
         return False
 
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        """Set the optimizers up; refuse what no checkpoint could hold, now or once they have stepped."""
+        super().setup_optimizers(trainer)
+        for number, optimizer in enumerate(self.optimizers):
+            self._check(number, optimizer)
+            handles: list[Any] = []
+
+            def check_once(stepped: Any, *_: Any, number: int = number, handles: list[Any] = handles) -> None:
+                handles.pop().remove()  # state is made by the first step, as a rule
+                self._check(number, stepped)
+
+            handles.append(optimizer.register_step_post_hook(check_once))
+
+    def _check(self, number: int, optimizer: Optimizer) -> None:
+        split(self.optimizer_state(optimizer), f"optimizer {number} ({type(_bare(optimizer)).__name__})")
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """This rank's part of the model's tensors, by parameter name. A collective where there are buffers."""
         self.sync_buffers()
         return dict(get_model_state_dict(self._module()))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """This rank's part of an optimizer's state, by parameter name."""
-        return dict(get_optimizer_state_dict(self._module(), _bare(optimizer)))
+        """This rank's part of an optimizer's state, by parameter name. Nothing is copied, and no step taken."""
+        return named_state(_bare(optimizer), self._module())
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint directory and commit it. A collective.
 
         With a :class:`~disttrain.checkpoint.saver.SaveRequest` as ``storage_options`` it is written as that says.
         """
-        progress = progress_of(self._module().trainer)
-        optimizers = checkpoint.get("optimizer_states", [])
-        tensors: store.Tensors = {"model": checkpoint["state_dict"]}
-        for number, state in enumerate(optimizers):
-            if state["state"]:
-                tensors[f"optimizer{number}"] = state["state"]
+        module = self._module()
+        progress = progress_of(module.trainer)
+        model, extra = split_off_extra(checkpoint["state_dict"])
+        tensors: store.Tensors = {"model": model}
+        optimizers = []
+        for number, state in enumerate(checkpoint.get("optimizer_states", [])):
+            own, plain = split(state, f"optimizer {number} ({self._kind_of(number)})")
+            if own:
+                tensors[f"optimizer{number}"] = own
+            optimizers.append(plain)
         groups: dict[str, dict[str, Any]] = {}
         for name, group in self.tensor_groups.items():
             held = group.tensors()
@@ -92,7 +115,10 @@ class CheckpointMixin:
         meta = {
             "tensor_groups": groups,
             "progress": progress.as_dict(),
-            "param_groups": [state["param_groups"] for state in optimizers],
+            "param_groups": [plain["param_groups"] for plain in optimizers],
+            "optimizer_entries": [plain["entries"] for plain in optimizers],
+            "extra_state": extra,
+            "frozen": [name for name, parameter in parameters_by_name(module) if not parameter.requires_grad],
             "trainer": {key: value for key, value in checkpoint.items() if key not in _SPLIT_OFF},
         }
         path = Path(filepath)
@@ -171,15 +197,26 @@ class CheckpointMixin:
                 f"checkpoint {path} holds {len(param_groups)} optimizers, the module has {len(optimizers)}",
                 mend="use the module that the checkpoint was made with",
             )
-        weights = get_model_state_dict(module)
-        tensors: store.Tensors = {"model": weights}
-        for number, (optimizer, groups) in enumerate(zip(optimizers, param_groups, strict=True)):
-            now: dict[str, Any] = dict(get_optimizer_state_dict(module, optimizer))
-            compare_groups(path, type(optimizer).__name__, groups, now["param_groups"])
-            for was, is_ in zip(groups, now["param_groups"], strict=True):
-                was |= {key: is_[key] for key in ("name",) if key in is_}  # a label, not a setting
-            if now["state"]:
-                tensors[f"optimizer{number}"] = now["state"]
+        index = store.read_index(path)
+        weights, tensors = self._weights(path, meta, index)
+        if "frozen" in meta:  # older checkpoints do not say
+            freeze_as_saved(module, meta["frozen"])
+        fillings = []
+        for number, (optimizer, saved_groups) in enumerate(zip(optimizers, param_groups, strict=True)):
+            groups = with_first_names(module, saved_groups)
+            restore_groups(optimizer, module, groups)
+            now = named_state(optimizer, module)["param_groups"]
+            prefix = f"optimizer{number}."
+            filling = Filling(
+                optimizer,
+                module,
+                index={name.removeprefix(prefix): entry for name, entry in index.items() if name.startswith(prefix)},
+                kept={name[len("model.") :]: dtype for name, (_, dtype) in index.items() if name.startswith("model.")},
+                entries=meta["optimizer_entries"][number] if "optimizer_entries" in meta else (),
+                groups=agreed_groups(path, type(optimizer).__name__, groups, now),
+            )
+            tensors |= {prefix[:-1]: filling.tensors} if filling.tensors else {}
+            fillings.append(filling)
         saved = meta.get("tensor_groups", {})  # older checkpoints have none
         for name, group in self.tensor_groups.items():
             names = set(saved.get(name, {}).get("names", ()))
@@ -188,9 +225,8 @@ class CheckpointMixin:
                 tensors[name] = held
         store.read_tensors(path, tensors)
         set_model_state_dict(module, weights)
-        for number, (optimizer, groups) in enumerate(zip(optimizers, param_groups, strict=True)):
-            filled: dict[str, Any] = {"state": tensors.get(f"optimizer{number}", {}), "param_groups": groups}
-            set_optimizer_state_dict(module, optimizer, filled)
+        for filling in fillings:
+            filling.finish()
         for name, group in self.tensor_groups.items():
             group.resume(set(tensors.get(name, ())), saved.get(name, {}).get("state", {}))
         for name in saved.keys() - self.tensor_groups.keys():
@@ -202,19 +238,39 @@ class CheckpointMixin:
     def _fill_to_evaluate(self, path: Path, meta: dict[str, Any]) -> None:
         """Fill the model; parameters from the group of tensors that is evaluated, where there is one."""
         module, saved = self._module(), meta.get("tensor_groups", {})
-        weights = get_model_state_dict(module)
-        into: store.Tensors = {"model": weights}
+        weights, into = self._weights(path, meta, store.read_index(path))
         self.evaluated_group = None
         for name, about in saved.items():
             group = self.tensor_groups.get(name)
             if group.evaluated if group is not None else about["evaluated"]:
                 self.evaluated_group = name
-                into = _in_place_of_parameters(module, weights, name, about["names"])
+                into = _in_place_of_parameters(module, into["model"], name, about["names"])
                 break
         store.read_tensors(path, into)
         set_model_state_dict(module, weights)
         for name, group in self.tensor_groups.items():
             group.replaced(name in saved)
+
+    def _weights(self, path: Path, meta: dict[str, Any], index: store.Index) -> tuple[dict[str, Any], store.Tensors]:
+        """The model's state dict, with the extra state of the checkpoint, and which of it is to be read."""
+        weights = dict(get_model_state_dict(self._module()))
+        read, extra = split_off_extra(weights)
+        saved = meta.get("extra_state", {})  # older checkpoints hold what is a tensor among the others
+        for name in extra:
+            if name in saved:
+                weights[name] = saved[name]
+            elif f"model.{name}" in index:
+                shape, dtype = index[f"model.{name}"]
+                weights[name] = read[name] = torch.empty(shape, dtype=dtype)
+            else:
+                raise CheckpointError(
+                    f"checkpoint {path} has no {name}, which get_extra_state() of the model gives now",
+                    mend="use the model that the checkpoint was made with",
+                )
+        return weights, {"model": read}
+
+    def _kind_of(self, number: int) -> str:
+        return type(_bare(self._module().trainer.optimizers[number])).__name__
 
     def _module(self) -> pl.LightningModule:
         assert self.lightning_module is not None
@@ -234,44 +290,3 @@ def _in_place_of_parameters(
     taken = {id(named[name]) for name in names if name in named}
     rest = {name: tensor for name, tensor in weights.items() if id(named.get(name)) not in taken}
     return {"model": rest, group: {name: weights[name] for name in names if name in weights}}
-
-
-def compare_groups(path: Path, kind: str, saved: list[dict[str, Any]], now: list[dict[str, Any]]) -> None:
-    """Refuse another kind of optimizer or other groups; say where the checkpoint's settings win.
-
-    Args:
-        path: of the checkpoint, for the message.
-        kind: name of the optimizer's class, for the message.
-        saved: the checkpoint's parameter groups; ``params`` are names.
-        now: those of this run.
-
-    Raises:
-        CheckpointError: other settings, or a parameter is in another group.
-    """
-    mend = "use the model and the optimizer that it was made with, or start over with --resume never"
-    # Groups have had names since they can be configured; those of older checkpoints have none.
-    if len(saved) != len(now) or any(
-        set(was) | {"name"} != set(is_) | {"name"} for was, is_ in zip(saved, now, strict=False)
-    ):
-        raise CheckpointError(
-            f"checkpoint {path} holds the state of an optimizer with other settings or parameter groups than this"
-            f" run's {kind}",
-            mend=mend,
-        )
-    for number, (was, is_) in enumerate(zip(saved, now, strict=True)):
-        moved = sorted(set(was["params"]) ^ set(is_["params"]))
-        if moved:
-            raise CheckpointError(
-                f"checkpoint {path} has other members of the optimizer's parameter group {is_.get('name', number)!r}:"
-                f" {moved[0]}{f' and {len(moved) - 1} more' if len(moved) > 1 else ''} moved",
-                mend=mend,
-            )
-    # The learning rate moves with the schedule; its peak is kept as `initial_lr`.
-    kept = [
-        f"{name} {was[name]} (the configuration says {is_[name]})"
-        for was, is_ in zip(saved, now, strict=True)
-        for name in was
-        if name not in ("params", "lr", "name") and was[name] != is_[name]
-    ]
-    if kept:
-        warnings.warn(f"the checkpoint's optimizer settings are kept: {', '.join(dict.fromkeys(kept))}", stacklevel=3)

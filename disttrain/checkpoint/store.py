@@ -44,6 +44,7 @@ __all__ = [
     "MARKER",
     "META",
     "Committed",
+    "Index",
     "Tensors",
     "cause",
     "check",
@@ -53,6 +54,7 @@ __all__ = [
     "leaves",
     "no_group",
     "read_group",
+    "read_index",
     "read_meta",
     "read_model",
     "read_tensors",
@@ -61,6 +63,8 @@ __all__ = [
 
 Tensors = dict[str, Any]
 """Nested dictionaries of tensors and DTensors; every leaf is a tensor."""
+Index = dict[str, tuple[torch.Size, torch.dtype]]
+"""Shape and type of a checkpoint's tensors, by dotted name."""
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -82,6 +86,21 @@ def read_meta(path: Path) -> dict[str, Any]:
     if meta.get("format", 0) > FORMAT:
         raise newer_format(path, meta.get("format"))
     return meta
+
+
+def read_index(path: Path) -> Index:
+    """Shape and type of all tensors, by dotted name. A collective.
+
+    Raises:
+        CheckpointError: the index is damaged.
+    """
+    with raise_together():
+        entries = _SafeReader(path).read_metadata().state_dict_metadata
+    return {
+        name: (entry.size, entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
 
 
 def read_tensors(path: Path, into: Tensors) -> None:

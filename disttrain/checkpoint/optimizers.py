@@ -1,0 +1,322 @@
+"""Optimizer state as tensors and plain values under parameter names, and back into an optimizer.
+
+Whatever an optimizer keeps for a parameter is saved under the parameter's name, so that it can be loaded into any
+layout: tensors beside the model's (``optimizer0.layer.weight.exp_avg``), everything else in ``meta.pt``. Only what the
+optimizer's own ``state_dict()`` holds is read, and no step is taken to find out what there could be: saving changes
+nothing, and a parameter without state (frozen, or never given a gradient) has none after loading.
+
+The rest is a list of entries ``(kind, name, values)``: kind ``parameter`` for the state of a parameter, ``other`` for
+state under any other key, ``top`` for what the optimizer adds beside ``state`` and ``param_groups``. Values are
+``("value", v)`` for None, bool, int, float, str and bytes; ``("tensor",)`` for a tensor, which lies under the path that
+leads to it; ``("list", [...])``, ``("tuple", [...])`` and ``("dict", [(key, ...), ...])`` of these. A key of a
+parameter's state that is a tensor is not listed: the index of tensors has it, as in formats 1 and 2.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from disttrain.checkpoint.groups import parameters_by_name
+from disttrain.checkpoint.plain import check_plain, divide
+from disttrain.errors import CheckpointError
+
+EXECUTION: Final = ("fused", "foreach", "capturable", "differentiable")
+"""Settings that choose a kernel, not a result: those of this run count, never the checkpoint's."""
+_LABELS: Final = ("name", "param_names")
+_NOT_COMPARED: Final = frozenset(EXECUTION) | frozenset(_LABELS)
+_OTHER: Final = "~"  # no parameter's name begins with it in practice; a clash is refused
+
+
+def named_state(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
+    """An optimizer's ``state_dict()`` with the names of parameters in place of their numbers. Nothing is copied.
+
+    Raises:
+        CheckpointError: it holds a parameter that is not the module's, or state of one that is in none of its groups.
+    """
+    names, kind = _names(module), type(optimizer).__name__
+    numbered: dict[int, str] = {}
+    try:
+        found = optimizer.state_dict()
+    except KeyError:
+        raise CheckpointError(
+            f"{kind} holds state of a parameter that is in none of its parameter groups",
+            mend="delete a parameter's entry of optimizer.state when you take it out of its group",
+        ) from None
+    if not {"state", "param_groups"} <= found.keys():
+        raise CheckpointError(
+            f"state_dict() of {kind} lacks 'state' or 'param_groups'", mend="extend what torch.optim.Optimizer returns"
+        )
+    groups = []
+    for group, held in zip(found["param_groups"], optimizer.param_groups, strict=True):
+        for number, parameter in zip(group["params"], held["params"], strict=True):
+            if id(parameter) not in names:
+                raise CheckpointError(
+                    f"{kind} holds a parameter of shape {tuple(parameter.shape)} that is not one of"
+                    f" {type(module).__name__}",
+                    mend="register it in the module, so that it is saved, moved and reduced like all others",
+                )
+            numbered[number] = names[id(parameter)]
+        groups.append({**group, "params": [numbered[number] for number in group["params"]]})
+    state = {numbered.get(key, key): value for key, value in found["state"].items()}
+    return {**found, "state": state, "param_groups": groups}
+
+
+def split(state: dict[str, Any], where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Divide a named state into tensors, by dotted name, and plain values for :func:`join`.
+
+    Args:
+        state: what :func:`named_state` returned.
+        where: what it is, for messages: ``optimizer 0 (AdamW)``.
+
+    Raises:
+        CheckpointError: it holds something that is neither a tensor nor plain.
+    """
+    tensors: dict[str, Tensor] = {}
+    entries: list[tuple[str, Any, Any]] = []
+    members = {name for group in state["param_groups"] for name in group["params"]}
+    for place, (key, held) in enumerate(state["state"].items()):
+        if key not in members or not isinstance(held, dict):
+            entries.append(("other", key, divide(held, f"{_OTHER}{place}", tensors, f"{where}, state {key!r}")))
+            continue
+        odd = []
+        for name, value in held.items():
+            taken = divide(value, f"{key}.{name}", tensors, f"{where}, state {name!r} of {key}")
+            if taken != ("tensor",) or not isinstance(name, str):
+                odd.append((name, taken))
+        if odd:
+            entries.append(("parameter", key, odd))
+    for key, value in state.items():
+        if key not in ("state", "param_groups"):
+            entries.append(("top", key, divide(value, f"{_OTHER}top.{key}", tensors, f"{where}, {key!r}")))
+    groups = [_plain_group(group, where) for group in state["param_groups"]]
+    return tensors, {"entries": entries, "param_groups": groups}
+
+
+class Filling:
+    """Fill an optimizer from a checkpoint: :attr:`tensors` is what to read, then call :meth:`finish`.
+
+    Args:
+        optimizer: to be filled; it is not stepped.
+        module: whose parameters it holds.
+        index: dtype and shape of the checkpoint's tensors of this optimizer, by name.
+        kept: types of the model's tensors in the checkpoint, by parameter name.
+        entries: the checkpoint's entries, none in formats 1 and 2.
+        groups: its parameter groups, which are what :func:`agreed_groups` returned.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        module: nn.Module,
+        *,
+        index: Mapping[str, tuple[torch.Size, torch.dtype]],
+        kept: Mapping[str, torch.dtype],
+        entries: Iterable[tuple[str, Any, Any]],
+        groups: list[dict[str, Any]],
+    ) -> None:
+        self._optimizer, self._index, self._groups, self._kept = optimizer, index, groups, kept
+        self.tensors: dict[str, Tensor] = {}
+        names = _names(module)
+        self._aliases = {alias: names[id(parameter)] for alias, parameter in parameters_by_name(module)}
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._parameters = {names[id(parameter)]: parameter for parameter in held}
+        self._state: dict[Any, Any] = {}
+        self._top: dict[Any, Any] = {}
+        odd = {
+            (self._aliases.get(name, name), key)
+            for kind, name, keys in entries
+            if kind == "parameter"
+            for key, _ in keys
+        }
+        for path in index:
+            name, key = self._owner(path)
+            if name is not None and not any(
+                (name, key.rsplit(".", cut)[0]) in odd for cut in range(key.count(".") + 1)
+            ):
+                self._state.setdefault(name, {})[key] = self._tensor(path, name, key)
+        for place, (kind, name, values) in enumerate(entries):
+            if kind == "parameter":
+                owner = self._aliases.get(name, name)
+                into = self._state.setdefault(owner, {})
+                into |= {key: self._made(value, f"{name}.{key}", owner) for key, value in values}
+            elif kind == "top":
+                self._top[name] = self._made(values, f"{_OTHER}top.{name}", None)
+            else:
+                self._state[name] = self._made(values, f"{_OTHER}{place}", None)
+
+    def finish(self) -> None:
+        """Give the optimizer what was read."""
+        numbers = {name: number for number, name in enumerate(self._parameters)}
+        groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in self._groups]
+        state = {numbers.get(name, name): value for name, value in self._state.items()}
+        self._optimizer.load_state_dict({**self._top, "state": state, "param_groups": groups})
+        for name, parameter in self._parameters.items():
+            if name in self._state and parameter in self._optimizer.state:
+                same = self._kept.get(name) == parameter.dtype
+                now = self._optimizer.state[parameter]
+                for key, value in self._state[name].items():
+                    if key in now and key != "step":
+                        now[key] = _as_saved(value, now[key], same)
+
+    def _owner(self, path: str) -> tuple[str | None, str]:
+        """The parameter that a tensor belongs to, and its key in the parameter's state."""
+        name = path
+        while "." in name:
+            name = name.rpartition(".")[0]
+            if (owner := self._aliases.get(name)) in self._parameters:
+                return owner, path[len(name) + 1 :]
+        return None, path
+
+    def _made(self, value: Any, path: str, name: str | None) -> Any:
+        kind, *content = value
+        if kind == "tensor":
+            return self._tensor(path, name, "")
+        if kind == "value":
+            return content[0]
+        if kind == "dict":
+            return {key: self._made(inner, f"{path}.{key}", name) for key, inner in content[0]}
+        made = [self._made(inner, f"{path}.{place}", name) for place, inner in enumerate(content[0])]
+        return tuple(made) if kind == "tuple" else made
+
+    def _tensor(self, path: str, name: str | None, key: str) -> Tensor:
+        """Memory for a tensor: divided as the parameter where it has its shape, else whole."""
+        if path not in self._index:
+            raise CheckpointError(
+                f"the checkpoint has no tensor {path} of an optimizer", mend="resume from another one"
+            )
+        shape, dtype = self._index[path]
+        parameter = self._parameters.get(name) if name is not None else None
+        made = self._optimizer.state.get(parameter, {}).get(key) if parameter is not None and key else None
+        alike = parameter is not None and parameter.shape == shape and key != "step"
+        if not (
+            isinstance(made, Tensor)
+            and (made.shape, made.dtype) == (shape, dtype)
+            and isinstance(made, DTensor) == (alike and isinstance(parameter, DTensor))
+        ):  # where a run rolls back, the memory of its state is used again
+            made = torch.empty_like(parameter, dtype=dtype) if alike else torch.empty(shape, dtype=dtype)  # type: ignore[arg-type]
+        self.tensors[path] = made = made.detach()
+        return made
+
+
+def restore_groups(optimizer: Optimizer, module: nn.Module, saved: list[dict[str, Any]]) -> None:
+    """Add the parameter groups that a callback or hook had added by the time of the checkpoint, as it did."""
+    by_name = dict(parameters_by_name(module))
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for group in saved[len(optimizer.param_groups) :]:
+        parameters = [by_name.get(name) for name in group["params"]]
+        if any(parameter is None or id(parameter) in held for parameter in parameters):
+            return  # another arrangement, which is refused by its name
+        optimizer.add_param_group({**group, "params": parameters})
+        warnings.warn(
+            f"the checkpoint's parameter group with {group['params'][0] if group['params'] else 'no parameter'}"
+            f" ({len(parameters)} parameters) is added to {type(optimizer).__name__}, which began without it",
+            stacklevel=4,
+        )
+
+
+def with_first_names(module: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Saved parameter groups, with the first name of each parameter: a shared one may be saved under another."""
+    names, by_name = _names(module), dict(parameters_by_name(module))
+    first = {alias: names[id(parameter)] for alias, parameter in by_name.items()}
+    return [{**group, "params": [first.get(name, name) for name in group["params"]]} for group in groups]
+
+
+def agreed_groups(
+    path: Path, kind: str, saved: list[dict[str, Any]], now: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The parameter groups to load: the checkpoint's settings, with this run's names and choice of kernels.
+
+    Args:
+        path: of the checkpoint, for the message.
+        kind: name of the optimizer's class, for the message.
+        saved: the checkpoint's parameter groups; ``params`` are names.
+        now: those of this run.
+
+    Raises:
+        CheckpointError: other settings, or a parameter is in another group.
+    """
+    mend = "use the model and the optimizer that it was made with, or start over with --resume never"
+    # Groups have had names since they can be configured; those of older checkpoints have none.
+    if len(saved) != len(now) or any(
+        set(was) - _NOT_COMPARED != set(is_) - _NOT_COMPARED for was, is_ in zip(saved, now, strict=False)
+    ):
+        raise CheckpointError(
+            f"checkpoint {path} holds the state of an optimizer with other settings or parameter groups than this"
+            f" run's {kind}",
+            mend=mend,
+        )
+    for number, (was, is_) in enumerate(zip(saved, now, strict=True)):
+        moved = sorted(set(was["params"]) ^ set(is_["params"]))
+        if moved:
+            raise CheckpointError(
+                f"checkpoint {path} has other members of the optimizer's parameter group {is_.get('name', number)!r}:"
+                f" {moved[0]}{f' and {len(moved) - 1} more' if len(moved) > 1 else ''} moved",
+                mend=mend,
+            )
+    # The learning rate moves with the schedule; its peak is kept as `initial_lr`.
+    kept = [
+        f"{name} {was[name]} (the configuration says {is_[name]})"
+        for was, is_ in zip(saved, now, strict=True)
+        for name in was
+        if name not in ("params", "lr", *_NOT_COMPARED) and _differ(was[name], is_[name])
+    ]
+    if kept:
+        warnings.warn(f"the checkpoint's optimizer settings are kept: {', '.join(dict.fromkeys(kept))}", stacklevel=4)
+    return [_agreed(was, is_) for was, is_ in zip(saved, now, strict=True)]
+
+
+def _agreed(was: dict[str, Any], is_: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the checkpoint, in the form that this run has them: a number or a tensor of one."""
+    group: dict[str, Any] = {"params": is_["params"]}
+    for name, value in is_.items():
+        if name in _NOT_COMPARED or name == "params":
+            group[name] = value
+        elif isinstance(value, Tensor) and not isinstance(was[name], Tensor):
+            group[name] = torch.full_like(value, was[name])
+        elif isinstance(was[name], Tensor) and not isinstance(value, Tensor):
+            group[name] = was[name].item()
+        else:
+            group[name] = was[name].to(value.device) if isinstance(value, Tensor) else was[name]
+    return group
+
+
+def _differ(one: Any, other: Any) -> bool:
+    return bool(
+        one.tolist() != (other.tolist() if isinstance(other, Tensor) else other)
+        if isinstance(one, Tensor)
+        else one != (other.tolist() if isinstance(other, Tensor) else other)
+    )
+
+
+def _names(module: nn.Module) -> dict[int, str]:
+    """Each parameter's first name, by its identity."""
+    return {id(parameter): name for name, parameter in reversed(list(parameters_by_name(module)))}
+
+
+def _plain_group(group: dict[str, Any], where: str) -> dict[str, Any]:
+    """A parameter group with settings that can be saved."""
+    found = {name: value.item() if isinstance(value, np.generic) else value for name, value in group.items()}
+    for name, value in found.items():
+        check_plain(value, f"{where}, setting {name!r} of a parameter group")
+    return found
+
+
+def _as_saved(saved: Any, loaded: Any, same_type: bool) -> Any:
+    """What PyTorch loaded, without what its loading changes: it casts to the parameter's type, and breaks texts."""
+    if isinstance(saved, Tensor) and isinstance(loaded, Tensor):
+        changed = same_type and saved.dtype != loaded.dtype and saved.shape == loaded.shape
+        return saved.to(loaded.device) if changed else loaded
+    if isinstance(saved, dict) and isinstance(loaded, dict) and saved.keys() == loaded.keys():
+        return {key: _as_saved(value, loaded[key], same_type) for key, value in saved.items()}
+    if isinstance(saved, list | tuple) and type(loaded) is type(saved) and len(saved) == len(loaded):
+        return type(saved)(_as_saved(*both, same_type) for both in zip(saved, loaded, strict=True))
+    return saved if isinstance(saved, str | bytes) else loaded
