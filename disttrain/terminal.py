@@ -1,8 +1,9 @@
 """All text that disttrain prints goes through here, and what a terminal would obey in it is shown instead.
 
 Keys, extensions, paths and markers are written by others: an escape sequence in one could hide an error, rename the
-window or paste text. :func:`say` and :func:`tell` print, :func:`cell` is for tables of rich, and :class:`Parser` for
-the command line. A test sees to it that nothing else prints.
+window or paste text. Messages show URLs without passwords and signatures. :func:`say` and :func:`tell` print,
+:func:`cell` is for tables of rich, and :class:`Parser` for the command line. A test sees to it that nothing else
+prints.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ _OBEYED: Final = re.compile(
 )
 _MOST_LETTERS: Final = 2000
 _NOT_IN_LINES: Final = re.compile(_OBEYED.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
+
+_SCHEME: Final = r"\b[a-zA-Z][a-zA-Z0-9+.-]{0,15}://"
+_URL: Final = re.compile(rf"({_SCHEME})((?:(?!{_SCHEME})[^\s\"<>])*)")
+_VARIABLE: Final = r"\$(?:\w+|\{\w+\})"
+_BY_NAME: Final = re.compile(rf"(?:[^:]*:)?{_VARIABLE}|(?:[^=&]*={_VARIABLE}(?:&|$))+")
 
 
 def printable(text: str, *, lines: bool = False) -> str:
@@ -49,8 +55,17 @@ def say(text: object, *, lines: bool = False, err: bool = False) -> None:
 
 def tell(text: object) -> None:
     """Print a message of disttrain's on standard error. Further lines are indented, so that none poses as another."""
-    lines = "disttrain: " + re.sub(r"\n(?! )", "\n  ", str(text))
+    lines = "disttrain: " + re.sub(r"\n(?! )", "\n  ", redacted(str(text)))
     say("\n".join(map(_short, lines.split("\n"))), lines=True, err=True)
+
+
+def redacted(text: str) -> str:
+    """A text without the users, passwords and queries of its URLs: three dots stand in their place.
+
+    A password or parameter that only names a variable of the environment, such as ``$TOKEN``, stays.
+    """
+
+    return _URL.sub(_without_secrets, text)
 
 
 def cell(text: str) -> Text:
@@ -65,14 +80,14 @@ class Parser(argparse.ArgumentParser):
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """End, with a message that may hold any word of the command line."""
-        super().exit(status, message and _short(printable(message.rstrip("\n"))) + "\n")
+        super().exit(status, message and _short(printable(redacted(message.rstrip("\n")))) + "\n")
 
 
 def warning_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """A warning for people, in place of :func:`warnings.formatwarning`: without the line of source."""
-    return f"{filename}:{lineno}: {category.__name__}: {printable(str(message), lines=True)}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {printable(redacted(str(message)), lines=True)}\n"
 
 
 def _short(line: str) -> str:
@@ -89,3 +104,15 @@ def _code(found: re.Match[str]) -> str:
         return f"\\x{number - 0xDC00:02x}"
     # JSON knows no \x, and escapes all of these itself but for one.
     return f"\\x{number:02x}" if number < 0x100 and number != 0x7F else f"\\u{number:04x}"
+
+
+def _without_secrets(found: re.Match[str]) -> str:
+    scheme, rest = found.groups()
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    user, at, host = authority.rpartition("@")
+    path, mark, query = rest[len(authority) :].partition("?")
+    # What stands behind the URL in a list or in quotes is not part of it.
+    told = query.partition("'")[0].rstrip(",;)]}")
+    user = user if _BY_NAME.fullmatch(user) else "..."
+    shown = told if not told or _BY_NAME.fullmatch(told) else "..."
+    return f"{scheme}{user if at else ''}{at}{host}{path}{mark}{shown}{query[len(told) :]}"

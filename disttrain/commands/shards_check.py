@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Final
 from disttrain.commands.shards_show import count, named, summary
 from disttrain.data.index import write_manifest
 from disttrain.data.indexing import STATES, index_shards
-from disttrain.data.remote import redacted, shown
+from disttrain.data.remote import shown
 from disttrain.data.remote_index import cache_home
 from disttrain.data.together import together
 from disttrain.data.verify import first_fields, shard_faults
 from disttrain.data.verify_keys import Keys
 from disttrain.errors import ConfigError, DataError
-from disttrain.terminal import say
+from disttrain.terminal import redacted, say
 
 if TYPE_CHECKING:
     from disttrain.data.verify_decode import Decoders

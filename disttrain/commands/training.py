@@ -34,13 +34,13 @@ from disttrain.callbacks.predictions import PredictionWriter
 from disttrain.checkpoint.weights import initialize
 from disttrain.commands.messages import explain, own_error
 from disttrain.data.module import ShardedDataModule
-from disttrain.data.remote import is_remote, redacted, shown
+from disttrain.data.remote import is_remote, shown
 from disttrain.errors import ConfigError, DisttrainError
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.strategies import strategy_of
 from disttrain.report import write_report
 from disttrain.runs import CHECKPOINTS, Start, best_checkpoint, finished_by_this_job
-from disttrain.terminal import cell, tell
+from disttrain.terminal import cell, redacted, tell
 from disttrain.trainer import Trainer
 from disttrain.version import __version__
 from disttrain.world import detect_world

@@ -23,6 +23,7 @@ from disttrain.beats import beat
 from disttrain.data.http_range import Answer, AttemptError
 from disttrain.data.transport import NoLibraryError, describe, fetch, tells_state
 from disttrain.errors import ConfigError, ShardError
+from disttrain.terminal import redacted
 
 T = TypeVar("T")
 
@@ -30,12 +31,6 @@ WINDOW_BYTES: Final = 2**20
 """What a header scan reads at once: a request costs about as long as a megabyte."""
 
 _URL: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
-_USER_IN_TEXT: Final = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://)([^\s/?#\"<>]*)@")
-_QUERY_IN_TEXT: Final = re.compile(
-    r"([a-zA-Z][a-zA-Z0-9+.-]*://[^\s?\"'<>]*)\?([^\s\"'<>]*?)(?=[,;)\]}]*(?:[\s\"'<>]|$))"
-)
-_VARIABLE: Final = r"\$(?:\w+|\{\w+\})"
-_BY_NAME: Final = re.compile(rf"(?:[^:]*:)?{_VARIABLE}|(?:[^=&]*={_VARIABLE}(?:&|$))+")
 _HTTP: Final = ("http", "https")
 _WAIT: Final = "check the server and the network, then run again: it will resume"
 
@@ -237,21 +232,6 @@ def shown(url: str) -> str:
     return urlunsplit(
         (parts.scheme, host, parts.path, "...", "") if parts.query else (parts.scheme, host, parts.path, "", "")
     )
-
-
-def redacted(text: str) -> str:
-    """A text without the users, passwords and queries of its URLs: three dots stand in their place.
-
-    A password or parameter that only names a variable of the environment, such as ``$TOKEN``, stays.
-    """
-
-    def user(found: re.Match[str]) -> str:
-        return found[0] if _BY_NAME.fullmatch(found[2]) else f"{found[1]}...@"
-
-    def query(found: re.Match[str]) -> str:
-        return found[0] if not found[2] or _BY_NAME.fullmatch(found[2]) else f"{found[1]}?..."
-
-    return _QUERY_IN_TEXT.sub(query, _USER_IN_TEXT.sub(user, text))
 
 
 def sibling(url: str, name: str) -> str:

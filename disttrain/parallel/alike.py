@@ -24,9 +24,9 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from disttrain.data.remote import redacted
 from disttrain.errors import ConfigError
 from disttrain.parallel.agree import gather, is_distributed
+from disttrain.terminal import redacted
 from disttrain.version import __version__
 
 OWN_TO_A_NODE: Final = ("config", "data.cache.directory")

@@ -18,9 +18,9 @@ from typing import Any, Final
 
 import yaml
 
-from disttrain.data.remote import redacted
 from disttrain.errors import DataError
 from disttrain.metrics_file import FILE_NAME, Series, read_rows
+from disttrain.terminal import redacted
 
 RUN_FORMAT: Final = 1
 _MOST_STEPS: Final = 100_000  # that an event may name: a damaged record is not to fill the memory

@@ -15,11 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from disttrain.data.remote import redacted
 from disttrain.errors import ConfigError
 from disttrain.files import write_atomically
 from disttrain.slurm.job import Job
 from disttrain.slurm.render import SUBMIT, Script
+from disttrain.terminal import redacted
 
 SCRIPT: Final = "job.sbatch"
 JOB: Final = "job.json"

@@ -23,10 +23,11 @@ from disttrain.data import transport
 from disttrain.data.decode import Field
 from disttrain.data.index import ShardIndex, describe_shard, parse_manifest, write_manifest
 from disttrain.data.reader import Reader
-from disttrain.data.remote import RemoteError, RemoteFile, RetryConfig, credential_source, is_remote, redacted, shown
+from disttrain.data.remote import RemoteError, RemoteFile, RetryConfig, credential_source, is_remote, shown
 from disttrain.data.sidecar import build_table, write_sidecar_file
 from disttrain.data.write import md5_of
 from disttrain.errors import ConfigError, DataError, ShardError
+from disttrain.terminal import redacted
 from tests.support.servers import NGINX, RangeServer, nginx_server, range_server
 from tests.support.shards import write_numbered, write_shard
 
@@ -430,7 +431,8 @@ def test_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("a: https://me:se)c'r@et@h:8/x-{000..003}.tar?X-Sig=a%2Fb&e=1", "a: https://...@h:8/x-{000..003}.tar?..."),
         ("['s3://b/x.tar?versionId=1', 'https://t@h/y']", "['s3://b/x.tar?...', 'https://...@h/y']"),
-        ("[http://h/x?sig=1, http://h/y?sig=2], z", "[http://h/x?..., http://h/y?...], z"),
+        ("[http://h/x?sig=1,http://h/y?sig=2], z", "[http://h/x?...,http://h/y?...], z"),
+        ("'http://a/x','http://u:p@h/y'", "'http://a/x','http://...@h/y'"),
         ("https://$USER:$TOKEN@h/x?sig=${SIG}&e=$E", "https://$USER:$TOKEN@h/x?sig=${SIG}&e=$E"),
         ("https://u:${TOKEN}@h/x?sig=${SIG}&e=1", "https://u:${TOKEN}@h/x?..."),
         ("me@example.org, what? /data/x.tar http://h/a@b/c", "me@example.org, what? /data/x.tar http://h/a@b/c"),
