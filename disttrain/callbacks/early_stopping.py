@@ -2,7 +2,8 @@
 
 The metric is that of all samples on every rank, and the value that decides is rank 0's, so all ranks stop at
 the same step. Patience, best value and the decision are kept in checkpoints: a resumed run stops where the
-uninterrupted one does. The monitor's name is checked by a short validation before step 0.
+uninterrupted one does. The monitor's name is checked by a short validation before step 0. A validation that does not
+log the metric does not count.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 
 from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.find import find_callback
-from disttrain.callbacks.monitor import Mode, Monitor
+from disttrain.callbacks.monitor import Mode, Monitor, begin_validation, expect
 from disttrain.errors import ConfigError
 from disttrain.terminal import tell
 
@@ -49,6 +50,7 @@ class EarlyStopping(Callback):
         self.best_step = 0
         self.waited = 0
         self.stop_reason = ""
+        self._told = False  # of a validation without the metric
 
     @property
     def has_best(self) -> bool:
@@ -73,14 +75,53 @@ class EarlyStopping(Callback):
                 f"early stopping monitors {self.monitor.name!r}, but the run has no validation",
                 mend="set data.val, or leave early_stopping.monitor out",
             )
+        if self.monitor is not None:
+            if self.has_best:
+                expect(trainer, self.monitor.name)
+            self._check_interval(trainer)
         if self.stop_reason:
             trainer.should_stop = True
+
+    def _check_interval(self, trainer: pl.Trainer) -> None:
+        """Say so where the run ends before its first validation, so that nothing is ever decided here."""
+        assert self.monitor is not None
+        each, batches = trainer.check_val_every_n_epoch, trainer.num_training_batches
+        interval = trainer.val_check_batch or math.inf
+        first = interval if each is None else (each - 1) * batches + min(interval, batches)
+        limits: list[float] = [trainer.max_steps * trainer.accumulate_grad_batches] if trainer.max_steps > 0 else []
+        limits += [trainer.max_epochs * batches] if trainer.max_epochs is not None and trainer.max_epochs > 0 else []
+        last = min(limits, default=math.inf)
+        if first <= last or math.isinf(first):
+            return
+        steps, end = (math.ceil(number / trainer.accumulate_grad_batches) for number in (first, last))
+        self._tell(
+            trainer,
+            f"the first validation would be at step {steps} and the run ends at step {end}: early stopping on"
+            f" {self.monitor.name!r} never acts; set trainer.validate_every_steps to {end} or less",
+        )
+
+    def _tell(self, trainer: pl.Trainer, text: str) -> None:
+        if trainer.is_global_zero:
+            tell(text)
+            checkpoints = find_callback(trainer, Checkpointing)
+            if checkpoints is not None:
+                checkpoints.tell(trainer.global_step, "monitor", text)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note which metrics there are, to know the new ones from them."""
+        begin_validation(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compare, count and decide."""
         if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
         value = self.monitor.value(trainer)
+        if value is None:
+            if not self._told:
+                text = f"the validation at step {trainer.global_step} did not log {self.monitor.name!r}"
+                self._tell(trainer, f"{text}: such validations do not count for early stopping")
+            self._told = True
+            return
         if self.monitor.better(value, self.best if self.has_best else self.monitor.worst):
             self.best, self.best_step, self.waited = value, trainer.global_step, 0
             return

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Final, Literal
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 
@@ -44,19 +45,51 @@ class Monitor:
             return value < than - self.min_delta
         return value > than + self.min_delta
 
-    def value(self, trainer: pl.Trainer) -> float:
-        """Its present value, that of rank 0 on all ranks. A collective.
+    def value(self, trainer: pl.Trainer) -> float | None:
+        """Its present value, that of rank 0 on all ranks; None where this validation did not log it. A collective.
 
         Raises:
             ConfigError: no metric of that name was logged; the message lists those that were.
         """
-        metrics = trainer.callback_metrics
-        if self.name not in metrics:
+        metrics, seen = trainer.callback_metrics, _SEEN.setdefault(trainer, _Seen())
+        if self.name not in metrics and self.name not in seen.logged:
             names = sorted(name for name in metrics if isinstance(name, str))
             listed = f"metrics there are: {', '.join(names)}" if names else "no metrics were logged"
             raise ConfigError(
                 f"the monitored metric {self.name!r} is not logged in validation; {listed}",
                 mend=f"set the monitor to one of them; {nearest(self.name, names)}",
             )
-        value: float = trainer.strategy.broadcast(float(metrics[self.name]))
-        return value
+        value: float | None = None
+        # Lightning keeps what an earlier validation logged, under the same name, until another one logs it.
+        if self.name in metrics and metrics[self.name] is not seen.before.get(self.name):
+            seen.logged.add(self.name)
+            value = float(metrics[self.name])
+        elif self.name not in seen.logged:
+            value = float(metrics[self.name])  # a metric of training, which no validation has ever logged
+        return trainer.strategy.broadcast(value)
+
+
+@dataclass
+class _Seen:
+    """What a trainer's validations have logged.
+
+    Attributes:
+        before: the metrics as this validation found them.
+        logged: the monitored ones that a validation has logged.
+    """
+
+    before: dict[str, object] = field(default_factory=dict)
+    logged: set[str] = field(default_factory=set)
+
+
+_SEEN: Final[WeakKeyDictionary[pl.Trainer, _Seen]] = WeakKeyDictionary()
+
+
+def begin_validation(trainer: pl.Trainer) -> None:
+    """To be called before a validation, so that :meth:`Monitor.value` can tell its metrics from earlier ones."""
+    _SEEN.setdefault(trainer, _Seen()).before = dict(trainer.callback_metrics)
+
+
+def expect(trainer: pl.Trainer, name: str) -> None:
+    """Have validations of a resumed run log a metric, though none has in this process so far."""
+    _SEEN.setdefault(trainer, _Seen()).logged.add(name)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
+from disttrain import EarlyStopping, ShardedDataModule, Trainer
 from disttrain.checkpoint.store import committed, read_model
 from disttrain.runs import read_run
+from tests.support.features import write_features
 from tests.support.ranks import Outcome, run_cli
 from tests.support.weights import differing
 
@@ -26,6 +30,60 @@ def fit(run_dir: Path, data: Path, ranks: int, *more: str) -> Outcome:
         *more,
     ]
     return run_cli(ranks, arguments, folder=run_dir.parent / f"{run_dir.name}-logs")
+
+
+class SometimesScored(pl.LightningModule):
+    """Logs ``val/score``, which never improves, in every second validation; each follows a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(6, 1)
+        self.validations = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss: torch.Tensor = self.layer(batch["features"]).square().mean()
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.sanity_checking or self.validations % 2 == 0:
+            self.log("val/score", torch.tensor(1.0), sync_dist=True)
+        self.validations += not self.trainer.sanity_checking
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_validation_without_the_metric_does_not_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    shard = write_features(tmp_path, "some", 20)
+    data = ShardedDataModule(
+        train=shard, val=shard, fields={"features": "features.npy"}, global_batch_size=4, micro_batch_size=4
+    )
+    stopping = EarlyStopping(monitor="val/score", patience=3, restore_best=False)
+    settings: dict[str, Any] = {"progress_bar": False, "accelerator": "cpu", "max_steps": 40}
+    trainer = Trainer(run_dir=tmp_path / "run", validate_every_steps=1, callbacks=[stopping], **settings)
+    trainer.fit(SometimesScored(), datamodule=data)
+    # Scored at steps 1, 3, 5 and 7: the first is the best, the others use up the patience.
+    assert (trainer.global_step, stopping.best_step, stopping.waited) == (7, 1, 3)
+    said = capsys.readouterr().err
+    assert said.count("the validation at step 2 did not log 'val/score'") == 1, said
+    assert "never acts" not in said
+    for settings_, first in (({"validate_every_steps": 9}, 9), ({}, 5)):
+        late = EarlyStopping(monitor="val/score", restore_best=False)
+        trainer = Trainer(
+            run_dir=tmp_path / f"late-{first}", callbacks=[late], **{**settings, "max_steps": 3}, **settings_
+        )
+        trainer.fit(SometimesScored(), datamodule=data)
+        text = (
+            f"the first validation would be at step {first} and the run ends at step 3: early stopping on 'val/score'"
+        )
+        assert text in capsys.readouterr().err
 
 
 def test_all_ranks_stop_at_the_step_at_which_one_process_stops(digits: Path, tmp_path: Path) -> None:
