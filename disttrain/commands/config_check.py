@@ -20,7 +20,7 @@ from disttrain.commands.training import TrainingCLI
 from disttrain.data.index import expand, is_manifest, read_manifest
 from disttrain.data.remote import is_remote
 from disttrain.errors import ConfigError
-from disttrain.parallel.config import ParallelConfig
+from disttrain.parallel.config import ParallelConfig, usual_micro_batch_size
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class _Reader(TrainingCLI):
             parallel=ParallelConfig() if parallel is None else ParallelConfig(**parallel.as_dict()),
             data={f"data.{split}": _patterns(get(f"data.{split}")) for split in ("train", "val", "test")},
             global_batch_size=int(get("data.global_batch_size")),
-            micro_batch_size=get("data.micro_batch_size"),
+            micro_batch_size=get("data.micro_batch_size") or usual_micro_batch_size(int(get("data.global_batch_size"))),
             mirroring=[str(one.class_path) for one in get("trainer.callbacks") or [] if _mirrors(one)],
         )
 

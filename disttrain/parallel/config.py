@@ -19,6 +19,7 @@ CompileName = Literal["none", "blocks"]
 RecomputeName = Literal["none", "blocks", "selective"]
 
 _BUCKET_MIB: Final = 25
+_USUAL_SIZE: Final = 32
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,14 @@ class ParallelConfig:
             mend=f"use {' x '.join(names)} of {_or(fits)}"
             + (", or parallel.strategy: ddp" if fills and not with_tensor else ""),
         )
+
+
+def usual_micro_batch_size(global_batch_size: int) -> int:
+    """The micro batch size where none is given: the largest divisor of the global batch size up to 32.
+
+    It does not depend on the ranks, on which batch norms and dropout would then depend in silence.
+    """
+    return max((size for size in divisors(max(1, global_batch_size)) if size <= _USUAL_SIZE), default=1)
 
 
 def divisors(n: int) -> list[int]:
