@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from disttrain.callbacks import EMA, Checkpointing, EarlyStopping, SampleLedger, UpdateGuard
     from disttrain.checkpoint.mirror import MirrorConfig
-    from disttrain.data.bad_samples import BadSampleError
+    from disttrain.data.bad_samples import BadSampleError, FilteredSampleError
     from disttrain.data.cache import CacheConfig
-    from disttrain.data.decode import Field
+    from disttrain.data.field import Field
     from disttrain.data.hooks import HooksConfig
     from disttrain.data.images import RandomResizedCrop
     from disttrain.data.index import ShardIndex
@@ -44,7 +44,8 @@ _HOMES = {
     "EMA": "disttrain.callbacks",
     "EarlyStopping": "disttrain.callbacks",
     "FSDP": "disttrain.parallel.strategies",
-    "Field": "disttrain.data.decode",
+    "Field": "disttrain.data.field",
+    "FilteredSampleError": "disttrain.data.bad_samples",
     "LoaderConfig": "disttrain.data.loader",
     "MirrorConfig": "disttrain.checkpoint.mirror",
     "OptimizerConfig": "disttrain.optim",
@@ -78,6 +79,7 @@ __all__ = [
     "DisttrainError",
     "EarlyStopping",
     "Field",
+    "FilteredSampleError",
     "HooksConfig",
     "LoaderConfig",
     "MirrorConfig",

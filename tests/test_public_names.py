@@ -28,6 +28,7 @@ PUBLIC = [
     "DisttrainError",
     "EarlyStopping",
     "Field",
+    "FilteredSampleError",
     "HooksConfig",
     "LoaderConfig",
     "MirrorConfig",
@@ -95,7 +96,9 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(
         [
             "data.cache",
+            "data.checks",
             "data.decode",
+            "data.field",
             "data.draws",
             "data.foreign",
             "data.images",

@@ -2,8 +2,9 @@
 
 Each rank writes the bad samples that it meets to ``<run_dir>/quarantine/rank-00000.jsonl``, each once. How many
 all ranks have met in one pass over a split (an epoch, a validation, a test) is summed on the logging interval
-and at the end of the pass; more than ``data.max_bad_samples`` ends the run on every rank at the same step.
-Cost: nothing where samples are not to be skipped; else one sum of a number on the logging interval.
+and at the end of the pass; more than ``data.max_bad_samples`` ends the run on every rank at the same step. Samples
+that a transform left out because they are not wanted are counted beside them, and end nothing.
+Cost: nothing where no sample can be left out; else one sum of two numbers on the logging interval.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from disttrain.data.bad_samples import BadSample
-from disttrain.data.batches import BAD
+from disttrain.data.batches import BAD, FILTERED
 from disttrain.data.module import sharded_data
 from disttrain.errors import DataError
 from disttrain.parallel.agree import raise_together
@@ -39,19 +40,27 @@ class BadSamples(Callback):
         self.run_dir, self._every_steps = run_dir, every_steps
         self.total = 0
         """Skipped samples of all ranks in training so far, each time one came up."""
+        self.filtered = 0
+        """Samples of all ranks in training so far that the transform left out, each time one came up."""
         self._epoch = -1
         self._of_pass: dict[str, int] = {}  # of all ranks, by split
-        self._unsummed: dict[str, int] = {}  # of this rank, since the last sum
+        self._unsummed: dict[str, tuple[int, int]] = {}  # of this rank, since the last sum: bad and filtered ones
         self._seen: set[tuple[str, str]] = set()
         self._under_way: list[Any] = []  # training batches of the step that is not done
 
     def state_dict(self) -> dict[str, Any]:
         """The counts of the run so far, the same on all ranks."""
-        return {"total": self.total, "epoch": self._epoch, "train": self._of_pass.get("train", 0)}
+        return {
+            "total": self.total,
+            "filtered": self.filtered,
+            "epoch": self._epoch,
+            "train": self._of_pass.get("train", 0),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the counts of a checkpoint."""
         self.total, self._epoch = state_dict["total"], state_dict["epoch"]
+        self.filtered = state_dict.get("filtered", 0)
         self._of_pass["train"] = state_dict["train"]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -64,8 +73,9 @@ class BadSamples(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note what was skipped in a micro batch."""
-        if isinstance(batch, dict) and batch.get(BAD):
-            self._under_way.append(({BAD: batch[BAD]}, trainer.global_step))
+        if isinstance(batch, dict) and (batch.get(BAD) or batch.get(FILTERED)):
+            skipped = {name: batch[name] for name in (BAD, FILTERED) if name in batch}
+            self._under_way.append((skipped, trainer.global_step))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -139,13 +149,15 @@ class BadSamples(Callback):
         return self._of_pass.get(split, 0)
 
     def _begin(self, split: str) -> None:
-        self._of_pass[split] = self._unsummed[split] = 0
+        self._of_pass[split], self._unsummed[split] = 0, (0, 0)
 
     def _note(self, trainer: pl.Trainer, split: str, batch: Any, step: int | None = None) -> None:
         bad: list[BadSample] = batch.get(BAD, []) if isinstance(batch, dict) else []
-        if not bad or not data_ranks(trainer).leads:
+        filtered: int = batch.get(FILTERED, 0) if isinstance(batch, dict) else 0
+        if not (bad or filtered) or not data_ranks(trainer).leads:
             return
-        self._unsummed[split] = self._unsummed.get(split, 0) + len(bad)
+        before = self._unsummed.get(split, (0, 0))
+        self._unsummed[split] = before[0] + len(bad), before[1] + filtered
         fresh = [sample for sample in bad if (sample.shard, sample.key) not in self._seen]
         self._seen.update((sample.shard, sample.key) for sample in fresh)
         if fresh:
@@ -165,13 +177,14 @@ class BadSamples(Callback):
         """Add what the ranks have met since the last sum; too many end the run. A collective."""
         data = sharded_data(trainer)
         # How much of the data Lightning's sanity check sees depends on the ranks, so nothing is decided by it.
-        if data is None or not data.skip_bad or trainer.sanity_checking:
+        if data is None or trainer.sanity_checking or not (data.skip_bad or data.hooks.transform is not None):
             return
-        mine = torch.tensor(self._unsummed.get(split, 0), device=trainer.strategy.root_device)
-        new = int(trainer.strategy.reduce(mine, reduce_op="sum"))
-        self._unsummed[split] = 0
+        mine = torch.tensor(self._unsummed.get(split, (0, 0)), device=trainer.strategy.root_device)
+        new, filtered = trainer.strategy.reduce(mine, reduce_op="sum").tolist()
+        self._unsummed[split] = 0, 0
         self._of_pass[split] = self._of_pass.get(split, 0) + new
-        self.total += new if split == "train" else 0
+        if split == "train":
+            self.total, self.filtered = self.total + new, self.filtered + filtered
         if self._of_pass[split] > data.max_bad_samples:
             with raise_together():
                 raise DataError(

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Callback
 
 from disttrain.callbacks.prediction_files import Output, Workshop, write_piece
 from disttrain.callbacks.prediction_formats import Column, Columns, Tar, make_format, to_column
-from disttrain.data.batches import COUNT, ID, KEY
+from disttrain.data.batches import COUNT, FILTERED, ID, KEY
 from disttrain.data.index import Shard
 from disttrain.data.module import sharded_data
 from disttrain.errors import DataError
@@ -36,6 +36,7 @@ class _Told(NamedTuple):
         first: the first of its samples, -1 where it has none.
         last: the last of them.
         delivered: how many samples it was given.
+        filtered: how many the transform left out.
         summary: what its format has to say of them.
     """
 
@@ -43,6 +44,7 @@ class _Told(NamedTuple):
     first: int
     last: int
     delivered: int
+    filtered: int
     summary: bytes
 
 
@@ -68,7 +70,7 @@ class PredictionWriter(Callback):
         self._format = make_format(self.output.format)
         self._rows: dict[int, int] = {}  # results by output file
         self._first, self._last = -1, -1
-        self._delivered = 0
+        self._delivered = self._filtered = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse an output that exists, and make the hidden folder. A collective."""
@@ -93,14 +95,16 @@ class PredictionWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the results of a micro batch."""
-        count = batch[COUNT]
-        if not count or not data_ranks(trainer).leads:
+        if not data_ranks(trainer).leads:
+            return
+        self._filtered += batch.get(FILTERED, 0)
+        if not (count := batch[COUNT]):
             return
         keys, ids = batch[KEY][:count], batch[ID][:count].tolist()
         if any(one >= two for one, two in zip([self._last, *ids], ids, strict=False)):
             raise DataError(f"sample {ids[0]} comes after sample {self._last}", mend="predict in the plain order")
         self._first, self._last = (ids[0] if self._first < 0 else self._first), ids[-1]
-        columns = _columns(outputs, len(batch[KEY]), count, type(pl_module).__name__)
+        columns = _columns(outputs, batch[KEY], count, type(pl_module).__name__)
         begin = 0
         for number, group in groupby(ids, self.output.file_of):
             here = slice(begin, begin + len(list(group)))
@@ -116,7 +120,9 @@ class PredictionWriter(Callback):
         assert self._workshop is not None
         with raise_together(), self._on_disk():
             self._close()
-        told = gather(_Told(self._rows, self._first, self._last, self._delivered, self._format.summary()))
+        told = gather(
+            _Told(self._rows, self._first, self._last, self._delivered, self._filtered, self._format.summary())
+        )
         rows = {number: sum(rank.rows.get(number, 0) for rank in told) for rank in told for number in rank.rows}
         with raise_together(), self._on_disk():
             _check(told, sum(rows.values()), trainer)
@@ -132,17 +138,19 @@ class PredictionWriter(Callback):
         with raise_together(), self._on_disk():
             if trainer.is_global_zero:
                 self._workshop.publish(shards)
-                self.notes = self._report(rows, renamed, trainer)
+                self.notes = self._report(rows, renamed, sum(rank.filtered for rank in told), trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Close this rank's part; the next prediction removes it."""
         self._close()
 
-    def _report(self, rows: dict[int, int], renamed: int, trainer: pl.Trainer) -> list[str]:
+    def _report(self, rows: dict[int, int], renamed: int, filtered: int, trainer: pl.Trainer) -> list[str]:
         total, output = sum(rows.values()), self.output
         files = f" in {len(rows):,} {output.format} file{'s' * (len(rows) > 1)}" if output.samples_per_file else ""
         notes = [f"wrote {total:,} results to {output.path}{files}"]
-        if (missing := _expected(trainer, total) - total) > 0:
+        if filtered:
+            notes.append(f"{filtered:,} samples were left out by data.hooks.transform and have no result")
+        if (missing := _expected(trainer, total) - total - filtered) > 0:
             notes.append(f"{missing:,} bad samples were skipped and have no result")
         if renamed:
             notes.append(
@@ -174,8 +182,8 @@ class PredictionWriter(Callback):
             ) from None
 
 
-def _columns(outputs: Any, size: int, count: int, module: str) -> Columns:
-    """The outputs for the real samples, by name; ``count`` of ``size`` are real, from the left."""
+def _columns(outputs: Any, keys: list[str], count: int, module: str) -> Columns:
+    """The outputs for the real samples, by name; ``count`` of them, from the left, are real."""
     if isinstance(outputs, torch.Tensor):
         outputs = {"output": outputs}
     if not isinstance(outputs, Mapping):
@@ -187,10 +195,14 @@ def _columns(outputs: Any, size: int, count: int, module: str) -> Columns:
     for name, values in outputs.items():
         has_rows = hasattr(values, "__len__") and not isinstance(values, str | bytes | Mapping) and _ndim(values) != 0
         rows = len(values) if has_rows else -1
-        if rows not in (size, count):
+        if rows not in (len(keys), count):
             what = f"{rows} value{'s' * (rows != 1)}" if has_rows else f"a {type(values).__name__}"
             raise DataError(
                 f"output {name!r} of {module} is {what} for {count} samples", mend="return one value a sample"
+            )
+        if name == KEY and list(values)[:count] != keys[:count]:
+            raise DataError(
+                f"{module} returned other values of {KEY} than the samples'", mend=f"return {KEY} as it is in the batch"
             )
         if name != KEY:
             columns[str(name)] = to_column(values)[:count]
@@ -207,7 +219,8 @@ def _check(told: list[_Told], total: int, trainer: pl.Trainer) -> None:
     Raises:
         DataError: not so.
     """
-    delivered, expected = sum(rank.delivered for rank in told), _expected(trainer, total)
+    delivered, filtered = sum(rank.delivered for rank in told), sum(rank.filtered for rank in told)
+    expected = _expected(trainer, total + filtered) - filtered
     spans = [(rank.first, rank.last) for rank in told if rank.rows]
     data = sharded_data(trainer)
     may_skip = data is None or data.skip_bad

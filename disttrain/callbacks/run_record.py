@@ -184,6 +184,8 @@ class RunRecord(Callback):
             self.record["bad_samples"] = bad.total
             text = f"bad samples were met and skipped {bad.total} times; {self.run_dir / FOLDER} lists them"
             self.event(trainer.global_step, "data", text)
+        if bad is not None and bad.filtered:
+            self.record["filtered_samples"] = bad.filtered
         self.event(trainer.global_step, "stop", reason)
         self._write(must=True)
 

@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 
 from disttrain.checkpoint.mirror import MirrorConfig
 from disttrain.data.cache import CacheConfig
-from disttrain.data.decode import Field
+from disttrain.data.field import Field
 from disttrain.data.hooks import HooksConfig
 from disttrain.data.loader import LoaderConfig
 from disttrain.data.module import ShuffleConfig

@@ -370,6 +370,8 @@ def _print_result(trainer: Trainer, result: dict[str, float], page: str) -> None
         table.add_row(cell(f"source {name!r}"), f"{source['samples']:,} samples, {source['epochs']:.2f} epochs")
     if record.get("bad_samples"):
         table.add_row("bad samples", cell(f"skipped {record['bad_samples']:,} times; see {trainer.run_dir / FOLDER}"))
+    if record.get("filtered_samples"):
+        table.add_row("filtered samples", f"left out {record['filtered_samples']:,} times by data.hooks.transform")
     table.add_row("stopped", cell(record.get("stop_reason", "")))
     checkpoints = trainer.checkpoint_callback
     kept = checkpoints.best_model_path if isinstance(checkpoints, Checkpointing) else ""

@@ -18,6 +18,13 @@ class BadSampleError(ValueError):
     """Raised by a transform for a sample that cannot be used; the text says why."""
 
 
+class FilteredSampleError(Exception):
+    """Raised by a transform for a sample that is not wanted, though nothing is wrong with it.
+
+    It keeps its place in the global batch with weight 0. It is counted, but not as a bad sample.
+    """
+
+
 class BadSample(NamedTuple):
     """A sample that cannot be used, and why.
 

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import json
 import warnings
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from disttrain.data import foreign, values
 from disttrain.data.draws import Draws
-from disttrain.data.images import BACKENDS, RandomResizedCrop, check_backend, decode_image
-from disttrain.data.values import BadValuesError, Declared, Decoded, RawValues, each
+from disttrain.data.field import IMAGES, Field
+from disttrain.data.images import RandomResizedCrop, check_backend, decode_image
+from disttrain.data.values import MAX_EXPANDED, BadValuesError, Declared, Decoded, RawValues, each, stacked
 from disttrain.errors import ConfigError, nearest
 
 __all__ = [
@@ -33,136 +36,9 @@ __all__ = [
     "RawValues",
     "check_safe",
     "decode",
+    "padded_names",
+    "with_default",
 ]
-
-IMAGES: Final = frozenset({"jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff", "ppm", "pgm", "gif", "img"})
-
-_DTYPES: Final = (
-    "bool",
-    "uint8",
-    "int8",
-    "int16",
-    "uint16",
-    "int32",
-    "uint32",
-    "int64",
-    "uint64",
-    "float16",
-    "float32",
-    "float64",
-    "complex64",
-    "complex128",
-)
-_OTHER_NAMES: Final = {
-    "bin": "bytes",
-    "text": "txt",
-    "index": "cls",
-    "pkl": "pickle",
-    "pyd": "pickle",
-    "pt": "torch",
-    "pth": "torch",
-}
-
-
-@dataclass(frozen=True)
-class Field:
-    """One field of the samples and how it is decoded.
-
-    Attributes:
-        ext: extension in the shard, such as ``cls`` or ``image.npy``; alternatives as ``jpg;png``.
-        decoder: ``npy``, ``cls``, ``txt``, ``json``, ``tensor``, ``image``, ``bytes``, ``torch`` (loaded with
-            ``weights_only``), ``pickle`` (unsafe), or ``webdataset:NAME`` for one of webdataset's, such as
-            ``webdataset:rgb8``; by default the one that the last part of the extension names.
-        dtype: type of the numbers (``uint8``, ``float32``, ...). For ``tensor``, of the raw bytes, which are
-            little-endian; elsewhere a value of another type is a bad one.
-        shape: shape of one value; one of another shape is bad. For ``image``, (3, height, width) to resize to.
-        augment: for ``image``, what is cut out before it is resized to ``shape``.
-        backend: for ``image``, what decodes JPEGs: ``pillow`` or the faster ``simplejpeg``.
-        pad: for arrays whose first dimension differs from value to value, the number that the loader fills
-            the shorter ones of a batch up with.
-
-    Raises:
-        ConfigError: the decoder is unknown or lacks a library, ``dtype`` or ``shape``; or an attribute does
-            not go with it.
-    """
-
-    ext: str
-    decoder: str = ""
-    dtype: str = ""
-    shape: tuple[int, ...] = ()
-    augment: RandomResizedCrop | None = None
-    backend: str = "pillow"
-    pad: float | None = None
-
-    def __post_init__(self) -> None:
-        self._check_decoder()
-        if self.kind == "tensor" and not (self.dtype and self.shape):
-            raise ConfigError(
-                f"field {self.ext!r} is a raw tensor without dtype or shape",
-                mend="declare both, such as dtype: uint8, shape: [3, 32, 32]",
-            )
-        if self.dtype and self.dtype not in _DTYPES:
-            raise ConfigError(f"field {self.ext!r} has dtype {self.dtype!r}", mend=nearest(self.dtype, _DTYPES))
-        if self.kind == "image":
-            if self.shape and (len(self.shape) != 3 or self.shape[0] != 3 or min(self.shape) < 1):
-                raise ConfigError(f"field {self.ext!r} has shape {self.shape}", mend="declare (3, height, width)")
-            if self.augment is not None and not self.shape:
-                raise ConfigError(f"field {self.ext!r} has augment but no shape", mend="declare (3, height, width)")
-            if self.backend not in BACKENDS:
-                raise ConfigError(
-                    f"field {self.ext!r} has backend {self.backend!r}", mend=nearest(self.backend, BACKENDS)
-                )
-            if self.backend != "pillow":
-                check_backend(self.ext, self.backend)
-        if min(self.shape, default=0) < 0:
-            raise ConfigError(f"field {self.ext!r} has shape {self.shape}", mend="leave out what varies, and set pad")
-        if self.pad is not None and self.shape:
-            raise ConfigError(f"field {self.ext!r} has pad and shape", mend="declare shape where it is fixed, else pad")
-        self._check_unused()
-
-    def _check_decoder(self) -> None:
-        if self.kind.startswith(foreign.PREFIX):
-            foreign.check(self.ext, self.kind)
-        elif self.kind in ("joblib", "dill"):
-            raise ConfigError(
-                f"field {self.ext!r} would have to be unpickled, which can run code",
-                mend="store it as npy, json or a raw tensor",
-            )
-        elif self.kind not in _DECODERS:
-            raise ConfigError(
-                f"field {self.ext!r}: no decoder {self.kind!r}",
-                mend=f"set its decoder; {nearest(self.kind, [*_DECODERS, foreign.PREFIX + 'NAME'])}",
-            )
-
-    def _check_unused(self) -> None:
-        """A setting without effect is a mistake."""
-        is_array = self.kind in ("npy", "torch") or self.kind.startswith(foreign.PREFIX)
-        is_image = self.kind == "image"
-        for name, is_set, has_effect in (
-            ("dtype", self.dtype != "", is_array or self.kind == "tensor"),
-            ("shape", self.shape != (), is_array or is_image or self.kind == "tensor"),
-            ("augment", self.augment is not None, is_image),
-            ("backend", self.backend != "pillow", is_image),
-            ("pad", self.pad is not None, is_array),
-        ):
-            if is_set and not has_effect:
-                raise ConfigError(
-                    f"field {self.ext!r}: {name} does not go with the decoder {self.kind!r}",
-                    mend=f"remove {name}, or set another decoder",
-                )
-
-    @property
-    def kind(self) -> str:
-        """The decoder in force."""
-        if self.decoder:
-            return self.decoder
-        last = self.ext.split(";")[0].rpartition(".")[2].strip().lower()
-        return "image" if last in IMAGES else _OTHER_NAMES.get(last, last)
-
-    @property
-    def alternatives(self) -> tuple[str, ...]:
-        """The extensions that this field may have in a shard."""
-        return tuple(ext.strip().lower() for ext in self.ext.split(";"))
 
 
 def check_safe(fields: Mapping[str, Field], unsafe_decoders: Sequence[str] = ()) -> None:
@@ -217,7 +93,70 @@ def decode(
     """
     if foreign.unpickles(field.kind) and field.kind not in unsafe:
         raise _unsafe(f"field {field.ext!r}", field.kind)
+    if field.is_compressed:
+        raw = _decompressed(raw)
     return _DECODERS.get(field.kind, _foreign)(field, raw, draws)
+
+
+def with_default(
+    field: Field,
+    raw: RawValues,
+    present: NDArray[np.int64],
+    total: int,
+    draws: Draws | None = None,
+    *,
+    unsafe: frozenset[str] = frozenset(),
+) -> Decoded:
+    """Decode a field that some samples of a batch lack, which get its default.
+
+    Args:
+        field: how; it has a default.
+        raw: the bytes of those that have it.
+        present: the places of those in the batch. shape (samples that have it,)
+        total: samples of the batch.
+        draws: random numbers of those that have it.
+        unsafe: as for :func:`decode`.
+
+    Raises:
+        BadValuesError: some values do not decode, by their places in the batch.
+    """
+    out = [field.filler() for _ in range(total)]
+    places = present.tolist()
+    try:
+        for place, value in zip(places, decode(field, raw, draws, unsafe=unsafe) if places else [], strict=True):
+            out[place] = value
+    except BadValuesError as found:
+        raise BadValuesError({places[place]: what for place, what in found.faults.items()}) from None
+    return stacked(out)
+
+
+def padded_names(fields: Mapping[str, Field]) -> list[str]:
+    """Names of the fields that are padded."""
+    return [name for name, field in fields.items() if field.pad is not None]
+
+
+def _decompressed(raw: RawValues) -> RawValues:
+    """Values that gzip has compressed, in memory of their own."""
+    values = each(raw, _expanded, "not gzip", catch=(ValueError, zlib.error))
+    sizes = np.array([len(value) for value in values], dtype=np.int64)
+    memory = np.frombuffer(b"".join(values), dtype=np.uint8)
+    return RawValues(pieces=(memory, np.cumsum(sizes) - sizes, sizes))
+
+
+def _expanded(value: memoryview) -> bytes:
+    """The content of a gzip file, which may have several members, and zeros at its end."""
+    out, rest, size = [], bytes(value), 0
+    while True:
+        stream = zlib.decompressobj(wbits=31)
+        out.append(stream.decompress(rest, MAX_EXPANDED - size + 1))
+        size += len(out[-1])
+        if size > MAX_EXPANDED:
+            raise ValueError(f"more than {MAX_EXPANDED:,} bytes once it is decompressed")
+        if not stream.eof:
+            raise ValueError("it is cut off")
+        rest = stream.unused_data.lstrip(b"\0")
+        if not rest:
+            return b"".join(out)
 
 
 def _npy(field: Field, raw: RawValues, draws: Draws | None) -> Decoded:
@@ -248,12 +187,20 @@ def _image(field: Field, raw: RawValues, draws: Draws | None) -> Decoded:
     check_backend(field.ext, field.backend)
     size = (field.shape[1], field.shape[2]) if field.shape else None
     drawn = None if field.augment is None else draws
+    read = partial(
+        decode_image,
+        size=size,
+        augment=field.augment,
+        backend=field.backend,
+        mode=field.mode,
+        orient=field.orient,
+        max_pixels=field.max_pixels,
+    )
     batch = torch.empty((len(raw.values), *field.shape), dtype=torch.uint8)
     images, faults = [], {}
     for place, value in enumerate(raw.values):
-        generator = None if drawn is None else drawn.generator(place, "decode")
         try:
-            pixels = decode_image(value, size=size, augment=field.augment, backend=field.backend, generator=generator)
+            pixels = read(value, generator=None if drawn is None else drawn.generator(place, "decode"))
         except ValueError as error:
             faults[place] = str(error)
             continue
@@ -263,7 +210,7 @@ def _image(field: Field, raw: RawValues, draws: Draws | None) -> Decoded:
             batch.numpy()[place] = pixels
     if faults:
         raise BadValuesError(faults)
-    return values.stacked(images) if size is None else batch
+    return stacked(images) if size is None else batch
 
 
 def _foreign(field: Field, raw: RawValues, draws: Draws | None) -> Decoded:
@@ -277,11 +224,11 @@ def _foreign(field: Field, raw: RawValues, draws: Draws | None) -> Decoded:
         declared.check_value(found)
         return found
 
-    return values.stacked(each(raw, one))
+    return stacked(each(raw, one))
 
 
 def _declared(field: Field) -> Declared:
-    return Declared(field.dtype, tuple(field.shape), field.pad is not None)
+    return Declared(field.dtype, tuple(field.shape), field.pad is not None, field.default is not None)
 
 
 _DECODERS: Final[dict[str, Callable[[Field, RawValues, Draws | None], Decoded]]] = {

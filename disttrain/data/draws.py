@@ -31,6 +31,14 @@ class Draws:
     epochs: NDArray[np.int64]
     ids: NDArray[np.int64]
 
+    def of(self, places: NDArray[np.int64]) -> Draws:
+        """Those of some of the samples.
+
+        Args:
+            places: which. shape (samples,)
+        """
+        return Draws(self.seed, self.epochs[places], self.ids[places])
+
     def generator(self, place: int, purpose: str) -> np.random.Generator:
         """A fresh generator for the sample at a place.
 

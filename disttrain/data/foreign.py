@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import zipfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, Final
@@ -19,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from disttrain.data.values import int64
+from disttrain.data.images import MAX_PIXELS
+from disttrain.data.values import MAX_EXPANDED, one_cls
 from disttrain.errors import ConfigError, nearest
 
 PREFIX: Final = "webdataset:"
@@ -74,10 +76,12 @@ def reader(kind: str) -> Read:
     name = kind.removeprefix(PREFIX)
     if name in _image_names():
         handler = autodecode.ImageHandler(name)
-        return lambda value: _tensor(handler("jpg", _no_postscript(value)))
-    decode = autodecode.decoders[name]
+        return lambda value: _tensor(handler("jpg", _image(value)))
     if name in _NUMBERS:
-        return lambda value: torch.tensor(int64(decode(bytes(value))), dtype=torch.int64)
+        return lambda value: torch.tensor(one_cls(value), dtype=torch.int64)
+    decode = autodecode.decoders[name]
+    if name == "npz":
+        return lambda value: decode(_bounded_zip(value))
     return lambda value: _tensor(decode(bytes(value)))
 
 
@@ -88,8 +92,13 @@ def _image_names() -> set[str]:
 
 
 def _torch(value: memoryview) -> Any:
-    found = torch.load(io.BytesIO(value), map_location="cpu", weights_only=True)
-    return found.detach() if isinstance(found, Tensor) else found
+    data = _bounded_zip(value) if bytes(value[:2]) == b"PK" else bytes(value)  # older files are no zip files
+    found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if not isinstance(found, Tensor):
+        return found
+    if found.layout == torch.strided and found.numel() * found.itemsize > max(MAX_EXPANDED, len(data)):
+        raise ValueError(f"a tensor of shape {tuple(found.shape)}, many times as large as its file")
+    return found.detach()
 
 
 def _tensor(found: Any) -> Any:
@@ -99,9 +108,24 @@ def _tensor(found: Any) -> Any:
     return found
 
 
-def _no_postscript(value: memoryview) -> bytes:
+def _image(value: memoryview) -> bytes:
     """The bytes of an image; Pillow would hand a PostScript file, whatever its name, to Ghostscript."""
+    from PIL import Image
+
     data = bytes(value)
     if data.startswith(_POSTSCRIPT):
         raise ValueError("a PostScript program, which is not run")
+    with Image.open(io.BytesIO(data)) as picture:
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}")
+    return data
+
+
+def _bounded_zip(value: memoryview) -> bytes:
+    """The bytes of a zip file whose members, which nothing reads beyond the sizes listed, expand to 1 GiB at most."""
+    data = bytes(value)
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > MAX_EXPANDED:
+        raise ValueError(f"{size:,} bytes once it is decompressed, more than {MAX_EXPANDED:,}")
     return data

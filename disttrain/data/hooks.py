@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from disttrain.data.decode import Field
+from disttrain.data.checks import KEY, LENGTHS, check_names
+from disttrain.data.field import Field
 from disttrain.data.values import Decoded, stacked
 from disttrain.errors import DataError
 
@@ -26,8 +27,6 @@ SampleTransform = Callable[[Sample, np.random.Generator | None], Sample]
 Collate = Callable[[Sequence[Sample]], dict[str, Any]]
 """From the samples of a micro batch to its fields."""
 
-LENGTHS: Final = "_lengths"
-
 
 @dataclass(frozen=True)
 class HooksConfig:
@@ -35,13 +34,17 @@ class HooksConfig:
 
     Attributes:
         transform: called on every sample, in training with a random generator of the sample's own, in
-            evaluation with None. It may raise :class:`~disttrain.data.bad_samples.BadSampleError`.
+            evaluation with None. It may raise :class:`~disttrain.data.bad_samples.BadSampleError`, or
+            :class:`~disttrain.data.bad_samples.FilteredSampleError` for a sample that is not wanted.
         collate: makes a micro batch of its samples; by default numbers and tensors are stacked, tensors of
             fields with ``pad`` padded, and all else listed.
+        weight: name of the field, or of the value that the transform returns, that weighs each sample's loss: one
+            finite number of 0 or more. By default all samples weigh 1.
     """
 
     transform: SampleTransform | None = None
     collate: Collate | None = None
+    weight: str = ""
 
 
 def collate_samples(samples: Sequence[Sample], fields: Mapping[str, Field]) -> dict[str, Any]:
@@ -52,8 +55,11 @@ def collate_samples(samples: Sequence[Sample], fields: Mapping[str, Field]) -> d
 
     Raises:
         DataError: the samples have different names, or a padded field's tensors do not fit together.
+        ConfigError: one has the name of a padded field's lengths.
     """
     batch: dict[str, Any] = {}
+    padded = [name for name in samples[0] if (field := fields.get(name)) is not None and field.pad is not None]
+    check_names(samples[0], padded, where="what data.hooks.transform returns", but=KEY)
     for name in samples[0]:
         try:
             values = [sample[name] for sample in samples]

@@ -1,21 +1,25 @@
 """Images: decode, crop, resize and flip, each by its own bytes and its own random numbers.
 
-An image becomes uint8, RGB, shape (3, height, width). In training :class:`RandomResizedCrop` cuts a random box
-out of it, in evaluation the middle; the box is then resized (bilinear, antialiased) and maybe flipped. What comes
-out depends on the bytes and the draws of that one sample: not on the batch, the threads, or the kind of CPU
-(torch's integer resize gives the same bits with and without AVX).
+An image becomes uint8, shape (3, height, width), or (1, height, width) as gray values or as a mask. In training
+:class:`RandomResizedCrop` cuts a random box out of it, in evaluation the middle; the box is then resized (bilinear,
+antialiased) and maybe flipped. What comes out depends on the bytes and the draws of that one sample: not on the batch,
+the threads, or the kind of CPU (torch's integer resize gives the same bits with and without AVX).
 
 Cost: a JPEG of which the box is at least twice as large as what it is resized to is decoded at 1/2, 1/4 or 1/8
 (libjpeg-turbo's scaled decoding), for a fraction of the price. Decoding and resizing release the GIL, so threads
 scale. simplejpeg decodes the same pixels as Pillow (bit by bit, where both were built with the same libjpeg-turbo)
 in 2/3 of the time. What it cannot read, or calls damaged, goes to Pillow, so both take the same files. Which one is
 used is declared, not guessed from what is installed: else two nodes might train on different pixels in silence.
+
+An image of more pixels than allowed is refused by its header, before its pixels get any memory. A mask is never
+blended: it is resized to the nearest pixel, and cut out and flipped as the image beside it with the same ``augment``.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import struct
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -34,9 +38,12 @@ Pixels = NDArray[np.uint8]
 
 BACKENDS: Final = ("pillow", "simplejpeg")
 # By name: among all that Pillow knows are formats that run other programs, such as Ghostscript for EPS.
-_FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF", "JPEG2000")
+_FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF", "JPEG2000", "AVIF")
 _TRIES: Final = 10
-_MAX_PIXELS: Final = 89_478_485  # above these Pillow warns of decompression bombs, and may refuse
+MODES: Final = ("rgb", "gray", "mask")
+MAX_PIXELS: Final = 89_478_485  # above these Pillow warns of decompression bombs, and may refuse
+_MASKS: Final = ("1", "L", "P", "LA", "PA")
+_ORIENTATION: Final = 0x0112  # the tag of EXIF
 
 
 class Crop(NamedTuple):
@@ -139,6 +146,9 @@ def decode_image(
     augment: RandomResizedCrop | None = None,
     backend: str = "pillow",
     generator: np.random.Generator | None = None,
+    mode: str = "rgb",
+    orient: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> Pixels:
     """Decode one image.
 
@@ -148,28 +158,78 @@ def decode_image(
         augment: what to cut out before; None to take the whole image.
         backend: ``pillow`` or ``simplejpeg``.
         generator: the sample's random numbers; None in evaluation.
+        mode: ``rgb``, ``gray`` or ``mask``.
+        orient: turn it as its EXIF data says.
+        max_pixels: the largest width x height.
 
     Returns:
-        RGB; a view, not contiguous: to copy it where it belongs puts the channels apart, which costs no more
-        than any copy. uint8, shape (3, height, width)
+        A view, not contiguous: to copy it where it belongs puts the channels apart, which costs no more than any
+        copy. uint8, shape (3, height, width), or (1, height, width) for ``gray`` and ``mask``
 
     Raises:
-        ValueError: it is no image that can be read.
+        ValueError: it is no image that can be read, or larger than allowed.
     """
-    found = _jpeg_size(value) if backend == "simplejpeg" else None
-    picture = None
-    if found is None:
-        picture = _open(value)
-        found = picture.height, picture.width
-    crop = Crop(0, 0, *found)
+    stored = _jpeg_size(value, max_pixels) if backend == "simplejpeg" else None
+    picture = _open(value, max_pixels) if stored is None or orient else None
+    turn = _Turn.of(picture) if orient and picture is not None else _Turn()
+    if stored is None:
+        assert picture is not None
+        stored = picture.height, picture.width
+    else:
+        picture = None
+    full = stored[::-1] if turn.transpose else stored
+    crop = Crop(0, 0, *full)
     if size is not None and augment is not None:
-        crop = augment.middle(*found, size) if generator is None else augment.draw(*found, generator)
-    factor = _factor(found, crop, size) if picture is None or picture.format in ("JPEG", "MPO") else 1
-    pixels = _simplejpeg(value, found, crop, factor) if picture is None else None
+        crop = augment.middle(*full, size) if generator is None else augment.draw(*full, generator)
+    box = turn.stored(crop, full)
+    can_scale = mode != "mask" and (picture is None or picture.format in ("JPEG", "MPO"))
+    factor = _factor(stored, box, size and turn.swapped(size)) if can_scale else 1
+    pixels = _simplejpeg(value, stored, box, factor) if picture is None else None
     if pixels is None:
-        pixels = _pillow(_open(value) if picture is None else picture, found, crop, factor)
-    pixels = pixels if size is None else _resized(pixels, size)
+        pixels = _pillow(_open(value, max_pixels) if picture is None else picture, stored, box, factor, mode)
+    pixels = turn.turned(pixels)
+    if size is not None:
+        pixels = _nearest(pixels, size) if mode == "mask" else _resized(pixels, size)
     return (pixels[:, ::-1] if crop.flip else pixels).transpose(2, 0, 1)
+
+
+class _Turn(NamedTuple):
+    """How an image lies in its file: rows and columns exchanged, then mirrored."""
+
+    transpose: bool = False
+    up_down: bool = False
+    left_right: bool = False
+
+    @classmethod
+    def of(cls, picture: Image.Image) -> _Turn:
+        """What the EXIF data says, if there is any.
+
+        Raises:
+            ValueError: the image is damaged.
+        """
+        try:
+            found = picture.getexif().get(_ORIENTATION, 1)
+        except Exception as error:  # Pillow may have to read the whole file to find it
+            raise _unreadable(error) from None
+        if not isinstance(found, int) or not 1 <= found <= 8:
+            return cls()
+        # 1 to 8: as it is, mirrored, turned by 180 degrees, upside down; then the same once rows are columns.
+        return cls(found > 4, found % 4 in (0, 3), found % 4 in (2, 3))
+
+    def swapped(self, size: tuple[int, int]) -> tuple[int, int]:
+        return size[::-1] if self.transpose else size
+
+    def stored(self, crop: Crop, full: tuple[int, int]) -> Crop:
+        """Where a box of the turned image, which is as large as ``full``, lies in the file."""
+        top = full[0] - crop.top - crop.height if self.up_down else crop.top
+        left = full[1] - crop.left - crop.width if self.left_right else crop.left
+        if self.transpose:
+            return Crop(left, top, crop.width, crop.height)
+        return Crop(top, left, crop.height, crop.width)
+
+    def turned(self, pixels: Pixels) -> Pixels:
+        pixels = pixels.transpose(1, 0, 2) if self.transpose else pixels
+        return pixels[:: -1 if self.up_down else 1, :: -1 if self.left_right else 1]
 
 
 def _factor(full: tuple[int, int], crop: Crop, size: tuple[int, int] | None) -> int:
@@ -191,7 +251,7 @@ def _cut(crop: Crop, factor: int) -> tuple[slice, slice]:
     return slice(top, bottom), slice(left, right)
 
 
-def _jpeg_size(value: memoryview) -> tuple[int, int] | None:
+def _jpeg_size(value: memoryview, max_pixels: int) -> tuple[int, int] | None:
     """Height and width of a JPEG; None for what is left to Pillow."""
     if bytes(value[:2]) != b"\xff\xd8":
         return None
@@ -201,7 +261,7 @@ def _jpeg_size(value: memoryview) -> tuple[int, int] | None:
         height, width, space, _ = decode_jpeg_header(value)
     except ValueError:
         return None
-    return (height, width) if space in ("YCbCr", "RGB", "Gray") and height * width <= _MAX_PIXELS else None
+    return (height, width) if space in ("YCbCr", "RGB", "Gray") and height * width <= max_pixels else None
 
 
 def _simplejpeg(value: memoryview, full: tuple[int, int], crop: Crop, factor: int) -> Pixels | None:
@@ -218,27 +278,56 @@ def _simplejpeg(value: memoryview, full: tuple[int, int], crop: Crop, factor: in
     return pixels[_cut(crop, factor)]
 
 
-def _open(value: memoryview) -> Image.Image:
+def _open(value: memoryview, max_pixels: int) -> Image.Image:
+    """An image of which the header has been read."""
     from PIL import Image
 
-    try:
-        return Image.open(io.BytesIO(value), formats=_FORMATS)
-    except Exception as error:  # Pillow's plugins raise many kinds on damaged bytes
-        raise _unreadable(error) from None
+    Image.init()  # loads the plugins, the first time
+    head = bytes(value[:16])
+    # What Image.open does, without the warning and the limit of its own, which the whole process shares.
+    for name in _FORMATS:
+        factory, accepts = Image.OPEN.get(name, (None, None))
+        try:
+            accepted = factory is not None and (accepts is None or accepts(head))
+            if factory is None or not accepted or isinstance(accepted, str):  # text says what the plugin lacks
+                continue
+            picture: Image.Image = factory(io.BytesIO(value), "")
+        except (SyntaxError, IndexError, TypeError, struct.error):  # another format after all
+            continue
+        except Exception as error:  # Pillow's plugins raise many kinds on damaged bytes
+            raise _unreadable(error) from None
+        if picture.width * picture.height > max_pixels:
+            raise ValueError(
+                f"an image of {picture.width} x {picture.height} pixels, more than max_pixels, {max_pixels:,}"
+            )
+        return picture
+    if head[4:8] == b"ftyp":
+        kind = head[8:12].decode("ascii", "replace")
+        what = "AVIF, which needs Pillow 11.3 or newer" if kind.startswith("avi") else f"of the kind {kind!r}"
+        raise ValueError(f"not an image that Pillow reads: it is {what}")
+    raise ValueError("not an image that Pillow reads: cannot identify image file")
 
 
-def _pillow(picture: Image.Image, full: tuple[int, int], crop: Crop, factor: int) -> Pixels:
-    """The crop's pixels. shape (height, width, 3)"""
+def _pillow(picture: Image.Image, full: tuple[int, int], crop: Crop, factor: int, mode: str) -> Pixels:
+    """The crop's pixels. shape (height, width, 3), or (height, width, 1) for ``gray`` and ``mask``"""
     if picture.mode.startswith("I") or picture.mode == "F":
         raise ValueError(f"an image of more than 8 bits a channel (mode {picture.mode}); store it as npy")
+    if mode == "mask" and picture.mode not in _MASKS:
+        raise ValueError(f"an image of mode {picture.mode}, but a mask has one channel")
     try:
-        if factor > 1:
-            picture.draft("RGB", (full[1] // factor, full[0] // factor))
+        if factor > 1 or mode == "gray":  # a JPEG has its gray values beside its colors
+            picture.draft("RGB" if mode == "rgb" else "L", (full[1] // factor, full[0] // factor))
             factor = factor if picture.size != (full[1], full[0]) else 1  # Pillow may have declined
         rows, columns = _cut(crop, factor)
-        part = picture.crop((columns.start, rows.start, columns.stop, rows.stop))
+        box = (columns.start, rows.start, columns.stop, rows.stop)
+        part = picture if box == (0, 0, *picture.size) else picture.crop(box)
+        part.load()
         part.info.pop("transparency", None)  # Pillow would warn that it goes with the palette
-        return np.array(part.convert("RGB"))
+        if mode == "mask":
+            band = np.array(part.getchannel(0) if part.mode in ("LA", "PA") else part).astype(np.uint8)
+            return band[:, :, None]
+        pixels = np.array(part.convert("RGB" if mode == "rgb" else "L"))
+        return pixels if mode == "rgb" else pixels[:, :, None]
     except Exception as error:
         raise _unreadable(error) from None
 
@@ -255,3 +344,12 @@ def _resized(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     image = torch.from_numpy(np.ascontiguousarray(pixels).reshape(1, *pixels.shape)).permute(0, 3, 1, 2)
     resized: Pixels = functional.interpolate(image, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
     return resized
+
+
+def _nearest(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """The same by taking the nearest pixel: of each pixel of the result the one under its middle."""
+    rows, columns = (
+        ((2 * np.arange(new) + 1) * old // (2 * new)) for new, old in zip(size, pixels.shape[:2], strict=True)
+    )
+    nearest: Pixels = pixels[rows[:, None], columns]
+    return nearest

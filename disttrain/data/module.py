@@ -16,8 +16,9 @@ import torch
 
 from disttrain.data.batches import BatchMaker
 from disttrain.data.cache import CacheConfig
-from disttrain.data.decode import Field
+from disttrain.data.checks import Allowed, check_names
 from disttrain.data.device import DeviceCopier
+from disttrain.data.field import Field
 from disttrain.data.hooks import HooksConfig
 from disttrain.data.index import ShardIndex
 from disttrain.data.loader import EvaluationLoader, LoaderConfig, TrainLoader
@@ -28,7 +29,7 @@ from disttrain.data.splits import Shards, SourceConfig, open_sources, order_of
 from disttrain.data.workers import WorkerPool
 from disttrain.errors import CheckpointError, ConfigError, DataError, DisttrainError
 from disttrain.parallel.agree import raise_together
-from disttrain.parallel.config import BatchPlan, divisors
+from disttrain.parallel.config import BatchPlan, divisors, usual_micro_batch_size
 from disttrain.parallel.ranks import data_ranks
 from disttrain.world import detect_world
 
@@ -64,8 +65,9 @@ class ShardedDataModule(pl.LightningDataModule):
         fields: what a batch holds, by name: an extension (``cls``, ``image.npy``) or a :class:`Field`. By
             default every extension of the first shard, under its own name.
         global_batch_size: samples per optimizer step over all ranks.
-        micro_batch_size: samples per rank per forward pass, in training and evaluation; ``auto`` begins with all that
-            a rank takes of a global batch, and goes down as any rank runs out of memory.
+        micro_batch_size: samples per rank per forward pass, in training and evaluation; by default the largest divisor
+            of ``global_batch_size`` up to 32; ``auto`` begins with all that a rank takes of a global batch, and goes
+            down as any rank runs out of memory.
         seed: seed of the training order.
         shuffle: how training samples are shuffled.
         loader: how batches are read ahead.
@@ -86,7 +88,7 @@ class ShardedDataModule(pl.LightningDataModule):
         predict: Shards | None = None,
         fields: dict[str, str | Field] | None = None,
         global_batch_size: int = 64,
-        micro_batch_size: int | Literal["auto"] = 32,
+        micro_batch_size: int | Literal["auto"] | None = None,
         seed: int = 0,
         shuffle: ShuffleConfig | None = None,
         loader: LoaderConfig | None = None,
@@ -105,6 +107,7 @@ class ShardedDataModule(pl.LightningDataModule):
         }
         if fields is not None and not fields:
             raise ConfigError("data.fields is empty", mend="name the fields of a batch, or leave it out to have all")
+        check_names(fields or (), where="data.fields")
         self.fields = fields
         if max_bad_samples < 0:
             raise ConfigError(f"data.max_bad_samples is {max_bad_samples}", mend="use 0 or more")
@@ -113,7 +116,10 @@ class ShardedDataModule(pl.LightningDataModule):
         self.unsafe_decoders = tuple(unsafe_decoders or ())
         self.finds_micro_batch_size = micro_batch_size == "auto"
         """Whether the micro batch size is found by what fits into memory."""
-        self.micro_batch_size = 0 if micro_batch_size == "auto" else micro_batch_size
+        usual = usual_micro_batch_size(global_batch_size)
+        self.micro_batch_size = (
+            0 if micro_batch_size == "auto" else usual if micro_batch_size is None else micro_batch_size
+        )
         """Samples per rank per forward pass; 0 where it is to be found and training has not been set up."""
         self._largest_micro_batch: int | None = None
         shuffle = shuffle or ShuffleConfig()
@@ -334,7 +340,9 @@ class ShardedDataModule(pl.LightningDataModule):
         )
 
     def _maker(self, split: str) -> BatchMaker:
-        return BatchMaker(self.reader(split), self.hooks, skip_bad=self.skip_bad)
+        module = None if self.trainer is None or split == "predict" else self.trainer.lightning_module
+        allowed: dict[str, Allowed] = getattr(module, "allowed_values", dict)()  # a Task's; predictions need no labels
+        return BatchMaker(self.reader(split), self.hooks, allowed=allowed, skip_bad=self.skip_bad)
 
     def _workers(self) -> WorkerPool | None:
         """The worker processes that all splits share; they start when the first batch is asked for."""

@@ -9,6 +9,7 @@ Cost: one copy of the bytes, and for shards that are not mapped a system call a 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -18,7 +19,17 @@ from numpy.typing import NDArray
 
 from disttrain.data.bad_samples import BadSample
 from disttrain.data.cache import CacheConfig
-from disttrain.data.decode import BadValuesError, Decoded, Field, RawValues, check_safe, decode
+from disttrain.data.checks import Allowed, check_names, classes
+from disttrain.data.decode import (
+    BadValuesError,
+    Decoded,
+    Field,
+    RawValues,
+    check_safe,
+    decode,
+    padded_names,
+    with_default,
+)
 from disttrain.data.draws import Draws
 from disttrain.data.index import ShardIndex
 from disttrain.data.mapped_shards import Spans
@@ -65,7 +76,7 @@ class Reader:
 
     Raises:
         DataError: a declared field does not occur in the data.
-        ConfigError: the cache is smaller than a shard, or a field would be unpickled.
+        ConfigError: the cache is smaller than a shard, a field would be unpickled, or its name is reserved.
     """
 
     def __init__(
@@ -77,6 +88,7 @@ class Reader:
         unsafe_decoders: Sequence[str] = (),
     ) -> None:
         check_safe(fields, unsafe_decoders)
+        check_names(fields, padded_names(fields), where="data.fields")
         self.index = index
         self.store = ShardStore(index.shards, cache)
         self.fields = dict(fields)
@@ -84,14 +96,34 @@ class Reader:
         self._alternatives = [field.alternatives for field in self.fields.values()]
         self._files = ShardFiles(index.shards, self.store)
         self._known_bad: dict[int, BadSample] = {}
+        self._allowed = {name: (classes(field.classes),) for name, field in self.fields.items() if field.classes}
+        self._required = np.array([field.default is None for field in self.fields.values()], dtype=bool)
         present = index.fields()
         for name, field in self.fields.items():
-            if not set(field.alternatives) & set(present):
+            if set(field.alternatives) & set(present):
+                continue
+            if field.default is not None:
+                warnings.warn(
+                    f"{index.name}: field {name!r} (extension {field.ext!r}) does not occur in the first shard, so that"
+                    f" its samples have the default {field.default!r}; the first shard has {', '.join(present)}",
+                    stacklevel=2,
+                )
+            else:
                 raise DataError(
                     f"{index.name}: field {name!r} (extension {field.ext!r}) does not occur in"
                     f" {shown(index.shards[0].path)}, which has {', '.join(present)}",
                     mend=f"correct data.fields.{name}; {nearest(field.alternatives[0], present)}",
                 )
+
+    def require(self, allowed: Mapping[str, Allowed]) -> None:
+        """From now on a sample with other numbers than these in a field is bad.
+
+        Args:
+            allowed: the numbers that a field may hold, by its name.
+        """
+        for name, what in allowed.items():
+            if what not in (before := self._allowed.get(name, ())):
+                self._allowed[name] = (*before, what)
 
     def read(self, ids: NDArray[np.int64], draws: Draws | None = None) -> dict[str, Decoded]:
         """The decoded fields of some samples, by field name.
@@ -171,14 +203,30 @@ class Reader:
         )
 
     def _decoded(self, places: Places, draws: Draws | None) -> dict[str, Decoded]:
+        if not len(places.order):
+            return {
+                name: decode(field, RawValues([]), unsafe=self.unsafe_decoders) for name, field in self.fields.items()
+            }
         offsets, sizes = spans(self.index, self._alternatives, places)
-        if (offsets < 0).any():
-            raise _BadPlacesError(self._lacking(places, offsets))
+        lacks, absent = offsets < 0, None
+        if lacks.any():
+            if lacks[:, self._required].any():
+                raise _BadPlacesError(self._lacking(places, offsets))
+            absent = places.in_batch_order(lacks)
+            # No bytes are read, near those that are.
+            offsets = np.where(lacks, np.maximum(offsets.max(axis=1, keepdims=True), 0), offsets)
+            sizes = np.where(lacks, 0, sizes)
         with self._files.reading() as read:
-            return self._values(places, read(places.shards, offsets, sizes), offsets, sizes, draws)
+            return self._values(places, read(places.shards, offsets, sizes), offsets, sizes, absent, draws)
 
     def _values(
-        self, places: Places, there: Spans, offsets: NDArray[np.int64], sizes: NDArray[np.int64], draws: Draws | None
+        self,
+        places: Places,
+        there: Spans,
+        offsets: NDArray[np.int64],
+        sizes: NDArray[np.int64],
+        absent: NDArray[np.bool_] | None,
+        draws: Draws | None,
     ) -> dict[str, Decoded]:
         memory, at = there
         at, sizes = places.in_batch_order(at), places.in_batch_order(sizes)
@@ -186,19 +234,35 @@ class Reader:
         bad: dict[int, BadSample] = {}
         for column, (name, field) in enumerate(self.fields.items()):
             try:
-                raw = RawValues(pieces=(memory, at[:, column], sizes[:, column]))
-                out[name] = decode(field, raw, draws, unsafe=self.unsafe_decoders)
+                if absent is None or not absent[:, column].any():
+                    raw = RawValues(pieces=(memory, at[:, column], sizes[:, column]))
+                    out[name] = decode(field, raw, draws, unsafe=self.unsafe_decoders)
+                else:
+                    here = np.flatnonzero(~absent[:, column])
+                    raw = RawValues(pieces=(memory, at[here, column], sizes[here, column]))
+                    some = None if draws is None else draws.of(here)
+                    out[name] = with_default(field, raw, here, len(at), some, unsafe=self.unsafe_decoders)
+                self._check(name, out[name])
             except BadValuesError as found:
                 offset = places.in_batch_order(offsets[:, column])
+                mend = found.mend or f"repair the sample, or declare another decoder for data.fields.{name}"
                 for place, reason in found.faults.items():
-                    bad.setdefault(place, self._undecodable(places, place, name, int(offset[place]), reason))
+                    bad.setdefault(place, self._undecodable(places, place, name, int(offset[place]), reason, mend))
         if bad:
             raise _BadPlacesError(bad)
         return out
 
+    def _check(self, name: str, values: Decoded) -> None:
+        faults: dict[int, str] = {}
+        for allowed in self._allowed.get(name, ()):
+            faults |= allowed.faults(values)
+        if faults:
+            raise BadValuesError(faults, mend="repair the sample, or correct what the run expects")
+
     def _lacking(self, places: Places, offsets: NDArray[np.int64]) -> dict[int, BadSample]:
         names, found = list(self.fields), {}
-        for place, column in np.argwhere(places.in_batch_order(offsets) < 0).tolist():
+        lacks = (places.in_batch_order(offsets) < 0) & self._required
+        for place, column in np.argwhere(lacks).tolist():
             name = names[column]
             reason = f" has no field {name!r} (extension {self.fields[name].ext!r})"
             found[place] = self.bad_sample(
@@ -206,13 +270,13 @@ class Reader:
             )
         return found
 
-    def _undecodable(self, places: Places, place: int, name: str, offset: int, reason: str) -> BadSample:
+    def _undecodable(self, places: Places, place: int, name: str, offset: int, reason: str, mend: str) -> BadSample:
         return self.bad_sample(
             self._id_of(places, place),
             name,
             offset,
             f", field {name!r} ({self.fields[name].ext}): {reason}",
-            f"repair the sample, or declare another decoder for data.fields.{name}",
+            mend,
         )
 
     def _id_of(self, places: Places, place: int) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,11 +40,11 @@ class Places:
         order = np.argsort(ids)
         ids = ids[order]
         shard = np.searchsorted(index.starts, ids, side="right") - 1
-        bounds = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(ids)]
+        bounds = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(ids)] if len(ids) else []
         shards = [(int(shard[low]), slice(low, high)) for low, high in pairwise(bounds)]
         return cls(order, ids - index.starts[shard], shards)
 
-    def in_batch_order(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+    def in_batch_order(self, values: NDArray[Any]) -> NDArray[Any]:
         """What was found place by place, as the batch has it."""
         out = np.empty_like(values)
         out[self.order] = values

@@ -8,6 +8,8 @@ looked at one by one. Every decoder lists all the bad values of a batch, by thei
 from __future__ import annotations
 
 import io
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +23,10 @@ from torch import Tensor
 from disttrain.data.device import uses_cuda
 
 _MAX_DIGITS: Final = 18  # of an int64
+_LONGEST_NUMBER: Final = 100  # bytes of a class number and the white space round it
+_CLASS: Final = re.compile(rb"[ \t\r\n]*-?[0-9]+[ \t\r\n]*")
+MAX_EXPANDED: Final = 2**30
+"""Bytes of a value once it is decompressed, at most."""
 
 Decoded = Tensor | list[Any]
 _Value = TypeVar("_Value")
@@ -31,11 +37,12 @@ class BadValuesError(ValueError):
 
     Args:
         faults: what is wrong with each bad value, by its place in the batch.
+        mend: how to mend it, where it is known better than that another decoder may do.
     """
 
-    def __init__(self, faults: Mapping[int, str]) -> None:
-        super().__init__(dict(faults))
-        self.faults = dict(faults)
+    def __init__(self, faults: Mapping[int, str], mend: str = "") -> None:
+        super().__init__(dict(faults), mend)
+        self.faults, self.mend = dict(faults), mend
 
     def __str__(self) -> str:
         return "; ".join(f"value {place}: {what}" for place, what in self.faults.items())
@@ -62,7 +69,7 @@ class RawValues:
         """Bytes of each value, where they are in memory and have one size; else None."""
         if pieces is not None:
             _, _, sizes = pieces
-            size = int(sizes[0])
+            size = int(sizes[0]) if len(sizes) else 0
             self.size = size if size > 0 and bool((sizes == size).all()) else None
 
     @property
@@ -105,7 +112,7 @@ class RawValues:
         Returns:
             None where that does not pay: a value is empty or longer than ``max_bytes``.
         """
-        if self._pieces is None:
+        if self._pieces is None or not len(self._pieces[2]):
             return None
         memory, at, sizes = self._pieces
         width = int(sizes.max())
@@ -137,11 +144,13 @@ class Declared:
         dtype: its type, such as ``float32``; empty if any will do.
         shape: its shape; empty if any will do.
         ragged: the first dimension differs from value to value, so there must be one.
+        exact: an empty shape is that of a single number.
     """
 
     dtype: str = ""
     shape: tuple[int, ...] = ()
     ragged: bool = False
+    exact: bool = False
 
     def check(self, dtype: str, shape: tuple[int, ...]) -> None:
         """Compare with the array of a value.
@@ -149,7 +158,7 @@ class Declared:
         Raises:
             ValueError: it is another one.
         """
-        if self.shape and shape != self.shape:
+        if (self.shape or self.exact) and shape != self.shape:
             raise ValueError(f"an array of shape {shape}, but shape {self.shape} is declared")
         if self.dtype and dtype != self.dtype:
             raise ValueError(f"an array of {dtype}, but {self.dtype} is declared")
@@ -225,7 +234,7 @@ def _alike_npy(raw: RawValues, size: int, declared: Declared) -> Tensor | None:
     if start == size:
         return None  # arrays without elements
     headers = raw.columns(0, start).numpy()
-    if size - start != int(np.prod(shape)) * dtype.itemsize or (headers != headers[0]).any():
+    if size - start != math.prod(shape) * dtype.itemsize or (headers != headers[0]).any():
         return None
     return _seen_as(raw.columns(start, size), dtype, shape)
 
@@ -236,7 +245,10 @@ def _seen_as(rows: Tensor, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Tens
     The memory stays the tensor's own: one that went through NumPy would be unknown to the allocator of pinned memory,
     which then gives the block away while a copy to the device still reads it.
     """
-    return rows.view(torch.from_numpy(np.empty(0, dtype)).dtype).view(len(rows), *shape)
+    kind = torch.from_numpy(np.empty(0, dtype)).dtype
+    if not rows.numel():
+        return torch.empty(len(rows), *shape, dtype=kind)
+    return rows.view(kind).view(len(rows), *shape)
 
 
 def _npy_header(data: bytes, declared: Declared) -> tuple[tuple[int, ...], np.dtype[Any], int]:
@@ -275,14 +287,21 @@ def cls(raw: RawValues) -> Tensor:
         digits = text - np.uint8(ord("0"))  # what is no digit wraps round to 10 or more
         if (digits < 10).all():
             return torch.from_numpy(digits @ 10 ** np.arange(digits.shape[1])[::-1])
-    return torch.tensor(each(raw, _one_cls), dtype=torch.int64)  # signs, spaces and errors: one by one
+    return torch.tensor(each(raw, one_cls), dtype=torch.int64)  # signs, spaces and errors: one by one
 
 
-def _one_cls(value: memoryview) -> int:
-    try:
-        return int64(int(bytes(value)))
-    except ValueError:
-        raise ValueError(f"not a class number: {bytes(value[:40])!r}") from None
+def one_cls(value: memoryview) -> int:
+    """A class number: decimal digits, with a minus where it is negative; white space round them is no part of it.
+
+    Python would take ``1_0`` and ``+1`` too, which other tools do not.
+
+    Raises:
+        ValueError: something else, or more than 64 bits.
+    """
+    data = bytes(value)
+    if len(data) > _LONGEST_NUMBER or not _CLASS.fullmatch(data):
+        raise ValueError(f"not a class number: {data[:40]!r}")
+    return int64(int(data))
 
 
 def int64(number: int) -> int:
@@ -299,13 +318,15 @@ def int64(number: int) -> int:
 def tensor(raw: RawValues, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """Raw little-endian numbers, all of one shape."""
     kind = np.dtype(dtype).newbyteorder("<")
-    expected = int(np.prod(shape)) * kind.itemsize
+    expected = math.prod(shape) * kind.itemsize
     if raw.size != expected or not expected:
         sizes = [len(value) for value in raw.values]
         wrong = f"{{}} bytes, but {dtype} of shape {shape} takes {expected}"
         if faults := {place: wrong.format(size) for place, size in enumerate(sizes) if size != expected}:
             raise BadValuesError(faults)
-        block = torch.from_numpy(np.stack([np.frombuffer(value, np.uint8) for value in raw.values]))
+        block = torch.zeros(len(sizes), expected, dtype=torch.uint8)
+        for row, value in zip(block.numpy(), raw.values, strict=True):
+            row[:] = np.frombuffer(value, np.uint8)
     else:
         block = raw.columns(0, expected)
     return _seen_as(block, kind, shape)

@@ -32,8 +32,9 @@ from torch import Tensor
 
 from disttrain.data.batches import Batch, BatchMaker
 from disttrain.data.cache import CacheConfig
-from disttrain.data.decode import Field
+from disttrain.data.checks import Allowed
 from disttrain.data.draws import Draws
+from disttrain.data.field import Field
 from disttrain.data.hooks import HooksConfig
 from disttrain.data.index import Shard, ShardIndex
 from disttrain.data.reader import Reader
@@ -55,6 +56,7 @@ class MakerSpec:
         hooks: transform and collate.
         cache: where remote shards are kept.
         unsafe_decoders: those that are allowed.
+        allowed: the numbers that fields may hold.
         skip_bad: mask bad samples.
     """
 
@@ -64,6 +66,7 @@ class MakerSpec:
     hooks: HooksConfig
     cache: CacheConfig
     unsafe_decoders: tuple[str, ...]
+    allowed: Mapping[str, Allowed]
     skip_bad: bool
 
     @classmethod
@@ -77,6 +80,7 @@ class MakerSpec:
             maker.hooks,
             reader.store.config,
             tuple(sorted(reader.unsafe_decoders)),
+            maker.allowed,
             maker.skip_bad,
         )
 
@@ -86,7 +90,7 @@ class MakerSpec:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the trainer has warned already
             reader = Reader(index, self.fields, cache=self.cache, unsafe_decoders=self.unsafe_decoders)
-        return BatchMaker(reader, self.hooks, skip_bad=self.skip_bad)
+        return BatchMaker(reader, self.hooks, allowed=self.allowed, skip_bad=self.skip_bad)
 
 
 class WorkerPool:
@@ -278,7 +282,8 @@ class _BatchPickler(pickle.Pickler):
             dtype = obj.dtype
             # NumPy has no bfloat16: such numbers travel as the whole numbers of their bits.
             plain = obj.view(torch.int16) if dtype == torch.bfloat16 else obj
-            return _tensor, (np.ascontiguousarray(plain.detach().numpy()), dtype == torch.bfloat16)
+            array = np.asarray(plain.detach().numpy(), order="C")  # which, other than ascontiguousarray, keeps shape ()
+            return _tensor, (array, dtype == torch.bfloat16)
         return NotImplemented
 
 

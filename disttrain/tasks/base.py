@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from disttrain.data.batches import COUNT, KEY, WEIGHT, Batch
+from disttrain.data.batches import COUNT, KEY, WEIGHT, Batch, real_samples
+from disttrain.data.checks import Allowed, check_names
 from disttrain.data.module import sharded_data
 from disttrain.errors import ConfigError, DataError, nearest
 from disttrain.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule, fit_warmup
@@ -91,6 +92,14 @@ class Task(pl.LightningModule):
         Padding is masked on top of this.
         """
         return None
+
+    def allowed_values(self) -> Mapping[str, Allowed]:
+        """The numbers that fields may hold in training and evaluation, by the field's name; any by default.
+
+        A sample with another one is a bad sample, named by shard and key, or skipped (``data.on_bad_sample``).
+        ``{"label": disttrain.data.checks.classes(10)}`` allows whole numbers from 0 to 9.
+        """
+        return {}
 
     def build_metrics(self) -> Mapping[str, Metric]:
         """Metrics of an evaluation, by the name they are logged under; the loss is always there."""
@@ -204,7 +213,9 @@ class Task(pl.LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Predictions for the real samples of a micro batch, with their keys."""
         outputs, batch = self._real(self(batch), batch)
-        return {KEY: batch[KEY], **self.predict(outputs, batch)}
+        found = self.predict(outputs, batch)
+        check_names(found, where=f"what {type(self).__name__}.predict() returns")
+        return {KEY: batch[KEY], **found}
 
     def on_validation_epoch_start(self) -> None:
         """Start the validation metrics afresh."""
@@ -287,7 +298,13 @@ class Task(pl.LightningModule):
 
     def _reset(self, split: str) -> None:
         if split not in self.evaluation:
-            metrics = {LOSS: WeightedMean(), **self.build_metrics()}
+            own = self.build_metrics()
+            if LOSS in own:
+                raise ConfigError(
+                    f"{type(self).__name__}.build_metrics() has a metric {LOSS!r}, which is that of losses()",
+                    mend="give it another name",
+                )
+            metrics = {LOSS: WeightedMean(), **own}
             self.evaluation[split] = nn.ModuleDict(metrics).to(self.device)
         group = data_ranks(self.trainer).group
         for metric in self._metrics(split).values():
@@ -316,8 +333,8 @@ class Task(pl.LightningModule):
         size, count = batch[WEIGHT].shape[0], batch[COUNT]
         if count == size:
             return outputs, batch
-        cut: Batch = {name: _cut(value, size, count) for name, value in batch.items()}
-        return _cut(outputs, size, count), cut
+        cut: Batch = {name: real_samples(value, size, count) for name, value in batch.items()}
+        return real_samples(outputs, size, count), cut
 
     def _log_evaluation(self, split: str) -> None:
         self.last_evaluation = {}
@@ -373,16 +390,3 @@ def _shape(value: Any) -> str:
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
     return f"a tensor of shape {tuple(value.shape)}" if value.ndim else "a single number, shape ()"
-
-
-def _cut(value: Any, size: int, count: int) -> Any:
-    """The first ``count`` of ``size`` samples, in tensors, lists and dictionaries of them."""
-    if isinstance(value, Tensor) and value.ndim and value.shape[0] == size:
-        return value[:count]
-    if isinstance(value, list) and len(value) == size:
-        return value[:count]
-    if isinstance(value, tuple):
-        return tuple(_cut(item, size, count) for item in value)
-    if isinstance(value, dict):
-        return {name: _cut(item, size, count) for name, item in value.items()}
-    return value

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from disttrain.data.batches import Batch
+from disttrain.data.checks import Allowed, classes
 from disttrain.errors import ConfigError
 from disttrain.optim import OptimizerConfig, ScheduleConfig
 from disttrain.tasks.base import Task, tensor_field
@@ -24,7 +25,7 @@ class ClassificationTask(Task):
         model: maps the input, shape (samples, ...), to logits, shape (samples, num_classes).
         num_classes: number of classes.
         input: name of the input field.
-        target: name of the class field, int64, shape (samples,).
+        target: name of the class field, int64, shape (samples,); a label outside the classes makes a bad sample.
         scale: factor on the input, which is converted to float32 (to bfloat16 where that is the precision).
         label_smoothing: share of the target spread evenly over all classes (Szegedy et al. 2016).
         optimizer: which optimizer.
@@ -61,6 +62,10 @@ class ClassificationTask(Task):
         return F.cross_entropy(
             outputs.float(), tensor_field(batch, self.target), reduction="none", label_smoothing=smoothing
         )
+
+    def allowed_values(self) -> Mapping[str, Allowed]:
+        """Labels from 0 to ``num_classes - 1``."""
+        return {self.target: classes(self.num_classes)}
 
     def build_metrics(self) -> Mapping[str, Metric]:
         """Accuracy over all samples, and the mean of the classes' F1 scores."""

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError
 
 from disttrain.data.batches import Batch
+from disttrain.data.checks import FINITE, Allowed
 from disttrain.data.module import sharded_data
 from disttrain.data.reader import Reader
 from disttrain.errors import DataError
@@ -33,7 +34,7 @@ class RegressionTask(Task):
         model: maps the input, shape (samples, num_features), to shape (samples, 1).
         num_features: number of features.
         input: name of the input field.
-        target: name of the target field, shape (samples,).
+        target: name of the target field, shape (samples,); NaN or infinity there or in the input makes a bad sample.
         standardize: fit mean and standard deviation; without, data is used as it is.
         optimizer: which optimizer.
         schedule: how its learning rate moves.
@@ -68,22 +69,34 @@ class RegressionTask(Task):
         """Fit the standardization on the training split; an evaluation takes it from the checkpoint."""
         data = sharded_data(self.trainer)
         if stage == "fit" and self.standardize and data is not None:
-            self.fit_standardization(data.reader("train"))
+            reader = data.reader("train")
+            if data.hooks.transform is None:  # which might replace what is not finite
+                reader.require(self.allowed_values())
+            self.fit_standardization(reader, skip_bad=data.skip_bad)
 
-    def fit_standardization(self, reader: Reader) -> None:
+    def fit_standardization(self, reader: Reader, *, skip_bad: bool = False) -> None:
         """Take mean and standard deviation of inputs and target over all samples of a reader.
 
+        Args:
+            reader: of the training split.
+            skip_bad: leave bad samples out instead of raising.
+
         Raises:
-            DataError: the features are not as many as declared.
+            DataError: the features are not as many as declared, or not finite.
         """
-        chunks = [_columns(reader, first, self.input, self.target) for first in range(0, len(reader.index), _CHUNK)]
-        columns = torch.cat(chunks)
+        firsts = range(0, len(reader.index), _CHUNK)
+        columns = torch.cat([_columns(reader, first, self.input, self.target, skip_bad=skip_bad) for first in firsts])
         if columns.shape[1] != len(self.input_mean) + 1:
             raise DataError(
                 f"field {self.input!r} has {columns.shape[1] - 1} features, the task was told {len(self.input_mean)}",
                 mend="set num_features to the number that there are",
             )
         mean, std = columns.mean(dim=0), columns.std(dim=0, correction=0)
+        if not bool((mean + std).isfinite().all()):
+            raise DataError(
+                f"fields {self.input!r} and {self.target!r} have no finite mean and standard deviation",
+                mend="they are those of the data before data.hooks.transform: repair it, or set standardize to false",
+            )
         std = torch.where(std > 0, std, torch.ones_like(std))  # a constant column stays at zero
         self.input_mean.copy_(mean[:-1])
         self.input_std.copy_(std[:-1])
@@ -101,6 +114,10 @@ class RegressionTask(Task):
         target = (tensor_field(batch, self.target).float() - self.target_mean) / self.target_std
         squared: Tensor = (outputs.float() - target).square()
         return squared
+
+    def allowed_values(self) -> Mapping[str, Allowed]:
+        """Finite inputs and targets: a NaN would poison the weights."""
+        return {self.input: FINITE, self.target: FINITE}
 
     def build_metrics(self) -> Mapping[str, Metric]:
         """Root mean squared error, mean absolute error, and the share of variance explained."""
@@ -120,8 +137,9 @@ class RegressionTask(Task):
         return outputs.float() * self.target_std + self.target_mean
 
 
-def _columns(reader: Reader, first: int, *names: str) -> Tensor:
+def _columns(reader: Reader, first: int, *names: str, skip_bad: bool) -> Tensor:
     """Some samples' features and target side by side, float64, shape (samples, features + 1)."""
     ids = np.arange(first, min(first + _CHUNK, len(reader.index)), dtype=np.int64)
-    batch = reader.read(ids)
-    return torch.cat([tensor_field(batch, name).double().reshape(len(ids), -1) for name in names], dim=1)
+    read = reader.samples(ids, mark_bad=skip_bad)
+    good = [place for place in range(len(ids)) if place not in read.bad]
+    return torch.cat([tensor_field(read.fields, name)[good].double()[:, None].flatten(1) for name in names], dim=1)

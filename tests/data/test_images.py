@@ -363,3 +363,138 @@ def test_crops_never_change() -> None:
 
 
 FROZEN = [(39, 10, 335, 310, False), (60, 145, 259, 264, False), (0, 69, 365, 364, True)]
+
+
+def oriented(pixels: NDArray[np.uint8], orientation: int, format: str = "PNG") -> bytes:
+    """An image whose EXIF data says how it is to be turned."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(pixels, format, exif=exif)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_turned_as_its_exif_data_says(orientation: int) -> None:
+    from PIL import ImageOps
+
+    pixels = photo(40, 64)
+    value = oriented(pixels, orientation)
+    upright = encoded(np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(value)))), "PNG")
+    for shape, augment in (((), None), ((3, 24, 32), None), ((3, 24, 32), RandomResizedCrop())):
+        how: dict[str, Any] = {"ext": "png", "shape": shape, "augment": augment}
+        for drawn in (None, draws(3), draws(4)):
+            ours = images(Field(**how, orient=True), [value], drawn)
+            assert torch.equal(ours, images(Field(**how), [upright], drawn)), (shape, augment, drawn)
+    left = images(Field("png"), [value])
+    assert torch.equal(left[0], torch.from_numpy(pixels.transpose(2, 0, 1).copy())), "turned without being told to"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_a_jpeg_is_turned_as_well_where_it_is_decoded_at_a_smaller_scale(backend: str, orientation: int) -> None:
+    value = oriented(photo(400, 640), orientation, "JPEG")
+    whole = images(Field("jpg", orient=True, backend=backend), [value])[0].permute(1, 2, 0).numpy()
+    assert whole.shape[:2] == ((640, 400) if orientation > 4 else (400, 640))
+    # No crop, so that only the scale of the decoding is between them.
+    small = images(Field("jpg", shape=(3, 60, 60), orient=True, backend=backend), [value])
+    assert distance(small, images(Field("png", shape=(3, 60, 60)), [encoded(whole, "PNG")])) < 2
+
+
+def test_exif_data_that_makes_no_sense_is_ignored() -> None:
+    pixels = photo(10, 12)
+    for orientation in (0, 9, 65535):
+        assert images(Field("png", orient=True), [oriented(pixels, orientation)]).shape == (1, 3, 10, 12)
+    broken = encoded(pixels, "JPEG", exif=b"Exif\0\0MM\0\x2a\xff\xff\xff\xff")
+    with pytest.warns(UserWarning, match="Corrupt EXIF data"):  # Pillow's
+        assert images(Field("jpg", orient=True), [broken]).shape == (1, 3, 10, 12)
+
+
+def test_a_mask_keeps_the_numbers_of_its_palette_and_is_never_blended() -> None:
+    classes = np.zeros((30, 50), np.uint8)
+    classes[10:, 20:] = 3
+    classes[20:, 40:] = 255
+    stream = io.BytesIO()
+    as_palette = Image.new("P", (50, 30))
+    as_palette.putpalette([(i * 7) % 256 for i in range(768)])
+    as_palette.putdata(classes.ravel().tolist())
+    as_palette.save(stream, "PNG")
+    for value in (stream.getvalue(), encoded(classes, "PNG")):
+        assert torch.equal(images(Field("png", mode="mask"), [value])[0, 0], torch.from_numpy(classes))
+        small = images(Field("png", mode="mask", shape=(1, 11, 17)), [value])
+        assert small.shape == (1, 1, 11, 17)
+        assert set(small.unique().tolist()) == {0, 3, 255}
+    two = io.BytesIO()
+    Image.fromarray(classes > 0).save(two, "PNG")
+    assert images(Field("png", mode="mask"), [two.getvalue()]).unique().tolist() == [0, 1]
+    with pytest.raises(BadValuesError, match="an image of mode RGB, but a mask has one channel"):
+        images(Field("png", mode="mask"), [encoded(photo(8, 8), "PNG")])
+
+
+@pytest.mark.parametrize("drawn", [None, 0, 1, 2, 3])
+def test_a_mask_is_cut_and_flipped_as_its_image(drawn: int | None) -> None:
+    y, x = np.mgrid[0:64, 0:64]
+    numbers = (x // 16 + 4 * (y // 16)).astype(np.uint8)
+    picture = np.repeat((numbers * 16)[:, :, None], 3, axis=2)
+    which = None if drawn is None else draws(drawn)
+    augment = RandomResizedCrop(scale=(0.3, 1.0))
+    mask = images(Field("png", mode="mask", shape=(1, 32, 32), augment=augment), [encoded(numbers, "PNG")], which)
+    image = images(Field("png", shape=(3, 32, 32), augment=augment), [encoded(picture, "PNG")], which)
+    # Only on the edges between areas does the image hold a blend.
+    assert float((image[:, :1] == mask * 16).float().mean()) > 0.6
+
+
+def test_gray_values_have_one_channel() -> None:
+    pixels = photo(20, 30)
+    expected = np.array(Image.fromarray(pixels).convert("L"))
+    assert np.array_equal(images(Field("png", mode="gray"), [encoded(pixels, "PNG")])[0, 0].numpy(), expected)
+    jpeg = [encoded(photo(160, 320))]
+    small = images(Field("jpg", mode="gray", shape=(1, 20, 20)), jpeg)
+    assert small.shape == (1, 1, 20, 20)
+    assert distance(small, images(Field("jpg", shape=(3, 20, 20)), jpeg).float().mean(dim=1, keepdim=True)) < 12
+
+
+def bomb(side: int) -> bytes:
+    """A PNG whose header says how large it is; of its pixels there are a few bytes."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_image_of_more_pixels_than_allowed_is_refused_by_its_header(backend: str) -> None:
+    for side, limit in ((9_500, 89_478_485), (13_000, 89_478_485), (2**31 - 1, 89_478_485), (40_000, 10**9)):
+        field = Field("png", shape=(3, 8, 8), backend=backend, max_pixels=limit)
+        with pytest.raises(BadValuesError) as caught:
+            images(field, [bomb(side)])
+        assert caught.value.faults == {0: f"an image of {side} x {side} pixels, more than max_pixels, {limit:,}"}
+    jpeg = encoded(photo(20, 30))
+    assert images(Field("jpg", backend=backend, max_pixels=600), [jpeg]).shape == (1, 3, 20, 30)
+    with pytest.raises(BadValuesError, match="30 x 20 pixels, more than max_pixels, 599"):
+        images(Field("jpg", backend=backend, max_pixels=599), [jpeg])
+    with pytest.raises(BadValuesError, match=r"more than 89,478,485|exceeds limit of 89478485 pixels"):
+        images(Field("png", decoder="webdataset:rgb8"), [bomb(9_460)])
+
+
+def test_every_format_that_is_listed_is_read() -> None:
+    pixels = photo(24, 40)
+    for format in ("PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "JPEG2000", "AVIF"):
+        found = images(Field("x.img"), [encoded(pixels, format)])
+        assert found.shape == (1, 3, 24, 40), format
+        assert distance(found[0].permute(1, 2, 0), pixels) < 20, format
+    assert Field("a.avif").kind == Field("a.jp2").kind == "image"
+
+
+def test_an_image_that_cannot_be_read_is_named_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    avif = encoded(photo(24, 40), "AVIF")
+    heic = b"\0\0\0\x18ftypheic" + bytes(30)
+    monkeypatch.delitem(Image.OPEN, "AVIF")
+    with pytest.raises(BadValuesError, match=r"it is AVIF, which needs Pillow 11\.3 or newer"):
+        images(Field("avif"), [avif])
+    with pytest.raises(BadValuesError, match="it is of the kind 'heic'"):
+        images(Field("img"), [heic])

@@ -320,3 +320,16 @@ def test_a_checkpoint_of_another_version_of_the_order_is_refused(folder: Path) -
     data.setup("fit")
     with pytest.raises(CheckpointError, match="samples has format 0; this disttrain has format 1"):
         data.load_state_dict(saved)
+
+
+@pytest.mark.parametrize(("size", "micro"), [(16, 16), (64, 32), (48, 24), (37, 1), (31, 31), (1, 1)])
+def test_the_usual_micro_batch_divides_the_global_batch_and_does_not_depend_on_the_ranks(size: int, micro: int) -> None:
+    data = ShardedDataModule(train="x.tar", global_batch_size=size)
+    assert (data.micro_batch_size, data.evaluation_batch_size) == (micro, micro)
+
+
+def test_it_is_cut_by_that_size(folder: Path) -> None:
+    data = module(folder, micro_batch_size=None)
+    data.setup("fit")
+    assert data.plan is not None
+    assert (data.plan.micro_batch_size, data.plan.accumulation) == (12, 1)

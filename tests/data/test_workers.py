@@ -25,7 +25,7 @@ from disttrain.data.reader import Reader
 from disttrain.data.workers import WorkerPool
 from disttrain.errors import ConfigError, DataError
 from disttrain.parallel.config import BatchPlan
-from tests.support.hooks import AddNoise, die, fail, kinds, refuse_every_fifth, with_process
+from tests.support.hooks import AddNoise, die, fail, kinds, refuse_every_fifth, with_process, without_dimensions
 from tests.support.shards import write_numbered
 
 
@@ -62,7 +62,15 @@ def check_equal(ours: list[Batch], theirs: list[Batch]) -> None:
         assert not (found := differing(one, other)), f"batch {number}: {found}"
 
 
-@pytest.mark.parametrize("hooks", [HooksConfig(), HooksConfig(AddNoise()), HooksConfig(kinds)])
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        HooksConfig(),
+        HooksConfig(AddNoise(), weight="noise"),
+        HooksConfig(kinds),
+        HooksConfig(collate=without_dimensions),
+    ],
+)
 def test_processes_and_threads_give_the_same_bits_in_the_same_order(
     reader: Reader, pool: WorkerPool, hooks: HooksConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,11 +10,12 @@ import pytest
 import torch
 from webdataset.writer import TarWriter
 
-from disttrain import ClassificationTask, OptimizerConfig, ParallelConfig, ShardedDataModule, Trainer
+from disttrain import ClassificationTask, HooksConfig, OptimizerConfig, ParallelConfig, ShardedDataModule, Trainer
 from disttrain.callbacks.bad_samples import quarantined
 from disttrain.models import MLP
 from disttrain.report import write_report
 from tests.support.features import write_features
+from tests.support.hooks import weigh_and_filter
 from tests.support.ranks import run_ranks
 from tests.support.shards import tar_samples
 
@@ -30,13 +31,22 @@ def write_damaged(folder: Path, bad: tuple[int, ...] = BAD) -> tuple[str, str]:
     with TarWriter(str(damaged), encoder=False) as writer, TarWriter(str(good), encoder=False) as other:
         for number, (key, fields) in enumerate(samples):
             is_bad = number in bad
-            writer.write({"__key__": key, **fields, **({"cls": b"none"} if is_bad else {})})
+            # No number, or none of the classes.
+            writer.write({"__key__": key, **fields, **({"cls": b"none" if number % 2 else b"7"} if is_bad else {})})
             if not is_bad:
                 other.write({"__key__": key, **fields})
     return str(damaged), str(good)
 
 
-def train(shard: str, global_batch_size: int, micro_batch_size: int, strategy: str, run_dir: str, budget: int) -> None:
+def train(
+    shard: str,
+    global_batch_size: int,
+    micro_batch_size: int,
+    strategy: str,
+    run_dir: str,
+    budget: int,
+    hooks: HooksConfig | None = None,
+) -> None:
     """Two epochs, each of a single step over all samples, by plain SGD; then a test. Rank 0 saves the weights."""
     torch.manual_seed(0)
     task = ClassificationTask(
@@ -54,6 +64,7 @@ def train(shard: str, global_batch_size: int, micro_batch_size: int, strategy: s
         micro_batch_size=micro_batch_size,
         on_bad_sample="skip",
         max_bad_samples=budget,
+        hooks=hooks,
     )
     parallel = ParallelConfig(strategy=strategy)  # type: ignore[arg-type]
     trainer = Trainer(run_dir=run_dir, max_epochs=2, log_every_steps=1, progress_bar=False, parallel=parallel)
@@ -100,7 +111,9 @@ def test_skipped_samples_are_counted_in_log_record_and_report(tmp_path: Path) ->
     assert "bad samples skipped" in page
     lines = list(quarantined(folder))
     assert {"shard", "key", "field", "offset", "reason", "split", "epoch", "step"} <= set(lines[0])
-    assert lines[0]["reason"].startswith("field 'label' (cls): not a class number: b'none'")
+    reasons = {line["key"]: line["reason"] for line in lines}
+    assert reasons["whole-0003"].startswith("field 'label' (cls): not a class number: b'none'")
+    assert reasons["whole-0004"].startswith("field 'label' (cls): 7 is not one of the 3 classes 0 to 2")
 
 
 def test_a_budget_ends_all_ranks_at_one_step_with_one_error(tmp_path: Path) -> None:
@@ -115,3 +128,30 @@ def test_a_budget_ends_all_ranks_at_one_step_with_one_error(tmp_path: Path) -> N
         said.append((found, (folder / "metrics.csv").read_text().count("\n")))
     assert said[0] == said[1], "another count, or another step, on 3 ranks than on 1"
     assert said[0][0] <= {"3", "4", "5"}
+
+
+@pytest.mark.parametrize(("ranks", "micro", "strategy"), [(2, 4, "ddp"), (2, 3, "fsdp")])
+def test_weighted_and_filtered_samples_train_as_their_weighted_mean(
+    tmp_path: Path, ranks: int, micro: int, strategy: str
+) -> None:
+    """A weight of 2 is that of two equal samples, one of 0 that of none, and what is filtered is not there at all."""
+    samples = tar_samples([write_features(tmp_path, "whole", TOTAL)])
+    written = tmp_path / "repeated.tar"
+    count = 0
+    with TarWriter(str(written), encoder=False) as writer:
+        for number, (key, fields) in enumerate(samples):
+            for copy in range(0 if number % 5 == 0 else number % 3):
+                writer.write({"__key__": f"{key}-{copy}", **fields})
+                count += 1
+    expected, metrics = run(tmp_path, "repeated", 1, str(written), count, count, "ddp")
+    run_dir = tmp_path / "weighted"
+    arguments = (str(tmp_path / "whole.tar"), TOTAL, micro, strategy, str(run_dir), 0)
+    hooks = HooksConfig(weigh_and_filter, weight="weight")
+    run_ranks(ranks, train, *arguments, hooks, folder=tmp_path / "logs").ok()
+    weights, found = torch.load(run_dir / "out.pt", weights_only=True)
+    for name, value in expected.items():
+        assert torch.allclose(weights[name], value, rtol=0, atol=1e-6), f"{name} differs"
+    assert found["test/loss"] == pytest.approx(metrics["test/loss"], abs=1e-6)
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["filtered_samples"] == 2 * 5, "each epoch meets them once"
+    assert "bad_samples" not in record

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from disttrain.data.bad_samples import BadSampleError
+from disttrain.data.bad_samples import BadSampleError, FilteredSampleError
 from disttrain.data.hooks import Sample
 
 
@@ -57,6 +57,7 @@ def kinds(sample: Sample, random: np.random.Generator | None) -> Sample:
         "half": torch.full((2,), number, dtype=torch.bfloat16),
         "turned": torch.arange(6.0).reshape(2, 3).T + number,
         "empty": torch.empty(0),
+        "no boxes": torch.empty(0, 4),
         "text": f"number {number}",
         "nested": {"list": [number]},
         "array": np.full(2, number),
@@ -84,3 +85,16 @@ class Stuck:
             if self.left <= 0:
                 threading.Event().wait()
         return sample
+
+
+def without_dimensions(samples: Sequence[Sample]) -> dict[str, Any]:
+    """A collate that gives a number without dimensions and an array without elements."""
+    return {"total": torch.tensor(float(len(samples))), "none": torch.empty(2, 0)}
+
+
+def weigh_and_filter(sample: Sample, random: np.random.Generator | None) -> Sample:
+    """Leaves out every fifth sample by its key, and weighs the others by the rest of its number divided by three."""
+    number = int(sample["__key__"].rpartition("-")[2])
+    if number % 5 == 0:
+        raise FilteredSampleError
+    return {**sample, "weight": number % 3}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,9 +15,11 @@ from torch import Tensor, nn
 
 from disttrain import ClassificationTask, RegressionTask, ShardedDataModule, Task
 from disttrain.data.batches import COUNT, ID, KEY, WEIGHT
+from disttrain.data.loader import LoaderConfig
 from disttrain.errors import ConfigError, DataError
 from disttrain.models import MLP, ConvNet
 from disttrain.tasks.metrics import ExplainedShare, WeightedMean
+from tests.support.shards import npy, write_shard
 
 
 def batch_of(count: int, size: int, **fields: Tensor) -> dict[str, Any]:
@@ -185,3 +190,59 @@ def test_a_convnet_treats_every_sample_alone() -> None:
     assert together.shape == (5, 10)
     alone = torch.cat([model(image[None]) for image in images])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+def regression_data(folder: Path, bad: float, **settings: Any) -> tuple[RegressionTask, ShardedDataModule]:
+    samples = [
+        {"__key__": f"s{n}", "x.npy": npy(np.full(2, n, np.float32)), "y.npy": npy(np.float32(bad if n == 3 else n))}
+        for n in range(8)
+    ]
+    data = ShardedDataModule(
+        train=write_shard(folder / "a.tar", samples),
+        fields={"features": "x.npy", "target": "y.npy"},
+        global_batch_size=8,
+        loader=LoaderConfig(threads=0),
+        **settings,
+    )
+    data.setup("fit")
+    return RegressionTask(MLP(2, hidden=[2], out_features=1), num_features=2), data
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_target_that_is_not_finite_is_a_bad_sample(tmp_path: Path, bad: float) -> None:
+    task, data = regression_data(tmp_path, bad)
+    reader = data.reader("train")
+    reader.require(task.allowed_values())
+    with pytest.raises(DataError, match=r"sample 's3', field 'target' \(y\.npy\): .* is not a finite number"):
+        task.fit_standardization(reader)
+    task.fit_standardization(reader, skip_bad=True)
+    good = [0.0, 1, 2, 4, 5, 6, 7]
+    assert float(task.target_mean) == pytest.approx(sum(good) / 7)
+    assert task.input_mean.tolist() == pytest.approx([sum(good) / 7] * 2)
+
+
+def test_what_has_no_finite_mean_is_refused_where_a_transform_may_replace_it(tmp_path: Path) -> None:
+    task, data = regression_data(tmp_path, math.nan)
+    with pytest.raises(DataError, match="have no finite mean and standard deviation"):
+        task.fit_standardization(data.reader("train"))
+
+
+def test_a_metric_of_a_task_may_not_replace_its_loss() -> None:
+    class Own(ClassificationTask):
+        def build_metrics(self) -> Any:
+            return {"loss": WeightedMean()}
+
+    task = Own(MLP(2, hidden=[2], out_features=2), num_classes=2)
+    task._trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(ConfigError, match=r"Own.build_metrics\(\) has a metric 'loss'"):
+        task.on_validation_epoch_start()
+
+
+def test_predictions_may_not_have_reserved_names() -> None:
+    class Own(ClassificationTask):
+        def predict(self, outputs: Tensor, batch: Any) -> dict[str, Any]:
+            return {"__key__": ["other"] * len(outputs)}
+
+    task = Own(MLP(2, hidden=[2], out_features=2), num_classes=2, input="x")
+    with pytest.raises(ConfigError, match=r"what Own.predict\(\) returns has '__key__'"):
+        task.predict_step(batch_of(2, 2, x=torch.zeros(2, 2)), 0)

@@ -1,0 +1,150 @@
+"""What the values of a batch may be, and what they may be called.
+
+A batch has names that disttrain gives itself (:data:`RESERVED`, and ``NAME_lengths`` beside a padded field), which
+nothing else may have. :class:`Allowed` says which numbers a field may hold, such as the classes of a task; a sample
+with another one is a bad sample, found on the host, where its shard and key are known. Cost: one comparison of an
+array a read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from disttrain.data.values import Decoded
+from disttrain.errors import ConfigError
+
+KEY: Final = "__key__"
+ID: Final = "__id__"
+WEIGHT: Final = "__weight__"
+COUNT: Final = "__count__"
+BAD: Final = "__bad__"
+FILTERED: Final = "__filtered__"
+RESERVED: Final = (KEY, ID, WEIGHT, COUNT, BAD, FILTERED)
+LENGTHS: Final = "_lengths"
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """The numbers that a value may hold: finite ones, from ``least`` to less than ``below``.
+
+    Attributes:
+        what: what such a number is, for messages.
+        least: the smallest.
+        below: what all of them are smaller than.
+        whole: look only at values that are whole numbers; others are for the task to refuse.
+        single: a value is one number; anything else is refused.
+    """
+
+    what: str = "a finite number"
+    least: float = -math.inf
+    below: float = math.inf
+    whole: bool = False
+    single: bool = False
+
+    def faults(self, values: Decoded) -> dict[int, str]:
+        """What is wrong with each value that holds another number, by its place.
+
+        Args:
+            values: of one field, one a sample.
+        """
+        if isinstance(values, Tensor):
+            numbers = _numpy(values).reshape(len(values), math.prod(values.shape[1:]))
+            if numbers.shape[1] == 1 or not self.single:
+                fits = self._fit(numbers)
+                # The common case in one step: all fit.
+                return (
+                    {}
+                    if fits.all()
+                    else {p: self._words(numbers[p]) for p in np.flatnonzero(~fits.all(axis=1)).tolist()}
+                )
+        found = {place: self._fault(value) for place, value in enumerate(values)}
+        return {place: fault for place, fault in found.items() if fault}
+
+    def _fault(self, value: Any) -> str:
+        if isinstance(value, (Tensor, np.ndarray, np.number, int, float)) and not isinstance(value, bool):
+            numbers = np.atleast_1d(_numpy(value) if isinstance(value, Tensor) else np.asarray(value)).ravel()
+            if len(numbers) == 1 or not self.single:
+                return "" if self._fit(numbers).all() else self._words(numbers)
+        if not self.single:
+            return ""
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, (Tensor, np.ndarray)) else ""
+        return f"a {type(value).__name__}{shape} is not {self.what}"
+
+    def _fit(self, numbers: NDArray[Any]) -> NDArray[np.bool_]:
+        kind = numbers.dtype.kind
+        if kind == "O":  # a Python number of more than 64 bits
+            return np.zeros(numbers.shape, dtype=np.bool_)
+        if kind not in ("iu" if self.whole else "iufb"):
+            return np.ones(numbers.shape, dtype=np.bool_)
+        if self.single and kind == "f":
+            with np.errstate(over="ignore"):
+                numbers = numbers.astype(np.float32)  # what it will be
+        fits: NDArray[np.bool_] = np.isfinite(numbers)
+        if self.least > -math.inf:
+            fits &= numbers >= self.least
+        if self.below < math.inf:
+            fits &= numbers < self.below
+        return fits
+
+    def _words(self, numbers: NDArray[Any]) -> str:
+        wrong = numbers[~self._fit(numbers)]
+        return f"{wrong[0]} is not {self.what}"
+
+
+FINITE: Final = Allowed()
+WEIGHTS: Final = Allowed("a weight, which is a finite number of 0 or more", least=0, single=True)
+
+
+def classes(number: int) -> Allowed:
+    """Whole numbers that are class labels.
+
+    Args:
+        number: of classes.
+    """
+    return Allowed(f"one of the {number} classes 0 to {number - 1}", least=0, below=number, whole=True)
+
+
+def as_weights(values: Decoded) -> Tensor:
+    """Weights of samples, one number each, as float32, shape (samples,)."""
+    if isinstance(values, Tensor):
+        return values.reshape(len(values)).float()
+    return torch.tensor([float(value) for value in values], dtype=torch.float32)
+
+
+def check_names(names: Iterable[str], padded: Collection[str] = (), *, where: str, but: str = "") -> None:
+    """Refuse names that disttrain gives itself.
+
+    Args:
+        names: names of values of a batch.
+        padded: those of them that are padded, whose lengths get a name.
+        where: where the names come from, for the message.
+        but: a reserved name that may stand there.
+
+    Raises:
+        ConfigError: a name is reserved.
+    """
+    names = set(names)
+    if taken := sorted(names.intersection(RESERVED) - {but}):
+        raise ConfigError(
+            f"{where} has {taken[0]!r}, a name that disttrain itself uses in a batch, like {', '.join(RESERVED)}",
+            mend="choose another name; to weigh samples, set data.hooks.weight to the field that holds the weights",
+        )
+    for name in padded:
+        if name + LENGTHS in names:
+            raise ConfigError(
+                f"{where} has {name + LENGTHS!r}, which is the name of the lengths of the padded field {name!r}",
+                mend=f"give it another name, or leave it out: the lengths are made by pad of data.fields.{name}",
+            )
+
+
+def _numpy(values: Tensor) -> NDArray[Any]:
+    values = values.detach()
+    return values.float().numpy() if values.dtype == torch.bfloat16 else values.numpy()
