@@ -16,7 +16,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
 from disttrain.callbacks.bad_samples import BadSamples
 from disttrain.callbacks.checkpointing import Checkpointing
@@ -27,6 +27,7 @@ from disttrain.callbacks.micro_batch_size import MicroBatchSearch
 from disttrain.callbacks.preemption import Preemption
 from disttrain.callbacks.progress import StepProgress
 from disttrain.callbacks.randomness import KeyedRandomness
+from disttrain.callbacks.rehearsal import Rehearsal
 from disttrain.callbacks.run_record import RunRecord
 from disttrain.callbacks.step_log import StepLog
 from disttrain.callbacks.stragglers import Stragglers
@@ -42,6 +43,7 @@ from disttrain.parallel.precision import ScaledPrecision, use_tensor_cores
 from disttrain.parallel.strategies import build_strategy
 from disttrain.runs import Start, find_start, stopped_by_request
 from disttrain.stepping import SteppingEpochLoop
+from disttrain.terminal import tell
 from disttrain.world import detect_world
 
 PrecisionName = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
@@ -152,7 +154,7 @@ class Trainer(pl.Trainer):
                 MetricsLog(self.run_dir),
                 EventsLog(self.run_dir),
             ],
-            callbacks=[*own, *(callbacks or []), self.preemption],
+            callbacks=[*own, *(callbacks or []), self.preemption, Rehearsal()],
             enable_progress_bar=progress_bar,
             enable_model_summary=False,
             enable_autolog_hparams=False,
@@ -203,6 +205,14 @@ class Trainer(pl.Trainer):
             checkpoints.attempt, checkpoints.faulty = start.attempt, start.faulty
         self.record.start = start
         return start
+
+    def save_checkpoint(self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
+        """Save now, at a step boundary; what an exception's hooks ask for is not saved. A collective."""
+        if self.state.status == TrainerStatus.INTERRUPTED and self.state.stage is not None:
+            # Other ranks may not have failed, and an error from here would take the place of the one that happened.
+            tell(f"{filepath} is not saved: the run has failed in the midst of a step")
+            return
+        super().save_checkpoint(filepath, weights_only, storage_options)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         # The whole of a fit, from its set-up on; an evaluation has nothing to save.

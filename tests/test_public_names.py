@@ -141,6 +141,7 @@ LAYERS: dict[str, int] = {
         ["parallel.backup", "parallel.buckets", "parallel.clipping", "parallel.lockstep", "parallel.out_of_memory"], 2
     ),
     **dict.fromkeys(["parallel.strategies", "data.loader", "data.module", "data.splits", "tasks.*"], 3),
+    **dict.fromkeys(["checkpoint.contents", "parallel.module_tensors"], 2),
     "callbacks.*": 4,
     **dict.fromkeys(["doctor.*", "parity.*"], 4),
     **dict.fromkeys(["trainer", "commands.*"], 5),

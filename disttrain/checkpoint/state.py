@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from disttrain.checkpoint import store, verify
+from disttrain.checkpoint.contents import check_hooks, check_tensors, plain_contents, savers
 from disttrain.checkpoint.groups import TensorGroup, freeze_as_saved, parameters_by_name
 from disttrain.checkpoint.marker import About
 from disttrain.checkpoint.optimizers import Filling, agreed_groups, named_state, restore_groups, split, with_first_names
@@ -34,7 +34,8 @@ from disttrain.checkpoint.saver import SaveRequest
 from disttrain.checkpoint.staging import own_part
 from disttrain.checkpoint.write import write
 from disttrain.errors import CheckpointError
-from disttrain.parallel.agree import is_distributed
+from disttrain.parallel.agree import raise_together
+from disttrain.parallel.module_tensors import broadcast_tensors
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import DDPStrategy as _Base
@@ -48,6 +49,11 @@ class CheckpointMixin(_Base):
     """Saves and loads disttrain's checkpoints; to be mixed into a Lightning strategy, before its base."""
 
     lightning_module: pl.LightningModule | None
+    _given: dict[str, Any] | None = None
+    """The weights that the checkpoint under way was given, before any hook saw them."""
+    _loaded: dict[str, Any] | None = None
+    """Likewise, of the checkpoint that was loaded."""
+    _rehearsing = False
     evaluated_group: str | None = None
     """The group whose tensors were loaded in place of parameters, at the last load for evaluation."""
 
@@ -84,8 +90,10 @@ class CheckpointMixin(_Base):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """This rank's part of the model's tensors, by parameter name. A collective where there are buffers."""
-        self.sync_buffers()
-        return dict(get_model_state_dict(self._module()))
+        if not self._rehearsing:
+            self.sync_buffers()
+        self._given = dict(get_model_state_dict(self._module()))
+        return dict(self._given)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """This rank's part of an optimizer's state, by parameter name. Nothing is copied, and no step taken."""
@@ -96,7 +104,41 @@ class CheckpointMixin(_Base):
 
         With a :class:`~disttrain.checkpoint.saver.SaveRequest` as ``storage_options`` it is written as that says.
         """
+        with raise_together():
+            tensors, meta = self._contents(checkpoint)
+        path = Path(filepath)
+        about = About(meta["progress"]["global_step"], meta["progress"]["epoch"])
+        with ExitStack() as stack:
+            # A checkpoint may be taken in an evaluation. The model's tensors above share memory with the parameters.
+            for group in self.tensor_groups.values():
+                stack.enter_context(group.training_weights())
+            if isinstance(storage_options, SaveRequest):
+                storage_options.begin(path, tensors=tensors, meta=meta, about=about)
+                return
+            own = own_part(tensors)
+            write(path.parent, path.name, tensors=own, meta=meta, global_step=about.global_step, about=about)
+
+    def rehearse(self) -> None:
+        """Gather all that a save would, and look at it: without copying, writing or synchronizing anything.
+
+        Raises:
+            CheckpointError: something has no form in a checkpoint, or a hook would make one that cannot be resumed.
+        """
+        self._rehearsing = True
+        try:
+            checkpoint = self._module().trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        finally:
+            self._rehearsing = False
+        tensors, _ = self._contents(checkpoint)
+        check_tensors(tensors)
+
+    def _contents(self, checkpoint: dict[str, Any]) -> tuple[store.Tensors, dict[str, Any]]:
+        """What Lightning has gathered, as tensors and the rest."""
         module = self._module()
+        given, self._given = self._given, None
+        if given is not None:
+            suspects = savers(module, module.trainer.callbacks, pl.LightningModule)  # type: ignore[attr-defined]
+            check_hooks(given, checkpoint["state_dict"], partly=not module.strict_loading, suspects=suspects)
         progress = progress_of(module.trainer)
         model, extra = split_off_extra(checkpoint["state_dict"])
         tensors: store.Tensors = {"model": model}
@@ -119,19 +161,9 @@ class CheckpointMixin(_Base):
             "optimizer_entries": [plain["entries"] for plain in optimizers],
             "extra_state": extra,
             "frozen": [name for name, parameter in parameters_by_name(module) if not parameter.requires_grad],
-            "trainer": {key: value for key, value in checkpoint.items() if key not in _SPLIT_OFF},
+            "trainer": plain_contents({key: value for key, value in checkpoint.items() if key not in _SPLIT_OFF}),
         }
-        path = Path(filepath)
-        about = About(progress.global_step, progress.epoch)
-        with ExitStack() as stack:
-            # A checkpoint may be taken in an evaluation. The model's tensors above share memory with the parameters.
-            for group in self.tensor_groups.values():
-                stack.enter_context(group.training_weights())
-            if isinstance(storage_options, SaveRequest):
-                storage_options.begin(path, tensors=tensors, meta=meta, about=about)
-                return
-            own = own_part(tensors)
-            write(path.parent, path.name, tensors=own, meta=meta, global_step=about.global_step, about=about)
+        return tensors, meta
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Fill model and, when fitting, optimizers; return the rest in Lightning's form. A collective.
@@ -153,6 +185,9 @@ class CheckpointMixin(_Base):
             checkpoint |= {"epoch": progress.epoch, "global_step": progress.global_step}
         else:
             self._fill_to_evaluate(path, meta)
+        # For on_load_checkpoint() of modules, which read it: these are the weights themselves, not copies.
+        self._loaded = dict(get_model_state_dict(self._module()))
+        checkpoint["state_dict"] = dict(self._loaded)
         return checkpoint
 
     def load_weights(self, path: Path) -> None:
@@ -177,13 +212,24 @@ class CheckpointMixin(_Base):
 
         Ranks gather their own in training; what is evaluated and saved must be one model.
         """
-        buffers = [buffer for buffer in self._module().buffers() if not isinstance(buffer, DTensor)]
-        if is_distributed():
-            for buffer in buffers:
-                dist.broadcast(buffer, src=0)
+        broadcast_tensors(self._module().buffers())
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Nothing is left to do: :meth:`load_checkpoint` has filled the model."""
+        """Nothing is left to do: :meth:`load_checkpoint` has filled the model.
+
+        Raises:
+            CheckpointError: ``on_load_checkpoint()`` of the module asks for other weights than that.
+        """
+        loaded, self._loaded = self._loaded or {}, None
+        now = checkpoint.get("state_dict", {})
+        tensors = [name for name, value in {**loaded, **now}.items() if isinstance(value, Tensor)]
+        if changed := [name for name in tensors if loaded.get(name) is not now.get(name)]:
+            raise CheckpointError(
+                f"on_load_checkpoint() of {type(self._module()).__name__} changes {changed[0]} of the checkpoint's"
+                " state_dict, whose weights have been loaded by then",
+                mend="change the weights in place there, or convert a checkpoint's (disttrain checkpoints export) and"
+                " begin a new run with --initialize_from",
+            )
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Nothing is left to do: :meth:`load_checkpoint` has filled the optimizers."""
@@ -255,6 +301,8 @@ class CheckpointMixin(_Base):
         """The model's state dict, with the extra state of the checkpoint, and which of it is to be read."""
         weights = dict(get_model_state_dict(self._module()))
         read, extra = split_off_extra(weights)
+        if not self._module().strict_loading:  # what its hook has kept out of the checkpoint, the module has filled
+            read = {name: tensor for name, tensor in read.items() if f"model.{name}" in index}
         saved = meta.get("extra_state", {})  # older checkpoints hold what is a tensor among the others
         for name in extra:
             if name in saved:

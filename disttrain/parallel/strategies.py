@@ -17,7 +17,6 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -33,6 +32,15 @@ from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.fsdp_internals import fsdp_modules, parameter_name, take_unreduced, trained_parameters
 from disttrain.parallel.initialize import initialize, leave_meta, starts_on_meta
 from disttrain.parallel.joining import JoiningMixin
+from disttrain.parallel.module_tensors import (
+    broadcast_tensors,
+    check_trained,
+    check_units,
+    leave_out_of_ddp,
+    odd_names,
+    send_with_forward,
+    settle_layout,
+)
 from disttrain.parallel.narrow import NarrowReduceScatter, install_narrow_hook, install_wide_hook
 from disttrain.parallel.out_of_memory import MemoryGuardMixin
 from disttrain.parallel.precision import shard_policy
@@ -74,6 +82,9 @@ class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, Join
         if starts_on_meta(module, wanted=self.config.meta_init, fitting=fitting and not self._filled):
             initialize(module, self.root_device, seed=self.seed)
             self._filled = True
+        if fitting:
+            check_trained(module, sharded=False)
+        settle_layout(module, sharded=False)
         super().model_to_device()
 
     def configure_ddp(self) -> None:
@@ -89,8 +100,13 @@ class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, Join
         sums = self._start_tree(module.trainer) if self.config.reduction == "tree" else None
         if self.world_size == 1:
             return
+        odd = odd_names(module)
+        if odd:
+            leave_out_of_ddp(module, odd)
         super().configure_ddp()
         assert isinstance(self.model, DistributedDataParallel)
+        if odd:
+            send_with_forward(self.model, odd)
         if sums is not None:
             # The hook's collectives come from a thread of their own, so they have a group of their own.
             exchange = Exchange(dist.new_group(), self.global_rank)
@@ -192,8 +208,10 @@ class FSDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, Joi
         if not empty:
             self.model_to_device()
         if not sharded:
+            check_trained(module, sharded=True)
+            settle_layout(module, sharded=True)
             if not empty:
-                _sync_module_states(module)
+                broadcast_tensors((*module.parameters(), *module.buffers()))
             mesh = self._mesh_of_ranks()
             if mesh.mesh_dim_names and "tensor" in mesh.mesh_dim_names:
                 apply_tensor_plan(module, mesh["tensor"])
@@ -211,6 +229,7 @@ class FSDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, Joi
                 offload=self._offload(),
                 precision=shard_policy(str(trainer.precision), self.config.reduce_dtype),
             )
+            check_units(module)
             if empty:
                 initialize(module, self.root_device, seed=self.seed, offload=self.config.offload)
                 self.model_to_device()

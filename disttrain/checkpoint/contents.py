@@ -1,0 +1,210 @@
+"""What goes into a checkpoint beside its tensors, in a form that is read back without unpickling.
+
+Two rules. What a resume gives back (``state_dict()``, ``on_save_checkpoint()``) is changed only where what comes back
+equals it: NumPy's numbers become Python's, subclasses of plain types their base. Hyper-parameters are a record that
+nobody loads, so they take any plain form: a path its text, an Enum its value, a dataclass or Namespace a dictionary, a
+class, function or module its name. Whatever has no such form is refused, by its dotted name and type. No tensor is
+copied.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import datetime
+import decimal
+import enum
+import fractions
+import functools
+import inspect
+import types
+import uuid
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import PurePath
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from disttrain.checkpoint.store import Tensors, leaves
+from disttrain.errors import CheckpointError
+
+_HYPER_PARAMETERS: Final = ("hyper_parameters", "datamodule_hyper_parameters")
+_BASE: Final = "lightning.pytorch.callbacks.callback"
+_SHOWN: Final = 5
+_DEEPEST: Final = 64
+_AS_THEY_ARE: Final = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
+_BASES: Final[tuple[tuple[type, Callable[[Any], Any]], ...]] = (
+    (bool, bool),
+    (int, int.__int__),
+    (float, float.__float__),
+    (str, str.__str__),
+    (bytes, lambda value: bytes(memoryview(value))),
+)
+_TEXTS: Final = (
+    *(PurePath, uuid.UUID, decimal.Decimal, fractions.Fraction, range, slice),
+    *(datetime.date, datetime.time, datetime.timedelta, np.dtype, np.datetime64, np.timedelta64),
+)
+
+
+def plain_contents(contents: Mapping[str, Any]) -> dict[str, Any]:
+    """What Lightning gathers for a checkpoint, in plain form.
+
+    Raises:
+        CheckpointError: entries have none; the message names them all, up to five.
+    """
+    faults: list[tuple[str, str]] = []
+    found = {
+        name: _plain(value, name, faults, lenient=name in _HYPER_PARAMETERS)
+        for name, value in contents.items()
+        if name != "hparams_type"  # OmegaConf's class: what it held is a dictionary here
+    }
+    if faults:
+        shown = ", ".join(f"{name} (of type {kind})" for name, kind in faults[:_SHOWN])
+        more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        hints = []
+        if any(name.startswith(_HYPER_PARAMETERS) for name, _ in faults):
+            hints.append("leave them out with save_hyperparameters(ignore=[...])")
+        if any(not name.startswith(_HYPER_PARAMETERS) for name, _ in faults):
+            hints.append(
+                "keep plain values and tensors in state_dict() and on_save_checkpoint(), and convert them back"
+            )
+        raise CheckpointError(
+            f"a checkpoint cannot hold {shown}{more}, which could only be unpickled", mend="; ".join(hints)
+        )
+    return found
+
+
+def check_tensors(tensors: Tensors) -> None:
+    """Refuse tensors that have no form in a checkpoint, by name.
+
+    Raises:
+        CheckpointError: one is sparse, nested, quantized or without memory.
+    """
+    for name, tensor in leaves(tensors):
+        kind = str(tensor.layout).removeprefix("torch.") if tensor.layout != torch.strided else ""
+        kind = kind or ("quantized" if tensor.is_quantized else "meta" if tensor.is_meta else "")
+        if kind or tensor.is_nested:
+            raise CheckpointError(
+                f"a checkpoint cannot hold {name}, a {kind or 'nested'} tensor",
+                mend="register it with persistent=False if it can be built anew, or keep it as a dense tensor",
+            )
+
+
+def check_hooks(given: Mapping[str, Any], saved: Mapping[str, Any], *, partly: bool, suspects: Iterable[str]) -> None:
+    """Refuse hooks that put something else in the place of the weights: it would be saved and never loaded.
+
+    Args:
+        given: the weights of the model, by name.
+        saved: what is left of them after all ``on_save_checkpoint`` hooks.
+        partly: the module does without some of them at a resume (``strict_loading = False``).
+        suspects: who has such a hook.
+
+    Raises:
+        CheckpointError: weights were added or replaced, or removed from a module that needs them all.
+    """
+    who = " or ".join(suspects) or "a hook"
+    added = [name for name in saved if name not in given]
+    replaced = [name for name in saved if name in given and saved[name] is not given[name]]
+    if added or replaced:
+        name = (replaced or added)[0]
+        raise CheckpointError(
+            f"on_save_checkpoint() of {who} {'replaces' if replaced else 'adds'} {name} in the checkpoint's state_dict,"
+            " which a resume would not undo",
+            mend="keep further tensors under a key of the checkpoint's own, and convert weights after training; for"
+            " averaged weights use disttrain.EMA",
+        )
+    removed = [name for name in given if name not in saved]
+    if removed and not partly:
+        raise CheckpointError(
+            f"on_save_checkpoint() of {who} removes {removed[0]}{_and_more(removed)} from the checkpoint's state_dict:"
+            " it could not be resumed",
+            mend="set strict_loading = False in the module, if it fills these weights itself",
+        )
+
+
+def savers(module: Any, callbacks: Iterable[Any], base: type) -> list[str]:
+    """The module and callbacks that change checkpoints by a hook, by the names of their classes."""
+    own = type(module).on_save_checkpoint is not base.on_save_checkpoint  # type: ignore[attr-defined]
+    named = [type(module).__name__] if own else []
+    for callback in callbacks:
+        hook = inspect.getattr_static(type(callback), "on_save_checkpoint", None)
+        # Those of disttrain's callbacks keep to their own state.
+        if hook is not None and not getattr(hook, "__module__", "").startswith(("disttrain.", _BASE)):
+            named.append(type(callback).__name__)
+    return named
+
+
+def _plain(value: Any, name: str, faults: list[tuple[str, str]], *, lenient: bool, outer: tuple[int, ...] = ()) -> Any:
+    if type(value) in _AS_THEY_ARE:
+        return value
+    if len(outer) > _DEEPEST or id(value) in outer:
+        faults.append((name, f"{_kind(value)}, nested without an end"))
+        return None
+    inner = functools.partial(_plain, faults=faults, lenient=lenient, outer=(*outer, id(value)))
+    if isinstance(value, Tensor):
+        if not isinstance(value, DTensor) and value.layout == torch.strided:
+            return value.detach() if type(value) in (Tensor, nn.Parameter) else value.detach().as_subclass(Tensor)
+    elif isinstance(value, dict):
+        made = {inner(key, f"{name}.{_shown(key)}"): inner(v, f"{name}.{_shown(key)}") for key, v in value.items()}
+        return type(value)(made) if type(value) in (collections.OrderedDict, collections.Counter) else made
+    elif isinstance(value, list | tuple | set | frozenset):
+        if lenient and hasattr(value, "_asdict"):
+            return inner(value._asdict(), name)
+        kind = next(base for base in (list, tuple, set, frozenset) if isinstance(value, base))
+        return (set if kind is frozenset else kind)(inner(v, f"{name}.{place}") for place, v in enumerate(value))
+    elif isinstance(value, np.generic) and not isinstance(
+        value.item(), np.generic | datetime.date | datetime.timedelta
+    ):
+        return inner(value.item(), name)
+    elif (base := next((make for kind, make in _BASES if isinstance(value, kind)), None)) is not None:
+        return base(value)
+    elif lenient:
+        for described in _described(value):
+            return inner(described, name)
+    faults.append((name, _kind(value)))
+    return None
+
+
+def _described(value: Any) -> Iterator[Any]:
+    """A plain form of something that is only recorded, if it has one."""
+    if isinstance(value, _TEXTS):
+        yield str(value)
+    elif isinstance(value, enum.Enum):
+        yield value.value if isinstance(value.value, bool | int | float | str) else value.name
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+    elif isinstance(value, Namespace | types.SimpleNamespace):
+        yield vars(value)
+    elif isinstance(value, Mapping):  # OmegaConf's, too
+        yield dict(value.items())
+    elif isinstance(value, collections.deque):
+        yield list(value)
+    elif isinstance(value, np.ndarray) and value.dtype.kind in "biufcUS":
+        yield value.tolist()
+    elif isinstance(value, functools.partial):
+        yield {"function": value.func, "arguments": value.args, "keywords": value.keywords}
+    elif isinstance(value, type | types.FunctionType | types.BuiltinFunctionType) and "<" not in value.__qualname__:
+        yield f"{value.__module__}.{value.__qualname__}"
+    elif isinstance(value, nn.Module):  # what it learns is saved with the weights
+        yield f"{type(value).__module__}.{type(value).__qualname__}"
+    elif type(value).__module__.startswith("omegaconf.") and hasattr(value, "__iter__"):
+        yield list(value)
+
+
+def _kind(value: Any) -> str:
+    kind = type(value)
+    if isinstance(value, Tensor):
+        return f"{kind.__name__}, sharded" if isinstance(value, DTensor) else f"{kind.__name__}, {value.layout}"
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _shown(key: Any) -> str:
+    return key if isinstance(key, str) else repr(key)[:80]
+
+
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""

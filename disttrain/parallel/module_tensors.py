@@ -1,0 +1,163 @@
+"""The tensors of a user's module, whatever their type and layout, on their way between ranks.
+
+gloo and NCCL know a dozen types, and gloo sends the memory behind a view as if it were contiguous. Here every tensor
+is sent as the bytes of a contiguous copy, many in one broadcast, and written back through its own strides: exact for
+each type. What no strategy can train is refused by name. Cost: one copy of at most a bucket of what is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from disttrain.errors import ConfigError
+from disttrain.parallel.agree import is_distributed
+from disttrain.parallel.fsdp_internals import fsdp_modules, trained_parameters
+
+_BUCKET_BYTES: Final = 32 * 2**20
+_SENT_BY_DDP: Final = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
+    *(torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool),
+}
+"""Types that gloo and NCCL broadcast both."""
+
+
+def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
+    """Give all ranks rank 0's values. A collective of all ranks, which bring tensors of the same types and shapes."""
+    if is_distributed():
+        for bucket in _buckets(tensors):
+            _broadcast(bucket)
+
+
+def check_trained(module: nn.Module, *, sharded: bool) -> None:
+    """Refuse parameters that cannot be trained on several ranks, before PyTorch does in the midst of a step.
+
+    Args:
+        module: the whole.
+        sharded: under FSDP.
+
+    Raises:
+        ConfigError: a trained parameter is complex, or one is of a type or layout that cannot be sharded.
+    """
+    for name, parameter in module.named_parameters():
+        kind = str(parameter.dtype).removeprefix("torch.")
+        if parameter.is_complex() and (sharded or parameter.requires_grad):
+            raise ConfigError(
+                f"parameter {name} is {kind}: its gradient cannot be summed over ranks, nor its norm taken",
+                mend="keep it as a real tensor of shape (..., 2), and use torch.view_as_complex(...) in forward()",
+            )
+        if sharded and not parameter.is_floating_point():
+            raise ConfigError(
+                f"parameter {name} is {kind}, which FSDP cannot shard",
+                mend="register it as a buffer, as it is not trained, or set parallel.strategy to ddp",
+            )
+
+
+def check_units(module: nn.Module) -> None:
+    """Refuse trained parameters of several types in one unit of a sharded module, which FSDP reduces together.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    for unit in fsdp_modules(module):
+        trained = [record.sharded_param for record in trained_parameters(unit)]
+        other = next((each for each in trained if each.dtype != trained[0].dtype), None)
+        if other is not None:
+            one, two = (f"{names[id(each)]} ({str(each.dtype)[6:]})" for each in (trained[0], other))
+            raise ConfigError(
+                f"parameters {one} and {two} are of one unit that FSDP shards, in which all must have one type",
+                mend="convert one of them, name units by shard_units() in the model, or set parallel.strategy to ddp",
+            )
+
+
+def settle_layout(module: nn.Module, *, sharded: bool) -> None:
+    """Give each tensor of a module memory of its own shape, in place, where it cannot be filled or sharded otherwise.
+
+    A buffer whose elements share memory (``expand``) cannot be written to, by a broadcast or a checkpoint; FSDP shards
+    contiguous parameters alone, so that ``channels_last`` ones become such.
+    """
+    made: dict[int, Tensor] = {}
+    for inner in module.modules():
+        for name, buffer in inner._buffers.items():
+            if buffer is not None and not isinstance(buffer, DTensor) and _overlaps(buffer):
+                inner._buffers[name] = made.setdefault(id(buffer), buffer.contiguous())
+    for parameter in module.parameters() if sharded else ():
+        if not isinstance(parameter, DTensor) and not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
+
+
+def odd_names(module: nn.Module) -> list[str]:
+    """The parameters and buffers that DDP cannot send between ranks."""
+    named = (*module.named_parameters(), *module.named_buffers())
+    return [name for name, tensor in named if tensor.dtype not in _SENT_BY_DDP]
+
+
+def leave_out_of_ddp(module: nn.Module, names: Sequence[str]) -> None:
+    """Have DDP pass over some parameters and buffers, none of them trained; to be called before it is made."""
+    ignored = [*getattr(module, "_ddp_params_and_buffers_to_ignore", ()), *names]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)  # type: ignore[no-untyped-call]
+
+
+def send_with_forward(model: DistributedDataParallel, names: Sequence[str]) -> None:
+    """Send what DDP passes over: all of it now, and buffers when DDP sends its own, before a forward pass."""
+    held = dict((*model.module.named_parameters(), *model.module.named_buffers()))
+    broadcast_tensors(held[name] for name in names)
+    buffers = [name for name in names if not isinstance(held[name], nn.Parameter)]
+
+    def send(ddp: nn.Module, arguments: object) -> None:
+        if model.require_forward_param_sync and torch.is_grad_enabled():
+            now = dict(model.module.named_buffers())  # a module may replace them
+            broadcast_tensors(now[name] for name in buffers)
+
+    if buffers:
+        model.register_forward_pre_hook(send)
+
+
+@torch.no_grad()
+def _broadcast(bucket: list[Tensor]) -> None:
+    sent = torch.cat([tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in bucket])
+    dist.broadcast(sent, src=0)
+    if dist.get_rank() == 0:
+        return
+    for tensor, part in zip(bucket, torch.split(sent, [_num_bytes(tensor) for tensor in bucket]), strict=True):
+        # A part may begin at any byte; its type asks for an address of its own.
+        tensor.detach().copy_(part.clone().view(tensor.dtype).view(tensor.shape))
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one device, as many as fit."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if isinstance(tensor, DTensor) or not tensor.numel():
+            continue
+        full = sum(map(_num_bytes, bucket)) + _num_bytes(tensor) > _BUCKET_BYTES
+        if bucket and (full or bucket[0].device != tensor.device):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements may share memory, as far as strides tell."""
+    if tensor.layout != torch.strided or not tensor.numel():
+        return False
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return True
+            extent += stride * (size - 1)
+    return False
