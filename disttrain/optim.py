@@ -197,6 +197,29 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, **fused)
 
 
+def can_skip_on_device(optimizer: Optimizer) -> bool:
+    """Whether the next step does nothing where the optimizer's ``found_inf`` is 1, which its fused kernels look at.
+
+    Fused SGD begins with momentum in memory that nothing has written yet, which stays so if the step is skipped; and it
+    fails where only some parameters have momentum. So momentum that is missing is set to zero here: with that and no
+    dampening, the step has the same result. With dampening the first momentum cannot be made up, and the step cannot
+    be skipped on the device. To be called when the gradients are there.
+    """
+    groups = optimizer.param_groups
+    if not getattr(optimizer, "_step_supports_amp_scaling", False) or not all(group.get("fused") for group in groups):
+        return False
+    if not isinstance(optimizer, torch.optim.SGD):
+        return True  # those that PyTorch has make their state with values
+    for group in groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            if parameter.grad is None or optimizer.state[parameter].get("momentum_buffer") is not None:
+                continue
+            if group["dampening"]:
+                return False
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
+    return True
+
+
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
     """PyTorch's parameter groups: what matches no pattern, then those of the patterns, each by whether it decays.
 

@@ -17,7 +17,8 @@ optimizes, it is the mean of what ``training_step`` gave on all ranks. A module 
 Guarantee: which steps are left out does not depend on the layout, but for norms within rounding of the threshold; nor
 on kills, at whatever moment (:mod:`disttrain.callbacks.rollback`). Cost: the norm of the gradient, which is also
 logged, and one all-reduce of a number each with ``spikes`` and for a module that is no task. On CUDA with a fused
-optimizer the device decides and nothing waits for it; other optimizers there wait once a step. The host looks at what
+optimizer the device decides and nothing waits for it; other optimizers there wait once a step, and so does fused SGD
+with dampening until it has momentum. The host looks at what
 happened every ten steps, before validations, and at the end of an epoch or run. ``16-mixed`` has its own rule and is
 left alone.
 """
@@ -46,6 +47,7 @@ from disttrain.callbacks.usual import Usual
 from disttrain.data.batches import KEY
 from disttrain.ending import EndingFitLoop, GoBack
 from disttrain.errors import ConfigError, DisttrainError
+from disttrain.optim import can_skip_on_device
 from disttrain.parallel.agree import is_distributed, raise_together
 from disttrain.parallel.gradients import gradient_norm, ordered_gradient_norm
 from disttrain.parallel.ranks import data_ranks
@@ -238,7 +240,6 @@ class UpdateGuard(Callback):
     def _judge(self, optimizer: Optimizer, loss: Tensor, norm: Tensor) -> None:
         """Leave out the update of this step, if it would do harm. Called when its gradient is complete."""
         assert self._trainer is not None
-        on_device = norm.is_cuda
         norm = norm.to(loss.device)  # that of offloaded gradients is on the CPU
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         if self.spikes:
@@ -251,7 +252,7 @@ class UpdateGuard(Callback):
             bad = torch.ones_like(bad)
         self._judged = (bad, loss.double(), norm.double())
         bare: Any = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        if on_device and all(group.get("fused") for group in bare.param_groups):
+        if can_skip_on_device(bare):
             bare.found_inf, self._fused = bad.float(), bare  # what a loss scaler would set: the kernels look at it
         elif bool(bad):
             for group in bare.param_groups:

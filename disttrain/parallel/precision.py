@@ -23,6 +23,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from disttrain.optim import can_skip_on_device
 from disttrain.parallel.agree import is_distributed
 from disttrain.parallel.config import ReduceTypeName
 from disttrain.parallel.gradients import local_gradients
@@ -71,9 +72,16 @@ class ScaledPrecision(MixedPrecision):
             return result
         self.scaler.unscale_(optimizer)  # type: ignore[arg-type]
         self._after_closure(model, optimizer)
-        out = self.scaler.step(optimizer, **kwargs)  # type: ignore[arg-type]
+        assert isinstance(optimizer, Optimizer)
+        out = None
+        if can_skip_on_device(optimizer) or not self._found_infinity(optimizer):
+            out = self.scaler.step(optimizer, **kwargs)
         self.scaler.update()
         return out
+
+    def _found_infinity(self, optimizer: Optimizer) -> bool:
+        """Whether unscaling found one, as the scaler itself asks of an optimizer that is not fused. Waits."""
+        return any(bool(found) for found in self.scaler._found_inf_per_device(optimizer).values())
 
     def clip_gradients(
         self,
