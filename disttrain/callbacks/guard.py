@@ -49,7 +49,7 @@ from disttrain.ending import EndingFitLoop, GoBack
 from disttrain.errors import ConfigError, DisttrainError
 from disttrain.optim import can_skip_on_device
 from disttrain.parallel.agree import is_distributed, raise_together
-from disttrain.parallel.gradients import gradient_norm, ordered_gradient_norm
+from disttrain.parallel.gradients import norm_of
 from disttrain.parallel.ranks import data_ranks
 from disttrain.tasks.base import Task
 from disttrain.terminal import tell
@@ -200,8 +200,7 @@ class UpdateGuard(Callback):
         if is_distributed():
             dist.all_reduce(loss)
             loss = loss / dist.get_world_size()
-        ordered = getattr(trainer.strategy, "reduction", "fast") == "tree"
-        self._judge(optimizer, loss, (ordered_gradient_norm if ordered else gradient_norm)(pl_module.parameters()))
+        self._judge(optimizer, loss, norm_of(trainer.strategy)(pl_module.parameters()))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

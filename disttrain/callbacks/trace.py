@@ -30,7 +30,7 @@ from disttrain.callbacks.find import find_callback
 from disttrain.callbacks.step_log import StepLog
 from disttrain.data.module import sharded_data
 from disttrain.files import write_atomically
-from disttrain.parallel.gradients import gradient_norm
+from disttrain.parallel.gradients import norm_of
 from disttrain.tasks.base import Task
 
 FOLDER = "trace"
@@ -102,8 +102,8 @@ class StepTrace(Callback):
             self._loss = loss if self._loss is None else self._loss + loss
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return
-        norm = float(gradient_norm(pl_module.parameters()))
-        line = {"step": trainer.global_step, "loss": self._step_loss(trainer, pl_module), "grad_norm": norm}
+        norm = norm_of(trainer.strategy)(pl_module.parameters())
+        line = {"step": trainer.global_step, "loss": self._step_loss(trainer, pl_module), "grad_norm": float(norm)}
         self._write_weights(trainer, pl_module)
         if trainer.is_global_zero:
             with open(self._folder / "steps.jsonl", "a") as file:

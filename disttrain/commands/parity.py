@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
         ParityError: a run failed.
     """
     arguments, more = _parser().parse_known_args(argv)
-    from disttrain.parity.layouts import check_sizes, common_size, parse_layouts, replaced_settings
+    from disttrain.parity.layouts import check_sizes, parse_layouts, replaced_settings
 
     layouts = parse_layouts(arguments.layouts or _LAYOUTS)
     _check(arguments)
@@ -59,12 +59,8 @@ def main(argv: list[str]) -> int:
     recipe = read_words(["fit", *words])
     _check_recipe(recipe)
     notes = replaced_settings(layouts, recipe.parallel)
-    size = recipe.micro_batch_size
-    if size == "auto":
-        size = common_size(layouts, recipe.global_batch_size)
-        notes.append(
-            f"data.micro_batch_size auto is {size} in every layout, the largest size that all of them can take"
-        )
+    size, told = _common_size(recipe, layouts)
+    notes += told
     check_sizes(layouts, recipe.global_batch_size, size)
     for layout in layouts:
         layout.parallel(recipe.parallel)  # a layout that cannot be is told before the others have run
@@ -102,6 +98,19 @@ def main(argv: list[str]) -> int:
     write_json(out / "parity.json", reference, compared, again)
     say("pictures: " + ", ".join(str(path) for path in pictures))
     return _judge([one for one in compared if one.verdict == DIFFERENT])
+
+
+def _common_size(recipe: Checked, layouts: Sequence[Layout]) -> tuple[int, list[str]]:
+    """The micro batch size of the layouts that name none, and what to tell of it."""
+    from disttrain.parity.layouts import common_size, fitting_size
+
+    asked, batch = recipe.micro_batch_size, recipe.global_batch_size
+    if asked == "auto":
+        size = common_size(layouts, batch)
+        return size, [f"data.micro_batch_size auto is {size} in every layout, the largest that all of them can take"]
+    size = asked if batch % asked else fitting_size(layouts, batch, asked)
+    told = f"data.micro_batch_size is {size} in every layout, because not all of them can take the recipe's {asked}"
+    return size, [told] if size != asked else []
 
 
 def _compare(reference: Trace, trace: Trace, tolerance: float, *, same_sums: bool, tree: bool) -> Comparison:

@@ -8,7 +8,7 @@ for the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
 import torch
@@ -85,6 +85,11 @@ def ordered_gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     if not rows:
         return torch.zeros((), dtype=torch.float64)
     return _pairwise_sum(torch.cat(rows)).sqrt()
+
+
+def norm_of(strategy: object) -> Callable[[Iterable[nn.Parameter]], Tensor]:
+    """The norm that goes with a strategy's sums: with ``reduction: tree`` the one whose bits no layout changes."""
+    return ordered_gradient_norm if getattr(strategy, "reduction", "fast") == "tree" else gradient_norm
 
 
 def clip_gradient_norm(parameters: Iterable[nn.Parameter], max_norm: float, *, ordered: bool = False) -> Tensor:

@@ -57,7 +57,8 @@ def compare(reference: Trace, other: Trace, tolerance: float, *, exact: bool = F
         reference: the run that others are compared with.
         other: another run of the same recipe.
         tolerance: largest distance of weights, losses, norms and metrics that counts as rounding.
-        exact: whether the weights must have the same bits; losses, norms and metrics may still round.
+        exact: whether the weights and the norms of the gradients must have the same bits, and a task's losses;
+            another module's losses and the metrics may still round.
 
     Raises:
         ParityError: a file of a run is missing.
@@ -78,7 +79,7 @@ def compare(reference: Trace, other: Trace, tolerance: float, *, exact: bool = F
         order_differs(reference, other)
         or _other_length(reference, other)
         or (first_bit if exact else first_out)
-        or _first_number(reference, other, steps, tolerance)
+        or _first_number(reference, other, steps, tolerance, exact=exact)
         or _first_metric(gaps, tolerance)
     )
     return Comparison(
@@ -106,11 +107,12 @@ def _other_length(reference: Trace, other: Trace) -> str:
     return f"{other.name} did {len(other.steps)} steps, {reference.name} {len(reference.steps)}"
 
 
-def _first_number(reference: Trace, other: Trace, steps: list[int], tolerance: float) -> str:
+def _first_number(reference: Trace, other: Trace, steps: list[int], tolerance: float, *, exact: bool) -> str:
     for step in steps:
         for name in _NUMBERS:
             off = _off(reference, other, step, name)
-            if not off <= tolerance:
+            has_bits = exact and (name == "grad_norm" or reference.is_task)
+            if not off <= (0.0 if has_bits else tolerance):
                 return f"in step {step}, the {name} is off by {off:.1e}"
     return ""
 

@@ -108,6 +108,17 @@ def common_size(layouts: Sequence[Layout], global_batch_size: int) -> int:
     return math.gcd(*(_plan(layout, global_batch_size, 1).rank_batch_size for layout in layouts))
 
 
+def fitting_size(layouts: Sequence[Layout], global_batch_size: int, micro_batch_size: int) -> int:
+    """The recipe's micro batch size where all layouts that name none can take it, or else the next smaller one.
+
+    Raises:
+        ConfigError: a layout cannot cut the global batch at all.
+    """
+    open_ones = [layout for layout in layouts if layout.micro_batch_size is None]
+    largest = common_size(open_ones, global_batch_size) if open_ones else micro_batch_size
+    return max(size for size in divisors(largest) if size <= micro_batch_size)
+
+
 def check_sizes(layouts: Sequence[Layout], global_batch_size: int, micro_batch_size: int) -> None:
     """See that every layout can cut the global batch.
 

@@ -35,8 +35,7 @@ from disttrain.parallel.collectives import all_gather_single
 from disttrain.parallel.gradients import (
     clip_gradient_norm,
     clip_gradient_value,
-    gradient_norm,
-    ordered_gradient_norm,
+    norm_of,
     scale_gradients,
 )
 from disttrain.parallel.ranks import data_ranks
@@ -154,7 +153,7 @@ class Task(pl.LightningModule):
         elif bound:
             self.grad_norm = clip_gradient_norm(self.parameters(), bound, ordered=ordered)
         elif self.judge is not None:
-            self.grad_norm = (ordered_gradient_norm if ordered else gradient_norm)(self.parameters())
+            self.grad_norm = norm_of(self.trainer.strategy)(self.parameters())
         if self.judge is not None and self._step_loss is not None and self.grad_norm is not None:
             self.judge(optimizer, self._step_loss, self.grad_norm)
 

@@ -240,6 +240,21 @@ def test_where_all_bits_are_to_be_equal_the_last_one_counts(tmp_path: Path) -> N
     assert found.causes[0].startswith("a kernel that is not deterministic")
 
 
+@pytest.mark.parametrize("name", ["grad_norm", "loss"])
+def test_where_all_bits_are_to_be_equal_those_of_norm_and_loss_count_too(tmp_path: Path, name: str) -> None:
+    """A factor of clipping that rounds otherwise changes the weights some day."""
+
+    def nudge(run: dict[str, Any]) -> None:
+        run["steps"][2][name] = math.nextafter(run["steps"][2][name], math.inf)
+
+    one, two = write(tmp_path, "one"), write(tmp_path, "two", nudge)
+    assert compare(one, two, 1e-5).verdict == SAME
+    found = compare(one, two, 1e-5, exact=True)
+    assert (found.verdict, found.weights) == (DIFFERENT, 0.0)
+    assert found.first.startswith(f"in step 2, the {name} is off by ")
+    assert found.causes
+
+
 def test_a_step_without_weights_is_told(tmp_path: Path) -> None:
     one, two = write(tmp_path, "one"), write(tmp_path, "two")
     (tmp_path / "two" / "trace" / "weights-000000.pt").unlink()

@@ -11,6 +11,7 @@ from disttrain.parity.layouts import (
     another_size,
     check_sizes,
     common_size,
+    fitting_size,
     parse_layout,
     parse_layouts,
     replaced_settings,
@@ -63,6 +64,7 @@ def test_micro_batch_sizes() -> None:
     layouts = parse_layouts("1,2xddp,3xddp,2x2tp")
     assert common_size(layouts, 48) == 8, "of 48, 24, 16 and 24"
     assert (another_size(48, 8), another_size(48, 1), another_size(1, 1)) == (6, 2, None)
+    assert [fitting_size(layouts, 48, size) for size in (48, 12, 8, 7, 4, 1)] == [8, 8, 8, 4, 4, 1]
     check_sizes(layouts, 48, 8)
     with pytest.raises(ConfigError, match=r"layout 3xddp: .*16 samples"):
         check_sizes(layouts, 48, 12)
