@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from disttrain.trainer import Trainer
     from disttrain.version import __version__
 
+importlib.import_module("disttrain.launcher")  # looks now, as early as can be, which process has started this one
+
 _HOMES = {
     "BadSampleError": "disttrain.data.bad_samples",
     "HooksConfig": "disttrain.data.hooks",

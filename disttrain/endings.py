@@ -3,23 +3,31 @@
 torchrun ends with 1 whichever way its ranks ended. ``disttrain launch`` names a folder in the environment; each rank
 leaves its exit code there, whether it only followed another rank's failure, and a user's mistake in words, which the
 launcher then prints once, below torchrun's report. Without that folder nothing is noted. Cost: one small file a rank.
+
+A rank that fails alone under NCCL may not come to its end: its device still runs kernels that wait for the other ranks,
+and whatever frees the device waits for them. :func:`ends_within` ends the process then, with its error.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from disttrain.errors import HUNG_CODE, PREEMPTED_CODE
+from disttrain.errors import HUNG_CODE, PREEMPTED_CODE, DisttrainError, RankError
 from disttrain.files import write_atomically
+from disttrain.terminal import tell
 
 VARIABLE: Final = "DISTTRAIN_ENDINGS"
 """The environment variable that names the folder."""
+TEARDOWN_SECONDS: Final = 60.0
+"""How long a rank that has failed may take to free its device and its process groups."""
 _BY_WEIGHT: Final = (HUNG_CODE, 1, PREEMPTED_CODE, 2, 130)
 """Which of several codes is that of the run: ranks that do not end the same way follow the first of these."""
 
@@ -62,6 +70,52 @@ def read_endings(folder: Path) -> list[Ending]:
         with suppress(OSError, ValueError, TypeError):
             attempts.setdefault(int(path.name.partition("-")[0]), []).append(Ending(**json.loads(path.read_text())))
     return sorted(attempts[max(attempts)], key=lambda ending: ending.rank) if attempts else []
+
+
+@contextmanager
+def ends_within(error: BaseException | None) -> Iterator[None]:
+    """Around what may wait for other ranks for ever: end the process after a minute of it, if it has failed anyway.
+
+    Args:
+        error: why it has failed; None changes nothing.
+    """
+    if error is None:
+        yield
+        return
+    timer = threading.Timer(TEARDOWN_SECONDS, _end, (error,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _end(error: BaseException) -> None:
+    """Print what nobody else comes to print, and end with the error's code."""
+    rank, code, text = os.environ.get("RANK", "0"), _code(error), str(error)
+    if isinstance(error, DisttrainError):
+        follows = isinstance(error, RankError)  # another rank tells
+        told = note_ending(code, follows=follows, message="" if follows else text) or follows
+    else:
+        told = False
+        note_ending(code, follows=any(kind.__name__ == "DistError" for kind in type(error).__mro__))
+        text = "".join(traceback.format_exception(error)).rstrip()
+    if not told:
+        tell(f"error (rank {rank}): {text}")
+    tell(
+        f"rank {rank} ends by force, {TEARDOWN_SECONDS:g} s after its error: it cannot free its device, which waits for"
+        " the other ranks"
+    )
+    os._exit(code)
+
+
+def _code(error: BaseException) -> int:
+    if isinstance(error, DisttrainError):
+        return error.exit_code
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def code_of(endings: Sequence[Ending], launcher_code: int) -> int:

@@ -8,6 +8,7 @@ before every batch are taken out.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -33,11 +34,13 @@ from disttrain.callbacks.step_log import StepLog
 from disttrain.callbacks.stragglers import Stragglers
 from disttrain.callbacks.watchdog import Watchdog
 from disttrain.ending import EndingFitLoop
+from disttrain.endings import ends_within
 from disttrain.errors import ConfigError, Preempted
 from disttrain.metrics_log import EventsLog, MetricsLog
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.alike import check_alike
 from disttrain.parallel.config import ParallelConfig
+from disttrain.parallel.determinism import use_deterministic_convolutions, use_deterministic_kernels
 from disttrain.parallel.joining import LoneEnvironment, WorldEnvironment
 from disttrain.parallel.precision import ScaledPrecision, use_tensor_cores
 from disttrain.parallel.strategies import build_strategy
@@ -65,11 +68,15 @@ class Trainer(pl.Trainer):
         seed: seed of dropout and other random numbers in training, and of initial weights with ``parallel.meta_init``.
         stop_after: duration, such as ``3h50m``, after which to save and stop, counted from the launch.
         hang_timeout: duration without a step, batch or other progress, from the set-up on, after which the run reports
-            where it hangs, and ends; ``0`` never. Less than the 30 minutes after which PyTorch gives up a collective.
+            where it hangs, and ends; ``0`` never. PyTorch gives up a collective five minutes later, or after 30.
         accelerator: ``auto`` takes CUDA where there is any.
         callbacks: further callbacks; checkpoints are kept by default settings unless one says otherwise.
         progress_bar: show progress on rank 0.
         tf32: let CUDA round the factors of float32 products to ten bits, which tensor cores then multiply.
+        deterministic: use kernels that give the same bits each time, or refuse; for the whole process. On CUDA the
+            bits of two runs are equal with it alone.
+        inference_mode: evaluate and predict without autograd altogether; false for a module that switches gradients on
+            there (forces, attributions).
 
     Raises:
         ConfigError: a setting is out of range, or this device cannot do it.
@@ -94,6 +101,8 @@ class Trainer(pl.Trainer):
         callbacks: list[Callback] | None = None,
         progress_bar: bool = True,
         tf32: bool = True,
+        deterministic: bool = False,
+        inference_mode: bool = True,
     ) -> None:
         if validate_every_steps is not None and validate_every_steps < 1:
             raise ConfigError(
@@ -102,6 +111,10 @@ class Trainer(pl.Trainer):
             )
         parallel = parallel or ParallelConfig()
         device = _device_kind(accelerator)
+        if deterministic:
+            use_deterministic_kernels(device)
+        elif device == "cuda" and parallel.reduction == "tree":
+            use_deterministic_convolutions()
         _check_precision(precision, device)
         _check_clipping(gradient_clip_norm, gradient_clip_value)
         if device == "cuda":
@@ -140,7 +153,7 @@ class Trainer(pl.Trainer):
             accelerator=device,
             devices=world.local_size,
             num_nodes=world.num_nodes,
-            strategy=build_strategy(parallel, seed=seed),
+            strategy=build_strategy(parallel, seed=seed, timeout=self.watchdog.collective_timeout),
             plugins=plugins,
             precision=None if precision == "16-mixed" else precision,  # a plugin says it
             max_epochs=max_epochs,
@@ -150,6 +163,7 @@ class Trainer(pl.Trainer):
             gradient_clip_val=gradient_clip_norm if gradient_clip_value is None else gradient_clip_value,
             gradient_clip_algorithm=None if gradient_clip_value is None else "value",
             use_distributed_sampler=False,
+            inference_mode=inference_mode,
             logger=[
                 MetricsLog(self.run_dir),
                 EventsLog(self.run_dir),
@@ -220,6 +234,11 @@ class Trainer(pl.Trainer):
             self.connect()
             self.watchdog.begin(self, "set-up")
             return super()._run(*args, **kwargs)
+
+    def _teardown(self) -> None:
+        # Moves the module to the CPU, which after an error of this rank alone waits for kernels that wait for others.
+        with ends_within(sys.exception() if self.world_size > 1 else None):
+            super()._teardown()
 
     def _quieten(self) -> None:
         # What Lightning warns of that does not hold here: its own use of a deprecated name, loaders without

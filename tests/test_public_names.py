@@ -60,6 +60,7 @@ LAYERS: dict[str, int] = {
             "endings",
             "errors",
             "files",
+            "launcher",
             "meeting",
             "reading",
             "signals",
@@ -128,7 +129,16 @@ LAYERS: dict[str, int] = {
         ["parallel.agree", "parallel.alike", "parallel.gradients", "parallel.randomness", "parallel.shard"], 2
     ),
     **dict.fromkeys(["parallel.compiling", "parallel.initialize", "parallel.precision", "parallel.synced_norm"], 2),
-    **dict.fromkeys(["parallel.collectives", "parallel.fsdp_internals", "parallel.narrow", "parallel.recompute"], 2),
+    **dict.fromkeys(
+        [
+            "parallel.collectives",
+            "parallel.determinism",
+            "parallel.fsdp_internals",
+            "parallel.narrow",
+            "parallel.recompute",
+        ],
+        2,
+    ),
     **dict.fromkeys(["ending", "stepping", "parallel.joining", "parallel.store", "parallel.votes"], 2),
     **dict.fromkeys(["parallel.ranks", "parallel.reduction", "parallel.summation", "parallel.tensor"], 2),
     **dict.fromkeys(

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +34,7 @@ from disttrain.callbacks.overseer import Overseer
 from disttrain.durations import parse_duration
 from disttrain.endings import note_ending
 from disttrain.errors import HUNG_CODE
+from disttrain.parallel.agree import PYTORCHS_TIMEOUT
 from disttrain.terminal import tell
 from disttrain.whereabouts import whereabouts
 from disttrain.world import World, detect_world
@@ -40,6 +42,7 @@ from disttrain.world import World, detect_world
 _LOOKS: Final = 20  # within the time limit
 _MOST_SECONDS: Final = 10.0  # between two looks
 _GRACE_SECONDS: Final = 15.0  # for the other ranks' files
+_REPORT_SECONDS: Final = 300.0  # for all of it
 _WORKS: Final = ".works"
 _ENTRIES: Final = 5  # of the flight recorders
 _SHARE: Final = 0.25  # of the time limit without a step, after which a rank that works says so to the others
@@ -63,6 +66,11 @@ class Watchdog(Callback):
         self._ended: threading.Event | None = None
         self._thread: threading.Thread | None = None
         self._overseer: Overseer | None = None
+
+    @property
+    def collective_timeout(self) -> timedelta:
+        """How long a collective may take until PyTorch gives it up: long enough for a report to be made before."""
+        return max(PYTORCHS_TIMEOUT, timedelta(seconds=self._timeout + _REPORT_SECONDS))
 
     def begin(self, trainer: pl.Trainer, doing: str) -> None:
         """Watch from here on, and agree on the name of the attempt's folder. A collective, once the ranks have joined.

@@ -30,7 +30,7 @@ from disttrain.checkpoint.store import Tensors
 from disttrain.checkpoint.write import Job, pack_meta
 from disttrain.data.device import same_device
 from disttrain.errors import DisttrainError
-from disttrain.parallel.agree import is_distributed, raise_together
+from disttrain.parallel.agree import is_distributed, new_group, raise_together
 
 
 class Work(Protocol):
@@ -121,7 +121,7 @@ class Saver:
         self._finish_done()
         flight = _Flight(job, done)
         if self._group is None and dist.is_available() and dist.is_initialized():
-            self._group = dist.new_group(backend="gloo")
+            self._group = new_group(backend="gloo")
         self._flight = flight
         if not background:
             self._run(flight)

@@ -35,6 +35,7 @@ from disttrain.checkpoint.weights import initialize
 from disttrain.commands.messages import explain, own_error
 from disttrain.data.module import ShardedDataModule
 from disttrain.data.remote import is_remote, shown
+from disttrain.endings import ends_within
 from disttrain.errors import ConfigError, DisttrainError
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.strategies import strategy_of
@@ -292,7 +293,8 @@ def run(argv: list[str]) -> int:
         del cli
     finally:
         if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+            with ends_within(sys.exception() if dist.get_world_size() > 1 else None):
+                dist.destroy_process_group()
     return 0
 
 

@@ -22,7 +22,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from disttrain.errors import JoinError
+from disttrain.launcher import ends_with_launcher
 from disttrain.meeting import find_meeting
+from disttrain.parallel.agree import PYTORCHS_TIMEOUT
 from disttrain.parallel.store import has_agent_store, meet
 from disttrain.terminal import tell
 from disttrain.world import World, detect_world
@@ -99,16 +101,17 @@ class JoiningMixin(DDPStrategy):
         self.set_world_ranks()
         ours = world.size == self.world_size and (world.size > 1 or has_agent_store())
         if ours and not dist.is_initialized():
-            timeout = self._timeout or timedelta(minutes=30)
+            timeout = self._timeout or PYTORCHS_TIMEOUT
             options: dict[str, Any] = {} if self.root_device.type == "cpu" else {"device_id": self.root_device}
-            dist.init_process_group(
-                self._get_process_group_backend(),
-                store=join(world, timeout),
-                rank=world.rank,
-                world_size=world.size,
-                timeout=timeout,
-                **options,
-            )
+            with ends_with_launcher():
+                dist.init_process_group(
+                    self._get_process_group_backend(),
+                    store=join(world, min(timeout, PYTORCHS_TIMEOUT)),
+                    rank=world.rank,
+                    world_size=world.size,
+                    timeout=timeout,
+                    **options,
+                )
         super().setup_distributed()
 
 

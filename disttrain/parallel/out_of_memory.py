@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from disttrain.errors import DisttrainError
-from disttrain.parallel.agree import is_distributed
+from disttrain.parallel.agree import is_distributed, new_group
 from disttrain.parallel.backup import BufferBackup, OptimizerBackup
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class MemoryGuard:
         self.failed: int | None = None
         """In which of :data:`PHASES` this rank ran out of memory in this step."""
         self._rank, self._world_size = rank, dist.get_world_size() if is_distributed() else 1
-        self._group = dist.new_group(backend="gloo") if is_distributed() else None
+        self._group = new_group(backend="gloo") if is_distributed() else None
         self._module, self._lockstep, self._skip, self._can_retry = module, lockstep, skip, can_retry
         self._buffers = BufferBackup(module)
         self._optimizer: OptimizerBackup | None = None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import lightning.pytorch as pl
 import torch.distributed as dist
 
+from disttrain.parallel.agree import new_group
 from disttrain.parallel.config import Degrees
 
 
@@ -43,5 +44,5 @@ def divide_ranks(degrees: Degrees, rank: int) -> DataRanks:
     if tensor == 1:
         return DataRanks(rank, degrees.data)
     every_part = [[part * tensor + place for part in range(degrees.data)] for place in range(tensor)]
-    group, _ = dist.new_subgroups_by_enumeration(every_part)  # type: ignore[no-untyped-call]
-    return DataRanks(rank // tensor, degrees.data, leads=rank % tensor == 0, group=group)
+    groups = [new_group(part) for part in every_part]  # every rank makes all of them
+    return DataRanks(rank // tensor, degrees.data, leads=rank % tensor == 0, group=groups[rank % tensor])

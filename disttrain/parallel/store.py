@@ -10,12 +10,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Final
 
+import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
+from disttrain.errors import JoinError
 from disttrain.meeting import Meeting, announce, hear
 from disttrain.world import World
+
+_AGENT_TIMEOUT: Final = timedelta(minutes=2)
 
 
 @contextmanager
@@ -27,7 +32,7 @@ def meet(meeting: Meeting, world: World, timeout: timedelta) -> Iterator[Store]:
         JoinError: rank 0 cannot be reached.
     """
     if has_agent_store():
-        yield _client(meeting.host, meeting.ports[0], timeout)
+        yield _agents_store(meeting, timeout)
     elif world.rank == 0:
         # It listens at all addresses; what the meeting's is called need not lead back here.
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timeout)
@@ -36,6 +41,24 @@ def meet(meeting: Meeting, world: World, timeout: timedelta) -> Iterator[Store]:
     else:
         port = hear(meeting, time.monotonic() + timeout.total_seconds())
         yield _client(meeting.host, port, timeout)
+
+
+def _agents_store(meeting: Meeting, timeout: timedelta) -> TCPStore:
+    """That of torchrun's agent, which is there before any rank is: where it cannot be reached, the agent has died."""
+    host, port = meeting.host, meeting.ports[0]
+    try:
+        store = _client(host, port, min(timeout, _AGENT_TIMEOUT))
+    except dist.DistNetworkError as error:
+        raise JoinError(
+            f"the store of torchrun's agent at {host}:{port} cannot be reached: {_first_line(error)}",
+            mend="see whether torchrun still runs on the first node, and whether this node reaches that address",
+        ) from None
+    store.set_timeout(timeout)
+    return store
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _client(host: str, port: int, timeout: timedelta) -> TCPStore:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,6 +26,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.checkpoint.state import CheckpointMixin
+from disttrain.parallel.agree import PYTORCHS_TIMEOUT, new_group, set_timeout, timeout_of
 from disttrain.parallel.buckets import BucketHook
 from disttrain.parallel.clipping import ClippingMixin
 from disttrain.parallel.compiling import compile_blocks
@@ -61,9 +63,12 @@ class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, Join
     Args:
         config: bucket size, the search for unused parameters, the order of sums.
         seed: keys initial weights of a model that was built on the meta device.
+        timeout: how long a collective may take until PyTorch gives it up.
     """
 
-    def __init__(self, config: ParallelConfig | None = None, *, seed: int = 0) -> None:
+    def __init__(
+        self, config: ParallelConfig | None = None, *, seed: int = 0, timeout: timedelta = PYTORCHS_TIMEOUT
+    ) -> None:
         self.config, self.seed = config or ParallelConfig(strategy="ddp"), seed
         self._hook: BucketHook | None = None
         self._filled = self._graph_learned = False
@@ -72,6 +77,7 @@ class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, Join
             find_unused_parameters=self.config.find_unused_parameters,
             gradient_as_bucket_view=self.config.gradient_as_bucket_view,
             static_graph=self.config.static_graph,
+            timeout=timeout,
         )
 
     def model_to_device(self) -> None:
@@ -109,7 +115,7 @@ class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, Join
             send_with_forward(self.model, odd)
         if sums is not None:
             # The hook's collectives come from a thread of their own, so they have a group of their own.
-            exchange = Exchange(dist.new_group(), self.global_rank)
+            exchange = Exchange(new_group(), self.global_rank)
             trained = [parameter for _, parameter in self._trained()]
             self._hook = BucketHook(sums, trained, exchange, self._lacks_memory)
             self._hook.install(self.model)
@@ -120,6 +126,11 @@ class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, Join
             install_narrow_hook(self.model)
         elif module.trainer.precision == "bf16-true":
             install_wide_hook(self.model)
+
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        # On the stream that trains: Lightning 2.6.6 wraps on another one, which the nodes that gather gradients then
+        # stay on, and every backward pass waits for it (https://github.com/Lightning-AI/pytorch-lightning/pull/21746).
+        return DistributedDataParallel(model, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -171,15 +182,18 @@ class FSDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, Joi
     Args:
         config: over which ranks to shard, what to reshard, the order of sums.
         seed: keys initial weights of a model that was built on the meta device.
+        timeout: how long a collective may take until PyTorch gives it up.
     """
 
-    def __init__(self, config: ParallelConfig | None = None, *, seed: int = 0) -> None:
+    def __init__(
+        self, config: ParallelConfig | None = None, *, seed: int = 0, timeout: timedelta = PYTORCHS_TIMEOUT
+    ) -> None:
         self.config, self.seed = config or ParallelConfig(strategy="fsdp"), seed
         self._mesh: DeviceMesh | None = None
         self.data_ranks: DataRanks | None = None
         """This rank's place among those that divide the data; known once the ranks have met."""
         self._scatters: list[TreeReduceScatter] = []
-        super().__init__()
+        super().__init__(timeout=timeout)
 
     def _get_process_group_backend(self) -> str:
         if self.config.offload and self.root_device.type == "cuda":
@@ -278,6 +292,8 @@ class FSDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, Joi
             degrees = self.config.degrees(self.world_size)._asdict()
             axes = {name: degree for name, degree in degrees.items() if name == "shard" or degree > 1}
             self._mesh = init_device_mesh(self.root_device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+            for group in self._mesh.get_all_groups():
+                set_timeout(group, timeout_of())
         return self._mesh
 
     def _reduce_in_tree(self, trainer: pl.Trainer) -> None:
@@ -314,9 +330,9 @@ class FSDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, Joi
             self._finish_alone([(name, None if grad is None else grad.to_local()) for name, grad in grads])
 
 
-def build_strategy(config: ParallelConfig, *, seed: int = 0) -> DDP | FSDP:
+def build_strategy(config: ParallelConfig, *, seed: int = 0, timeout: timedelta = PYTORCHS_TIMEOUT) -> DDP | FSDP:
     """The strategy that a configuration names; the seed keys initial weights with ``meta_init``."""
-    return FSDP(config, seed=seed) if config.strategy == "fsdp" else DDP(config, seed=seed)
+    return (FSDP if config.strategy == "fsdp" else DDP)(config, seed=seed, timeout=timeout)
 
 
 def _settle_buckets(model: DistributedDataParallel) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from disttrain.errors import ConfigError
 from disttrain.parallel.config import ParallelConfig, ReductionName
+from disttrain.parallel.determinism import check_ordered_sums
 from disttrain.parallel.gradients import scale_gradients
 from disttrain.parallel.out_of_memory import MemoryGuard
 from disttrain.parallel.ranks import data_ranks
@@ -38,6 +39,7 @@ class SummationMixin(_Base):
     memory_guard: MemoryGuard | None = None
     _sums: PartialSums | None = None
     _of_step: list[tuple[str, Any]]  # the parameters that get gradients in the step under way
+    _looked: bool = False  # at the kernels of the first micro batch
 
     @property
     def reduction(self) -> ReductionName:
@@ -80,6 +82,9 @@ class SummationMixin(_Base):
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Run a backward pass whose starting value does not depend on the layout."""
         if self._sums is not None:
+            if not self._looked:
+                check_ordered_sums(closure_loss, self.root_device)
+                self._looked = True
             accumulation = self._trainer().accumulate_grad_batches
             plan = plan_tree(data_ranks(self._trainer()).size, accumulation)
             if self._sums.count == 0:

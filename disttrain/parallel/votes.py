@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from disttrain.parallel.agree import is_distributed
+from disttrain.parallel.agree import is_distributed, new_group
 
 
 class Votes:
     """Votes of all ranks. To be made on every rank at the same place: that is a collective."""
 
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo") if is_distributed() else None
+        self._group = new_group(backend="gloo") if is_distributed() else None
         self._value: Tensor | None = None
         self._work: dist.Work | None = None
 

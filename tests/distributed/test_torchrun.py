@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from disttrain.callbacks.ledger import read_ledger
@@ -25,6 +26,33 @@ def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     fit(run_dir, digits, "ddp", TREE).ok()
     return run_dir
+
+
+WAITING = """
+import os, time
+from disttrain import Trainer
+
+trainer, parent = Trainer(run_dir={folder!r}, accelerator="cpu", progress_bar=False), os.getppid()
+print("ready", os.environ["RANK"], flush=True)
+while os.environ["RANK"] == "1" and os.getppid() == parent:
+    time.sleep(0.02)  # joins only once its torchrun is dead
+trainer.connect()
+"""
+
+
+def test_ranks_end_with_a_torchrun_that_dies_before_they_have_met(tmp_path: Path) -> None:
+    """One rank waits for the other; that one comes when there is no store any more."""
+    (tmp_path / "wait.py").write_text(WAITING.format(folder=str(tmp_path / "run")))
+    with torchrun(STANDALONE, [str(tmp_path / "wait.py")], tmp_path / "log") as launch:
+        for rank in range(2):
+            launch.wait_for(f"ready {rank}")
+        ranks = launch.workers()
+        launch.process.kill()
+        _, left = psutil.wait_procs(ranks, timeout=60)
+        for process in left:
+            process.kill()
+        assert not left, launch.log.read_text()
+    assert "torchrun has died before all ranks had met" in launch.log.read_text()
 
 
 TREE = ("--trainer.parallel.reduction", "tree")

@@ -21,10 +21,11 @@ class Launch:
     def __init__(self, options: Sequence[str], arguments: Sequence[str], log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
+        target = arguments if arguments[0].endswith(".py") else ["-m", "disttrain", *arguments]
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with open(log, "w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", *options, "-m", "disttrain", *arguments],
+                [sys.executable, "-m", "torch.distributed.run", *options, *target],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=environ,
