@@ -10,11 +10,23 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import tempfile
+import traceback
+import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from disttrain.endings import note_ending
-from disttrain.errors import PREEMPTED_CODE, ConfigError, DisttrainError, Preempted, RankError, nearest
-from disttrain.terminal import say, tell
+from disttrain.errors import (
+    PREEMPTED_CODE,
+    ConfigError,
+    DisttrainError,
+    Preempted,
+    RankError,
+    nearest,
+    passed_through_users_code,
+)
+from disttrain.terminal import say, tell, warning_line
 from disttrain.world import World, detect_world
 
 _TRAINING = {
@@ -37,18 +49,28 @@ _TOOLS = {
 _BACKENDS = ("gloo", "NCCL", "nccl")
 _MOST_LETTERS = 300
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_OF_A_PATH = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ELOOP),
+    *(errno.ENAMETOOLONG, errno.ENXIO, errno.EBADF, errno.EINVAL),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit code."""
-    code = 1
+    code, usual = 1, warnings.formatwarning
+    warnings.formatwarning = warning_line
     try:
         code = _main(sys.argv[1:] if argv is None else argv)
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
         raise
+    except Exception as error:
+        if passed_through_users_code(error):
+            raise
+        code = _unexpected(error)
     finally:
         note_ending(code)
+        warnings.formatwarning = usual
     return code
 
 
@@ -83,12 +105,17 @@ def _main(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in _OF_THE_DISK:
+        if error.errno in _OF_THE_DISK:
+            told = DisttrainError(
+                f"{error.filename or 'a file'} cannot be written: {error.strerror}",
+                mend="check free space, quota and permissions; the same command then goes on from the last checkpoint",
+            )
+        elif error.errno in _OF_A_PATH and error.filename is not None and not passed_through_users_code(error):
+            told = DisttrainError(
+                f"{os.fsdecode(error.filename)}: {error.strerror}", mend="correct the path, or its permissions"
+            )
+        else:
             raise
-        told = DisttrainError(
-            f"{error.filename or 'a file'} cannot be written: {error.strerror}",
-            mend="check free space, quota and permissions; the same command then goes on from the last checkpoint",
-        )
         _print_error(told)
         return told.exit_code
 
@@ -166,6 +193,46 @@ def _lost_a_peer(error: RuntimeError) -> bool:
     path = frame.tb_frame.f_code.co_filename if frame is not None else ""
     modules = [sys.modules.get(name) for name in ("disttrain", "torch", "lightning")]
     return path.startswith(tuple(f"{Path(str(module.__file__)).parent}/" for module in modules if module is not None))
+
+
+def _unexpected(error: Exception) -> int:
+    """Print an error of disttrain's own, or of a library's, in a few lines, and leave its traceback in a file."""
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if f"{os.sep}disttrain{os.sep}" in frame.filename
+    ]
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
+    words = (str(error).splitlines() or [""])[0][:_MOST_LETTERS]
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's, of a setting or a module
+        told: DisttrainError = ConfigError(words, mend="correct the setting or the module that it names")
+    elif isinstance(error, MemoryError):
+        told = DisttrainError(
+            f"memory does not suffice{place}: {words}", mend="see what the sizes in the command ask for"
+        )
+        told.exit_code = 1
+    else:
+        told = DisttrainError(
+            f"unexpected {type(error).__name__}{place}: {words}",
+            mend=f"if the command and its files are right, report this with the traceback in {_keep_traceback(error)}",
+        )
+        told.exit_code = 1
+    _print_error(told)
+    return told.exit_code
+
+
+def _keep_traceback(error: Exception) -> str:
+    """Write the traceback into the run's folder, where there is one, or a temporary file; gives its name."""
+    from disttrain.data.remote import redacted
+
+    text = redacted("".join(traceback.format_exception(error)))
+    begun = sorted(getattr(sys.modules.get("disttrain.runs"), "_begun", ()))
+    for folder in (*begun[-1:], None):
+        with suppress(OSError):
+            descriptor, name = tempfile.mkstemp(prefix="traceback-", suffix=".txt", dir=folder)
+            with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+            return name
+    say(text, lines=True, err=True)
+    return "the lines above"
 
 
 def _usage() -> str:

@@ -22,6 +22,7 @@ from typing import Final
 
 from disttrain.errors import HUNG_CODE, PREEMPTED_CODE, DisttrainError, RankError
 from disttrain.files import write_atomically
+from disttrain.reading import read_record
 from disttrain.terminal import tell
 
 VARIABLE: Final = "DISTTRAIN_ENDINGS"
@@ -68,7 +69,7 @@ def read_endings(folder: Path) -> list[Ending]:
     attempts: dict[int, list[Ending]] = {}
     for path in folder.glob("*-*"):
         with suppress(OSError, ValueError, TypeError):
-            attempts.setdefault(int(path.name.partition("-")[0]), []).append(Ending(**json.loads(path.read_text())))
+            attempts.setdefault(int(path.name.partition("-")[0]), []).append(Ending(**read_record(path)))
     return sorted(attempts[max(attempts)], key=lambda ending: ending.rank) if attempts else []
 
 

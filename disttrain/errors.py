@@ -1,16 +1,25 @@
 """The exceptions that disttrain raises for a user's mistake or a fault in his data.
 
 Each one says what is wrong, where (file, field, sample key, byte offset, rank) and how to mend it; the
-command line prints it without a traceback and ends with exit code 2. Anything else that escapes is a bug in
-disttrain or in the user's own code and keeps its traceback. No cost: nothing here runs until it fails.
+command line prints it without a traceback and ends with exit code 2. Anything else that escapes is a bug: in the user's
+own code, which keeps its traceback (:func:`passed_through_users_code`), or in disttrain, whose goes into a file.
 """
 
 from __future__ import annotations
 
 import difflib
+import sys
+import traceback
 from collections.abc import Iterable
 from typing import Final
 
+_LIBRARIES: Final = frozenset(
+    [
+        *("disttrain", "torch", "lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "jsonargparse"),
+        *("numpy", "fsspec", "rich", "yaml", "tensorboard", "matplotlib", "safetensors", "psutil", "webdataset"),
+        *("braceexpand", "PIL", "pyarrow", "sklearn", "aiohttp", "s3fs", "gcsfs", "botocore", "typeshed_client"),
+    ]
+)
 PREEMPTED_CODE: Final = 75
 """Exit code of a run that was stopped from outside and goes on when it is started again (``EX_TEMPFAIL``)."""
 HUNG_CODE: Final = 76
@@ -83,6 +92,25 @@ class Preempted(SystemExit):
 
     def __str__(self) -> str:
         return self.message
+
+
+def passed_through_users_code(error: BaseException) -> bool:
+    """Whether an error, or one that it was raised from, was raised in or passed through a user's own code.
+
+    That is every module but those of disttrain, of the libraries that it uses, and of Python.
+    """
+    seen: list[BaseException] = []
+    one: BaseException | None = error
+    while one is not None and one not in seen:
+        seen.append(one)
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+    modules = {
+        str(frame.f_globals.get("__name__")).partition(".")[0]
+        for one in seen
+        for frame, _ in traceback.walk_tb(one.__traceback__)
+    }
+    # A module that does not even compile has no frame.
+    return bool(modules - _LIBRARIES - sys.stdlib_module_names) or any(isinstance(one, SyntaxError) for one in seen)
 
 
 def _rebuild(kind: type[DisttrainError], what: str, mend: str) -> DisttrainError:

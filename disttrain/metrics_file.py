@@ -25,8 +25,10 @@ from typing import BinaryIO, Final
 
 from disttrain.errors import ConfigError, DataError
 from disttrain.files import remove_leftovers
+from disttrain.reading import ReadError, read_lines
 
 FILE_NAME: Final = "metrics.csv"
+_BLOCK_BYTES: Final = 64 * 1024
 FIRST_COLUMNS: Final = ("step", "epoch", "time")
 
 Series = list[tuple[int, float]]
@@ -182,21 +184,26 @@ def _check_names(names: Sequence[str]) -> None:
             raise ConfigError(f"the metric name {name!r} has a line break", mend="log it under a name of one line")
 
 
-def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
+def _whole_lines(path: Path) -> Iterator[bytes]:
     """Lines that were written to their end: half a number looks like a number, so a torn line is no line."""
-    return (line for line in file if line.endswith(b"\n"))
+    try:
+        yield from (line for line in read_lines(path) if line.endswith(b"\n"))
+    except FileNotFoundError:
+        return
+    except (OSError, ReadError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"it {error}"
+        raise DataError(f"{path} cannot be read: {why}", mend="move it away, or name another run folder") from None
 
 
 def _read_header(path: Path) -> tuple[str, ...]:
     """The columns; none where the file is missing or was torn before its first line ended."""
-    try:
-        with open(path, "rb") as file:
-            line = next(_whole_lines(file), b"")
-    except FileNotFoundError:
-        return ()
+    line = next(_whole_lines(path), b"")
     if not line:
         return ()
-    columns = tuple(next(csv.reader([line.decode("utf-8", errors="replace").rstrip("\r\n")]), ()))
+    try:
+        columns = tuple(next(csv.reader([line.decode("utf-8", errors="replace").rstrip("\r\n")]), ()))
+    except csv.Error:
+        columns = ()
     if columns[: len(FIRST_COLUMNS)] != FIRST_COLUMNS:
         raise DataError(
             f"{path} is not a metrics file: its first line begins with {','.join(columns)[:40]!r},"
@@ -208,11 +215,10 @@ def _read_header(path: Path) -> tuple[str, ...]:
 
 def _read_lines(path: Path) -> Iterator[bytes]:
     """The lines below the header, without their ends."""
-    with open(path, "rb") as file:
-        lines = _whole_lines(file)
-        next(lines, None)
-        for line in lines:
-            yield line.rstrip(b"\r\n")
+    lines = _whole_lines(path)
+    next(lines, None)
+    for line in lines:
+        yield line.rstrip(b"\r\n")
 
 
 def _parse(line: bytes, columns: Sequence[str]) -> Row | None:
@@ -222,8 +228,8 @@ def _parse(line: bytes, columns: Sequence[str]) -> Row | None:
     start = len(FIRST_COLUMNS)
     try:
         return Row(
-            step=int(cells[0]),
-            epoch=int(cells[1]) if cells[1] else None,
+            step=_count(cells[0]),
+            epoch=_count(cells[1]) if cells[1] else None,
             time_seconds=float(cells[2]) if cells[2] else None,
             values={
                 name: float(cell) for name, cell in zip(columns[start:], cells[start:], strict=True) if cell.strip()
@@ -233,16 +239,25 @@ def _parse(line: bytes, columns: Sequence[str]) -> Row | None:
         return None
 
 
+def _count(cell: bytes) -> int:
+    number = int(cell)
+    if abs(number) >= 2**63:
+        raise ValueError("that many steps there are not")
+    return number
+
+
 def _drop_torn_line(path: Path) -> None:
     """Cut off what follows the last line end, so that the next row starts on a line of its own."""
     try:
         with open(path, "rb+") as file:
             end = length = file.seek(0, os.SEEK_END)
             while length:
-                file.seek(length - 1)
-                if file.read(1) == b"\n":
+                start = max(0, length - _BLOCK_BYTES)
+                file.seek(start)
+                at = file.read(length - start).rfind(b"\n")
+                length = start + at + 1
+                if at >= 0:
                     break
-                length -= 1
             if length < end:
                 file.truncate(length)
     except FileNotFoundError:

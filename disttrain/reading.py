@@ -15,7 +15,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     import yaml
 
-MAX_BYTES: Final = 64 * 2**20
+MAX_BYTES: Final = 256 * 2**20
 """Of a file that is read whole, if nothing else is said."""
 CONFIG_BYTES: Final = 4 * 2**20
 """Of a configuration."""
@@ -207,7 +207,7 @@ def check_yaml(text: str) -> None:
                     raise ReadError(f"nests values more than {MAX_DEPTH} deep{_line(event.start_mark)}")
             elif isinstance(event, yaml.CollectionEndEvent):
                 node = open_nodes.pop()
-                sizes[node.anchor] = (node.values, node.depth)
+                sizes[node.anchor] = (node.values, node.depth + 1)
                 _add(open_nodes, node.values, node.depth + 1)
 
 
@@ -316,3 +316,40 @@ def as_whole(value: object) -> int | None:
     if number is None or not math.isfinite(number) or abs(number) >= 2**63:
         return None
     return int(value) if isinstance(value, int) else int(number)
+
+
+def conform(record: dict[str, Any], kinds: Mapping[str, Callable[[object], Any]]) -> dict[str, Any]:
+    """An object whose values of known names are what they should be; others stay as they are."""
+    return {name: kinds[name](value) if name in kinds else value for name, value in record.items()}
+
+
+def conform_run(record: object) -> dict[str, Any]:
+    """The content of a ``run.json``, in which each known name has a value of its type."""
+    return conform(as_dict(record), _RUN)
+
+
+_ATTEMPT: Final[Mapping[str, Callable[[object], Any]]] = {
+    **dict.fromkeys(("started", "ended"), as_number),
+    **dict.fromkeys(("from_step", "to_step", "world_size"), as_whole),
+    **dict.fromkeys(("status", "stop_reason", "strategy", "precision", "launch"), as_text),
+}
+_EVENT: Final[Mapping[str, Callable[[object], Any]]] = {
+    **dict.fromkeys(("step", "to_step", "first_skipped", "last_skipped"), as_whole),
+    **dict.fromkeys(("kind", "text"), as_text),
+    "time": as_number,
+}
+_BEST: Final[Mapping[str, Callable[[object], Any]]] = {
+    **dict.fromkeys(("monitor", "mode"), as_text),
+    "value": as_number,
+    "step": as_whole,
+}
+_RUN: Final[Mapping[str, Callable[[object], Any]]] = {
+    **dict.fromkeys(("id", "name", "status", "command", "stop_reason"), as_text),
+    **dict.fromkeys(("created", "ended"), as_number),
+    **dict.fromkeys(("result", "environment", "sources"), as_dict),
+    "attempts": lambda value: [conform(one, _ATTEMPT) for one in as_dicts(value)],
+    "events": lambda value: [conform(one, _EVENT) for one in as_dicts(value)],
+    "best": lambda value: conform(as_dict(value), _BEST),
+    "ranks": as_dicts,
+    "bad_samples": as_whole,
+}

@@ -34,6 +34,7 @@ from disttrain.data.remote import is_remote, shown
 from disttrain.errors import CheckpointError
 from disttrain.files import write_atomically
 from disttrain.parallel.agree import is_distributed, raise_together
+from disttrain.reading import conform_run, read_record
 from disttrain.slurm.requeue import is_restarted_by_slurm, job_of
 
 RUN_FILE: Final = "run.json"
@@ -240,11 +241,7 @@ def best_checkpoint(run_dir: Path, which: str, *, tell: Callable[[str], object] 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
     """A run's record; empty where there is none or it is damaged."""
-    try:
-        content = json.loads((run_dir / RUN_FILE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return conform_run(read_record(run_dir / RUN_FILE))
 
 
 def launch_id() -> str:
@@ -312,8 +309,7 @@ def note_begun(run_dir: Path) -> None:
 
 
 def _attempts(run_dir: Path) -> list[dict[str, Any]]:
-    found = read_run(run_dir).get("attempts")
-    return [attempt for attempt in found if isinstance(attempt, dict)] if isinstance(found, list) else []
+    return list(read_run(run_dir).get("attempts", []))
 
 
 def write_run(run_dir: Path, record: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from disttrain.data.module import sharded_data
 from disttrain.errors import DataError
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.ranks import data_ranks
+from disttrain.reading import read_json_lines
 
 FOLDER = "quarantine"
 
@@ -198,11 +199,7 @@ def quarantined(run_dir: Path) -> Iterator[dict[str, Any]]:
     """The samples that a run has skipped, each once, as its quarantine files list them."""
     seen = set()
     for path in sorted((run_dir / FOLDER).glob("rank-*.jsonl")):
-        for text in path.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue  # cut off by a kill
+        for line in read_json_lines(path):
             if (line["shard"], line["key"]) not in seen:
                 seen.add((line["shard"], line["key"]))
                 yield line

@@ -6,13 +6,13 @@ has come further than at any earlier hang, so that what hangs for good does so t
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
 from disttrain.files import write_atomically
+from disttrain.reading import read_json
 from disttrain.runs import read_run, write_run
 from disttrain.slurm.requeue import have_script_requeue, is_to_be_requeued, job_of
 
@@ -33,7 +33,7 @@ def make_report(run_dir: Path, folder: Path, size: int, timeout: float) -> str:
     """
     ranks: dict[int, dict[str, Any]] = {}
     for path in sorted(folder.glob("rank-*.json")):
-        told = json.loads(path.read_text())
+        told = read_json(path)
         ranks[int(told["rank"])] = told
     step = max(told["step"] for told in ranks.values())
     summary = summarize(ranks, size)

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 
 from disttrain.data.batches import KEY
 from disttrain.parallel.ranks import data_ranks
+from disttrain.reading import read_json_lines
 
 
 class SampleLedger(Callback):
@@ -81,10 +82,6 @@ def read_ledger(folder: Path) -> dict[int, list[str]]:
     """
     steps: dict[int, dict[int, str]] = {}
     for path in sorted(folder.glob("rank-*.jsonl"), key=lambda p: p.stat().st_mtime_ns):
-        for text in path.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
+        for line in read_json_lines(path):
             steps.setdefault(line["step"], {}).update(enumerate(line["keys"], start=line["first_position"]))
     return {step: [keys[at] for at in sorted(keys)] for step, keys in sorted(steps.items())}

@@ -25,6 +25,7 @@ from disttrain.checkpoint.write import from_lead
 from disttrain.errors import CheckpointError
 from disttrain.files import sync_directory, write_synced
 from disttrain.parallel.agree import raise_together
+from disttrain.reading import read_json
 
 FILE: Final = "rollbacks.json"
 
@@ -39,7 +40,7 @@ def read_rollbacks(folder: Path) -> list[Rollback]:
         CheckpointError: the record is damaged.
     """
     try:
-        content = json.loads((folder / FILE).read_text())
+        content = read_json(folder / FILE)
         return [Rollback(**entry) for entry in content["rollbacks"]]
     except FileNotFoundError:
         return []

@@ -23,6 +23,7 @@ from typing import Any, Final
 from disttrain.checkpoint.marker import ABANDONED, LATEST, MARKER, TEMPORARY
 from disttrain.errors import CheckpointError
 from disttrain.files import sync_directory, write_synced
+from disttrain.reading import read_json, read_record
 
 FENCE: Final = "ATTEMPT"
 _GONE: Final = ".gone-"
@@ -100,7 +101,7 @@ def guard(directory: Path, attempt: Attempt | None) -> None:
     if attempt is None:
         return
     try:
-        content = json.loads((directory / FENCE).read_text())
+        content = read_json(directory / FENCE)
         there = content if isinstance(content, dict) else {"number": "?"}
     except (FileNotFoundError, NotADirectoryError):
         there = {}
@@ -143,8 +144,4 @@ def _clear(directory: Path, attempt: Attempt) -> None:
 
 
 def _read(directory: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((directory / FENCE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_record(directory / FENCE)

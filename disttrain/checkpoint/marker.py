@@ -26,6 +26,7 @@ from typing import Any, Final
 from disttrain.checkpoint.checksum import KIND, Sum, sum_of
 from disttrain.errors import CheckpointError
 from disttrain.files import write_synced
+from disttrain.reading import as_number, as_text, parse_json, read_text
 
 FORMAT: Final = 3
 MARKER: Final = "COMMITTED"
@@ -231,7 +232,7 @@ def _look(path: Path) -> os.stat_result | None:
     """
     try:
         return path.stat()
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no file can have that name
         return None
     except OSError as error:
         raise CheckpointError(
@@ -263,11 +264,11 @@ def newer_format(path: Path | str, found: object) -> CheckpointError:
 
 def _read(path: Path) -> Committed:
     try:
-        text = (path / MARKER).read_text()
+        text = read_text(path / MARKER)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} was never committed", mend="resume from an earlier one") from None
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        reason = error.strerror if isinstance(error, OSError) else f"it {error}"
         raise CheckpointError(
             f"checkpoint {path} has a damaged {MARKER}: {reason}", mend="resume from an earlier one"
         ) from None
@@ -286,31 +287,62 @@ def parse(text: str, path: Path, *, shown: str = "") -> Committed:
         CheckpointError: the marker is damaged, or of a newer format.
     """
     try:
-        content = json.loads(text)
-        number = int(content["format"])
+        content = parse_json(text)
+        number = _whole(content["format"])
         if number > FORMAT:
             raise newer_format(shown or path, number)
         return _first(path, content) if number == 1 else _second(path, content)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise CheckpointError(
             f"checkpoint {shown or path} has a damaged {MARKER}", mend="resume from an earlier one"
         ) from None
 
 
 def _first(path: Path, content: Mapping[str, Any]) -> Committed:
-    files = {str(name): Sum(int(size)) for name, size in content["files"].items()}
-    step = int(content["global_step"])
+    files = {_inside(name): Sum(_whole(size)) for name, size in content["files"].items()}
+    step = _whole(content["global_step"])
     return Committed(path, step, About(step), files, 1)
 
 
 def _second(path: Path, content: dict[str, Any]) -> Committed:
     if content.pop("crc32") != _own_sum(content):
         raise ValueError("the marker's own checksum is another")
-    files = {str(name): Sum(int(size), str(crc)) for name, (size, crc) in content["files"].items()}
-    metric = content["metric"] and Metric(**content["metric"])
-    step = int(content["global_step"])
-    about = About(step, content["epoch"], content["run"], content["attempt"], metric, content["time"])
-    return Committed(path, step, about, files, int(content["format"]))
+    files = {_inside(name): Sum(_whole(size), str(crc)) for name, (size, crc) in content["files"].items()}
+    step, epoch, metric = _whole(content["global_step"]), content["epoch"], None
+    if content["metric"] is not None:
+        name, mode = as_text(content["metric"]["name"]), as_text(content["metric"]["mode"])
+        metric = Metric(name, float(content["metric"]["value"]), mode)
+    about = About(
+        step,
+        None if epoch is None else _whole(epoch),
+        as_text(content["run"]),
+        _whole(content["attempt"]),
+        metric,
+        as_number(content["time"]),
+    )
+    return Committed(path, step, about, files, _whole(content["format"]))
+
+
+def _whole(value: object) -> int:
+    """A count.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r} is not a count")
+    return value
+
+
+def _inside(name: str) -> str:
+    """The name of a file within a checkpoint's folder, and nowhere else.
+
+    Raises:
+        ValueError: it leads elsewhere.
+    """
+    if name.startswith("/") or "\0" in name or ".." in name.split("/"):
+        raise ValueError(f"{name!r} is not within the checkpoint")
+    return name
 
 
 def _own_sum(content: Mapping[str, Any]) -> str:

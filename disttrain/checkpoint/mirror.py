@@ -30,6 +30,7 @@ from disttrain.checkpoint.prune import Keep
 from disttrain.data.objects import ObjectFolder
 from disttrain.data.remote import RemoteError, RetryConfig, is_remote, shown
 from disttrain.errors import CheckpointError, ConfigError
+from disttrain.reading import parse_json
 
 _NAME: Final = re.compile(r"(step-\d{8,}(?:\.\d+)?)\.(a\d+-[0-9a-f]+)")
 _READ_ONLY: Final = ("http", "https")
@@ -105,7 +106,7 @@ class Mirror:
         if data is None:
             return {}
         try:
-            content = json.loads(data)
+            content = parse_json(data)
         except ValueError:
             content = None
         if not isinstance(content, dict) or not content.get("run"):

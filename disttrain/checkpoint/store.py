@@ -8,10 +8,11 @@ admits the format's own classes only, the rest with ``weights_only=True``.
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -83,8 +84,9 @@ def read_meta(path: Path) -> dict[str, Any]:
             f"{path / META} cannot be read without running code from it: {cause(error)}",
             mend="resume from another checkpoint; this file was damaged or not written by disttrain",
         ) from None
-    if meta.get("format", 0) > FORMAT:
-        raise newer_format(path, meta.get("format"))
+    number = meta.get("format", 0)
+    if not isinstance(number, int) or number > FORMAT:
+        raise newer_format(path, number)
     return meta
 
 
@@ -234,9 +236,48 @@ class _SafeReader(FileSystemReader):
                 ) from None
         if not (isinstance(metadata, Metadata) and hasattr(metadata, "state_dict_metadata")):
             raise CheckpointError(f"the index of checkpoint {self.path} is none", mend="resume from an earlier one")
+        if why := _misfit(metadata, Path(self.path)):
+            raise CheckpointError(
+                f"the index of checkpoint {self.path} is damaged: {why}", mend="resume from an earlier one"
+            )
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+def _misfit(metadata: Metadata, path: Path) -> str:
+    """Why an index cannot be that of the files beside it; empty where it can. It is asked before memory is.
+
+    torch allocates what the index says, and opens the files that it names.
+    """
+    there = {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
+    parts: dict[str, set[tuple[int, ...]]] = {}
+    for index, info in (metadata.storage_data or {}).items():
+        name, offset, length = info.relative_path, info.offset, info.length
+        if name not in there:
+            return f"it names a file {name!r:.100}, which is not in the checkpoint"
+        if not (_are_counts([offset, length]) and offset + length <= there[name]):
+            return f"{index.fqn!r:.100} is said to lie beyond the end of {name}"
+        parts.setdefault(index.fqn, set()).add(tuple(index.offset or ()))
+    most = sum(there.values())
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        size, kind = list(entry.size), entry.properties.dtype
+        if not (isinstance(kind, torch.dtype) and _are_counts(size) and math.prod(size) * kind.itemsize <= most):
+            return f"{name!r:.100} is said to have shape {size!r:.60} of {kind}, more than all files hold"
+        for chunk in entry.chunks:
+            places = [list(chunk.offsets), list(chunk.sizes)]
+            fits = all(len(one) == len(size) and _are_counts(one) for one in places)
+            if not fits or any(at + length > all_ for at, length, all_ in zip(*places, size, strict=True)):
+                return f"a part of {name!r:.100} is said to lie outside of its shape {size!r:.60}"
+            if 0 not in chunk.sizes and tuple(chunk.offsets) not in parts.get(name, ()):
+                return f"a part of {name!r:.100} is said to lie in no file"
+    return ""
+
+
+def _are_counts(values: Sequence[object]) -> bool:
+    return all(isinstance(value, int) and 0 <= value < 2**63 for value in values)
 
 
 _ADMITTED: Final = {

@@ -37,7 +37,7 @@ _CONFIGS = (
     MirrorConfig,
     RetryConfig,
 )
-_SEE_HELP = "see --help for the settings and their types, or --print_config for all of them"
+SEE_HELP = "see --help for the settings and their types, or --print_config for all of them"
 
 
 def explain(message: str, settings: Iterable[str]) -> DisttrainError:
@@ -48,9 +48,9 @@ def explain(message: str, settings: Iterable[str]) -> DisttrainError:
         settings: the dotted names of all settings that the parser knows.
     """
     own = re.search(r"(?:^|- )\s*([^\n]+)\n\s+mend: ([^\n]+)", message)
-    if own is not None and own.group(2) != _SEE_HELP and "Option '" not in own.group(1):
+    if own is not None and own.group(2) != SEE_HELP and "Option '" not in own.group(1):
         return ConfigError(_within(_keys(message[: own.start()]), own.group(1).strip()), mend=own.group(2).strip())
-    text = " ".join(message.replace(_SEE_HELP, "").split())
+    text = " ".join(message.replace(SEE_HELP, "").split())
     unknown = re.search(r"(?:Option '|does not accept option '|[Uu]nrecognized arguments: --)([\w.]+)", text)
     if unknown is not None:
         path = ".".join([*_keys(text[: unknown.start()]), unknown.group(1)])
@@ -72,7 +72,7 @@ def explain(message: str, settings: Iterable[str]) -> DisttrainError:
     class_path = re.search(r"Problem with given class_path .*?(?= - Expected| mend:|$)", text)
     if class_path is not None:
         return ConfigError(class_path.group(0), mend="correct the class path; its module must be importable from here")
-    return ConfigError(text[:400], mend=_SEE_HELP)
+    return ConfigError(text[:400], mend=SEE_HELP)
 
 
 def own_error(error: BaseException) -> DisttrainError | None:

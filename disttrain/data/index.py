@@ -42,6 +42,7 @@ from disttrain.data.sidecar import (
 from disttrain.data.together import together
 from disttrain.errors import DataError, ShardError, nearest
 from disttrain.files import write_atomically
+from disttrain.reading import parse_json, read_text
 from disttrain.world import detect_world
 
 MANIFEST_KIND: Final = "wids-shard-index-v1"
@@ -308,7 +309,7 @@ def parse_manifest(path: str | Path, *, name: str = "data", retry: RetryConfig =
     """
     place = str(path)
     try:
-        content: Any = json.loads(read_remote_text(place, retry) if is_remote(place) else Path(place).read_text())
+        content: Any = parse_json(read_remote_text(place, retry) if is_remote(place) else read_text(place))
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__} instead of names and values")
         if content.get("datasets"):
@@ -331,7 +332,7 @@ def parse_manifest(path: str | Path, *, name: str = "data", retry: RetryConfig =
     except RemoteError as error:
         missing = "does not exist" if error.status == 404 else "cannot be read"
         raise DataError(f"{name}: the manifest {missing}: {error.what}", mend=error.mend) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(
             f"{name}: {shown(place)} is not a shard manifest ({type(error).__name__}: {error})",
             mend="write one with `disttrain shards index`",

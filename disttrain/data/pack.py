@@ -29,6 +29,7 @@ from disttrain.data.samples import Ids, Samples, Source, shuffled, stratified_sp
 from disttrain.data.write import Tick, md5_of, write_shard
 from disttrain.errors import ConfigError, DataError
 from disttrain.files import write_atomically
+from disttrain.reading import parse_json, read_json, read_text
 
 PACK_VERSION: Final = 1
 """Raised whenever the same source and options would give other bytes; part of the fingerprint."""
@@ -220,7 +221,7 @@ def _shard_counts(splits: Mapping[str, Ids], config: PackConfig) -> dict[str, in
 def _record(manifest: Path) -> dict[str, Any] | None:
     """What a packing noted in a manifest; None for one that no packing wrote."""
     try:
-        record = json.loads(manifest.read_text())["packed_from"]
+        record = read_json(manifest)["packed_from"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return record if isinstance(record, dict) else None
@@ -335,7 +336,7 @@ class _Job:
 
     def _listed(self) -> list[Shard]:
         try:
-            content = json.loads(self.manifest.read_text())["shardlist"]
+            content = read_json(self.manifest)["shardlist"]
             return [self._shard(entry) for entry in content]
         except (OSError, ValueError, KeyError, TypeError):
             return []
@@ -350,10 +351,10 @@ class _Job:
         if self.journal.exists():
             try:
                 # A line without its end was cut off by a kill: its shard is written again.
-                head, *lines = self.journal.read_text(encoding="utf-8").split("\n")[:-1]
-                if json.loads(head)["fingerprint"] == self.fingerprint:
-                    shards = [self._shard(json.loads(line)) for line in lines]
-            except (ValueError, KeyError, TypeError):
+                head, *lines = read_text(self.journal).split("\n")[:-1]
+                if parse_json(head)["fingerprint"] == self.fingerprint:
+                    shards = [self._shard(parse_json(line)) for line in lines]
+            except (OSError, ValueError, KeyError, TypeError):
                 return {}  # damaged, as a power failure may leave it: start over
         elif (_record(self.manifest) or {}).get("fingerprint") == self.fingerprint:
             shards = self._listed()

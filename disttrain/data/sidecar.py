@@ -12,6 +12,7 @@ sidecar's text and three reads of the shard.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Iterable
@@ -25,8 +26,11 @@ from numpy.typing import NDArray
 from disttrain.data.tar import BLOCK, ByteSource, LocalFile, Member, TarError, scan_members, scan_source
 from disttrain.errors import ShardError
 from disttrain.files import write_atomically
+from disttrain.reading import ReadError, open_regular
 
 SIDECAR_VERSION: Final = "v1.2"
+_HEAD_BYTES: Final = 100
+_LEAST_BYTES: Final = 2**20
 _PROBE_BYTES: Final = 64 * 1024
 _META: Final = re.compile(r"__[^/]*__(/|$)")  # WebDataset's names for what is no sample
 
@@ -202,17 +206,23 @@ def sidecar_count(path: str) -> int | None:
     if not sidecar_is_fresh(path):
         return None
     try:
-        with open(sidecar_path(path), encoding="utf-8", errors="surrogateescape") as file:
-            version, _, count = file.readline().strip().partition(" ")
-    except OSError:
+        with open_regular(sidecar_path(path)) as file:
+            version, _, count = file.readline(_HEAD_BYTES).decode("ascii", "replace").strip().partition(" ")
+    except (OSError, ReadError):
         return None
-    return int(count) if version == SIDECAR_VERSION and count.isdigit() and int(count) > 0 else None
+    return int(count) if version == SIDECAR_VERSION and re.fullmatch("[1-9][0-9]{0,17}", count) else None
 
 
 def read_sidecar(path: str) -> ShardTable | None:
     """The table in a shard's sidecar, fresh or not; None where it does not parse or points outside the shard."""
-    with open(sidecar_path(path), encoding="utf-8", errors="surrogateescape") as file:
-        return parse_sidecar(file, size_bytes=os.stat(path).st_size)
+    size_bytes = os.stat(path).st_size
+    try:
+        # A line names members, each of which takes a block of the shard at least.
+        with open_regular(sidecar_path(path), limit=max(_LEAST_BYTES, 2 * size_bytes)) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape")
+            return parse_sidecar(text, size_bytes=size_bytes)
+    except ReadError:
+        return None
 
 
 def parse_sidecar(lines: Iterable[str], *, size_bytes: int) -> ShardTable | None:

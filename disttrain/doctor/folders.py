@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from disttrain.doctor.finding import Finding, failure, ok, size, warning
 from disttrain.errors import ConfigError
+from disttrain.reading import ReadError, read_yaml
 
 _MIB: Final = 2**20
 _GIB: Final = 2**30
@@ -62,10 +61,10 @@ def folders_of(config: str | None, run_dir: str | None, data: Sequence[str]) -> 
 
 def _settings(config: str) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(Path(config).read_text())
-    except UnicodeDecodeError:
-        raise ConfigError(f"{config} is no text in UTF-8", mend="correct --config") from None
-    except (OSError, yaml.YAMLError) as error:
+        settings = read_yaml(config)
+    except ReadError as error:
+        raise ConfigError(f"{config} {error}", mend="correct --config, or the file") from None
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{config} cannot be read: {error}", mend="correct --config") from None
     if settings is None:
         return {}

@@ -7,7 +7,6 @@ error that names the layout.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from disttrain.callbacks.ledger import read_ledger
 from disttrain.callbacks.trace import FOLDER
 from disttrain.errors import DisttrainError
+from disttrain.reading import read_json, read_json_lines
 from disttrain.runs import read_run
 
 
@@ -48,11 +48,7 @@ class Trace:
         """
         found: dict[int, dict[str, float]] = {}
         path = self.run_dir / FOLDER / "steps.jsonl"
-        for text in path.read_text().splitlines() if path.exists() else []:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue  # cut off by a kill
+        for line in read_json_lines(path) if path.exists() else ():
             found[line["step"]] = line
         if not found:
             raise ParityError(f"layout {self.name} did no step", mend=f"see the logs in {self.run_dir}")
@@ -124,9 +120,9 @@ class Trace:
     def drawn(self) -> list[str]:
         """Generators that training drew from though they are not keyed, over all ranks."""
         files = (self.run_dir / FOLDER).glob("rank-*.json")
-        return sorted({name for path in files for name in json.loads(path.read_text())})
+        return sorted({name for path in files for name in read_json(path)})
 
     def _about(self) -> dict[str, Any]:
         path = self.run_dir / FOLDER / "about.json"
-        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        found: dict[str, Any] = read_json(path) if path.exists() else {}
         return found

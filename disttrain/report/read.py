@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +17,20 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from disttrain.errors import DataError
 from disttrain.metrics_file import FILE_NAME, Series, read_rows
+from disttrain.reading import (
+    CONFIG_BYTES,
+    ReadError,
+    as_dict,
+    as_dicts,
+    as_number,
+    as_text,
+    as_whole,
+    open_regular,
+    parse_yaml,
+    read_json,
+)
 from disttrain.terminal import redacted
 
 RUN_FORMAT: Final = 1
@@ -170,11 +181,11 @@ def read_run(folder: Path) -> Run:
     """
     content = _read_run_json(folder)
     series, num_epochs, times = _read_series(folder / FILE_NAME)
-    attempts = tuple(_attempt(entry) for entry in _entries(content.get("attempts")))
-    events = tuple(_event(entry) for entry in _entries(content.get("events")))
+    attempts = tuple(_attempt(entry) for entry in as_dicts(content.get("attempts")))
+    events = tuple(_event(entry) for entry in as_dicts(content.get("events")))
     result: dict[str, float | str] = {
         name: value if isinstance(value, (int, float)) else str(value)
-        for name, value in _mapping(content.get("result")).items()
+        for name, value in as_dict(content.get("result")).items()
     }
     for name, values in series.items():
         if name.startswith("test/") and values:  # a run killed after its test has no result in run.json
@@ -183,15 +194,15 @@ def read_run(folder: Path) -> Run:
     steps += [attempt.to_step for attempt in attempts if attempt.to_step is not None]
     return Run(
         folder=folder,
-        name=_text(content.get("name")) or folder.resolve().name,
-        status=_text(content.get("status")) or "running",
-        command=_text(content.get("command")),
-        created=_number(content.get("created")),
-        ended=_number(content.get("ended")),
-        stop_reason=_text(content.get("stop_reason")),
-        best=_best(_mapping(content.get("best"))),
+        name=as_text(content.get("name")) or folder.resolve().name,
+        status=as_text(content.get("status")) or "running",
+        command=as_text(content.get("command")),
+        created=as_number(content.get("created")),
+        ended=as_number(content.get("ended")),
+        stop_reason=as_text(content.get("stop_reason")),
+        best=_best(as_dict(content.get("best"))),
         result=result,
-        environment={name: _text(value) for name, value in _mapping(content.get("environment")).items()},
+        environment={name: as_text(value) for name, value in as_dict(content.get("environment")).items()},
         attempts=attempts,
         events=events,
         config=redacted(_read_text(folder / "config.yaml")),  # older runs' is not
@@ -199,7 +210,7 @@ def read_run(folder: Path) -> Run:
         last_step=max(steps) if steps else None,
         num_epochs=num_epochs,
         wall_seconds=_wall_seconds(attempts, times),
-        ranks=tuple(_entries(content.get("ranks"))),
+        ranks=tuple(as_dicts(content.get("ranks"))),
     )
 
 
@@ -213,8 +224,8 @@ def config_differences(texts: Sequence[str]) -> list[tuple[str, list[str | None]
         place (``optimizer.lr``) and the value of each configuration, None where it has none.
     """
     try:
-        flat = [dict(_leaves(yaml.safe_load(text))) for text in texts]
-    except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist
+        flat = [dict(_leaves(parse_yaml(text))) for text in texts]
+    except ReadError:
         lines = zip_longest(*(text.splitlines() for text in texts))
         return [(f"line {i}", list(row)) for i, row in enumerate(lines, 1) if len(set(row)) > 1]
     return mapping_differences(flat)
@@ -243,14 +254,14 @@ def _read_run_json(folder: Path) -> dict[str, Any]:
     mend = "name the folder of a run, which holds run.json, config.yaml and metrics.csv"
     if not folder.is_dir():
         raise DataError(f"run folder {folder} does not exist", mend=mend)
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise DataError(f"{folder} is not a run folder: run.json is missing", mend=mend)
     try:
-        content = json.loads(_read_text(path))
+        content = read_json(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}", mend="restore it") from None
     except ValueError as error:
-        raise DataError(
-            f"{path} is not JSON ({error})", mend='restore it; {"format": 1} is enough to have a report made'
-        ) from None
+        raise DataError(f"{path} {error}", mend='restore it; {"format": 1} is enough to have a report made') from None
     if not isinstance(content, dict):
         raise DataError(f"{path} holds a {type(content).__name__}, not an object", mend="restore it")
     version = content.get("format", RUN_FORMAT)
@@ -263,7 +274,12 @@ def _read_run_json(folder: Path) -> dict[str, Any]:
 
 
 def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    """The text of a file of a run; empty where there is none, or what cannot be text."""
+    try:
+        with open_regular(path, limit=CONFIG_BYTES) as file:
+            return file.read().decode("utf-8", errors="replace")
+    except (OSError, ReadError):
+        return ""
 
 
 def _read_series(path: Path) -> tuple[dict[str, Series], int | None, list[float]]:
@@ -300,54 +316,33 @@ def _wall_seconds(attempts: Sequence[Attempt], times: Sequence[float]) -> float 
 
 
 def _best(entry: dict[str, Any]) -> Best | None:
-    value, step = _number(entry.get("value")), _whole(entry.get("step"))
+    value, step = as_number(entry.get("value")), as_whole(entry.get("step"))
     if value is None or step is None:
         return None
-    return Best(_text(entry.get("monitor")), _text(entry.get("mode")), value, step)
+    return Best(as_text(entry.get("monitor")), as_text(entry.get("mode")), value, step)
 
 
 def _attempt(entry: dict[str, Any]) -> Attempt:
     return Attempt(
-        started=_number(entry.get("started")),
-        ended=_number(entry.get("ended")),
-        from_step=_whole(entry.get("from_step")),
-        to_step=_whole(entry.get("to_step")),
-        world_size=_whole(entry.get("world_size")),
-        strategy=_text(entry.get("strategy")),
-        precision=_text(entry.get("precision")),
-        stop_reason=_text(entry.get("stop_reason")),
+        started=as_number(entry.get("started")),
+        ended=as_number(entry.get("ended")),
+        from_step=as_whole(entry.get("from_step")),
+        to_step=as_whole(entry.get("to_step")),
+        world_size=as_whole(entry.get("world_size")),
+        strategy=as_text(entry.get("strategy")),
+        precision=as_text(entry.get("precision")),
+        stop_reason=as_text(entry.get("stop_reason")),
         preempted=entry.get("status") == "preempted",
     )
 
 
 def _event(entry: dict[str, Any]) -> Event:
-    first, last = _whole(entry.get("first_skipped")), _whole(entry.get("last_skipped"))
+    first, last = as_whole(entry.get("first_skipped")), as_whole(entry.get("last_skipped"))
     return Event(
-        _whole(entry.get("step")),
-        _number(entry.get("time")),
-        _text(entry.get("kind")),
-        _text(entry.get("text")),
-        _whole(entry.get("to_step")),
+        as_whole(entry.get("step")),
+        as_number(entry.get("time")),
+        as_text(entry.get("kind")),
+        as_text(entry.get("text")),
+        as_whole(entry.get("to_step")),
         (first, last) if first is not None and last is not None and last - first < _MOST_STEPS else None,
     )
-
-
-def _mapping(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _entries(value: object) -> list[dict[str, Any]]:
-    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
-
-
-def _text(value: object) -> str:
-    return "" if value is None else str(value)
-
-
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _whole(value: object) -> int | None:
-    number = _number(value)
-    return int(number) if number is not None and math.isfinite(number) else None

@@ -17,11 +17,13 @@ from typing import Final
 from disttrain.errors import ConfigError
 from disttrain.slurm.job import Job, slurm_time
 from disttrain.slurm.site import Site
+from disttrain.terminal import printable
 
 INDEX: Final = "%a"
 """Stands for the index of a job array in the value of a setting, as in SLURM's own file names."""
 SUBMIT: Final = "submit"
 """Folder within a run folder that holds script, configuration and the state of the code at submission."""
+_OPTION: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _PLACE: Final = re.compile(r"\{\{(\w+)\}\}")
 _PARTS: Final = frozenset(
     [
@@ -68,14 +70,16 @@ def render(job: Job, site: Site, script: Script) -> str:
     """The text of a job's script.
 
     Raises:
-        ConfigError: a further option of sbatch is one that disttrain sets.
+        ConfigError: a further option of sbatch is one that disttrain sets, or none; a word holds a control character.
     """
+    _check_words(job, site, script)
     run_dir = script.run_dir / INDEX if job.array else script.run_dir
     # In an array, the number of the last job is that of the whole array.
     number = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.array else "$SLURM_JOB_ID"
     settings = {"config": str(script.config), "trainer.run_dir": '"$RUN_DIR"', **script.settings}
     arguments = [
-        f"--{name}={value if name == 'trainer.run_dir' else _quote(value)}" for name, value in settings.items()
+        f"{shlex.quote(f'--{name}')}={value if name == 'trainer.run_dir' else _quote(value)}"
+        for name, value in settings.items()
     ]
     requeue = _template("requeue.sh", {"max_requeues": str(job.max_requeues)}) if job.requeue else ""
     pass_on = _template("pass_on.sh", {}) if job.requeue and job.style == "torchrun" else ""
@@ -126,6 +130,39 @@ def _directives(job: Job, site: Site, script: Script) -> list[str]:
             )
         lines.append(f"--{name}" if value is None else f"--{name}={shlex.quote(value)}")
     return lines
+
+
+def _check_words(job: Job, site: Site, script: Script) -> None:
+    """Refuse what could end a comment, a directive or a command: a line end in it begins a line of the script.
+
+    Quoting is no help in a directive or a comment. Lines of ``setup`` are shell, and left alone.
+    """
+    words: list[tuple[str, str | None]] = [
+        ("--name", job.name),
+        ("--partition", job.partition or site.partition),
+        *((f"{name} of the site", getattr(site, name)) for name in ("account", "qos", "memory")),
+        ("trainer.run_dir", str(script.run_dir)),
+        ("the working folder", str(script.folder)),
+        ("python", script.python),
+        ("--output", script.output),
+        *((f"--set {name!r}", f"{name}={value}") for name, value in script.settings.items()),
+        *((f"sbatch option {name!r}", f"{name}={value}") for name, value in site.sbatch.items()),
+        *(("modules", one) for one in site.modules),
+        *((f"environment.{name}", value) for name, value in site.environment.items()),
+    ]
+    if site.container is not None:
+        words += [
+            ("container.image", site.container.image),
+            *(("container.mounts", one) for one in site.container.mounts),
+        ]
+    for what, text in words:
+        if text is not None and printable(text) != text:
+            raise ConfigError(
+                f"{what} is {text!r}, which holds a control character or bytes that are not UTF-8", mend="take it out"
+            )
+    for name in site.sbatch:
+        if not _OPTION.fullmatch(name):
+            raise ConfigError(f"{name!r} is not the name of an option of sbatch", mend="write NAME or NAME=VALUE")
 
 
 def _cpus_per_task(job: Job, site: Site) -> int | None:

@@ -7,7 +7,6 @@ read is passed over.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, Final
 from disttrain.checkpoint.marker import committed
 from disttrain.errors import DataError
 from disttrain.metrics_file import FILE_NAME, read_rows
+from disttrain.reading import conform_run, read_record
 from disttrain.slurm.commands import Queued
 from disttrain.slurm.render import SUBMIT
 from disttrain.slurm.snapshot import JOB, read_job
@@ -138,8 +138,4 @@ def _logged(run_dir: Path) -> int:
 
 def record_of(run_dir: Path) -> dict[str, Any]:
     """A run's ``run.json``; empty where there is none."""
-    try:
-        content = json.loads((run_dir / "run.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return conform_run(read_record(run_dir / "run.json"))

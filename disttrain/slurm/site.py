@@ -14,9 +14,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from disttrain.errors import ConfigError, nearest
+from disttrain.reading import read_yaml
 
 VARIABLE: Final = "DISTTRAIN_SITE"
 DEFAULT: Final = Path("~/.config/disttrain/site.yaml")
@@ -104,15 +103,11 @@ def load_site(path: Path | None) -> Site:
     if path is None:
         return Site()
     try:
-        content = yaml.safe_load(path.read_text())
+        content = read_yaml(path)
     except OSError as error:
         raise ConfigError(f"site file {path} cannot be read: {error.strerror}", mend="correct --site") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"site file {path} is no text in UTF-8", mend="correct --site, or the file") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"site file {path} is no YAML{where}", mend="correct that line") from None
+    except ValueError as error:
+        raise ConfigError(f"site file {path} {error}", mend="correct --site, or the file") from None
     try:
         return Site(**_read(Site, {} if content is None else content, ""))
     except ConfigError as error:

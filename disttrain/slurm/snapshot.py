@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from disttrain.errors import ConfigError
 from disttrain.files import write_atomically
+from disttrain.reading import as_text, conform, read_record
 from disttrain.slurm.job import Job
 from disttrain.slurm.render import SUBMIT, Script
 from disttrain.terminal import redacted
@@ -73,11 +74,7 @@ def write_job(script: Script, job: Job, number: str) -> None:
 
 def read_job(run_dir: Path) -> dict[str, Any]:
     """What was kept of a run's submission; empty where there is nothing."""
-    try:
-        content = json.loads((run_dir / SUBMIT / JOB).read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return conform(read_record(run_dir / SUBMIT / JOB), {"job": as_text, "array": as_text, "output": as_text})
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -52,6 +52,44 @@ def test_mistakes(options: list[str], what: str, mend: str) -> None:
     assert mend in caught.value.mend
 
 
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--name", "a\ntouch owned"], "--name is 'a\\\\ntouch owned'"),
+        (["--set", "trainer.run_dir=runs/a\ntouch owned"], "trainer.run_dir is"),
+        (["--sbatch", "comment=a\ntouch owned"], "sbatch option 'comment'"),
+        (["--sbatch", "comment\ntouch owned"], "sbatch option"),
+        (["--sbatch", "nice; touch owned"], "'nice; touch owned' is not the name of an option"),
+        (["--partition", "a\rb"], "--partition is"),
+        (["--account", "a\x1b[2Jb"], "account of the site is"),
+        (["--qos", "a\x85b"], "qos of the site is"),
+        (["--memory", "1G\n"], "memory of the site is"),
+        (["--output", "x\ntouch owned.log"], "--output is"),
+        (["--array", "0-1", "--set", "trainer.precision=32-true\n%a"], "trainer.precision"),
+    ],
+)
+def test_no_word_ends_a_line_of_the_script(options: list[str], what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        submit.main([*CONFIG, "--tasks-per-node", "2", *options, "--dry-run"])
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        'modules: ["a\\nb"]',
+        'environment: {A: "a\\nb"}',
+        'python: "a\\nb"',
+        'container: {image: "a\\nb"}',
+        'container: {image: a, mounts: ["a\\nb"]}',
+        'sbatch: {"a\\nb": x}',
+    ],
+)
+def test_no_word_of_a_site_ends_a_line_of_the_script(tmp_path: Path, field: str) -> None:
+    (tmp_path / "site.yaml").write_text(field)
+    with pytest.raises(ConfigError, match="control character"):
+        submit.main([*CONFIG, "--tasks-per-node", "2", "--site", str(tmp_path / "site.yaml"), "--dry-run"])
+
+
 def test_data_that_is_missing_is_told_before_the_job_waits(digits: Path, tmp_path: Path) -> None:
     there = [f"data.{split}={digits}/{split}.json" for split in ("train", "val", "test")]
     words = ["--config", "recipes/digits.yaml", "--tasks-per-node", "1", "--dry-run"]

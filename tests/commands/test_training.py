@@ -101,7 +101,7 @@ def test_bad_input_is_one_clear_error(fit: Callable[..., Outcome], digits: Path,
         ("max_epochs:", "max_epoch:", ["no setting 'trainer.max_epoch'", "did you mean 'max_epochs'?"]),
         ("data:", "dta:", ["no setting 'dta", "did you mean 'data'?"]),
         ("dropout:", "droput:", ["no setting 'model.droput'", "did you mean 'dropout'?"]),
-        ("max_epochs: 40", "max_epochs: [40", ["wrong.yaml is no YAML", "line 2"]),
+        ("max_epochs: 40", "max_epochs: [40", ["wrong.yaml is not valid YAML", "line"]),
     ],
 )
 def test_a_typo_in_the_yaml_names_the_nearest_key(

@@ -70,7 +70,7 @@ def test_ranks_against_the_configuration() -> None:
         ("container: {image: a, runtime: docker}", "container.runtime is 'docker'", "apptainer, pyxis"),
         ("container: {image: a, mount: [b]}", "there is no field container.mount", "did you mean 'mounts'?"),
         ("- a", "the file holds no names", "NAME: VALUE"),
-        ("a: [", "is no YAML at line 1", "correct that line"),
+        ("a: [", "is not valid YAML", "or the file"),
     ],
 )
 def test_a_site_that_cannot_be(tmp_path: Path, text: str, what: str, mend: str) -> None:

@@ -1,0 +1,94 @@
+"""Configuration before jsonargparse reads it: files and values within limits, so that none hangs or ends the parser.
+
+On import, YAML that jsonargparse reads, files and values alike, passes :func:`disttrain.reading.check_yaml`: the parser
+in C recurses, and aliases multiply.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from jsonargparse import get_loader, set_loader
+
+from disttrain.errors import ConfigError
+from disttrain.reading import ReadError, check_yaml, read_yaml
+
+_CONFIG: Final = ("-c", "--config")
+_MOST_DIGITS: Final = 300  # no floating-point number has more
+
+
+def check_words(words: Sequence[Any]) -> None:
+    """Look at the words of a command line, and at the configuration files that they name.
+
+    Raises:
+        ConfigError: a file is not YAML in UTF-8 within the limits, or a value names what cannot be read as a file,
+            such as a FIFO, holds a NUL, or is a number that no setting can take.
+    """
+    flag = ""
+    for word in map(str, words):
+        name, equals, value = word.partition("=")
+        if not word.startswith("-"):
+            name, value = flag, word
+        elif not equals:
+            name, value = word, ""
+        flag = word if word.startswith("-") and not equals else ""
+        if name in _CONFIG and value:
+            for key, leaf in _leaves(_content(value)):
+                _check(f"{value}: {key}", leaf)
+        _check(name, value)
+
+
+def _content(file: str) -> Any:
+    try:
+        return read_yaml(file)
+    except ReadError as error:
+        raise ConfigError(f"{file} {error}", mend="correct --config, or the file") from None
+    except FileNotFoundError:
+        raise ConfigError(f"there is no configuration {file}", mend="correct --config") from None
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{file} cannot be read: {why}", mend="correct --config") from None
+
+
+def _check(name: str, value: str) -> None:
+    """Refuse a value that would make the parser wait, or fail in its own words."""
+    if "\0" in value:
+        raise ConfigError(f"{name} is {value!r}, which holds a NUL", mend="take it out")
+    if len(value) > _MOST_DIGITS and re.fullmatch(r"[-+]?\d+", value):
+        raise ConfigError(f"{name} is a number of {len(value):,} digits", mend="use a smaller one")
+    try:
+        mode = Path(value).stat().st_mode if value and name.rpartition(".")[2] != "url" else stat.S_IFREG
+    except (OSError, ValueError):
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ConfigError(f"{name} is {value}, which is neither a regular file nor a folder", mend="correct it")
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """The texts of a configuration, with their dotted names."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _leaves(inner, f"{key}[{number}]")
+    elif isinstance(value, str):
+        yield key, value
+
+
+def _load(text: str) -> Any:
+    """jsonargparse's own loader, for text within the limits."""
+    try:
+        check_yaml(text)
+        return _THEIRS(text)
+    except (ValueError, OverflowError, RecursionError, TypeError) as error:
+        raise yaml.YAMLError(str(error)) from None
+
+
+_THEIRS: Final = get_loader("yaml")
+set_loader("yaml", _load, (yaml.YAMLError,))
