@@ -32,8 +32,6 @@ MAX_NODES: Final = 200_000
 """Values of a YAML file, each alias counted as what it stands for."""
 _MAX_DIGITS: Final = 20
 _DIGITS: Final = re.compile(r"[-+]?[0-9][0-9a-fA-F_:xo]*")
-_LONE: Final = re.compile("[\ud800-\udc7f\udd00-\udfff]")
-"""Halves of characters that no file name has: those of bytes that are not UTF-8 lie between."""
 
 
 class ReadError(ValueError):
@@ -149,9 +147,7 @@ def parse_json(text: str | bytes) -> Any:
         raise ReadError(f"nests values more than {MAX_DEPTH} deep") from None
     except json.JSONDecodeError as error:
         raise ReadError(f"is not JSON: {error}") from None
-    if _LONE.search(text) or "\\ud" in text or "\\uD" in text:
-        _check_tree(value, strings=True)
-    elif text.count("[") + text.count("{") > MAX_DEPTH:
+    if text.count("[") + text.count("{") > MAX_DEPTH:
         _check_tree(value)
     return value
 
@@ -272,21 +268,15 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_tree(value: Any, *, strings: bool = False) -> None:
-    """Whether a value is nested too deep, or, with ``strings``, holds halves of characters."""
+def _check_tree(value: Any) -> None:
+    """Whether a value is nested too deep."""
     level, depth = [value], 0
     while level:
         if depth > MAX_DEPTH:
             raise ReadError(f"nests values more than {MAX_DEPTH} deep")
-        if strings and any(isinstance(one, str) and _LONE.search(one) for one in level):
-            raise ReadError("has half of a character in a text")
         inner: list[Any] = []
         for one in level:
-            if isinstance(one, dict):
-                inner += one.values()
-                inner += one.keys() if strings else ()
-            elif isinstance(one, list):
-                inner += one
+            inner += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
         level, depth = inner, depth + 1
 
 
