@@ -26,7 +26,7 @@ from disttrain.errors import (
     nearest,
     passed_through_users_code,
 )
-from disttrain.terminal import say, tell, warning_line
+from disttrain.terminal import redacted, say, tell, warning_line
 from disttrain.world import World, detect_world
 
 _TRAINING = {
@@ -221,8 +221,6 @@ def _unexpected(error: Exception) -> int:
 
 def _keep_traceback(error: Exception) -> str:
     """Write the traceback into the run's folder, where there is one, or a temporary file; gives its name."""
-    from disttrain.data.remote import redacted
-
     text = redacted("".join(traceback.format_exception(error)))
     begun = sorted(getattr(sys.modules.get("disttrain.runs"), "_begun", ()))
     for folder in (*begun[-1:], None):
