@@ -14,15 +14,36 @@ from typing import Any, Final
 
 import yaml
 from jsonargparse import get_loader, set_loader
+from lightning.pytorch.cli import LightningArgumentParser
 
-from disttrain.errors import ConfigError
+from disttrain.commands.messages import SEE_HELP
+from disttrain.errors import ConfigError, passed_through_users_code
 from disttrain.reading import ReadError, check_yaml, read_yaml
 
 _CONFIG: Final = ("-c", "--config")
 _MOST_DIGITS: Final = 300  # no floating-point number has more
 
 
-def check_words(words: Sequence[Any]) -> None:
+def parse(parser: LightningArgumentParser, args: Sequence[Any]) -> Any:
+    """Parse a command line, of which the first word is the subcommand.
+
+    Raises:
+        ConfigError: the parser refuses it, or fails by it.
+    """
+    _check_words(args)
+    try:
+        config = parser.parse_args(args)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, OSError) as error:
+        if isinstance(error, ConfigError) or passed_through_users_code(error):
+            raise
+        raise ConfigError(f"a setting cannot be read: {type(error).__name__}: {error}", mend=SEE_HELP) from error
+    seed = config.get(f"{args[0]}.seed_everything", 0)
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ConfigError(f"seed_everything is {seed}", mend="use a number from 0 to 4294967295")
+    return config
+
+
+def _check_words(words: Sequence[Any]) -> None:
     """Look at the words of a command line, and at the configuration files that they name.
 
     Raises:

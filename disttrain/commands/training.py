@@ -31,12 +31,12 @@ from disttrain.callbacks.prediction_files import SAMPLES_PER_FILE, Output
 from disttrain.callbacks.prediction_formats import FormatName
 from disttrain.callbacks.predictions import PredictionWriter
 from disttrain.checkpoint.weights import initialize
-from disttrain.commands.config_files import check_words
-from disttrain.commands.messages import SEE_HELP, explain, own_error
+from disttrain.commands.config_files import parse
+from disttrain.commands.messages import explain, own_error
 from disttrain.data.module import ShardedDataModule
 from disttrain.data.remote import is_remote, shown
 from disttrain.endings import ends_within
-from disttrain.errors import ConfigError, DisttrainError, passed_through_users_code
+from disttrain.errors import ConfigError, DisttrainError
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.strategies import strategy_of
 from disttrain.report import write_report
@@ -150,16 +150,7 @@ class TrainingCLI(LightningCLI):
                 raise ConfigError(
                     f"--{name} is for fit, not for {args[0]}", mend="name the weights by --checkpoint_path PATH"
                 )
-        check_words(args)
-        try:
-            self.config = parser.parse_args(args)
-        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, OSError) as error:
-            if isinstance(error, ConfigError) or passed_through_users_code(error):
-                raise
-            raise ConfigError(f"a setting cannot be read: {type(error).__name__}: {error}", mend=SEE_HELP) from error
-        seed = self.config.get(f"{args[0]}.seed_everything", 0)
-        if not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise ConfigError(f"seed_everything is {seed}", mend="use a number from 0 to 4294967295")
+        self.config = parse(parser, args)
 
     def instantiate_classes(self) -> None:
         """Make trainer, model and data; a setting that these refuse is an error of disttrain's."""
