@@ -30,6 +30,7 @@ from disttrain.callbacks.progress import StepProgress
 from disttrain.callbacks.randomness import KeyedRandomness
 from disttrain.callbacks.rehearsal import Rehearsal
 from disttrain.callbacks.run_record import RunRecord
+from disttrain.callbacks.settings import SettingsNotes
 from disttrain.callbacks.step_log import StepLog
 from disttrain.callbacks.stragglers import Stragglers
 from disttrain.callbacks.watchdog import Watchdog
@@ -142,6 +143,7 @@ class Trainer(pl.Trainer):
             Stragglers(),
             self.record,
             MicroBatchSearch(self.record),
+            SettingsNotes(self.record.tell),
         ]
         if parallel.compile != "none":
             own.append(CompileReport(self.record))

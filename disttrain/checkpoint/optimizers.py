@@ -267,11 +267,16 @@ def agreed_groups(
         f"{name} {was[name]} (the configuration says {is_[name]})"
         for was, is_ in zip(saved, now, strict=True)
         for name in was
-        if name not in ("params", "lr", *_NOT_COMPARED) and _differ(was[name], is_[name])
+        if name not in ("params", "lr", *_NOT_COMPARED, *_moved(was)) and _differ(was[name], is_[name])
     ]
     if kept:
         warnings.warn(f"the checkpoint's optimizer settings are kept: {', '.join(dict.fromkeys(kept))}", stacklevel=4)
     return [_agreed(was, is_) for was, is_ in zip(saved, now, strict=True)]
+
+
+def _moved(group: dict[str, Any]) -> tuple[str, ...]:
+    """Settings that a schedule of momentum, OneCycleLR's or CyclicLR's, moves with the learning rate."""
+    return ("momentum", "betas") if "max_momentum" in group or "base_momentum" in group else ()
 
 
 def _agreed(was: dict[str, Any], is_: dict[str, Any]) -> dict[str, Any]:
