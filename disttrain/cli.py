@@ -81,6 +81,10 @@ def _main(arguments: list[str]) -> int:
         _print_error(error)
         return error.exit_code
     except RuntimeError as error:
+        if str(error).startswith("Symlink loop from"):  # Path.resolve's, before Python 3.13
+            told = DisttrainError(f"{str(error).partition('from ')[2]} is a link to itself", mend="correct the path")
+            _print_error(told)
+            return told.exit_code
         if not _lost_a_peer(error):
             raise
         world = detect_world()

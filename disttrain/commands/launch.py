@@ -28,6 +28,7 @@ from disttrain.terminal import Parser, tell
 from disttrain.world import detect_world
 
 _FORWARDED: Final = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+_MOST_RANKS: Final = 1024
 _PR_SET_PDEATHSIG: Final = 1
 
 
@@ -50,6 +51,8 @@ def main(argv: list[str]) -> int:
         )
     if arguments.nproc is not None and arguments.nproc < 1:
         raise ConfigError(f"--nproc is {arguments.nproc}", mend="use at least 1, or leave it out for a rank a GPU")
+    if arguments.nproc is not None and arguments.nproc > _MOST_RANKS:
+        raise ConfigError(f"--nproc is {arguments.nproc}", mend=f"use at most {_MOST_RANKS} on one machine")
     if arguments.max_restarts < 0:
         raise ConfigError(f"--max-restarts is {arguments.max_restarts}", mend="use 0 or more")
     _check_outside(os.environ)

@@ -259,7 +259,7 @@ def _npy_header(data: bytes, declared: Declared) -> tuple[tuple[int, ...], np.dt
         shape, fortran, dtype = reader(stream)
     except Exception as error:  # NumPy parses the header as Python, whose parser may raise almost anything
         raise ValueError(f"not an npy array: {error}") from None
-    if min(shape, default=0) < 0:
+    if min(shape, default=0) < 0 or any(isinstance(size, bool) for size in shape):
         raise ValueError(f"an npy array of shape {shape}")
     if dtype.hasobject:
         raise ValueError("an npy array of Python objects, which would have to be unpickled")

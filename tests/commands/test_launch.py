@@ -89,6 +89,8 @@ def test_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
         launch.main(["--nproc", "2"])
     with pytest.raises(ConfigError, match="--nproc is 0"):
         launch.main(["--nproc", "0", "fit"])
+    with pytest.raises(ConfigError, match="--nproc is 99999"):
+        launch.main(["--nproc", "99999", "fit"])
     with pytest.raises(ConfigError, match="--max-restarts is -1"):
         launch.main(["--max-restarts", "-1", "fit"])
     ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}

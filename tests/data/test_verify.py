@@ -93,6 +93,11 @@ def test_keys_and_fields(tmp_path: Path, found: Found) -> None:
         ("2.cls", b"cat", "not a class number: b'cat'"),
         ("2.x.npy", npy([1, 2])[:-3], "a damaged npy array"),
         ("2.x.npy", b"text", "not an npy array"),
+        (
+            "2.x.npy",
+            npy([1, 2]).replace(b"(2,)" + b" " * 14, b"(True, True, True)"),
+            "an npy array of shape (True, True, True)",
+        ),
     ],
 )
 def test_what_does_not_decode(tmp_path: Path, found: Found, name: str, content: bytes, reason: str) -> None:

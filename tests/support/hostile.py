@@ -261,7 +261,10 @@ def preload() -> None:
 
 def _chosen(options: argparse.Namespace) -> Iterator[Case]:
     made = (command_lines if options.what == "commands" else hostile_files)(options.seed, options.number)
-    yield from (case for case in made if not options.only or case.name.startswith(f"{options.only}:"))
+    part, parts = map(int, options.part.split("/"))
+    for number, case in enumerate(made):
+        if options.only in ("", f"{number}") and number % parts == part:
+            yield case
 
 
 def main() -> int:
@@ -270,7 +273,8 @@ def main() -> int:
     parser.add_argument("what", choices=("commands", "files"))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--number", type=int, default=100)
-    parser.add_argument("--only", help="number of one case, whose output is printed")
+    parser.add_argument("--only", default="", help="number of one case, whose output is printed")
+    parser.add_argument("--part", default="0/1", help="of the cases, such as 1/4, for several at a time")
     options = parser.parse_args()
     preload()
 
@@ -283,8 +287,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="hostile-template-") as folder:
         start = time.monotonic()
         template = make_template(Path(folder))
-        faults = run_cases(list(_chosen(options)), template, told=tell)
-    print(f"{options.what}, seed {options.seed}: {options.number} cases, {len(faults)} faults", end="")
+        cases = list(_chosen(options))
+        faults = run_cases(cases, template, told=tell)
+    print(f"{options.what}, seed {options.seed}: {len(cases)} cases, {len(faults)} faults", end="")
     print(f" in {time.monotonic() - start:.0f} s")
     return int(bool(faults))
 
