@@ -95,7 +95,7 @@ def test_keys_and_fields(tmp_path: Path, found: Found) -> None:
         ("2.x.npy", b"text", "not an npy array"),
         (
             "2.x.npy",
-            npy([1, 2]).replace(b"(2,)" + b" " * 14, b"(True, True, True)"),
+            npy([1, 2]).replace(b"(2,), }" + b" " * 14, b"(True, True, True), }"),
             "an npy array of shape (True, True, True)",
         ),
     ],
