@@ -18,6 +18,7 @@ from disttrain import OptimizerConfig, Task
 from disttrain.data.batches import COUNT, KEY, WEIGHT
 from disttrain.meeting import reserve_port
 from disttrain.models.mlp import MLP
+from disttrain.world import detect_world
 
 
 class Regression(Task):
@@ -43,7 +44,7 @@ class Micro:
         inputs = torch.randn(samples, width, generator=torch.Generator().manual_seed(rank))
         names = [str(number) for number in range(samples)]
         self.batch = {"inputs": inputs, WEIGHT: torch.ones(len(names)), KEY: names, COUNT: len(names)}
-        self.length = length
+        self.length, self.rank, self.num_replicas = length, rank, detect_world().size  # no rank has another's
 
     def __len__(self) -> int:
         return self.length

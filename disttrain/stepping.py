@@ -8,12 +8,32 @@ saves or ends a run does so there. Cost: one look at each callback a step.
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 
 class SteppingEpochLoop(_TrainingEpochLoop):
     """Lightning's loop over the micro batches of an epoch, with the hook after those that end a step."""
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps done: one a global batch, however often a module that optimizes by hand steps in it."""
+        module = self.trainer.lightning_module
+        if module is None or module.automatic_optimization:
+            return super().global_step
+        # Lightning counts each call of each optimizer's step(); checkpoints, limits and samples count batches.
+        counts: Any = self.batch_progress.total
+        return int(counts.processed // self.trainer.accumulate_grad_batches)
+
+    def reset(self) -> None:
+        """Begin an epoch, or continue one."""
+        with warnings.catch_warnings():
+            # disttrain's loaders take the position from the trainer; of others disttrain.data.user_loaders tells.
+            warnings.filterwarnings("ignore", message=".*dataloader is not resumable")
+            super().reset()
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
         """Train on a micro batch."""

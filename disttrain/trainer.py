@@ -24,6 +24,7 @@ from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.compilation import CompileReport
 from disttrain.callbacks.find import find_callback
 from disttrain.callbacks.guard import UpdateGuard
+from disttrain.callbacks.loader_record import LoaderRecord
 from disttrain.callbacks.micro_batch_size import MicroBatchSearch
 from disttrain.callbacks.preemption import Preemption
 from disttrain.callbacks.progress import StepProgress
@@ -33,10 +34,19 @@ from disttrain.callbacks.run_record import RunRecord
 from disttrain.callbacks.settings import SettingsNotes
 from disttrain.callbacks.step_log import StepLog
 from disttrain.callbacks.stragglers import Stragglers
+from disttrain.callbacks.trained import TrainedCheck
 from disttrain.callbacks.watchdog import Watchdog
+from disttrain.data.workers import refuse_second_run
 from disttrain.ending import EndingFitLoop
 from disttrain.endings import ends_within
 from disttrain.errors import ConfigError, Preempted
+from disttrain.lightning_advice import (
+    check_by_hand,
+    in_our_words,
+    refuse_arguments,
+    refuse_callbacks,
+    wants_progress,
+)
 from disttrain.metrics_log import EventsLog, MetricsLog
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.alike import check_alike
@@ -104,7 +114,10 @@ class Trainer(pl.Trainer):
         tf32: bool = True,
         deterministic: bool = False,
         inference_mode: bool = True,
+        **unknown: Any,
     ) -> None:
+        refuse_arguments(type(self), unknown)
+        refuse_callbacks(callbacks or [])
         if validate_every_steps is not None and validate_every_steps < 1:
             raise ConfigError(
                 f"trainer.validate_every_steps is {validate_every_steps}",
@@ -144,10 +157,12 @@ class Trainer(pl.Trainer):
             self.record,
             MicroBatchSearch(self.record),
             SettingsNotes(self.record.tell),
+            TrainedCheck(),
+            LoaderRecord(),
         ]
         if parallel.compile != "none":
             own.append(CompileReport(self.record))
-        if progress_bar:
+        if wants_progress(progress_bar, callbacks or []):
             own.append(StepProgress(self.step_log))
         given = tuple(type(callback) for callback in callbacks or [])
         own += [kind() for kind in (Checkpointing, UpdateGuard) if not any(issubclass(one, kind) for one in given)]
@@ -180,6 +195,11 @@ class Trainer(pl.Trainer):
         self.fit_loop.__class__ = EndingFitLoop
         self.fit_loop.epoch_loop.__class__ = SteppingEpochLoop
 
+    @property
+    def checkpoint_callbacks(self) -> list[Any]:
+        """The one that keeps checkpoints: others are only called as late as it."""
+        return [callback for callback in self.callbacks if isinstance(callback, Checkpointing)]  # type: ignore[attr-defined]
+
     def connect(self) -> None:
         """Join the other ranks now rather than in ``fit``, and see that they run the same; later calls do nothing.
 
@@ -187,6 +207,7 @@ class Trainer(pl.Trainer):
             ConfigError: versions, source code or :attr:`settings` differ between the ranks.
             JoinError: some ranks did not come.
         """
+        refuse_second_run()
         self.strategy.setup_environment()
         if not self._compared:
             self._compared = True
@@ -230,10 +251,28 @@ class Trainer(pl.Trainer):
             return
         super().save_checkpoint(filepath, weights_only, storage_options)
 
+    def validate(self, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's."""
+        with in_our_words():
+            return super().validate(*args, **kwargs)
+
+    def test(self, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's."""
+        with in_our_words():
+            return super().test(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's; of padding nothing is returned."""
+        with in_our_words():
+            return super().predict(*args, **kwargs)
+
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         # The whole of a fit, from its set-up on; an evaluation has nothing to save.
-        with self.preemption.noting() if self.state.fn == TrainerFn.FITTING else nullcontext():
+        with in_our_words(), self.preemption.noting() if self.state.fn == TrainerFn.FITTING else nullcontext():
             self.connect()
+            if self.state.fn == TrainerFn.FITTING:
+                refuse_callbacks(self.callbacks)  # type: ignore[attr-defined]  # Lightning's Tuner adds its own now
+                check_by_hand(self)
             self.watchdog.begin(self, "set-up")
             return super()._run(*args, **kwargs)
 
@@ -244,9 +283,8 @@ class Trainer(pl.Trainer):
 
     def _quieten(self) -> None:
         # What Lightning warns of that does not hold here: its own use of a deprecated name, loaders without
-        # worker processes (disttrain's have threads), loaders without a state (ours need none), and an `srun` that
-        # is installed but not used.
-        unfit = (".*LeafSpec", ".*does not have many workers", ".*dataloader is.not resumable", ".*`srun` command is")
+        # worker processes (disttrain's have threads), and an `srun` that is installed but not used.
+        unfit = (".*LeafSpec", ".*does not have many workers", ".*`srun` command is")
         for message in unfit:
             warnings.filterwarnings("ignore", message=message)
         # A broadcast before every batch (https://github.com/Lightning-AI/pytorch-lightning/pull/20825) and
@@ -263,6 +301,8 @@ class _Intervals(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """The data module has set the accumulation by now."""
+        if stage == "fit":
+            check_by_hand(trainer)
         if self._every is not None and stage == "fit":
             trainer.val_check_interval = self._every * trainer.accumulate_grad_batches
             trainer.check_val_every_n_epoch = None

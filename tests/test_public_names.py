@@ -139,6 +139,7 @@ LAYERS: dict[str, int] = {
         ],
         2,
     ),
+    **dict.fromkeys(["data.padding", "parallel.trained"], 2),
     **dict.fromkeys(["ending", "stepping", "parallel.joining", "parallel.store", "parallel.votes"], 2),
     **dict.fromkeys(["parallel.ranks", "parallel.reduction", "parallel.summation", "parallel.tensor"], 2),
     **dict.fromkeys(
@@ -152,7 +153,9 @@ LAYERS: dict[str, int] = {
     ),
     **dict.fromkeys(["parallel.strategies", "data.loader", "data.module", "data.splits", "tasks.*"], 3),
     **dict.fromkeys(["checkpoint.contents", "parallel.module_tensors"], 2),
+    **dict.fromkeys(["parallel.base_strategy", "data.user_loaders"], 3),
     "callbacks.*": 4,
+    "lightning_advice": 4,
     **dict.fromkeys(["doctor.*", "parity.*"], 4),
     **dict.fromkeys(["trainer", "commands.*"], 5),
     **dict.fromkeys(["cli", "__main__"], 6),

@@ -74,8 +74,10 @@ def loop_state(trainer: pl.Trainer, progress: Progress) -> dict[str, Any]:
     for part, count_names in (("step", ("ready", "completed")), ("zero_grad", ("ready", "started", "completed"))):
         optimizer[part]["total"] = dict.fromkeys(count_names, progress.global_step)
         optimizer[part]["current"] = dict.fromkeys(count_names, progress.step)
+    by_hand = state["epoch_loop.manual_optimization.optim_step_progress"]
     scheduler = state["epoch_loop.scheduler_progress"]
-    scheduler["total"] = dict.fromkeys(("ready", "completed"), progress.global_step)
-    scheduler["current"] = dict.fromkeys(("ready", "completed"), progress.step)
+    for counts in (by_hand, scheduler):
+        counts["total"] = dict.fromkeys(("ready", "completed"), progress.global_step)
+        counts["current"] = dict.fromkeys(("ready", "completed"), progress.step)
     state["epoch_loop.state_dict"] = {"_batches_that_stepped": progress.global_step}
     return state

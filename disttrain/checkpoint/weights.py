@@ -54,6 +54,20 @@ class Taken:
         return "; ".join(parts)
 
 
+def refuse_folder(path: object) -> None:
+    """Refuse one of disttrain's checkpoints where a file of weights is read.
+
+    Raises:
+        CheckpointError: it is a folder.
+    """
+    if isinstance(path, str | Path) and Path(path).is_dir():
+        raise CheckpointError(
+            f"load_from_checkpoint reads a file of Lightning's, and {path} is a folder",
+            mend=f"disttrain checkpoints export {path} weights.pt, then"
+            " module.load_state_dict(torch.load('weights.pt')); or Trainer.test(module, ckpt_path=...), which reads it",
+        )
+
+
 def read_weights(path: Path, *, group: str = "model") -> dict[str, Tensor]:
     """Whole tensors by name from a checkpoint, a ``.safetensors`` file, or a ``.pt`` or ``.pth`` state_dict.
 

@@ -52,6 +52,27 @@ _NUMBERS: Final = count()
 _MADE_HERE: Final = frozenset(RESERVED) - {KEY}
 
 
+def check_batch(batch: Any, owner: object) -> Any:
+    """The batch; refuse one of a loader that is not disttrain's, unless it has what those have.
+
+    Args:
+        batch: any.
+        owner: the task that needs it, for the message.
+
+    Raises:
+        ConfigError: it lacks something.
+    """
+    missing = [name for name in (KEY, WEIGHT, COUNT) if not isinstance(batch, Mapping) or name not in batch]
+    if missing:
+        raise ConfigError(
+            f"{type(owner).__name__} is a disttrain.Task, and its loader gives a {type(batch).__name__}"
+            + (f" without {', '.join(missing)}" if isinstance(batch, Mapping) else ""),
+            mend="use disttrain.ShardedDataModule, or give each batch these entries (disttrain/data/batches.py), or"
+            " derive the module from lightning.pytorch.LightningModule, which takes any batch",
+        )
+    return batch
+
+
 class BatchMaker:
     """Makes micro batches. Safe to use from several threads.
 

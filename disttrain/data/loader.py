@@ -171,14 +171,15 @@ class TrainLoader(_Loader):
     ) -> None:
         super().__init__(source, config or LoaderConfig(), plan.micro_batch_size, pool)
         self.order, self.plan, self.rank = order, plan, rank
-        self._position = position
+        self.position = position
+        """Gives epoch and step within it."""
         self._order_lock = Lock()
 
     def __len__(self) -> int:
         return self.order.steps_per_epoch * self.plan.accumulation
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, step = self._position()
+        epoch, step = self.position()
         if self.reader.store.has_remote:
             self.reader.store.follow(self._needs(epoch), step)
         yield from self._run(self._work(epoch, step))
@@ -243,6 +244,7 @@ class EvaluationLoader(_Loader):
         pool: WorkerPool | None = None,
     ) -> None:
         super().__init__(source, config or LoaderConfig(), micro_batch_size, pool)
+        self.num_ranks, self.rank = num_ranks, rank
         self._ids, self._counts = evaluation_ids(len(self.reader.index), micro_batch_size, num_ranks, rank)
 
     def __len__(self) -> int:

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +44,8 @@ from disttrain.errors import ConfigError, DisttrainError
 _ALIGN: Final = 64
 _FIRST_BYTES: Final = 2**20
 _JOIN_SECONDS: Final = 5.0
+_SECOND_RUN: Final = 93
+"""Exit code of a worker process in which the user's script began to train once more."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ class WorkerPool:
             DisttrainError: what the maker raised.
             ConfigError: a hook cannot be sent to a process, or the process died.
         """
+        refuse_second_run()
         with self._lent() as worker:
             return worker.make(maker, ids, counts, draws)
 
@@ -134,6 +138,19 @@ class WorkerPool:
             yield worker
         finally:
             self._idle.put(worker)
+
+
+def refuse_second_run() -> None:
+    """End a worker process in which the user's script, that the process imports to find the hooks, trains again.
+
+    Its owner reports why. Nothing has been done yet: no rank joined, no run folder claimed.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(_SECOND_RUN)
+
+
+def _script() -> str:
+    return str(getattr(sys.modules.get("__main__"), "__file__", None) or "the script")
 
 
 def _close_all(workers: list[_Worker]) -> None:
@@ -172,6 +189,12 @@ class _Worker:
             self._process.join(_JOIN_SECONDS)
             code = self._process.exitcode
             self.close()
+            if code == _SECOND_RUN:
+                raise ConfigError(
+                    f"{_script()} trains without asking whether it is the main program: a worker process, which imports"
+                    " it, would train a second time",
+                    mend='put what it runs under `if __name__ == "__main__":`, or use loader.workers 0',
+                ) from None
             raise ConfigError(
                 f"a worker process ended with exit code {code} while it made a batch of {maker.reader.index.name}",
                 mend="code -9 is mostly a lack of memory: lower data.loader.workers or data.loader.prefetch_mib;"

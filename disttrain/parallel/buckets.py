@@ -171,3 +171,20 @@ def _like_bucket(exchange: Exchange, buffer: Tensor, gradients: Tensors, partial
     views = [flat.as_strided(g.size(), g.stride(), g.storage_offset() - offset) for g in gradients]
     torch._foreach_copy_(views, partial)
     return flat
+
+
+def settle_buckets(model: DistributedDataParallel) -> None:
+    """Let DDP rebuild its buckets now instead of after the first step.
+
+    DDP lays its buckets out anew, once, by the order in which the first backward pass brings the gradients.
+    A sum over three ranks or more depends in its last bits on that layout, so the first step of a resumed
+    run would differ from the same step of an uninterrupted one. A backward pass through the parameters
+    alone, with zero gradients, makes the layout the same from the first step on.
+    """
+    parameters = [p for p in model.module.parameters() if p.requires_grad]
+    model.reducer.prepare_for_backward([])
+    total = sum((p.sum() * 0.0 for p in parameters), start=torch.zeros((), device=parameters[0].device))
+    total.backward()
+    model.reducer._rebuild_buckets()
+    for parameter in parameters:
+        parameter.grad = None

@@ -22,7 +22,7 @@ from torch import nn
 
 from disttrain.errors import ConfigError
 from disttrain.parallel.recompute import BlockForward
-from disttrain.parallel.shard import shard_units
+from disttrain.parallel.shard import no_blocks, shard_units
 
 _Codes = dict[tuple[types.CodeType | None, str], types.CodeType]
 
@@ -58,10 +58,7 @@ def compile_blocks(module: nn.Module, device: torch.device) -> None:
     """
     blocks = shard_units(module)
     if not blocks:
-        raise ConfigError(
-            f"parallel.compile is blocks, and {type(module).__name__} has no blocks",
-            mend="give the model a method shard_units() that returns its blocks, or set compile to none",
-        )
+        raise no_blocks("parallel.compile is blocks", module, "compile")
     _check_compiler(device)
     # It would cut graphs at the borders of DDP's buckets; blocks are cut already, and it refuses checkpointed ones.
     torch._dynamo.config.optimize_ddp = False

@@ -7,7 +7,8 @@ groups moved from one a module to a list.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -176,6 +177,98 @@ class UnitDriver:
             self.reduced.add(unit)
 
         group.post_backward = post_backward
+
+
+class BackwardInside:
+    """Lets backward passes run inside a method that FSDP2 takes for a forward pass: manual optimization.
+
+    FSDP2 reduces gradients in hooks that it sets where a forward pass ends. A ``training_step`` that calls
+    ``manual_backward`` has not ended then: without this class the gradients of all that is not a block of its own stay
+    in the gathered parameters, where no optimizer looks. So the forward pass is ended before a backward pass and begun
+    again after it, and gathered weights are gathered again once an optimizer has stepped. Parameters whose
+    ``requires_grad`` was taken away meanwhile, as ``toggle_optimizer`` does, get no gradient.
+
+    Cost: the root's parameters are gathered twice more for each backward pass and each optimizer step.
+
+    Args:
+        root: the module whose ``training_step`` is registered as a forward pass.
+    """
+
+    def __init__(self, root: FSDPModule) -> None:
+        self._root, self._units = root, fsdp_modules(root)  # type: ignore[arg-type]
+        self._inside = False
+        self._wanted: list[tuple[Any, bool]] = []
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """While the training step runs."""
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
+
+    def before_backward(self, loss: Tensor) -> None:
+        """End the forward pass."""
+        if self._inside:
+            self._note()
+            _state(self._root)._post_forward(self._root, (), loss)
+            for record in self._records():
+                # A gathered parameter is a leaf of its own, which does not hear of what is done to the sharded one.
+                if not record.sharded_param.requires_grad:
+                    record._unsharded_param.requires_grad_(False)
+
+    def after_backward(self) -> None:
+        """Begin the next forward pass."""
+        if self._inside:
+            self._begin()
+
+    def after_step(self) -> None:
+        """Let go of gathered weights, which the optimizer has not stepped."""
+        if self._inside:
+            self._note()
+        for unit in self._units:
+            for group in _groups(unit):
+                group._training_state = TrainingState.IDLE
+            unit.reshard()
+        if self._inside:
+            self._begin()
+
+    def _begin(self) -> None:
+        state = _state(self._root)
+        state._training_state = TrainingState.IDLE
+        state._pre_forward(self._root, (), {})
+        for record, wanted in self._wanted:
+            record._unsharded_param.requires_grad_(wanted)
+
+    def _note(self) -> None:
+        """Remember which of the root's gathered parameters the module wants gradients for."""
+        records = [record for group in _groups(self._root) for record in group.fsdp_params]
+        self._wanted = [(record, record._unsharded_param.requires_grad) for record in records]
+
+    def _records(self) -> Iterator[Any]:
+        for unit in self._units:
+            for group in _groups(unit):
+                yield from (record for record in group.fsdp_params if hasattr(record, "_unsharded_param"))
+
+
+def sharded_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that optimizers step, by name."""
+    for unit in fsdp_modules(module):
+        for group in _groups(unit):
+            for record in group.fsdp_params:
+                yield parameter_name(record), record.sharded_param
+
+
+def unreduced_parameter(module: nn.Module) -> str:
+    """A parameter whose gradient was left in its gathered copy; empty where there is none."""
+    for unit in fsdp_modules(module):
+        for group in _groups(unit):
+            for record in group.fsdp_params:
+                whole = getattr(record, "_unsharded_param", None)
+                if record.unsharded_accumulated_grad is not None or (whole is not None and whole.grad is not None):
+                    return parameter_name(record)
+    return ""
 
 
 def _state(module: FSDPModule) -> Any:

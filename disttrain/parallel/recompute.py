@@ -19,8 +19,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from disttrain.errors import ConfigError
-from disttrain.parallel.shard import shard_units
+from disttrain.parallel.shard import no_blocks, shard_units
 
 _KEPT: Final = (
     "mm",
@@ -49,11 +48,7 @@ def checkpoint_blocks(module: nn.Module, kind: Literal["blocks", "selective"] = 
     """
     blocks = shard_units(module)
     if not blocks:
-        raise ConfigError(
-            f"parallel.activation_checkpointing is {kind}, and {type(module).__name__} has no blocks",
-            mend="give the model a method shard_units() that returns its blocks, or set activation_checkpointing to"
-            " none",
-        )
+        raise no_blocks(f"parallel.activation_checkpointing is {kind}", module, "activation_checkpointing")
     for block in blocks:
         if not isinstance(block.forward, BlockForward):
             block.forward = _Recomputed(block, selective=kind == "selective")

@@ -45,6 +45,21 @@ def shard_units(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def no_blocks(what: str, module: nn.Module, setting: str) -> ConfigError:
+    """The error for a module without blocks.
+
+    Args:
+        what: the setting that needs them, with its value.
+        module: which has none.
+        setting: its name, to be set to none.
+    """
+    return ConfigError(
+        f"{what}, and {type(module).__name__} has no blocks: no child of a ModuleList or Sequential has"
+        f" {_MIN_UNIT_PARAMETERS:,} parameters or more",
+        mend=f"give the model a method shard_units() that returns its blocks, or set {setting} to none",
+    )
+
+
 def _runs(module: nn.Module) -> bool:
     """Whether a module has a forward pass, around which its parameters can be gathered and freed."""
     return getattr(module.forward, "__func__", module.forward) is not nn.Module.forward
@@ -123,3 +138,11 @@ def move_all_but_shards(module: nn.Module, device: torch.device) -> None:
                 inner._buffers[name] = buffer.to(device)
         if isinstance(inner, _DeviceDtypeModuleMixin):
             inner._device = device  # what a LightningModule says its device is
+
+
+def without_tensor(mesh: DeviceMesh) -> DeviceMesh:
+    """The axes of a mesh along which the data are divided."""
+    names = mesh.mesh_dim_names or ()
+    if "tensor" not in names:
+        return mesh
+    return mesh["replicate", "shard"] if "replicate" in names else mesh["shard"]

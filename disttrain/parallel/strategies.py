@@ -9,13 +9,13 @@ resumed run reduces in the same order as one that was never interrupted.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.trainer.states import TrainerFn
@@ -27,13 +27,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.checkpoint.state import CheckpointMixin
 from disttrain.parallel.agree import PYTORCHS_TIMEOUT, new_group, set_timeout, timeout_of
-from disttrain.parallel.buckets import BucketHook
-from disttrain.parallel.clipping import ClippingMixin
+from disttrain.parallel.base_strategy import BaseStrategy
+from disttrain.parallel.buckets import BucketHook, settle_buckets
 from disttrain.parallel.compiling import compile_blocks
 from disttrain.parallel.config import ParallelConfig
-from disttrain.parallel.fsdp_internals import fsdp_modules, parameter_name, take_unreduced, trained_parameters
+from disttrain.parallel.fsdp_internals import (
+    fsdp_modules,
+    parameter_name,
+    reshard,
+    sharded_parameters,
+    take_unreduced,
+    trained_parameters,
+    unreduced_parameter,
+)
 from disttrain.parallel.initialize import initialize, leave_meta, starts_on_meta
-from disttrain.parallel.joining import JoiningMixin
 from disttrain.parallel.module_tensors import (
     broadcast_tensors,
     check_trained,
@@ -44,20 +51,18 @@ from disttrain.parallel.module_tensors import (
     settle_layout,
 )
 from disttrain.parallel.narrow import NarrowReduceScatter, install_narrow_hook, install_wide_hook
-from disttrain.parallel.out_of_memory import MemoryGuardMixin
 from disttrain.parallel.precision import shard_policy
 from disttrain.parallel.ranks import DataRanks, data_ranks, divide_ranks
 from disttrain.parallel.recompute import checkpoint_blocks
 from disttrain.parallel.reduction import Exchange, TreeReduceScatter
-from disttrain.parallel.shard import move_all_but_shards, shard_module
-from disttrain.parallel.summation import SummationMixin
+from disttrain.parallel.shard import move_all_but_shards, shard_module, without_tensor
 from disttrain.parallel.synced_norm import sync_batch_norms
 from disttrain.parallel.tensor import apply_tensor_plan
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
-class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, JoiningMixin):
+class DDP(BaseStrategy):
     """Every rank holds the whole model; gradients are averaged in buckets while the backward pass runs.
 
     Args:
@@ -72,6 +77,8 @@ class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, Join
         self.config, self.seed = config or ParallelConfig(strategy="ddp"), seed
         self._hook: BucketHook | None = None
         self._filled = self._graph_learned = False
+        self._known: list[tuple[str, nn.Parameter]] = []  # the parameters when DDP was built
+        self._frozen: list[nn.Parameter] = []  # those of them that were not trained
         super().__init__(
             bucket_cap_mb=self.config.bucket_mib,
             find_unused_parameters=self.config.find_unused_parameters,
@@ -103,7 +110,25 @@ class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, Join
             checkpoint_blocks(module, self.config.activation_checkpointing)
         if self.config.compile == "blocks":
             compile_blocks(module, self.root_device)
+        self._wrap()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a forward pass. DDP reduces what was trained when it was built: if layers were thawed, build it again."""
+        if any(parameter.requires_grad for parameter in self._frozen) and not (self._sums and self._sums.count):
+            if self._hook is not None:
+                self._hook.close()
+            self.model = self._module()
+            gc.collect()  # the old reducer, whose hooks would see the gradients, too
+            self._wrap()
+        return super().training_step(*args, **kwargs)
+
+    def _wrap(self) -> None:
+        """Let DDP reduce the gradients of all that is trained now. A collective."""
+        module = self._module()
+        self._graph_learned = False
         sums = self._start_tree(module.trainer) if self.config.reduction == "tree" else None
+        self._known = list(module.named_parameters())
+        self._frozen = [parameter for _, parameter in self._known if not parameter.requires_grad]
         if self.world_size == 1:
             return
         odd = odd_names(module)
@@ -121,7 +146,7 @@ class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, Join
             self._hook.install(self.model)
             return
         if not self.config.find_unused_parameters and not self.config.static_graph:
-            _settle_buckets(self.model)
+            settle_buckets(self.model)
         if self.config.reduce_dtype == "bf16":
             install_narrow_hook(self.model)
         elif module.trainer.precision == "bf16-true":
@@ -158,6 +183,13 @@ class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, Join
             leave_meta(self.lightning_module)
         super().teardown()
 
+    def _reducible(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return iter(self._known)
+
+    def _unreduced(self) -> str:
+        thawed = [p for p in self._frozen if p.requires_grad and p.grad is not None]
+        return next(name for name, p in self._known if p is thawed[0]) if thawed else ""
+
     def _lacks_memory(self, error: Exception) -> bool:
         return self.memory_guard is not None and self.memory_guard.lacks_memory(error)
 
@@ -176,7 +208,7 @@ class DDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, Join
             self._finish_alone([(name, parameter.grad) for name, parameter in parameters])
 
 
-class FSDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, JoiningMixin):
+class FSDP(BaseStrategy):
     """Parameters, gradients and optimizer state are sharded over the ranks (PyTorch's FSDP2).
 
     Args:
@@ -193,6 +225,7 @@ class FSDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, Joi
         self.data_ranks: DataRanks | None = None
         """This rank's place among those that divide the data; known once the ranks have met."""
         self._scatters: list[TreeReduceScatter] = []
+        self._looks = 0
         super().__init__(timeout=timeout)
 
     def _get_process_group_backend(self) -> str:
@@ -237,7 +270,7 @@ class FSDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, Joi
                 compile_blocks(module, self.root_device)
             shard_module(
                 module,
-                _without_tensor(mesh),
+                without_tensor(mesh),
                 reshard_after_forward=self.config.reshard_after_forward,
                 forward_methods=[name for name in _STEPS if is_overridden(name, module)],
                 offload=self._offload(),
@@ -255,6 +288,7 @@ class FSDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, Joi
             self._reduce_in_tree(trainer)
         if fitting:
             self.setup_optimizers(trainer)
+            self._manual = None if module.automatic_optimization else self._drive_backward()
         self.setup_precision_plugin()
         if fitting and not self.config.offload:
             _optimizers_to_device(self.optimizers, self.root_device)
@@ -281,6 +315,19 @@ class FSDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, Joi
             yield
         finally:
             self.model.set_requires_gradient_sync(True)
+
+    def on_validation_end(self) -> None:
+        """Hold sharded parameters again, which callbacks may thaw or give to an optimizer."""
+        if not self.config.reshard_after_forward:
+            reshard(self._module())
+
+    def _reducible(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return sharded_parameters(self._module())
+
+    def _unreduced(self) -> str:
+        # What a module does in one step of automatic optimization it does in all: the first ones tell.
+        self._looks += 1
+        return unreduced_parameter(self._module()) if self._looks <= 2 or self._manual is not None else ""
 
     def _offload(self) -> OffloadPolicy:
         pinned = self.root_device.type == "cuda"
@@ -333,31 +380,6 @@ class FSDP(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, Joi
 def build_strategy(config: ParallelConfig, *, seed: int = 0, timeout: timedelta = PYTORCHS_TIMEOUT) -> DDP | FSDP:
     """The strategy that a configuration names; the seed keys initial weights with ``meta_init``."""
     return (FSDP if config.strategy == "fsdp" else DDP)(config, seed=seed, timeout=timeout)
-
-
-def _settle_buckets(model: DistributedDataParallel) -> None:
-    """Let DDP rebuild its buckets now instead of after the first step.
-
-    DDP lays its buckets out anew, once, by the order in which the first backward pass brings the gradients.
-    A sum over three ranks or more depends in its last bits on that layout, so the first step of a resumed
-    run would differ from the same step of an uninterrupted one. A backward pass through the parameters
-    alone, with zero gradients, makes the layout the same from the first step on.
-    """
-    parameters = [p for p in model.module.parameters() if p.requires_grad]
-    model.reducer.prepare_for_backward([])
-    total = sum((p.sum() * 0.0 for p in parameters), start=torch.zeros((), device=parameters[0].device))
-    total.backward()
-    model.reducer._rebuild_buckets()
-    for parameter in parameters:
-        parameter.grad = None
-
-
-def _without_tensor(mesh: DeviceMesh) -> DeviceMesh:
-    """The axes of a mesh along which the data are divided."""
-    names = mesh.mesh_dim_names or ()
-    if "tensor" not in names:
-        return mesh
-    return mesh["replicate", "shard"] if "replicate" in names else mesh["shard"]
 
 
 def _world() -> dist.ProcessGroup:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from disttrain.data.batches import COUNT, KEY, WEIGHT, Batch, real_samples
+from disttrain.checkpoint.weights import refuse_folder
+from disttrain.data.batches import COUNT, KEY, WEIGHT, Batch, check_batch, real_samples
 from disttrain.data.checks import Allowed, check_names
 from disttrain.data.module import sharded_data
 from disttrain.errors import ConfigError, DataError, nearest
@@ -75,6 +76,12 @@ class Task(pl.LightningModule):
         self._pending: dist.Work | None = None
         self._nominal = 0.0  # not known yet
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's, which reads a file of its own; disttrain's checkpoints are folders."""
+        refuse_folder(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
     # What a subclass writes.
 
     def forward(self, batch: Batch) -> Any:
@@ -115,7 +122,7 @@ class Task(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Weighted sum of a micro batch's losses, scaled so that the reduced gradient is a fixed multiple."""
-        outputs = self(batch)
+        outputs = self(check_batch(batch, self))
         total, weight = self._weighted(outputs, batch)
         self._nominal = self._nominal_weight(batch)
         self._step_sums.append(torch.stack((total.detach().double(), weight.double())))
@@ -211,7 +218,7 @@ class Task(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Predictions for the real samples of a micro batch, with their keys."""
-        outputs, batch = self._real(self(batch), batch)
+        outputs, batch = self._real(self(check_batch(batch, self)), batch)
         found = self.predict(outputs, batch)
         check_names(found, where=f"what {type(self).__name__}.predict() returns")
         return {KEY: batch[KEY], **found}
@@ -318,7 +325,7 @@ class Task(pl.LightningModule):
         return {name: metric for name, metric in group.items() if isinstance(metric, Metric)}
 
     def _evaluate(self, split: str, batch: Batch) -> None:
-        outputs = self(batch)
+        outputs = self(check_batch(batch, self))
         if batch[COUNT] == 0:
             return  # padding alone: the forward pass was run for the other ranks' collectives
         outputs, batch = self._real(outputs, batch)

@@ -189,3 +189,39 @@ def test_a_killed_trainer_leaves_no_process_behind(tmp_path: Path) -> None:
     number = int(done.stdout)
     if psutil.pid_exists(number):
         psutil.Process(number).wait(timeout=20)  # raises where it does not end
+
+
+_NO_GUARD = """
+import sys
+import numpy as np
+import disttrain
+from disttrain.data.batches import BatchMaker
+from disttrain.data.hooks import HooksConfig
+from disttrain.data.index import ShardIndex
+from disttrain.data.reader import Reader
+from disttrain.data.workers import WorkerPool
+
+def double(sample, draw):
+    return {"x": sample["x.npy"] * 2}
+
+trainer = disttrain.Trainer(run_dir=sys.argv[2])
+trainer.find_start("never")
+reader = Reader(ShardIndex.open(sys.argv[1]), {"x.npy": disttrain.Field("x.npy")})
+try:
+    WorkerPool(1).make(BatchMaker(reader, HooksConfig(double)), np.arange(1)[None], None, None)
+except disttrain.DisttrainError as error:
+    print(error)
+"""
+
+
+def test_a_script_without_a_main_guard_is_named(tmp_path: Path) -> None:
+    (path,) = write_numbered(tmp_path, [3])
+    script = tmp_path / "unguarded.py"
+    script.write_text(_NO_GUARD)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    run = [sys.executable, str(script), path, str(tmp_path / "run")]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "unguarded.py trains without asking whether it is the main program" in done.stdout, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("GLOBAL_RANK: 0") == 1, f"the worker process has begun a run of its own: {done.stderr}"

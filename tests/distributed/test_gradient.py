@@ -56,10 +56,12 @@ class Cut:
     Args:
         first: the first sample of the rank.
         sizes: the samples of its micro batches, one after the other.
+        rank: the rank.
+        num_replicas: how many there are.
     """
 
-    def __init__(self, first: int, sizes: tuple[int, ...]) -> None:
-        self.first, self.sizes = first, sizes
+    def __init__(self, first: int, sizes: tuple[int, ...], rank: int, num_replicas: int) -> None:
+        self.first, self.sizes, self.rank, self.num_replicas = first, sizes, rank, num_replicas
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -95,7 +97,7 @@ def one_step(sizes: list[tuple[int, ...]], strategy: str, folder: str) -> None:
         rank = trainer.global_rank
         trainer.accumulate_grad_batches = len(sizes[rank])
         task = TokenTask(optimizer=OptimizerConfig(name="sgd", lr=1.0))
-        trainer.fit(task, train_dataloaders=Cut(sum(map(sum, sizes[:rank])), sizes[rank]))
+        trainer.fit(task, train_dataloaders=Cut(sum(map(sum, sizes[:rank])), sizes[rank], rank, len(sizes)))
         whole = whole_weights(trainer)
         if trainer.is_global_zero:
             torch.save(whole, Path(folder) / f"{number}.pt")

@@ -159,10 +159,14 @@ TASKS: dict[str, Any] = {
 
 
 class MicroBatches:
-    """The micro batches of one rank over some steps; those of all ranks are the same for every layout."""
+    """The micro batches of one rank over some steps; those of all ranks are the same for every layout.
+
+    ``num_replicas`` and ``rank`` say which part it gives.
+    """
 
     def __init__(self, rank: int, accumulation: int, *, micro_batches: int, steps: int) -> None:
         self.rank, self.accumulation, self.micro_batches, self.steps = rank, accumulation, micro_batches, steps
+        self.num_replicas = micro_batches // accumulation
 
     def __len__(self) -> int:
         return self.accumulation * self.steps

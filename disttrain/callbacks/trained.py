@@ -1,0 +1,19 @@
+"""Stops a run whose ranks would drift apart, since a gradient is not reduced: :mod:`disttrain.parallel.trained`."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from torch.optim import Optimizer
+
+
+class TrainedCheck(Callback):
+    """Asks the strategy, before an optimizer steps, whether what it steps was reduced. Cost: a few comparisons."""
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """The gradients are complete."""
+        check = getattr(trainer.strategy, "check_trained", None)
+        if check is not None:
+            check(optimizer)

@@ -1,0 +1,105 @@
+"""Cut what a module predicts for padding off what it predicts for samples.
+
+The last micro batches of an evaluation are filled up, so that all ranks run the same number of forward passes; real
+samples stand first. A ``Task`` cuts its own outputs. Of any other module each value is cut along its first dimension,
+or refused if that is not possible without a guess. Cost: nothing, except where a micro batch holds padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from disttrain.data.batches import COUNT, WEIGHT
+from disttrain.errors import ConfigError
+
+
+class Rows(NamedTuple):
+    """The rows of a micro batch.
+
+    Attributes:
+        size: with padding.
+        real: those of samples, which stand first.
+    """
+
+    size: int
+    real: int
+
+
+class _UnclearError(Exception):
+    """Why a value cannot be cut."""
+
+
+def rows_of(batch: Any) -> Rows | None:
+    """The rows of one of disttrain's micro batches; None of any other."""
+    if isinstance(batch, Mapping) and COUNT in batch and WEIGHT in batch:
+        return Rows(len(batch[WEIGHT]), int(batch[COUNT]))
+    return None
+
+
+def real_outputs(outputs: Any, rows: Rows | None, module: object) -> Any:
+    """What a module returned for the real samples of a micro batch.
+
+    Args:
+        outputs: a tensor, an array or a list with one row a sample, or dictionaries, tuples, lists or dataclasses of
+            these; None is returned as it is.
+        rows: those of the micro batch; None where it is not one of disttrain's.
+        module: whose outputs they are, for the message.
+
+    Raises:
+        ConfigError: a value has neither a row for each sample of the micro batch nor one for each real one.
+    """
+    if rows is None or rows.real == rows.size:
+        return outputs
+    try:
+        return _cut(outputs, rows)
+    except _UnclearError as unclear:
+        raise ConfigError(
+            f"predict_step of {type(module).__name__} returned {unclear} for a micro batch of {rows.size}, of which"
+            f" {rows.real} are samples and the rest is padding, which cannot be cut off",
+            mend='return one row a sample, or cut by batch["__count__"] in predict_step',
+        ) from None
+
+
+def _cut(value: Any, rows: Rows) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, Tensor | np.ndarray):
+        length = value.shape[0] if value.ndim else -1
+        if length not in rows:
+            kind = "a tensor" if isinstance(value, Tensor) else "an array"
+            raise _UnclearError(f"{kind} of shape {tuple(value.shape)}")
+        return value[: rows.real]
+    if isinstance(value, Mapping):
+        return {name: _cut(item, rows) for name, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _cut(getattr(value, field.name), rows) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    if isinstance(value, list | tuple):
+        return _cut_sequence(value, rows)
+    raise _UnclearError(f"a {type(value).__name__}")
+
+
+def _cut_sequence(value: Any, rows: Rows) -> Any:
+    """A list with one item a sample, or of a few values that have one row a sample each."""
+    if hasattr(value, "_fields"):  # a named tuple
+        return type(value)(*(_cut(item, rows) for item in value))
+    whole = len(value) in rows
+    try:
+        parts = [_cut(item, rows) for item in value] if value else None
+    except _UnclearError:
+        parts = None
+    if whole and parts is not None and any(item is not None for item in parts):
+        # The logits of each of two samples, or the logits and the labels of two? A guess may lose results.
+        raise _UnclearError(
+            f"a {type(value).__name__} of {len(value)} whose items may be samples or hold a row of each"
+        )
+    if whole:
+        return value[: rows.real]
+    if parts is None:
+        raise _UnclearError(f"a {type(value).__name__} of {len(value)}")
+    return type(value)(parts)

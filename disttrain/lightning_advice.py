@@ -1,0 +1,151 @@
+"""Lightning's settings, callbacks and advice that do not apply here, in disttrain's words.
+
+Who comes from Lightning tries its names first. What has another name here, or is done by disttrain itself, is refused
+when the trainer is made or a run begins, with the name to use. Errors in which Lightning advises settings of its own
+trainer are raised as what is wrong and what to set here. No cost in a step.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder, ModelCheckpoint, ProgressBar
+
+from disttrain.errors import ConfigError, nearest
+from disttrain.parallel.ranks import data_ranks
+
+_ELSEWHERE: Final = {
+    "devices": "ranks come from the launcher: torchrun --nproc-per-node N, or disttrain launch --nproc N",
+    "gpus": "ranks come from the launcher: torchrun --nproc-per-node N, or disttrain launch --nproc N",
+    "num_nodes": "ranks come from the launcher: torchrun --nnodes N, or disttrain submit --nodes N",
+    "strategy": 'use parallel=ParallelConfig(strategy="ddp") or "fsdp"',
+    "sync_batchnorm": "use parallel=ParallelConfig(sync_batchnorm=True)",
+    "accumulate_grad_batches": "it is derived: use ShardedDataModule's global_batch_size and micro_batch_size",
+    "gradient_clip_val": "use gradient_clip_norm or gradient_clip_value",
+    "gradient_clip_algorithm": "use gradient_clip_norm or gradient_clip_value",
+    "val_check_interval": "use validate_every_steps, in optimizer steps",
+    "check_val_every_n_epoch": "use validate_every_steps, in optimizer steps",
+    "log_every_n_steps": "use log_every_steps",
+    "default_root_dir": "use run_dir",
+    "enable_progress_bar": "use progress_bar",
+    "enable_checkpointing": "checkpoints are always kept: see disttrain.Checkpointing",
+    "max_time": "use stop_after, such as 3h50m",
+    "use_distributed_sampler": "use ShardedDataModule, or set a DistributedSampler by hand",
+    "reload_dataloaders_every_n_epochs": "ShardedDataModule has another order in every epoch",
+    "logger": "metrics go to metrics.csv and TensorBoard in run_dir; append others to trainer.loggers",
+}
+"""What to use in place of an argument of Lightning's trainer."""
+
+_UNUSED: Final = "Expected to have finished reduction in the prior iteration"
+
+
+def refuse_arguments(trainer: type, unknown: Iterable[str]) -> None:
+    """Refuse arguments that the trainer does not have.
+
+    Raises:
+        ConfigError: there are any; it names the first one, and what to use in its place.
+    """
+    for name in unknown:
+        known = [key for key in inspect.signature(trainer).parameters if key not in ("self", "unknown")]
+        raise ConfigError(f"Trainer has no argument {name!r}", mend=_ELSEWHERE.get(name) or nearest(name, known))
+
+
+def refuse_callbacks(callbacks: Iterable[Callback]) -> None:
+    """Refuse callbacks of Lightning's that do what disttrain does itself, or that cannot work with it.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for callback in callbacks:
+        name = type(callback).__name__
+        if isinstance(callback, ModelCheckpoint):
+            raise ConfigError(
+                f"callback {name}: disttrain keeps the checkpoints itself",
+                mend='use disttrain.Checkpointing(monitor="val/loss", keep_best=1, keep_last=1) in its place; with a'
+                " monitor, ckpt_path='best' finds its best one",
+            )
+        if isinstance(callback, LearningRateFinder | BatchSizeFinder):
+            rate = isinstance(callback, LearningRateFinder)
+            raise ConfigError(
+                f"callback {name}, which lightning's Tuner uses, cannot work with disttrain's checkpoints and steps",
+                mend="compare short runs: Trainer(max_steps=100, run_dir=...) with a few rates, and disttrain report"
+                if rate
+                else "use ShardedDataModule(micro_batch_size='auto')",
+            )
+
+
+def wants_progress(progress_bar: bool, callbacks: Iterable[Callback]) -> bool:
+    """Whether disttrain's progress is shown: where it is wanted and no other progress bar is given.
+
+    Raises:
+        ConfigError: a progress bar is given, and none is wanted.
+    """
+    given = [type(callback).__name__ for callback in callbacks if isinstance(callback, ProgressBar)]
+    if given and not progress_bar:
+        raise ConfigError(
+            f"progress_bar is false, and the callbacks hold a {given[0]}", mend="leave one of them out of the trainer"
+        )
+    return progress_bar and not given
+
+
+def check_by_hand(trainer: pl.Trainer) -> None:
+    """Refuse what a module that optimizes by hand does not get.
+
+    Raises:
+        ConfigError: the trainer is to clip its gradients, or a global batch is cut into several micro batches a rank,
+            each of which the module would take for a whole one.
+    """
+    module = trainer.lightning_module
+    if module.automatic_optimization:
+        return
+    by_hand = f"{type(module).__name__} optimizes by hand (automatic_optimization is False)"
+    if trainer.gradient_clip_val:
+        name = "value" if trainer.gradient_clip_algorithm == "value" else "norm"
+        raise ConfigError(
+            f"trainer.gradient_clip_{name} is {trainer.gradient_clip_val}, but {by_hand}",
+            mend="clip in training_step, by self.clip_gradients(optimizer, gradient_clip_val=...,"
+            f' gradient_clip_algorithm="{name}"), and leave the setting out',
+        )
+    if trainer.accumulate_grad_batches == 1:
+        return
+    data: Any = getattr(trainer, "datamodule", None)
+    plan = getattr(data, "plan", None)
+    size = plan.rank_batch_size if plan is not None else None
+    raise ConfigError(
+        f"{by_hand}, and a step has {trainer.accumulate_grad_batches} micro batches a rank, each of which its"
+        " training_step would make a step of",
+        mend=f"set micro_batch_size to {size or 'global_batch_size / ranks'}, what each of {data_ranks(trainer).size}"
+        " rank(s) takes of a global batch",
+    )
+
+
+@contextmanager
+def in_our_words() -> Iterator[None]:
+    """Raise errors of Lightning's and PyTorch's that advise settings of theirs as what to do here."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        for matches, what, mend in _WORDS:
+            if matches(str(error.args[0] if error.args else "")):
+                raise ConfigError(what, mend=mend) from None
+        raise
+
+
+_WORDS: Final[tuple[tuple[Callable[[str], bool], str, str], ...]] = (
+    (
+        lambda text: _UNUSED in text or "parameters that were not used in producing the loss" in text,
+        "some parameters got no gradient in a step, for which DDP waits",
+        "freeze them (requires_grad=False) or use them in every step; else set parallel.find_unused_parameters to true,"
+        " which also modules need that optimize by hand with several optimizers",
+    ),
+    (
+        lambda text: '(ckpt_path="best")`' in text,
+        "ckpt_path is 'best', and no checkpoint of this run is the best one",
+        'give disttrain.Checkpointing a monitor, such as monitor="val/loss", and train with it; or name a checkpoint'
+        " by its path",
+    ),
+)

@@ -1,0 +1,132 @@
+"""What DDP and FSDP do alike at the places that Lightning gives a strategy.
+
+Loaders are accepted or refused (:mod:`disttrain.data.user_loaders`), padding is cut off what is predicted
+(:mod:`disttrain.data.padding`), and an optimizer steps only what the strategy reduces
+(:mod:`disttrain.parallel.trained`). A module that optimizes by hand runs its backward passes within its training step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+
+from disttrain.checkpoint.state import CheckpointMixin
+from disttrain.data.loader import EvaluationLoader
+from disttrain.data.padding import Rows, real_outputs, rows_of
+from disttrain.data.user_loaders import accept
+from disttrain.errors import ConfigError
+from disttrain.parallel.clipping import ClippingMixin
+from disttrain.parallel.config import ParallelConfig
+from disttrain.parallel.fsdp_internals import BackwardInside
+from disttrain.parallel.joining import JoiningMixin
+from disttrain.parallel.out_of_memory import MemoryGuardMixin
+from disttrain.parallel.summation import SummationMixin
+from disttrain.parallel.trained import check_members, class_name
+from disttrain.tasks.base import Task
+
+
+class BaseStrategy(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, JoiningMixin):
+    """What both strategies do at the places that Lightning gives them."""
+
+    config: ParallelConfig
+    seed: int
+    _rows: Rows | None = None
+    _went_backward = False
+    _manual: BackwardInside | None = None
+
+    @cached_property
+    def _sizes(self) -> WeakKeyDictionary[Optimizer, tuple[int, ...]]:
+        """How many parameters optimizers held when that was last looked at, by group."""
+        return WeakKeyDictionary()
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Refuse a loader whose samples the ranks would not share; let a resume continue in it. A collective."""
+        return accept(dataloader, self._trainer(), seed=self.seed)
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Note what is real of a micro batch before the module may change its form."""
+        self._rows = rows_of(batch)
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module predicts, without that of padding."""
+        outputs, module = super().predict_step(*args, **kwargs), self._module()
+        if isinstance(module, Task):
+            return outputs
+        rows = rows_of(args[0]) or self._rows
+        if rows is None and isinstance(self._trainer().predict_dataloaders, EvaluationLoader):
+            raise ConfigError(
+                f"on_before_batch_transfer of {class_name(module)} takes __count__ out of the batch, which says how"
+                " many samples are real",
+                mend="change the batch in on_after_batch_transfer, or leave __count__ and __weight__ in it",
+            )
+        return real_outputs(outputs, rows, module)
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Run a backward pass, and know of it."""
+        self._went_backward = True
+        return super().backward(closure_loss, optimizer, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a forward pass, and what a module that optimizes by hand does within it."""
+        with self._manual.inside() if self._manual is not None else nullcontext():
+            return super().training_step(*args, **kwargs)
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """End the forward pass for FSDP, if the training step is not over."""
+        super().pre_backward(closure_loss)
+        if self._manual is not None:
+            self._manual.before_backward(closure_loss)
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Begin the next one."""
+        super().post_backward(closure_loss)
+        if self._manual is not None:
+            self._manual.after_backward()
+
+    def check_trained(self, optimizer: Optimizer) -> None:
+        """Before an optimizer steps: refuse what would let the ranks drift apart.
+
+        Raises:
+            ConfigError: it would step parameters whose gradients were not reduced over the ranks.
+        """
+        sizes = tuple(len(group["params"]) for group in optimizer.param_groups)
+        if self._sizes.get(optimizer) != sizes:
+            self._sizes[optimizer] = sizes
+            check_members(optimizer, dict(self._reducible()), self._module())
+        if self.world_size == 1 and not isinstance(self.model, FSDPModule):
+            return
+        if not self._went_backward and not self._module().automatic_optimization:
+            raise ConfigError(
+                f"{class_name(self._module())} calls loss.backward(), whose gradients the ranks do not reduce",
+                mend="call self.manual_backward(loss) in its place",
+            )
+        if name := self._unreduced():
+            raise ConfigError(
+                f"parameter {name} of {class_name(self._module())} has a gradient that was not reduced over the"
+                f" {self.world_size} ranks, which would drift apart",
+                mend="thaw layers between two steps, such as in on_train_epoch_start, and call every layer inside of"
+                " training_step or forward",
+            )
+
+    def _drive_backward(self) -> BackwardInside:
+        manual = BackwardInside(self.model)  # type: ignore[arg-type]
+        for optimizer in self.optimizers:
+            optimizer.register_step_post_hook(lambda *_: manual.after_step())
+        return manual
+
+    def _reducible(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters whose gradients are reduced, or will be once they are trained."""
+        raise NotImplementedError
+
+    def _unreduced(self) -> str:
+        """A parameter whose gradient was not reduced."""
+        raise NotImplementedError

@@ -1,0 +1,48 @@
+"""Whether what an optimizer steps is what the strategy reduces.
+
+A parameter whose gradient is not reduced over the ranks is trained by each rank on its own samples, and nothing says
+so: the ranks drift apart, and the checkpoint holds rank 0's. So the parameters of every optimizer are compared with
+those of the module when they are first stepped and whenever their number changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+
+from disttrain.errors import ConfigError
+
+
+def class_name(module: nn.Module) -> str:
+    """The name of a module's class, as its author wrote it: FSDP2 makes a class of its own, with a prefix."""
+    kind = type(module)
+    return kind.__mro__[2].__name__ if isinstance(module, FSDPModule) else kind.__name__
+
+
+def check_members(optimizer: Optimizer, reducible: Mapping[str, nn.Parameter], module: nn.Module) -> None:
+    """Refuse an optimizer that steps parameters which the ranks do not share.
+
+    Args:
+        optimizer: any.
+        reducible: the parameters whose gradients are reduced, or will be once they are trained, by name.
+        module: the LightningModule, for the message.
+
+    Raises:
+        ConfigError: it holds another parameter that is trained.
+    """
+    known = set(map(id, reducible.values()))
+    parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
+    strange = [p for p in parameters if p.requires_grad and id(p) not in known]
+    if not strange:
+        return
+    kind, count = type(optimizer).__name__, len(strange)
+    raise ConfigError(
+        f"{kind} of {class_name(module)} steps {count} parameter{'s' * (count > 1)}, the first of shape"
+        f" {tuple(strange[0].shape)}, that the strategy does not know: the module does not hold"
+        f" {'them' if count > 1 else 'it'}, or did not when training was set up, and the ranks would drift apart",
+        mend="make layers in __init__, hold them in a module or nn.ModuleList (not a plain list), and optimizers in"
+        " configure_optimizers",
+    )

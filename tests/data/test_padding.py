@@ -1,0 +1,75 @@
+"""Padding is cut off what any module predicts, or the module is told that it cannot be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from disttrain.data.padding import Rows, real_outputs
+from disttrain.errors import ConfigError
+
+ROWS = Rows(4, 3)
+
+
+class Pair(NamedTuple):
+    one: Any
+    two: Any
+
+
+@dataclass
+class Out:
+    logits: Any
+    names: list[str]
+
+
+def rows(size: int) -> torch.Tensor:
+    return torch.arange(2.0 * size).reshape(size, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "cut"),
+    [
+        (rows(4), rows(3)),
+        (rows(3), rows(3)),  # cut by its author
+        (rows(4).numpy(), rows(3).numpy()),
+        ({"logits": rows(4), "names": ["a", "b", "c", "d"]}, {"logits": rows(3), "names": ["a", "b", "c"]}),
+        ((rows(4), torch.arange(4)), (rows(3), torch.arange(3))),
+        ([rows(4), {"deep": torch.arange(4)}], [rows(3), {"deep": torch.arange(3)}]),
+        (Pair(rows(4), None), Pair(rows(3), None)),
+        (Out(rows(4), ["a", "b", "c", "d"]), Out(rows(3), ["a", "b", "c"])),
+        ([0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3]),
+        (None, None),
+    ],
+)
+def test_rows_of_padding_are_cut(given: Any, cut: Any) -> None:
+    found = real_outputs(given, ROWS, None)
+    assert type(found) is type(cut)
+    assert repr(found) == repr(cut)
+    assert real_outputs(given, Rows(4, 4), None) is given
+    assert real_outputs(given, None, None) is given
+
+
+def test_padding_alone_leaves_nothing() -> None:
+    assert real_outputs({"logits": rows(4)}, Rows(4, 0), None)["logits"].shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (torch.tensor(0.5), r"a tensor of shape \(\)"),
+        (torch.ones(2, 4), r"a tensor of shape \(2, 4\)"),
+        ({"logits": rows(4), "loss": 0.5}, "a float"),
+        (np.float64(0.5), "a float64"),
+        ("text", "a str"),
+        ([1, 2], "a list of 2"),
+        ([rows(4)] * 4, "a list of 4 whose items may be samples or hold a row of each"),
+        ((rows(4),) * 3, "a tuple of 3 whose items may be samples"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(given: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"returned {words}.* for a micro batch of 4, of which 3 are samples"):
+        real_outputs(given, ROWS, object())

@@ -1,0 +1,119 @@
+"""What Lightning's users try first, and what they are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import BatchSizeFinder, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.tuner import Tuner
+from torch.utils.data import DataLoader
+
+from disttrain import Checkpointing, ClassificationTask, ShardedDataModule, Trainer
+from disttrain.callbacks.progress import StepProgress
+from disttrain.errors import CheckpointError, ConfigError
+from disttrain.models import MLP
+from tests.support import foreign
+
+NUMBERS = foreign.Numbers(16)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ({"devices": 2}, "'devices'\n.*torchrun"),
+        ({"strategy": "ddp"}, "'strategy'\n.*ParallelConfig"),
+        ({"accumulate_grad_batches": 4}, "micro_batch_size"),
+        ({"gradient_clip_val": 0.5}, "gradient_clip_norm"),
+        ({"val_check_interval": 0.5}, "validate_every_steps"),
+        ({"default_root_dir": "x"}, "run_dir"),
+        ({"max_epoch": 3}, "did you mean 'max_epochs'"),
+        ({"callbacks": [ModelCheckpoint()]}, r"callback ModelCheckpoint.*\n.*disttrain.Checkpointing\(monitor"),
+        ({"callbacks": [BatchSizeFinder()]}, "callback BatchSizeFinder.*\n.*micro_batch_size='auto'"),
+        ({"callbacks": [TQDMProgressBar()], "progress_bar": False}, "progress_bar is false.* TQDMProgressBar"),
+    ],
+)
+def test_what_has_another_name_here_is_named(tmp_path: Path, argument: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Trainer(run_dir=str(tmp_path), **argument)
+
+
+def test_a_given_progress_bar_is_the_one_shown(tmp_path: Path) -> None:
+    trainer = Trainer(run_dir=str(tmp_path), callbacks=[TQDMProgressBar()])
+    assert isinstance(trainer.progress_bar_callback, TQDMProgressBar)
+    assert not any(isinstance(callback, StepProgress) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+class LearningRate(foreign.Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.save_hyperparameters({"lr": 0.1})
+
+
+def test_the_tuner_is_refused(tmp_path: Path) -> None:
+    trainer = foreign.trainer_of(tmp_path, max_steps=2)
+    with pytest.raises(ConfigError, match="callback LearningRateFinder, which lightning's Tuner uses"):
+        Tuner(trainer).lr_find(LearningRate(), DataLoader(NUMBERS, batch_size=4))
+
+
+def test_without_a_best_checkpoint_the_monitor_is_named(tmp_path: Path) -> None:
+    trainer, module = foreign.trainer_of(tmp_path, max_steps=2), foreign.Evaluated()
+    batches = DataLoader(NUMBERS, batch_size=4)
+    trainer.fit(module, batches, batches)
+    with pytest.raises(ConfigError, match=r"no checkpoint of this run is the best one\n.*Checkpointing a monitor"):
+        trainer.test(module, batches, ckpt_path="best", verbose=False)
+    (folder,) = (tmp_path / "checkpoints").glob("step-*")
+    with pytest.raises(CheckpointError, match=r"is a folder\n.*disttrain checkpoints export"):
+        ClassificationTask.load_from_checkpoint(folder)
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
+def test_by_hand_needs_whole_batches_and_its_own_clipping(tmp_path: Path, digits: Path) -> None:
+    for settings, words in (
+        ({}, r"each of which its training_step would make a step of\n.*micro_batch_size to 32,"),
+        ({"gradient_clip_norm": 0.5}, r"gradient_clip_norm is 0.5, but ByHand optimizes by hand"),
+    ):
+        data = ShardedDataModule(train=str(digits / "train.json"), global_batch_size=32, micro_batch_size=8)
+        trainer = foreign.trainer_of(tmp_path, max_steps=2, **settings)
+        with pytest.raises(ConfigError, match=words):
+            trainer.fit(foreign.ByHand(), datamodule=data)
+
+
+def test_a_task_says_which_batches_it_takes(tmp_path: Path) -> None:
+    task = ClassificationTask(MLP(foreign.FEATURES, out_features=foreign.CLASSES), num_classes=foreign.CLASSES)
+    batches = DataLoader(NUMBERS, batch_size=4)
+    for loop in ("fit", "test", "predict"):
+        trainer = foreign.trainer_of(tmp_path, max_steps=2)
+        with pytest.raises(ConfigError, match=r"ClassificationTask is a disttrain.Task, and its loader gives a list"):
+            getattr(trainer, loop)(task, batches)
+
+
+class Digits(pl.LightningModule):
+    """Predicts in a form of its own, from batches in a form of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 10)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch["image"].flatten(1).float(), batch["label"]
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        logits = self.layer(batch[0])
+        return logits.argmax(dim=1), {"logits": logits}
+
+
+@pytest.mark.filterwarnings("ignore:You have overridden:UserWarning")  # Lightning says whose hook it calls
+def test_predictions_are_of_samples_alone(tmp_path: Path, digits: Path) -> None:
+    fields: Any = {"image": "image.npy", "label": "cls"}
+    data = ShardedDataModule(test=str(digits / "test.json"), fields=fields, micro_batch_size=17)
+    parts = foreign.trainer_of(tmp_path).predict(Digits(), data)
+    assert parts is not None
+    samples = len(data.reader("predict").index)
+    assert samples % 17, "nothing was filled up"
+    assert sum(len(part[0]) for part in parts) == samples  # type: ignore[arg-type]
+    assert sum(len(part[1]["logits"]) for part in parts) == samples  # type: ignore[call-overload]
+    assert Checkpointing().best_model_path == ""
