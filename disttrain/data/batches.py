@@ -40,7 +40,7 @@ from disttrain.data.checks import (
     check_names,
 )
 from disttrain.data.draws import Draws
-from disttrain.data.hooks import HooksConfig, Sample, collate_samples, column
+from disttrain.data.hooks import HooksConfig, Sample, collate_samples, column, stack
 from disttrain.data.reader import Reader, Samples
 from disttrain.errors import ConfigError, nearest
 
@@ -130,8 +130,8 @@ class BatchMaker:
         real = np.full(rows, size) if counts is None else counts
         read, samples, filtered = self._read(ids.ravel(), real, draws)
         unused = read.bad.keys() | filtered
-        bad, left_out = _by_row(read.bad, real, size), _by_row(filtered, real, size)
         if unused:
+            bad, left_out = _by_row(read.bad, real, size), _by_row(filtered, real, size)
             real, order = _to_the_right(unused, real, size)
             ids = ids.ravel()[order].reshape(rows, size)
             read = _reordered(read, order)
@@ -171,17 +171,23 @@ class BatchMaker:
         if self.hooks.transform is None:
             return read, samples, set()
         filtered: set[int] = set()
+        refused: dict[int, str] = {}
         for place, sample in enumerate(samples):
             try:
                 samples[place] = self._transform(sample, draws, place)
             except FilteredSampleError:
                 filtered.add(place)
             except BadSampleError as error:
-                found = self._refused(int(ids[place]), error)
-                if not self.skip_bad:
-                    raise found.error() from None
-                read.bad.setdefault(place, found)
-                samples[place] = self._substitute(int(ids[place]), draws, place) | {KEY: sample[KEY]}
+                refused[place] = str(error)
+        made = [place for place in range(len(samples)) if place not in filtered and place not in refused]
+        faults = self._faults([samples[place] for place in made])
+        refused |= {made[number]: fault for number, fault in faults.items()}
+        for place in sorted(refused):
+            found = self._refused(int(ids[place]), refused[place])
+            if not self.skip_bad:
+                raise found.error() from None
+            read.bad.setdefault(place, found)
+            samples[place] = self._substitute(int(ids[place]), draws, place) | {KEY: read.keys[place]}
         size = len(ids) // len(real)
         for place in filtered:
             # Weight 0 makes any values do: those of the first sample of the micro batch that is left, if any is.
@@ -215,7 +221,6 @@ class BatchMaker:
 
         Raises:
             ConfigError: a name that is reserved, another key, or no weight.
-            BadSampleError: a number that is not allowed.
         """
         if not _MADE_HERE.isdisjoint(out):
             check_names(out, where="what data.hooks.transform returns", but=KEY)
@@ -229,9 +234,16 @@ class BatchMaker:
                 f"data.hooks.weight is {self.hooks.weight!r}, which data.hooks.transform does not return",
                 mend=f"return it for every sample, or correct the name; {nearest(self.hooks.weight, out)}",
             )
+
+    def _faults(self, samples: Sequence[Sample]) -> dict[int, str]:
+        """Which transformed samples hold a number that is not allowed, and which one."""
+        found: dict[int, str] = {}
         for name, allowed in self._checks.items():
-            if name in out and (fault := allowed.faults([out[name]])):
-                raise BadSampleError(f"it made {name!r} {fault[0]}")
+            places = [place for place, sample in enumerate(samples) if name in sample]
+            if places:
+                for number, fault in allowed.faults(stack([samples[place][name] for place in places])).items():
+                    found.setdefault(places[number], f"it made {name!r} {fault}")
+        return found
 
     def _substitute(self, sample_id: int, draws: Draws | None, place: int) -> Sample:
         """The next sample that the transform accepts, in place of one that it refused."""
@@ -242,12 +254,14 @@ class BatchMaker:
                 raise ConfigError("data.hooks.transform refuses every sample", mend="correct the transform")
             (sample,) = _one_by_one(self.reader.samples(np.array([wanted]), draws, mark_bad=True))
             try:
-                return self._transform(sample, draws, place)
+                made = self._transform(sample, draws, place)
             except (BadSampleError, FilteredSampleError):
                 continue
+            if not self._faults([made]):
+                return made
 
-    def _refused(self, sample_id: int, error: BadSampleError) -> BadSample:
-        reason = f" was refused by data.hooks.transform: {error}"
+    def _refused(self, sample_id: int, why: str) -> BadSample:
+        reason = f" was refused by data.hooks.transform: {why}"
         return self.reader.bad_sample(sample_id, "", -1, reason, "repair the sample or remove it")
 
     def _columns(self, read: Samples, rows: int, size: int) -> tuple[list[str], list[Sequence[Any]]]:

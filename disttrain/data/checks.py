@@ -80,7 +80,7 @@ class Allowed:
 
     def _fit(self, numbers: NDArray[Any]) -> NDArray[np.bool_]:
         kind = numbers.dtype.kind
-        if kind == "O":  # a Python number of more than 64 bits
+        if kind == "O" or (kind == "b" and self.single):  # a Python number of more than 64 bits; no number
             return np.zeros(numbers.shape, dtype=np.bool_)
         if kind not in ("iu" if self.whole else "iufb"):
             return np.ones(numbers.shape, dtype=np.bool_)
