@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     Callback,
     EMAWeightAveraging,
     ModelCheckpoint,
@@ -185,6 +186,27 @@ def test_weights_that_a_module_fills_itself_need_not_be_saved(fit: Callable[...,
     assert resumed.steps == 4, "two micro batches of two steps"
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
     assert float(resumed.backbone.weight.min()) == float(resumed.backbone.weight.max()), "as it was filled"
+
+
+class HeadFirst(Net):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.head.parameters(), lr=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:.*(as in the checkpoint|began without it|params in the optimizer|already)")
+def test_a_backbone_that_was_thawed_resumes_to_the_bit(fit: Callable[..., Net], tmp_path: Path) -> None:
+    """Five steps an epoch; thawed at step 5, resumed at step 8, in mid-epoch."""
+
+    def thaws() -> Callback:
+        return BackboneFinetuning(unfreeze_backbone_at_epoch=1)
+
+    whole = fit(HeadFirst, thaws(), steps=12)
+    fit(HeadFirst, thaws(), steps=8, resume="never")
+    resumed = fit(HeadFirst, thaws(), steps=12, resume=str(tmp_path / "run"))
+    assert resumed.steps == 8, "two micro batches of four steps"
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+    torch.manual_seed(0)
+    assert not torch.equal(HeadFirst().backbone.weight, resumed.backbone.weight), "the backbone was never trained"
 
 
 class Sees(Net):
