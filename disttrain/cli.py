@@ -26,6 +26,7 @@ from disttrain.errors import (
     nearest,
     passed_through_users_code,
 )
+from disttrain.output import lossy_output, open_descriptors, silence
 from disttrain.terminal import redacted, say, tell, warning_line
 from disttrain.world import World, detect_world
 
@@ -48,7 +49,7 @@ _TOOLS = {
 
 _BACKENDS = ("gloo", "NCCL", "nccl")
 _MOST_LETTERS = 300
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE)
 _OF_A_PATH = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ELOOP),
     *(errno.ENAMETOOLONG, errno.ENXIO, errno.EBADF, errno.EINVAL),
@@ -59,8 +60,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit code."""
     code, usual = 1, warnings.formatwarning
     warnings.formatwarning = warning_line
+    arguments = sys.argv[1:] if argv is None else argv
+    open_descriptors()
     try:
-        code = _main(sys.argv[1:] if argv is None else argv)
+        # A training's output is a log; that of the other commands is what they are run for.
+        with lossy_output(last=True) if arguments[:1] == ["fit"] else lossy_output("stderr"):
+            code = _main(arguments)
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
         raise
@@ -76,7 +81,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> int:
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # an error of it is one of the command's, not of the end of the process
+        return code
     except DisttrainError as error:
         _print_error(error)
         return error.exit_code
@@ -105,13 +113,15 @@ def _main(arguments: list[str]) -> int:
             return _interrupted()
         raise
     except BrokenPipeError:
+        if arguments[:1] == ["fit"]:
+            raise  # some other pipe: a broken output ends no training
         # The reader of the output, such as `head`, has gone; nothing more can be told to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
         return 0
     except OSError as error:
         if error.errno in _OF_THE_DISK:
             told = DisttrainError(
-                f"{error.filename or 'a file'} cannot be written: {error.strerror}",
+                f"{error.filename or 'the output or a file'} cannot be written: {error.strerror}",
                 mend="check free space, quota and permissions; the same command then goes on from the last checkpoint",
             )
         elif error.errno in _OF_A_PATH and error.filename is not None and not passed_through_users_code(error):
@@ -121,6 +131,11 @@ def _main(arguments: list[str]) -> int:
         else:
             raise
         _print_error(told)
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except (OSError, ValueError):  # it is what is full: what it holds back is not to fail once more at the end
+            silence(sys.stdout)
         return told.exit_code
 
 
@@ -137,7 +152,7 @@ def _dispatch(arguments: list[str]) -> int:
     if name == "launch":
         from disttrain.commands import launch
 
-        return launch.main(rest)
+        return launch.main(rest, (*_TRAINING, *_TOOLS))
     if name == "doctor":
         from disttrain.commands import doctor
 

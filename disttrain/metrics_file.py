@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from disttrain.errors import ConfigError, DataError
-from disttrain.files import remove_leftovers
+from disttrain.files import check_held, make_folder, publish, remove_leftovers
 from disttrain.reading import ReadError, read_lines
 
 FILE_NAME: Final = "metrics.csv"
@@ -122,7 +122,7 @@ class MetricsFile:
     def _ready(self, metrics: Mapping[str, float]) -> BinaryIO:
         """The open file, with a column for each of these metrics."""
         if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             _drop_torn_line(self.path)
             self._columns = _read_header(self.path)
         new = tuple(name for name in metrics if name not in self._columns[len(FIRST_COLUMNS) :])
@@ -272,6 +272,7 @@ def _rewrite(path: Path, columns: Sequence[str], *, last_step: int | None = None
         columns: its columns from now on.
         last_step: rows of later steps are left out; None keeps all.
     """
+    check_held(path)
     present = _read_header(path)
     padding = b"," * (len(columns) - len(present)) + b"\n"
     header = io.StringIO()
@@ -287,7 +288,7 @@ def _rewrite(path: Path, columns: Sequence[str], *, last_step: int | None = None
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        publish(temporary, path)
     except BaseException:
         with suppress(FileNotFoundError):  # an attempt that has taken over removes it
             os.unlink(temporary)

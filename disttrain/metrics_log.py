@@ -8,8 +8,9 @@ written, on a full disk say, is told and left out; no log ends a training.
 
 from __future__ import annotations
 
+import threading
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from disttrain.files import check_held
 from disttrain.metrics_file import FILE_NAME, MetricsFile
 from disttrain.terminal import tell
 
@@ -128,19 +130,37 @@ class EventsLog(TensorBoardLogger):
     def __init__(self, run_dir: str | Path) -> None:
         super().__init__(save_dir=run_dir, name="", version="tensorboard")
         self._lost = False
+        self._former_hook: Callable[[threading.ExceptHookArgs], object] | None = None
+        self._hook: Callable[[threading.ExceptHookArgs], object] | None = None
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Hand the values to the thread that writes them."""
         if not self._lost:
             with self._losing():
+                check_held(Path(self.root_dir))  # a run's folder that is gone is not made anew
+                self._quieten()
                 super().log_metrics(metrics, step)
+
+    def _quieten(self) -> None:
+        """Let an error of the writer's thread be told by :meth:`_losing` alone; Python prints its traceback besides."""
+        if self._former_hook is not None:
+            return
+        former = self._former_hook = threading.excepthook
+
+        def hook(told: threading.ExceptHookArgs) -> None:
+            if type(told.thread).__name__ != "_AsyncWriterThread" or not issubclass(told.exc_type, OSError):
+                former(told)
+
+        self._hook = threading.excepthook = hook
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Have everything written."""
         with self._losing():
             super().finalize(status)
+        if self._former_hook is not None and threading.excepthook is self._hook:
+            threading.excepthook, self._former_hook = self._former_hook, None
 
     @contextmanager
     def _losing(self) -> Iterator[None]:

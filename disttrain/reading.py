@@ -296,7 +296,9 @@ def as_text(value: object) -> str:
 
 
 def as_number(value: object) -> float | None:
-    """A number; None for anything else."""
+    """A number, also one that JSON has no number for, as ``files.to_json`` writes it; None for anything else."""
+    if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity"):
+        return float(value)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 

@@ -1,17 +1,15 @@
 """The folder of a run: what it holds, and which checkpoint a new attempt starts from.
 
-``run.json`` says whether the run is complete; ``checkpoints/`` holds what it can be resumed from. ``auto``
-continues an interrupted run from its newest committed and sound checkpoint and starts anew where the run is
-complete; ``never`` starts anew; a path names a checkpoint or a run folder. Starting anew never deletes: an older
-run is renamed aside. Where a launcher starts ranks again, they go on with what their launch has saved, whatever it
-was told to begin with. A folder's checkpoints are those of one run: another run's are an error, unless they are
-named. Rank 0 looks and tells the others; all ranks read a share of the checkpoint's files to compare checksums.
-Where checkpoints are copied to remote storage and a copy is newer than what is here, ``auto`` fetches it.
+``run.json`` says whether the run is complete; ``checkpoints/`` holds what it can be resumed from. ``auto`` continues
+a run from its newest committed and sound checkpoint, which of a complete one is its end, with no step left; ``never``
+starts a new run; a path names a checkpoint or a run folder. Starting a new run never deletes: an older one is renamed.
+Ranks that a launcher starts again resume from what their launch has saved, whatever it was told to begin with. A
+folder's checkpoints are those of one run: another run's are an error, unless they are named. Rank 0 decides; all ranks
+read a share of the checkpoint's files to compare checksums. ``auto`` fetches copies on remote storage that are newer.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -32,7 +30,7 @@ from disttrain.checkpoint.prune import best_of
 from disttrain.checkpoint.write import from_lead
 from disttrain.data.remote import is_remote, shown
 from disttrain.errors import CheckpointError
-from disttrain.files import write_atomically
+from disttrain.files import release, sync_directory, to_json, write_atomically
 from disttrain.parallel.agree import is_distributed, raise_together
 from disttrain.reading import conform_run, read_record
 from disttrain.slurm.requeue import is_restarted_by_slurm, job_of
@@ -83,6 +81,7 @@ def find_start(
         CheckpointError: the named checkpoint does not exist or is torn, ``auto`` meets another run's, or copies cannot
             be reached. Ranks other than 0 raise a ``RankError``.
     """
+    release(run_dir)
     lead = not is_distributed() or torch.distributed.get_rank() == 0
     faulty: dict[Path, str] = {}
     unfit: dict[str, str] = {}  # copies that were fetched, or found damaged
@@ -127,8 +126,7 @@ def _take_over(
 ) -> tuple[Attempt | None, list[str]]:
     """Begin an attempt if this start may go on with what is here or in a mirror; and what was cleared away."""
     owner = mirror.owner() if mirror is not None else {}
-    completed = read_run(run_dir).get("status") == COMPLETED
-    goes_on = restart is not None or (resume == "auto" and not completed)
+    goes_on = restart is not None or resume == "auto"
     if mirror is not None and owner and not goes_on and resume in ("auto", "never"):
         raise another_run(mirror, str(owner["run"]), "")  # before anything is moved
     if not goes_on or not (owner or _has_checkpoints(run_dir)):
@@ -202,12 +200,13 @@ def choose_start(run_dir: Path, resume: str, *, faulty: Mapping[Path, str] | Non
         )
     if resume != "auto":
         return _named(Path(resume), faulty)
-    if read_run(run_dir).get("status") == COMPLETED:
-        return _anew(run_dir, ["the run in this folder is complete"])
     start = _newest(run_dir / CHECKPOINTS, faulty)
+    complete = ["the run in this folder is complete"] if read_run(run_dir).get("status") == COMPLETED else []
     if start.checkpoint is not None:
         _check_owner(run_dir, start.checkpoint)
-    return start
+    elif complete:
+        return _anew(run_dir, complete)
+    return replace(start, notes=[*complete, *start.notes])
 
 
 def best_checkpoint(run_dir: Path, which: str, *, tell: Callable[[str], object] = lambda text: None) -> Path:
@@ -308,13 +307,18 @@ def note_begun(run_dir: Path) -> None:
     _begun.add(run_dir.resolve())
 
 
+def has_begun() -> bool:
+    """Whether this process has trained before, in any folder."""
+    return bool(_begun)
+
+
 def _attempts(run_dir: Path) -> list[dict[str, Any]]:
     return list(read_run(run_dir).get("attempts", []))
 
 
 def write_run(run_dir: Path, record: dict[str, Any]) -> None:
     """Write a run's record, atomically."""
-    write_atomically(run_dir / RUN_FILE, json.dumps(record, indent=2) + "\n")
+    write_atomically(run_dir / RUN_FILE, to_json(record, indent=2) + "\n")
 
 
 def _has_checkpoints(run_dir: Path) -> bool:
@@ -377,6 +381,7 @@ def take_back(run_dir: Path, aside: Path) -> None:
     """Undo a start that came to nothing: the older run gets its folder back."""
     shutil.rmtree(run_dir, ignore_errors=True)
     os.rename(aside, run_dir)
+    sync_directory(run_dir.parent)
 
 
 def _anew(run_dir: Path, notes: list[str]) -> Start:
@@ -386,4 +391,5 @@ def _anew(run_dir: Path, notes: list[str]) -> Start:
     while (aside := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
         number += 1
     os.rename(run_dir, aside)
+    sync_directory(run_dir.parent)
     return Start(None, [*notes, f"starting anew; the older run was moved to {aside}"], aside)

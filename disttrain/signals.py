@@ -3,7 +3,8 @@
 Inside :class:`NotedSignals`, SIGTERM, SIGUSR1 and SIGINT leave a note and nothing else: no collective, no file, no
 exception, so whatever they interrupt goes on as if nothing had happened. Who trains looks at the note where
 stopping is safe. A second SIGINT ends the process at once with code 130: a thread does that, so it works while
-the main thread waits inside a collective. Cost: none until a signal comes.
+the main thread waits inside a collective. SIGHUP is ignored: a terminal that is closed is no reason to stop. Cost: none
+until a signal comes.
 """
 
 from __future__ import annotations
@@ -57,6 +58,10 @@ class NotedSignals:
             self._wire = far
             threading.Thread(target=self._watch, args=(near,), name="disttrain-signals", daemon=True).start()
         self._former = {number: signal.signal(number, self._note) for number in NOTED}
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # neither nohup nor the program has decided
+            launched = "TORCHELASTIC_RUN_ID" in os.environ
+            signal.signal(signal.SIGHUP, self._note_launcher if launched else signal.SIG_IGN)
+            self._former[signal.SIGHUP] = signal.SIG_DFL
         return self
 
     def __exit__(
@@ -73,6 +78,10 @@ class NotedSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.noted is None:
             self.noted = signal.Signals(number)
+
+    def _note_launcher(self, number: int, frame: FrameType | None) -> None:
+        """torchrun passes SIGHUP on and kills what does not end."""
+        self._note(signal.SIGTERM, frame)
 
     def _watch(self, near: socket.socket) -> None:
         told = False

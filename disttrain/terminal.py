@@ -11,7 +11,11 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
+
+from disttrain.errors import ConfigError
+from disttrain.files import expand_path
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -81,6 +85,14 @@ class Parser(argparse.ArgumentParser):
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """End, with a message that may hold any word of the command line."""
         super().exit(status, message and _short(printable(redacted(message.rstrip("\n")))) + "\n")
+
+
+def path_word(text: str) -> Path:
+    """A path of the command line, for ``type=``, with ``~`` and ``$VAR`` that the shell left, as in ``--out=~/x``."""
+    try:
+        return expand_path(text, name="the path")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(error.what) from None
 
 
 def warning_line(

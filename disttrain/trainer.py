@@ -8,10 +8,11 @@ before every batch are taken out.
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
 from contextlib import nullcontext
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -40,6 +41,7 @@ from disttrain.data.workers import refuse_second_run
 from disttrain.ending import EndingFitLoop
 from disttrain.endings import ends_within
 from disttrain.errors import ConfigError, Preempted
+from disttrain.files import place, resolve_path
 from disttrain.lightning_advice import (
     check_by_hand,
     in_our_words,
@@ -48,6 +50,7 @@ from disttrain.lightning_advice import (
     wants_progress,
 )
 from disttrain.metrics_log import EventsLog, MetricsLog
+from disttrain.output import lossy_output
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.alike import check_alike
 from disttrain.parallel.config import ParallelConfig
@@ -55,7 +58,7 @@ from disttrain.parallel.determinism import use_deterministic_convolutions, use_d
 from disttrain.parallel.joining import LoneEnvironment, WorldEnvironment
 from disttrain.parallel.precision import ScaledPrecision, use_tensor_cores
 from disttrain.parallel.strategies import build_strategy
-from disttrain.runs import Start, find_start, stopped_by_request
+from disttrain.runs import Start, find_start, has_begun, stopped_by_request
 from disttrain.stepping import SteppingEpochLoop
 from disttrain.terminal import tell
 from disttrain.world import detect_world
@@ -139,7 +142,8 @@ class Trainer(pl.Trainer):
         plugins.append(LoneEnvironment() if world.size == 1 else WorldEnvironment(world))
         if device == "cuda":
             world.check_devices(torch.cuda.device_count())
-        self.run_dir = Path(run_dir)
+        # Once, here: the working folder may change, and what a link names must not change while the run writes there.
+        self.run_dir = resolve_path(run_dir, name="trainer.run_dir")
         self.settings: dict[str, Any] = {}
         """Settings by dotted name, for :meth:`connect` to compare."""
         self._compared = False
@@ -225,6 +229,7 @@ class Trainer(pl.Trainer):
             Preempted: this launch was asked to stop, and has been restarted by torchrun.
         """
         self.connect()
+        resume = place(resume, name="--resume")
         with raise_together():
             stopped = stopped_by_request(self.run_dir) if self.is_global_zero else ""
         if stopped := self.strategy.broadcast(stopped):
@@ -238,6 +243,8 @@ class Trainer(pl.Trainer):
                 mirror=checkpoints.mirror if checkpoints is not None else None,
                 best=checkpoints.keep_best if checkpoints is not None else 0,
             )
+        if start.checkpoint is not None:  # wherever the working folder is when it is loaded
+            start = replace(start, checkpoint=start.checkpoint.absolute())
         if checkpoints is not None:
             checkpoints.attempt, checkpoints.faulty = start.attempt, start.faulty
         self.record.start = start
@@ -268,7 +275,11 @@ class Trainer(pl.Trainer):
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         # The whole of a fit, from its set-up on; an evaluation has nothing to save.
-        with in_our_words(), self.preemption.noting() if self.state.fn == TrainerFn.FITTING else nullcontext():
+        noting = self.preemption.noting() if self.state.fn == TrainerFn.FITTING else nullcontext()
+        with in_our_words(), lossy_output(), noting:
+            if self.state.fn == TrainerFn.FITTING and has_begun():
+                # Earlier trainers of this process are cycles, which hold shards open until they are collected.
+                gc.collect()
             self.connect()
             if self.state.fn == TrainerFn.FITTING:
                 refuse_callbacks(self.callbacks)  # type: ignore[attr-defined]  # Lightning's Tuner adds its own now

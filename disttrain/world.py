@@ -16,6 +16,11 @@ from typing import Final
 from disttrain.errors import ConfigError
 
 _BY_HAND: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_MPI: Final = (
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),  # Open MPI
+    ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),  # MVAPICH
+    ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),  # MPICH, Intel MPI
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,8 @@ def detect_world(environ: Mapping[str, str] | None = None) -> World:
 
     Raises:
         ConfigError: a variable that is set holds no number, the numbers contradict each other, SLURM spreads the
-            tasks unevenly or by turns, or the variables of two launchers do not go together.
+            tasks unevenly or by turns, mpirun started several processes, or the variables of two launchers do not go
+            together.
     """
     env = os.environ if environ is None else environ
     step = _slurm_step(env)
@@ -100,7 +106,25 @@ def detect_world(environ: Mapping[str, str] | None = None) -> World:
         if step is not None:
             _check_mixture(env, world, step)
         return world
-    return World() if step is None else step
+    if step is None:
+        _check_mpi(env)
+        return World()
+    return step
+
+
+def _check_mpi(env: Mapping[str, str]) -> None:
+    """Refuse to be one of several processes of mpirun, each of which would be a run of its own in the same folder."""
+    for size_name, rank_name, local_name in _MPI:
+        size = env.get(size_name, "")
+        if size.isdigit() and int(size) > 1:
+            rank = env.get(rank_name, "?")
+            raise ConfigError(
+                f"mpirun started this process as rank {rank} of {size} ({size_name}), but disttrain does not join ranks"
+                " through MPI: each would be a run of one rank in the same folder",
+                mend="start the ranks by `disttrain launch`, torchrun or srun; or have each export"
+                f" RANK=${rank_name} WORLD_SIZE=${size_name} LOCAL_RANK=${local_name} LOCAL_WORLD_SIZE, MASTER_ADDR"
+                f" and MASTER_PORT; or, if mpirun is not meant, unset {size_name}",
+            )
 
 
 def _slurm_step(env: Mapping[str, str]) -> World | None:

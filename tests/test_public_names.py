@@ -62,6 +62,7 @@ LAYERS: dict[str, int] = {
             "files",
             "launcher",
             "meeting",
+            "output",
             "reading",
             "signals",
             "terminal",

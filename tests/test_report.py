@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from disttrain.callbacks.run_record import bounded
 from disttrain.errors import ConfigError, DataError
 from disttrain.metrics_file import MetricsFile, Series
 from disttrain.report import labels_of, write_report
@@ -21,6 +22,7 @@ from disttrain.report.choose import caption, pictures_of_run, pictures_of_runs
 from disttrain.report.draw import MAX_LINES, Line, Picture, draw, uses_log_scale
 from disttrain.report.page import format_duration, format_number, format_time
 from disttrain.report.read import config_differences, read_run
+from disttrain.runs import write_run
 
 START = 1_770_000_000.0
 SCRIPT = "<script>alert('x')</script>"
@@ -179,6 +181,26 @@ def test_the_loss_shows_the_life_of_the_run(tmp_path: Path) -> None:
     page = Page(write_report([folder]))
     assert page.texts[page.texts.index("updates left out") + 1 :][0] == "4"
     assert page.texts[page.texts.index("rollbacks") + 1 :][0] == "1"
+
+
+def test_a_record_is_bounded_and_its_report_counts_all(tmp_path: Path) -> None:
+    """However often a run is started; and a clock that was set back gives no negative duration."""
+    record: dict[str, Any] = {"status": "running", "attempts": [], "events": []}
+    for number in range(300):
+        attempt = {"started": 1e9 - 1000.0 * number, "ended": 1e9 - 2000.0 * number, "seconds": 2.0}
+        record["attempts"].append({**attempt, "from_step": number, "to_step": number + 1})
+        record["events"] += [{"step": number, "time": 1.0, "kind": kind, "text": "x"} for kind in ("start", "stop")]
+        record["events"] += [{"step": 1, "time": 1.0, "kind": "rollback", "text": "x"}] if number == 0 else []
+        bounded(record)
+    assert len(json.dumps(record)) < 20_000
+    assert [record["attempts"][0]["from_step"], record["attempts"][-1]["from_step"]] == [0, 299]
+    assert (record["attempts_left_out"], record["events_left_out"]) == (250, 500)
+    assert "rollback" in {event["kind"] for event in record["events"]}, "an older event of another kind is to stay"
+    write_run(tmp_path, record)
+    run = read_run(tmp_path)
+    assert run.wall_seconds == 600.0
+    page = write_report([tmp_path]).read_text()
+    assert ">300<" in page, "the attempts are to be counted with those left out"
 
 
 def test_a_killed_run_has_a_report(tmp_path: Path) -> None:

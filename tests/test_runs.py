@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -93,18 +94,19 @@ def test_auto_starts_anew_where_all_checkpoints_are_torn(run_dir: Path) -> None:
     assert run_dir.exists()
 
 
-def test_auto_sets_a_complete_run_aside(run_dir: Path) -> None:
+def test_auto_goes_on_from_the_end_of_a_complete_run(run_dir: Path) -> None:
+    """Which leaves nothing to do; only where its checkpoints are gone a new run takes its folder."""
     write_run(run_dir, {"status": "completed"})
     before = tree(run_dir)
     start = choose_start(run_dir, "auto")
-    aside = run_dir.with_name("mine.1")
-    assert start == Start(
-        None,
-        ["the run in this folder is complete", f"starting anew; the older run was moved to {aside}"],
-        aside,
-    )
+    last = run_dir / "checkpoints" / "step-10"
+    assert start == Start(last, ["the run in this folder is complete", f"resuming from {last}"])
+    assert tree(run_dir) == before, "the run was changed"
+    shutil.rmtree(run_dir / "checkpoints")
+    start, aside = choose_start(run_dir, "auto"), run_dir.with_name("mine.1")
+    told = ["the run in this folder is complete", f"starting anew; the older run was moved to {aside}"]
+    assert start == Start(None, told, aside)
     assert not run_dir.exists()
-    assert tree(aside) == before, "the older run was changed"
 
 
 def test_never_sets_any_run_aside_under_the_next_free_number(run_dir: Path) -> None:
@@ -242,7 +244,7 @@ def test_a_record_is_written_whole_and_readable_by_others(tmp_path: Path) -> Non
 def test_a_start_that_came_to_nothing_is_taken_back(run_dir: Path) -> None:
     write_run(run_dir, {"status": "completed"})
     before = tree(run_dir)
-    start = choose_start(run_dir, "auto")
+    start = choose_start(run_dir, "never")
     assert start.aside is not None
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text("x")

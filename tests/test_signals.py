@@ -28,6 +28,22 @@ def test_a_signal_is_noted_and_the_handlers_come_back(number: signal.Signals) ->
         assert signals.noted is None, "another run begins without notes"
 
 
+def test_a_terminal_that_hangs_up_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But where torchrun passes the signal on, it kills the ranks that do not end."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        for launched in (False, True):
+            if launched:
+                monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+            with NotedSignals(speaks=False) as signals:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert signals.noted == (signal.SIGTERM if launched else None)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
 def test_in_another_thread_nothing_is_changed() -> None:
     seen = []
 

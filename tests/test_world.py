@@ -35,6 +35,8 @@ def without(environment: dict[str, str], *names: str) -> dict[str, str]:
     ("environment", "world", "nodes"),
     [
         pytest.param({}, World(), 1, id="nothing"),
+        pytest.param({"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1"}, World(), 1, id="one process of mpirun"),
+        pytest.param(TORCHRUN | {"OMPI_COMM_WORLD_SIZE": "2"}, World(5, 8, 1, 4, "torchrun"), 2, id="mpirun torchrun"),
         pytest.param({"HOME": "/", "MASTER_ADDR": "here"}, World(), 1, id="unrelated"),
         pytest.param(TORCHRUN, World(5, 8, 1, 4, "torchrun"), 2, id="torchrun"),
         pytest.param(without(TORCHRUN, "TORCHELASTIC_RUN_ID"), World(5, 8, 1, 4, "torchrun"), 2, id="by hand"),
@@ -126,6 +128,13 @@ def test_what_makes_no_sense_is_refused(environment: dict[str, str], words: list
         detect_world(environment)
     missing = [word for word in words if word not in str(caught.value)]
     assert not missing, f"{str(caught.value)!r} does not say {missing}"
+
+
+@pytest.mark.parametrize("size", ["OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_the_processes_of_mpirun_are_no_runs_of_their_own(size: str) -> None:
+    with pytest.raises(ConfigError, match=r"mpirun started this process as rank 1 of 2") as caught:
+        detect_world({size: "2", size.replace("SIZE", "RANK"): "1", "PMI_RANK": "1"})
+    assert "torchrun" in caught.value.mend
 
 
 def test_uneven_nodes_are_refused() -> None:

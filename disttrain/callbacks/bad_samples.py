@@ -9,7 +9,6 @@ Cost: nothing where no sample can be left out; else one sum of two numbers on th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from disttrain.data.bad_samples import BadSample
 from disttrain.data.batches import BAD, FILTERED
 from disttrain.data.module import sharded_data
 from disttrain.errors import DataError
+from disttrain.files import append_lines, to_json
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.ranks import data_ranks
 from disttrain.reading import read_json_lines
@@ -162,17 +162,11 @@ class BadSamples(Callback):
         fresh = [sample for sample in bad if (sample.shard, sample.key) not in self._seen]
         self._seen.update((sample.shard, sample.key) for sample in fresh)
         if fresh:
-            folder = self.run_dir / FOLDER
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / f"rank-{trainer.global_rank:05d}.jsonl", "a") as file:
-                for sample in fresh:
-                    place = {
-                        "split": split,
-                        "epoch": trainer.current_epoch,
-                        "step": trainer.global_step if step is None else step,
-                    }
-                    told = sample._asdict() | {"reason": sample.reason.lstrip(" ,")}
-                    file.write(json.dumps({**place, **told}) + "\n")
+            number = trainer.global_step if step is None else step
+            place = {"split": split, "epoch": trainer.current_epoch, "step": number}
+            told = [place | sample._asdict() | {"reason": sample.reason.lstrip(" ,")} for sample in fresh]
+            path = self.run_dir / FOLDER / f"rank-{trainer.global_rank:05d}.jsonl"
+            append_lines(path, "".join(to_json(line) + "\n" for line in told))
 
     def _sum_up(self, trainer: pl.Trainer, split: str) -> None:
         """Add what the ranks have met since the last sum; too many end the run. A collective."""

@@ -1,11 +1,10 @@
 """When checkpoints are taken, how they are written, and which are kept.
 
-A checkpoint is taken at a step boundary, after the validation that is due there: so it holds what that
-validation decided, and a resumed run neither repeats nor misses one. It is copied to CPU memory and written by
-a background thread while training goes on; a save that comes due meanwhile waits for it. An error of a background
-save is told to all ranks at one step. Older checkpoints are deleted only after a newer one is committed.
-What a run does not go on from is set aside when it begins to train (:mod:`disttrain.checkpoint.folder`).
-Committed ones may be copied to remote storage, in the background too, under the same rules.
+A checkpoint is taken at a step boundary, after the validation that is due there: it holds what that validation decided,
+and a resumed run neither repeats nor misses one. It is copied to CPU memory and written by a background thread while
+training goes on; a save that comes due meanwhile waits for it. An error of a background save is raised on all ranks at
+one step. Older checkpoints are deleted only after a newer one is committed. Later ones than the start are renamed and
+ignored (:mod:`disttrain.checkpoint.folder`). Committed ones may be copied to remote storage, under the same rules.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from disttrain.checkpoint.fence import Attempt, guard
 from disttrain.checkpoint.groups import trained_names
 from disttrain.checkpoint.marker import Metric
 from disttrain.checkpoint.mirror import Mirror, MirrorConfig, begin
-from disttrain.checkpoint.mirroring import Mirroring
+from disttrain.checkpoint.mirroring import Mirroring, loaded_from
 from disttrain.checkpoint.prune import Keep
 from disttrain.checkpoint.saver import Outcome, Saver, SaveRequest
 from disttrain.checkpoint.write import SpoiltError
@@ -103,14 +102,12 @@ class Checkpointing(Checkpoint):
         """Checkpoints that were found damaged where a start was looked for."""
         self.newest: Path | None = None
         """The checkpoint that this attempt committed last, or went back to; None before."""
-        self.tell: Callable[[int, str, str], None] = _say_nothing
-        """Told of step, kind and text of events worth recording; on rank 0."""
-        self.log_event: Callable[[int, str, str], object] = _say_nothing
-        """Told of each checkpoint, likewise."""
+        self.tell: Callable[[int, str, str], None] = lambda *told: None
+        self.log_event: Callable[[int, str, str], object] = lambda *told: None
+        """Told of step, kind and text of events worth recording; and of each checkpoint. On rank 0."""
         self.guarded: Guarded | None = None
         """What a guard needs, which may have to go back; where there is one, only finite weights are committed."""
-        self._ending = False
-        self._saver = Saver()
+        self._ending, self._saver = False, Saver()
         self._mirroring: Mirroring | None = None
         self._best = BestList(keep_best)
         self._saved_step = -1
@@ -118,11 +115,6 @@ class Checkpointing(Checkpoint):
         """Seconds that saving has stopped this attempt for."""
         self.write_seconds = 0.0
         """Seconds that writing took, in the background or not."""
-
-    @property
-    def best_step(self) -> int:
-        """Step of the best checkpoint, -1 where there is none."""
-        return self._best.first.step if self._best.first else -1
 
     @property
     def best_model_path(self) -> str:
@@ -173,9 +165,14 @@ class Checkpointing(Checkpoint):
         return notes
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Minutes count from here."""
-        self.times.begin(trainer.global_step)
-        self._ending = False
+        """Minutes count from here; what the run was loaded from is not saved a second time."""
+        self._ending, step = False, trainer.global_step
+        self.times.begin(step)
+        path, uncopied = loaded_from(self._directory(), trainer.ckpt_path, step, self.mirror)
+        if path is not None:
+            self._saved_step, self.newest = step, path
+            if uncopied and self._mirroring is not None:
+                self._mirroring.offer(path, step, self._keep(step))
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hear how the last save ended; save where one is due and no validation follows, which changes the state."""
@@ -203,13 +200,15 @@ class Checkpointing(Checkpoint):
         """Save the end of the run, unless that was done."""
         self.finish(trainer)
         self._saver.release()
+        if self._mirroring is not None:
+            self._mirroring.release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let what is under way come to its end; whatever it is, the run has an error already."""
-        started = time.monotonic()
+        deadline = time.monotonic() + _GRACE_SECONDS
         self._saver.wait(_GRACE_SECONDS)
         if self._mirroring is not None:
-            self._mirroring.wait(max(0.0, started + _GRACE_SECONDS - time.monotonic()), last=True)
+            self._mirroring.wait(max(0.0, deadline - time.monotonic()), last=True)
 
     def finish(self, trainer: pl.Trainer) -> None:
         """Save the end of the run, and make sure that it was this attempt's to save. A collective.
@@ -332,6 +331,7 @@ class Checkpointing(Checkpoint):
             attempt=self.attempt,
             metric=metric,
             done=self._pruning(path, step) if trainer.is_global_zero else None,
+            records=self._directory().parent,
             finite=trained_names(trainer.lightning_module) if self.guarded is not None else frozenset(),
         )
         try:
@@ -394,7 +394,3 @@ class Checkpointing(Checkpoint):
     def _directory(self) -> Path:
         assert self.directory is not None, "the callback is not set up"
         return self.directory
-
-
-def _say_nothing(step: int, kind: str, text: str) -> None:
-    pass

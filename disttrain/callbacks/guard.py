@@ -47,6 +47,7 @@ from disttrain.callbacks.usual import Usual
 from disttrain.data.batches import KEY
 from disttrain.ending import EndingFitLoop, GoBack
 from disttrain.errors import ConfigError, DisttrainError
+from disttrain.files import append_lines
 from disttrain.optim import can_skip_on_device
 from disttrain.parallel.agree import is_distributed, raise_together
 from disttrain.parallel.gradients import norm_of
@@ -355,12 +356,12 @@ class UpdateGuard(Callback):
         folder, ranks = _folder(trainer), data_ranks(trainer)
         found, self._found = self._found, []
         if ranks.leads and found:
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / f"rank-{trainer.global_rank:05d}.jsonl", "a") as file:
-                for step, epoch, loss, norm in found:
-                    place = {"step": step, "epoch": epoch, "loss": str(loss), "grad_norm": str(norm)}
-                    planned = {"planned": True} if step in self._planned else {}
-                    file.write(json.dumps({**place, **planned, "keys": self._keys.get(step, [])}) + "\n")
+            lines = []
+            for step, epoch, loss, norm in found:
+                place = {"step": step, "epoch": epoch, "loss": str(loss), "grad_norm": str(norm)}
+                planned = {"planned": True} if step in self._planned else {}
+                lines.append(json.dumps({**place, **planned, "keys": self._keys.get(step, [])}) + "\n")
+            append_lines(folder / f"rank-{trainer.global_rank:05d}.jsonl", "".join(lines))
         self._keys.clear()
         record = find_callback(trainer, RunRecord)
         if trainer.is_global_zero and record is not None:

@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from disttrain.data.batches import KEY
+from disttrain.files import append_lines
 from disttrain.parallel.ranks import data_ranks
 from disttrain.reading import read_json_lines
 
@@ -33,10 +34,10 @@ class SampleLedger(Callback):
         """Open this rank's file, if the rank speaks for its samples."""
         if not data_ranks(trainer).leads:
             return
-        folder = Path(trainer.default_root_dir) / "ledger"
-        folder.mkdir(parents=True, exist_ok=True)
         self.teardown(trainer, pl_module, "fit")  # training may start once more, after a rollback
-        self._file = open(folder / f"rank-{trainer.global_rank:05d}.jsonl", "a", buffering=1)
+        path = Path(trainer.default_root_dir) / "ledger" / f"rank-{trainer.global_rank:05d}.jsonl"
+        append_lines(path, "")  # it ends a line that a power cut has torn
+        self._file = open(path, "a", buffering=1)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -22,6 +22,7 @@ from disttrain.callbacks.prediction_formats import FormatName, Pieces
 from disttrain.data.index import Shard, write_manifest
 from disttrain.data.sidecar import sidecar_path
 from disttrain.errors import ConfigError, DataError
+from disttrain.files import make_folder, resolve_path, sync_directory
 
 SAMPLES_PER_FILE: Final = 10_000
 NAME: Final = "predictions"
@@ -72,7 +73,7 @@ class Output:
             place = run_dir / (f"{NAME}.jsonl" if is_file else NAME)
             format = format or "jsonl"
         else:
-            place = Path(path)
+            place = resolve_path(path, name="--output")
         suffix = _BY_SUFFIX.get(place.suffix.lower())
         if suffix is None:
             if format is None:
@@ -147,7 +148,8 @@ class Workshop:
         """Make the folder, and remove what killed attempts left. One rank's work."""
         for left in glob.glob(f"{glob.escape(str(self._hidden))}*"):
             shutil.rmtree(left, ignore_errors=True)
-        self._parts.mkdir(parents=True)
+        make_folder(self._parts.parent)
+        self._parts.mkdir()
         self._files.mkdir()
 
     def check(self) -> None:
@@ -192,12 +194,14 @@ class Workshop:
                 write_manifest(self._files / f"{NAME}.json", shards, name=NAME)
             if output.path.exists():
                 os.rename(output.path, self._folder / "replaced")
+            sync_directory(self._files)
             os.rename(self._files, output.path)
         else:
             os.replace(self.file(0), output.path)
             sidecar = sidecar_path(str(self.file(0)))
             if sidecar.exists():
                 os.replace(sidecar, sidecar_path(str(output.path)))
+        sync_directory(output.path.parent)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _part(self, number: int, rank: int) -> Path:

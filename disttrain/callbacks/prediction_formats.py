@@ -29,6 +29,7 @@ from disttrain.data.sidecar import split_name
 from disttrain.data.tables import npy
 from disttrain.data.write import write_shard
 from disttrain.errors import ConfigError, DataError
+from disttrain.files import to_json
 
 FormatName = Literal["jsonl", "parquet", "tar"]
 Column = NDArray[Any] | Sequence[Any]
@@ -88,7 +89,7 @@ class JsonLines(Format):
         }
         for name, column in plain.items():
             with _refusing(name, "JSON", TypeError, ValueError):
-                plain[name] = [json.dumps(value, default=_plain) for value in column]
+                plain[name] = [_json(value) for value in column]
         heads = [f"{json.dumps(name)}: " for name in ("key", *plain)]
         rows = zip(map(json.dumps, keys), *plain.values(), strict=True)
         lines = (", ".join(map(str.__add__, heads, row)) for row in rows)
@@ -278,7 +279,7 @@ class Tar(Format):
             return "txt", value.encode()
         if isinstance(value, bytes):
             return "bin", value
-        return "json", json.dumps(value, default=_plain).encode()
+        return "json", _json(value).encode()
 
 
 def to_column(values: Any) -> Column:
@@ -325,6 +326,14 @@ def _refusing(name: str, kind: str, *errors: type[Exception]) -> Iterator[None]:
             f"output {name!r} cannot be written to {kind}: {error}",
             mend="return numbers, text, or tensors of numbers from predict(), or choose another --format",
         ) from None
+
+
+def _json(value: Any) -> str:
+    """JSON that every parser reads: numbers that it has no word for are ``"NaN"``, ``"Infinity"``, ``"-Infinity"``."""
+    try:
+        return json.dumps(value, default=_plain, allow_nan=False)
+    except ValueError:
+        return to_json(json.loads(json.dumps(value, default=_plain)))
 
 
 def _to_disk(file: io.BufferedWriter) -> None:

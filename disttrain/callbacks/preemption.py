@@ -136,6 +136,12 @@ class Preemption(Checkpoint):  # Lightning calls its checkpoint callbacks last
         """Training is over, and what follows it is left to the next start."""
         self._vote_now(trainer)
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """End the votes' group."""
+        if stage == "fit" and self._votes is not None:
+            self._votes.close()
+            self._votes = None
+
     def _begin(self, trainer: pl.Trainer) -> None:
         assert self._votes is not None, "the callback is not set up"
         self._votes.begin(self._own(trainer))

@@ -23,7 +23,7 @@ from disttrain.callbacks.streak import Rollback, Streak, targets
 from disttrain.checkpoint import store, verify
 from disttrain.checkpoint.write import from_lead
 from disttrain.errors import CheckpointError
-from disttrain.files import sync_directory, write_synced
+from disttrain.files import make_folder, sync_directory, write_synced
 from disttrain.parallel.agree import raise_together
 from disttrain.reading import read_json
 
@@ -58,11 +58,10 @@ def write_rollbacks(folder: Path, rollbacks: list[Rollback]) -> None:
         CheckpointError: it cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         content = {"format": 1, "rollbacks": [each.as_dict() for each in rollbacks]}
         write_synced(folder / FILE, json.dumps(content, indent=1) + "\n")
         sync_directory(folder)
-        sync_directory(folder.parent)
     except OSError as error:
         raise CheckpointError(
             f"{folder / FILE} cannot be written: {error.strerror}", mend="make room, or the folder writable"

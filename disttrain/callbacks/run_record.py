@@ -7,7 +7,6 @@ attempts and checkpoints; that file is only appended to, so it keeps what severa
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 import subprocess
@@ -30,8 +29,9 @@ from disttrain.checkpoint.fence import guard
 from disttrain.data.mixture import Mixture
 from disttrain.data.module import sharded_data
 from disttrain.errors import DisttrainError
-from disttrain.files import remove_leftovers
+from disttrain.files import append_lines, hold, make_folder, release, remove_leftovers, sync_records, to_json
 from disttrain.metrics_log import MetricsLog
+from disttrain.output import dropped_output
 from disttrain.parallel.agree import raise_together
 from disttrain.runs import COMPLETED, PREEMPTED, RUN_FILE, Start, launch_id, note_begun, read_run, take_back, write_run
 from disttrain.slurm.requeue import job_of
@@ -39,6 +39,9 @@ from disttrain.terminal import tell
 from disttrain.version import __version__
 
 EVENT_LOG: Final = "events.jsonl"
+_MOST_ATTEMPTS: Final = 50
+_MOST_EVENTS: Final = {"start": 50, "stop": 50}  # one or more of each an attempt
+_MOST_OTHERS: Final = 500
 
 
 class RunRecord(Callback):
@@ -60,16 +63,20 @@ class RunRecord(Callback):
         self.awaits_result = False
         """Whether the run is complete only once :meth:`add_result` was called."""
         self._rolled_back = False
+        self._began = 0.0
         self._complaints: set[tuple[str, int | None]] = set()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Hear of checkpoints that could not be written."""
+        if stage == "fit":
+            release(self.run_dir)
         self._checkpoints = find_callback(trainer, Checkpointing)
         if self._checkpoints is not None:
             self._checkpoints.tell, self._checkpoints.log_event = self.tell, self.log_event
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the record, or go on with it, and begin an attempt; after a rollback, the attempt goes on."""
+        hold(self.run_dir)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsLog):
                 logger.truncate_after(trainer.global_step)
@@ -85,8 +92,8 @@ class RunRecord(Callback):
         self._rolled_back = True
 
     def _begin_attempt(self, trainer: pl.Trainer, notes: Sequence[str] = ()) -> None:
-        now = time.time()
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        now, self._began = time.time(), time.monotonic()
+        make_folder(self.run_dir)
         remove_leftovers(self.run_dir / RUN_FILE)
         self.record = read_run(self.run_dir) or {
             "format": 1,
@@ -102,6 +109,7 @@ class RunRecord(Callback):
         attempt = {
             "started": now,
             "ended": None,
+            "seconds": None,
             "from_step": trainer.global_step,
             "to_step": None,
             "world_size": trainer.world_size,
@@ -114,7 +122,8 @@ class RunRecord(Callback):
         note_begun(self.run_dir)
         ranks = f"{trainer.world_size} rank{'s' * (trainer.world_size > 1)}"
         layout = f"{ranks}, {self._layout['strategy']}, {self._layout['precision']}"
-        self.log_event(trainer.global_step, "attempt", f"attempt {len(self.record['attempts'])} begins: {layout}")
+        number = len(self.record["attempts"]) + self.record.get("attempts_left_out", 0)
+        self.log_event(trainer.global_step, "attempt", f"attempt {number} begins: {layout}")
         self.record |= {"status": "running", "ended": None, "environment": _environment(trainer.strategy.root_device)}
         for note in (*self.start.notes, *notes):
             self.event(trainer.global_step, "start", note)
@@ -129,9 +138,7 @@ class RunRecord(Callback):
         """Add a line to the log of events alone; gives what it says. Rank 0 only."""
         told = {"step": step, "time": time.time(), "kind": kind, "text": text, **more}
         try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            with open(self.run_dir / EVENT_LOG, "a") as file:
-                file.write(json.dumps(told) + "\n")  # one write: a kill leaves the line or nothing
+            append_lines(self.run_dir / EVENT_LOG, to_json(told) + "\n")
         except OSError as error:
             self._complain(EVENT_LOG, error)
         return told
@@ -164,6 +171,7 @@ class RunRecord(Callback):
         now = time.time()
         reason = stop_reason(trainer)
         self.record["attempts"][-1] |= {"ended": now, "to_step": trainer.global_step, "stop_reason": reason}
+        self._note_seconds()
         status = "trained" if self.awaits_result else COMPLETED
         self.record |= {"status": status, "ended": now, "stop_reason": reason, **_samples_seen(trainer)}
         stopping = find_callback(trainer, EarlyStopping)
@@ -195,6 +203,7 @@ class RunRecord(Callback):
             self._begin_attempt(trainer)
         ending = {"ended": time.time(), "stop_reason": reason, "status": PREEMPTED}
         self.record["attempts"][-1] |= {"to_step": trainer.global_step, **ending}
+        self._note_seconds()
         self.record |= {**ending, **_samples_seen(trainer)}
         self.event(trainer.global_step, "stop", reason)
         self._write()
@@ -217,13 +226,26 @@ class RunRecord(Callback):
             self.record["status"] = COMPLETED
         self._write(must=True)
 
+    def _note_seconds(self) -> None:
+        """How long the attempt took; by a clock that nobody sets, where the times of day may jump."""
+        self.record["attempts"][-1]["seconds"] = round(time.monotonic() - self._began, 3)
+
+    def note_output(self) -> None:
+        """Note what could not be printed, where that is news. Rank 0 only."""
+        if dropped_output() != self.record.get("dropped_output", {}):
+            self._write()
+
     def _write(self, *, must: bool = False) -> None:
+        if dropped := dropped_output():
+            self.record["dropped_output"] = dropped
         if self._checkpoints is not None and self._checkpoints.directory is not None:
             # A process whose run goes on elsewhere, of which this node did not hear, leaves the record alone too.
             with suppress(OSError):  # who cannot tell writes on
                 guard(self._checkpoints.directory, self._checkpoints.attempt)
         try:
-            write_run(self.run_dir, self.record)
+            if must:  # it says that the run is complete: so is what it was made from
+                sync_records(self.run_dir, 0)
+            write_run(self.run_dir, bounded(self.record))
         except OSError as error:
             if must:
                 raise DisttrainError(
@@ -237,6 +259,30 @@ class RunRecord(Callback):
         if (name, error.errno) not in self._complaints:
             self._complaints.add((name, error.errno))
             tell(f"{self.run_dir / name} cannot be written, training goes on: {error.strerror}")
+
+
+def bounded(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without its older attempts and events of a kind: a run may be restarted any number of times.
+
+    The first attempt stays. How many are left out is kept, and how long they took; ``events.jsonl`` has them all.
+    """
+    attempts = record.get("attempts", [])
+    if len(attempts) > _MOST_ATTEMPTS:
+        gone = attempts[1 : len(attempts) - _MOST_ATTEMPTS + 1]
+        del attempts[1 : len(gone) + 1]
+        record["attempts_left_out"] = record.get("attempts_left_out", 0) + len(gone)
+        seconds = sum(attempt.get("seconds") or 0.0 for attempt in gone)
+        record["seconds_left_out"] = round(record.get("seconds_left_out", 0.0) + seconds, 3)
+    kinds: dict[str, int] = {}
+    kept = []
+    for event in reversed(record.get("events", [])):
+        kinds[event["kind"]] = kinds.get(event["kind"], 0) + 1
+        if kinds[event["kind"]] <= _MOST_EVENTS.get(event["kind"], _MOST_OTHERS):
+            kept.append(event)
+    if left := len(record.get("events", [])) - len(kept):
+        record["events"] = kept[::-1]
+        record["events_left_out"] = record.get("events_left_out", 0) + left
+    return record
 
 
 def _samples_seen(trainer: pl.Trainer) -> dict[str, int]:

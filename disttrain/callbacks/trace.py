@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from disttrain.callbacks.find import find_callback
 from disttrain.callbacks.step_log import StepLog
 from disttrain.data.module import sharded_data
-from disttrain.files import write_atomically
+from disttrain.files import append_lines, make_folder, to_json, write_atomically
 from disttrain.parallel.gradients import norm_of
 from disttrain.tasks.base import Task
 
@@ -57,7 +57,7 @@ class StepTrace(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the weights that the run starts from."""
         self._folder = Path(trainer.default_root_dir) / FOLDER
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         self._write_weights(trainer, pl_module)
         if trainer.is_global_zero:
             norms = [name for name, m in pl_module.named_modules() if isinstance(m, _BatchNorm)]
@@ -93,7 +93,7 @@ class StepTrace(Callback):
         if fresh:
             self._drawn |= fresh
             path = self._folder / f"rank-{trainer.global_rank:05d}.json"
-            path.write_text(json.dumps(sorted(self._drawn)))
+            write_atomically(path, json.dumps(sorted(self._drawn)))
         if self._about and not self._about["draws"] and _keyed_state(pl_module.device) != self._keyed:
             self._about["draws"] = True
             self._write_about()
@@ -106,8 +106,7 @@ class StepTrace(Callback):
         line = {"step": trainer.global_step, "loss": self._step_loss(trainer, pl_module), "grad_norm": float(norm)}
         self._write_weights(trainer, pl_module)
         if trainer.is_global_zero:
-            with open(self._folder / "steps.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_lines(self._folder / "steps.jsonl", to_json(line) + "\n")
         if 0 < self._stop_at <= trainer.global_step:
             trainer.should_stop = True  # on every rank, at the same step
 
@@ -116,7 +115,7 @@ class StepTrace(Callback):
         self._loss = None
 
     def _write_about(self) -> None:
-        write_atomically(self._folder / "about.json", json.dumps(self._about))
+        write_atomically(self._folder / "about.json", to_json(self._about))
 
     def _step_loss(self, trainer: pl.Trainer, module: pl.LightningModule) -> float:
         """The loss of a step over all ranks; of a module that is no task, the mean over its micro batches."""

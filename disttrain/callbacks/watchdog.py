@@ -34,6 +34,7 @@ from disttrain.callbacks.overseer import Overseer
 from disttrain.durations import parse_duration
 from disttrain.endings import note_ending
 from disttrain.errors import HUNG_CODE
+from disttrain.files import make_folder, to_json, write_atomically
 from disttrain.parallel.agree import PYTORCHS_TIMEOUT
 from disttrain.terminal import tell
 from disttrain.whereabouts import whereabouts
@@ -212,7 +213,7 @@ class Watchdog(Callback):
     def _tell_work(self) -> None:
         """Let the other ranks see that this one works."""
         with suppress(OSError):  # a full disk: they see no more of it than before
-            self._works().parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self._works().parent)
             self._works().write_text(f"{time.time()}\n")
 
     def _last_told(self) -> tuple[int, str]:
@@ -236,10 +237,9 @@ class Watchdog(Callback):
                 "collectives": _last_collectives(),
                 "stacks": stacks,
             }
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             path = folder / f"rank-{world.rank:05d}.json"
-            path.with_suffix(".tmp").write_text(json.dumps(told, indent=2))
-            os.replace(path.with_suffix(".tmp"), path)
+            write_atomically(path, to_json(told, indent=2))
             deadline = time.monotonic() + min(_GRACE_SECONDS, self._timeout)
             while len(list(folder.glob("rank-*.json"))) < world.size and time.monotonic() < deadline:
                 time.sleep(self._interval / 4)

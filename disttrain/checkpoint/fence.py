@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from disttrain.checkpoint.marker import ABANDONED, LATEST, MARKER, TEMPORARY
 from disttrain.errors import CheckpointError
-from disttrain.files import sync_directory, write_synced
+from disttrain.files import make_folder, sync_directory, write_synced
 from disttrain.reading import read_json, read_record
 
 FENCE: Final = "ATTEMPT"
@@ -71,7 +71,7 @@ def claim(directory: Path, *, run: str = "", after: int = 0) -> Attempt:
         CheckpointError: the folder cannot be written.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         was = _read(directory)
         number = was.get("number", 0)
         attempt = Attempt(

@@ -136,6 +136,7 @@ def _point(directory: Path, attempt: Attempt | None) -> None:
         return
     label, check = attempt.label if attempt else "", partial(guard, directory, attempt)
     write_synced(directory / LATEST, f"{found[-1].path.name}\n", label=label, check=check)
+    sync_directory(directory)
 
 
 @contextmanager

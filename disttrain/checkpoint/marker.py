@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from disttrain.checkpoint.checksum import KIND, Sum, sum_of
 from disttrain.errors import CheckpointError
-from disttrain.files import write_synced
+from disttrain.files import plain_json, sync_directory, write_synced
 from disttrain.reading import as_number, as_text, parse_json, read_text
 
 FORMAT: Final = 3
@@ -116,6 +116,7 @@ def write_marker(directory: int, about: About, files: Mapping[str, Sum]) -> None
         "checksum": KIND,
         "files": {name: [files[name].num_bytes, files[name].crc32] for name in sorted(files)},
     }
+    content = plain_json(content)  # its own checksum is that of what a reader parses
     write_synced(Path(MARKER), json.dumps({**content, "crc32": _own_sum(content)}), within=directory)
     os.fsync(directory)
 
@@ -242,7 +243,9 @@ def _look(path: Path) -> os.stat_result | None:
 
 def remove(path: Path) -> None:
     """Delete a checkpoint: its marker first, so that an interrupted deletion leaves no half that counts."""
-    (path / MARKER).unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        (path / MARKER).unlink()
+        sync_directory(path)  # nor does a power cut bring it back
     shutil.rmtree(path, ignore_errors=True)
 
 
@@ -335,12 +338,12 @@ def _whole(value: object) -> int:
 
 
 def _inside(name: str) -> str:
-    """The name of a file within a checkpoint's folder, and nowhere else.
+    """The name of a file in a checkpoint's own folder, and nowhere else.
 
     Raises:
         ValueError: it leads elsewhere.
     """
-    if name.startswith("/") or "\0" in name or ".." in name.split("/"):
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
         raise ValueError(f"{name!r} is not within the checkpoint")
     return name
 

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch.distributed as dist
 
 from disttrain.checkpoint import verify
 from disttrain.checkpoint.fence import Attempt, guard
-from disttrain.checkpoint.marker import MARKER, TEMPORARY, About, Committed, check, free_path
+from disttrain.checkpoint.marker import MARKER, TEMPORARY, About, Committed, check, committed, free_path
 from disttrain.checkpoint.mirror import Mirror, Stored, local_name
 from disttrain.checkpoint.prune import Keep
 from disttrain.checkpoint.saver import Outcome, Saver
@@ -105,6 +106,10 @@ class Mirroring:
         """Copy nothing that waits; no copy may be under way."""
         self._waiting.clear()
 
+    def release(self) -> None:
+        """End the group of the copies, once none is under way."""
+        self._saver.release()
+
     def poll(self) -> Outcome | None:
         """At a step boundary: how a copy ended, at the same boundary on all ranks; the next one is begun."""
         return self._take(self._saver.poll())
@@ -180,6 +185,23 @@ def _publish(temporary: Path, final: Path, stored: Stored, attempt: Attempt) -> 
         sync_directory(final.parent)
         write_synced(Path(MARKER), stored.marker.decode(), within=opened)
         os.fsync(opened)
+
+
+def loaded_from(
+    directory: Path, start: str | Path | None, step: int, mirror: Mirror | None
+) -> tuple[Path | None, bool]:
+    """The checkpoint of this step, in this folder, that the run was loaded from; and whether it is yet to be copied.
+
+    A collective.
+    """
+    found: tuple[Path | None, bool] = (None, False)
+    with raise_together():
+        path = directory / Path(start).name if start else directory
+        # Another step where a rollback has gone further back since; not committed where this start has renamed it.
+        here = start and path.resolve() == Path(start).resolve() and (not is_distributed() or dist.get_rank() == 0)
+        if here and any(entry.path == path and entry.global_step == step for entry in committed(directory)[0]):
+            found = path, mirror is not None and all(copy.entry.global_step != step for copy in mirror.committed()[0])
+    return cast(tuple[Path | None, bool], from_lead(found))
 
 
 @contextmanager

@@ -103,9 +103,16 @@ class Saver:
         return self._stage.copy(tensors)
 
     def release(self) -> None:
-        """Give the memory of the copies back, once nothing is under way."""
+        """Give the memory of the copies back, and end the group, once nothing is under way; a later save makes it anew.
+
+        PyTorch keeps a group, with three threads and four descriptors, until it is destroyed.
+        """
+        self._finish_done()
         if self._flight is None:
             self._stage.release()
+            if self._group is not None and dist.is_initialized():
+                dist.destroy_process_group(self._group)
+            self._group = None
 
     def begin(self, job: Work, *, background: bool, done: Callable[[], None] | None = None) -> None:
         """Write a checkpoint, in the background or now; :meth:`wait` or :meth:`poll` tell how it ended. A collective.
@@ -214,6 +221,7 @@ class SaveRequest:
         metric: the monitored metric of this step.
         done: called by the writing thread after the commit, on which no rank waits.
         finite: dotted names of tensors that must hold finite numbers alone.
+        records: the run's folder, whose records are on disk before the marker is.
     """
 
     saver: Saver
@@ -222,6 +230,7 @@ class SaveRequest:
     metric: Metric | None = None
     done: Callable[[], None] | None = None
     finite: frozenset[str] = frozenset()
+    records: Path | None = None
 
     def begin(self, final: Path, *, tensors: Tensors, meta: dict[str, Any], about: About) -> None:
         """Take the state as it is now, and write it. A collective.
@@ -244,5 +253,5 @@ class SaveRequest:
                 packed = pack_meta(meta)
         about = replace(about, metric=self.metric, run=self.attempt.run if self.attempt else "")
         about = replace(about, attempt=self.attempt.number if self.attempt else 0)
-        job = Job(final, own, packed, about, self.attempt, self.finite)
+        job = Job(final, own, packed, about, self.attempt, self.finite, self.records)
         self.saver.begin(job, background=self.background, done=self.done)

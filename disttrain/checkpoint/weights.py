@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from disttrain.checkpoint.marker import faults
 from disttrain.checkpoint.store import cause, check, groups, no_group, read_group
 from disttrain.errors import CheckpointError, nearest
+from disttrain.files import make_folder, publish
 
 _SHOWN = 5
 
@@ -128,7 +129,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], *, about: Mapping[s
         raise CheckpointError(f"{path} says no format that is known", mend="name it .safetensors, .pt or .pth")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         if path.suffix == ".safetensors":
             from safetensors.torch import save_file
@@ -138,7 +139,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], *, about: Mapping[s
             torch.save(whole, temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        publish(temporary, path)
     except OSError as error:
         no_folder = isinstance(error, FileExistsError | NotADirectoryError)
         reason = f"{path.parent} is no folder" if no_folder else error.strerror or error

@@ -33,7 +33,7 @@ from disttrain.checkpoint.fence import Attempt, guard
 from disttrain.checkpoint.marker import FORMAT, LATEST, META, TEMPORARY, About, free_path, write_marker
 from disttrain.checkpoint.store import Tensors, cause, leaves
 from disttrain.errors import CheckpointError
-from disttrain.files import open_directory, sync_directory, write_synced
+from disttrain.files import check_held, make_folder, open_directory, sync_directory, sync_records, write_synced
 from disttrain.parallel.agree import is_distributed, raise_together
 
 _TENSOR_OVERHEAD_BYTES = 1500
@@ -55,6 +55,7 @@ class Job:
         about: what the marker says.
         attempt: who may publish it; None where nobody else could.
         finite: dotted names of tensors that must hold finite numbers alone.
+        records: the run's folder, whose records are on disk before the marker is.
     """
 
     final: Path
@@ -63,6 +64,7 @@ class Job:
     about: About
     attempt: Attempt | None = None
     finite: frozenset[str] = frozenset()
+    records: Path | None = None
 
     @property
     def temporary(self) -> Path:
@@ -102,7 +104,7 @@ class Job:
         with raise_together(group), file_errors(self.temporary, sums):
             if lead:
                 guard(directory, self.attempt)
-                directory.mkdir(parents=True, exist_ok=True)
+                make_folder(directory)
                 _check_space(directory, num_bytes)
                 shutil.rmtree(self.temporary, ignore_errors=True)
                 self.temporary.mkdir()
@@ -113,6 +115,8 @@ class Job:
             writer.fs = _SummingFileSystem(sums)
             # Each replicated tensor is written by one rank; the planner spreads those that several ranks bring.
             dcp_save(self.tensors, storage_writer=writer, planner=DefaultSavePlanner(), process_group=group)
+            if self.records is not None:
+                sync_records(self.records, dist.get_rank() if is_distributed() else 0)
         files = {name: entry for rank in _gather(sums.files, group) for name, entry in rank.items()}
         with raise_together(group), file_errors(self.temporary, sums):
             if lead:
@@ -285,6 +289,12 @@ class _SummingFileSystem(FileSystem):
     def __init__(self, sums: Sums) -> None:
         super().__init__()
         self._sums = sums
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        """The temporary directory is there: DCP's own way would make a run's folder anew that was removed meanwhile."""
+        check_held(Path(path))
+        with suppress(FileExistsError):  # asked of the server, where this node's cache may not show it yet
+            os.mkdir(path)
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:

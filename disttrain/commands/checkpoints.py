@@ -20,7 +20,7 @@ from disttrain.checkpoint.mirror import Mirror, MirrorConfig, Stored, copy_of
 from disttrain.checkpoint.prune import Keep, best_of
 from disttrain.data.remote import is_remote
 from disttrain.errors import CheckpointError, ConfigError
-from disttrain.terminal import Parser, say, tell
+from disttrain.terminal import Parser, path_word, say, tell
 
 
 def main(argv: list[str]) -> int:
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "ls":
             command.add_argument("--verify", action="store_true", help="compare checksums too; reads all files")
         if name == "export":
-            command.add_argument("out", metavar="OUT", type=Path, help="a .safetensors, .pt or .pth file")
+            command.add_argument("out", metavar="OUT", type=path_word, help="a .safetensors, .pt or .pth file")
             command.add_argument("--which", choices=("best", "last"), default="best", help="of a run folder")
             command.add_argument("--ema", action="store_true", help="the moving average of the weights")
             command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")

@@ -20,6 +20,7 @@ from disttrain.commands.training import TrainingCLI
 from disttrain.data.index import expand, is_manifest, read_manifest
 from disttrain.data.remote import is_remote
 from disttrain.errors import ConfigError
+from disttrain.files import expand_path
 from disttrain.parallel.config import ParallelConfig, usual_micro_batch_size
 
 
@@ -66,7 +67,7 @@ class _Reader(TrainingCLI):
             text = self._config_text()
         return Checked(
             text=text,
-            run_dir=Path(get("trainer.run_dir")),
+            run_dir=expand_path(get("trainer.run_dir"), name="trainer.run_dir"),
             resume=str(get("resume")),
             parallel=ParallelConfig() if parallel is None else ParallelConfig(**parallel.as_dict()),
             data={f"data.{split}": _patterns(get(f"data.{split}")) for split in ("train", "val", "test")},

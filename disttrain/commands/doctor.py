@@ -8,11 +8,11 @@ for a mistake on the command line.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 
 from disttrain.errors import ConfigError
+from disttrain.files import to_json
 from disttrain.terminal import Parser, say
 
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
         if not report.speaks:
             return
         if arguments.json:
-            say(json.dumps(report.as_json(), indent=2), lines=True)
+            say(to_json(report.as_json(), indent=2), lines=True)
         else:
             print_report(report)
 

@@ -7,15 +7,15 @@ accounts; without SLURM the run folders alone tell. Loads no torch.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 from disttrain.errors import ConfigError
+from disttrain.files import to_json
 from disttrain.slurm import commands
 from disttrain.slurm.runs import Row, find_runs, rows_of
 from disttrain.slurm.snapshot import read_job
-from disttrain.terminal import Parser, say, tell
+from disttrain.terminal import Parser, path_word, say, tell
 
 
 def main(argv: list[str]) -> int:
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
         queued |= {one.job: one for one in commands.ended(sorted(gone))}
     rows = [row for run in runs for row in rows_of(run, queued)]
     if arguments.json:
-        say(json.dumps([asdict(row) for row in rows], indent=2), lines=True)
+        say(to_json([asdict(row) for row in rows], indent=2), lines=True)
     else:
         _print(rows)
     return 0
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="disttrain jobs", description="List runs with the state of their jobs, step and last checkpoint."
     )
     parser.add_argument(
-        "folders", metavar="FOLDER", nargs="*", type=Path, default=[Path("runs")], help="where runs are; runs/"
+        "folders", metavar="FOLDER", nargs="*", type=path_word, default=[Path("runs")], help="where runs are; runs/"
     )
     parser.add_argument("--json", action="store_true", help="print the list as JSON")
     return parser

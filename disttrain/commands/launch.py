@@ -17,13 +17,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Final
 
 from disttrain.endings import VARIABLE, Ending, code_of, read_endings
-from disttrain.errors import ConfigError
+from disttrain.errors import ConfigError, nearest
 from disttrain.terminal import Parser, tell
 from disttrain.world import detect_world
 
@@ -32,23 +32,25 @@ _MOST_RANKS: Final = 1024
 _PR_SET_PDEATHSIG: Final = 1
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], subcommands: Collection[str]) -> int:
     """Run it.
 
     Args:
         argv: the arguments that follow ``disttrain launch``.
+        subcommands: the names of all subcommands.
 
     Returns:
         The exit code of the ranks, or torchrun's where they have left none.
 
     Raises:
-        ConfigError: there is nothing to run, or this process is a rank itself.
+        ConfigError: there is nothing to run or nothing of that name, or this process is a rank itself.
     """
     arguments = _parser().parse_args(argv)
     if not arguments.command:
         raise ConfigError(
             "disttrain launch is not told what to run", mend="as in: disttrain launch fit --config X.yaml"
         )
+    _check_command(arguments.command[0], subcommands)
     if arguments.nproc is not None and arguments.nproc < 1:
         raise ConfigError(f"--nproc is {arguments.nproc}", mend="use at least 1, or leave it out for a rank a GPU")
     if arguments.nproc is not None and arguments.nproc > _MOST_RANKS:
@@ -69,6 +71,18 @@ def main(argv: list[str]) -> int:
         shutil.rmtree(folder, ignore_errors=True)
     _tell(endings, nproc)
     return code_of(endings, code)
+
+
+def _check_command(name: str, subcommands: Collection[str]) -> None:
+    """Refuse what every rank would refuse, before any is started."""
+    if name.endswith(".py"):
+        if not Path(name).is_file():
+            raise ConfigError(f"there is no script {name}", mend="name a file, relative to this folder")
+    elif name == "launch":
+        raise ConfigError("disttrain launch cannot launch itself", mend="name the subcommand that the ranks are to run")
+    elif name not in subcommands:
+        known = nearest(name, subcommands)
+        raise ConfigError(f"there is no subcommand {name!r} to launch", mend=f"see `disttrain --help`; {known}")
 
 
 def torchrun_command(command: list[str], *, nproc: int, max_restarts: int = 0) -> list[str]:
@@ -123,6 +137,7 @@ def _run(command: list[str], env: dict[str, str]) -> int:
             process.send_signal(number)
 
     before = {name: signal.signal(signal.Signals[name], forward) for name in _FORWARDED}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal is closed: the ranks train on, and this waits for them
     try:
         # In a session of its own, so that Ctrl-C on a terminal reaches it once, through here.
         process = subprocess.Popen(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from disttrain.errors import ConfigError
+from disttrain.files import expand_path
 from disttrain.terminal import Parser, say
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
     check_sizes(layouts, recipe.global_batch_size, size)
     for layout in layouts:
         layout.parallel(recipe.parallel)  # a layout that cannot be is told before the others have run
-    out = Path(arguments.out)
+    out = expand_path(arguments.out, name="--out")
     _clear(out)
     runs = Runs(tuple(words), out, arguments.steps, recipe.parallel, size)
     say(f"disttrain parity: {arguments.steps} steps in {len(layouts)} layouts, the first is the reference")
@@ -172,7 +173,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--tolerance is {arguments.tolerance}", mend="use a small number, such as 1e-5")
     if not Path(arguments.config).is_file():
         raise ConfigError(f"{arguments.config} does not exist", mend="correct --config")
-    out = Path(arguments.out)
+    out = expand_path(arguments.out, name="--out")
     if out.exists() and not (out / "parity.json").exists() and any(out.iterdir()):
         raise ConfigError(f"{out} holds something else than a comparison", mend="choose another folder with --out")
 

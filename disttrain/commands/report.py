@@ -7,9 +7,8 @@ Lightning, so it also runs at once on a cluster's login node.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from disttrain.terminal import Parser, say
+from disttrain.terminal import Parser, path_word, say
 
 
 def main(argv: list[str]) -> int:
@@ -37,11 +36,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="disttrain report",
         description="Write a self-contained HTML page on a run, or one that compares several runs.",
     )
-    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=Path, help="a run folder (holds run.json)")
+    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=path_word, help="a run folder (holds run.json)")
     parser.add_argument(
         "--out",
         metavar="DIR",
-        type=Path,
+        type=path_word,
         help="folder to write to; RUN_DIR/report by default, needed for several runs",
     )
     return parser

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final
 
 from disttrain.commands.shards_check import index, verify
 from disttrain.commands.shards_show import ls, stats, summary
 from disttrain.data.pack import PackConfig, pack
 from disttrain.data.sources import SKLEARN, open_source
-from disttrain.terminal import Parser, say
+from disttrain.terminal import Parser, path_word, say
 
 _DATA_HELP: Final = (
     "a brace pattern ('train-{000000..000007}.tar'), a glob ('train-*.tar') or a manifest (train.json); braces and"
@@ -78,7 +77,9 @@ def _add_pack(commands: argparse._SubParsersAction[Parser]) -> None:
         help=f"sklearn:NAME ({', '.join(SKLEARN)}), a folder of images by class (optionally under train/, val/ and"
         " test/), a .csv or a .parquet file",
     )
-    parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="folder to write to; made if it is not there")
+    parser.add_argument(
+        "out_dir", metavar="OUT_DIR", type=path_word, help="folder to write to; made if it is not there"
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--samples-per-shard", metavar="N", type=_positive, default=1000, help="at most N (default 1000)")
     size.add_argument(
@@ -115,7 +116,7 @@ def _add_index(commands: argparse._SubParsersAction[Parser]) -> None:
         " manifest in WebDataset's wids form. Remote shards are read by ranges and what is found is kept here.",
     )
     parser.add_argument("data", metavar="PATTERN|MANIFEST", nargs="+", help=_DATA_HELP)
-    parser.add_argument("--manifest", metavar="FILE", type=Path, help="write a manifest, such as data/train.json")
+    parser.add_argument("--manifest", metavar="FILE", type=path_word, help="write a manifest, such as data/train.json")
     parser.add_argument(
         "--md5",
         action="store_true",

@@ -23,7 +23,7 @@ from disttrain.slurm.render import INDEX, SUBMIT, Script, render
 from disttrain.slurm.runs import record_of
 from disttrain.slurm.site import DEFAULT, VARIABLE, Site, find_site, load_site
 from disttrain.slurm.snapshot import read_job, write_job, write_snapshot
-from disttrain.terminal import Parser, say
+from disttrain.terminal import Parser, path_word, say
 
 
 def main(argv: list[str]) -> int:
@@ -233,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--name", metavar="NAME", help="name of the job; the configuration's")
     add("--output", metavar="FILE", help="output of the job, in SLURM's notation; RUN_DIR/submit/%%j.log")
     add("--sbatch", metavar="OPTION", action="append", default=[], help="another option, such as constraint=h100")
-    add("--site", metavar="FILE", type=Path, help=f"settings of the cluster; ${VARIABLE}, else {DEFAULT}")
+    add("--site", metavar="FILE", type=path_word, help=f"settings of the cluster; ${VARIABLE}, else {DEFAULT}")
     add("--check-data", action=argparse.BooleanOptionalAction, default=True, help="look for local data files (yes)")
     add("--dry-run", action="store_true", help="print the script; queue nothing")
     return parser

@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from disttrain.callbacks.bad_samples import FOLDER
 from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.early_stopping import EarlyStopping
 from disttrain.callbacks.guard import UpdateGuard
@@ -33,13 +32,14 @@ from disttrain.callbacks.predictions import PredictionWriter
 from disttrain.checkpoint.weights import initialize
 from disttrain.commands.config_files import parse
 from disttrain.commands.messages import explain, own_error
+from disttrain.commands.result import show_complete, show_result
 from disttrain.data.module import ShardedDataModule
 from disttrain.data.remote import is_remote, shown
 from disttrain.endings import ends_within
 from disttrain.errors import ConfigError, DisttrainError
+from disttrain.files import make_folder, place, resolve_path, write_atomically
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.strategies import strategy_of
-from disttrain.report import write_report
 from disttrain.runs import CHECKPOINTS, Start, best_checkpoint, finished_by_this_job
 from disttrain.terminal import cell, redacted, tell
 from disttrain.trainer import Trainer
@@ -175,9 +175,9 @@ class TrainingCLI(LightningCLI):
         """Train, then test and report."""
         trainer, data = self.trainer, self.datamodule
         trainer.connect()
-        if trainer.strategy.broadcast(trainer.is_global_zero and finished_by_this_job(trainer.run_dir)):
-            if trainer.is_global_zero:
-                _say([f"nothing is left to do: this job has completed the run in {trainer.run_dir}"])
+        with raise_together():
+            complete = trainer.is_global_zero and self._is_complete()
+        if trainer.strategy.broadcast(complete):
             return
         trainer.record.awaits_result = True
         start = trainer.find_start(self._get(self.config, "resume"))
@@ -198,7 +198,19 @@ class TrainingCLI(LightningCLI):
             result = _metrics(trainer)
         if trainer.is_global_zero:
             trainer.record.add_result(result)
-            _print_result(trainer, result, _report(trainer.run_dir))
+            log = trainer.step_log
+            ranks = "1 rank" if trainer.world_size == 1 else f"{trainer.world_size} ranks"
+            rate = f"{log.samples / log.seconds:,.0f} on {ranks}" if log.samples and log.seconds > 0 else ""
+            show_result(trainer.run_dir, trainer.record.record, rate=rate)
+            trainer.record.note_output()
+
+    def _is_complete(self) -> bool:
+        """Whether the run has come to its end and is not to be trained anew; then its result is shown. Rank 0 only."""
+        run_dir = self.trainer.run_dir
+        again = self._get(self.config, "resume") == "auto" or finished_by_this_job(run_dir)
+        return again and show_complete(
+            run_dir, redacted(self._config_text()), tests=bool(self.datamodule.specs["test"])
+        )
 
     def _initialize(self, start: Start) -> None:
         """Begin with the weights that were asked for."""
@@ -211,7 +223,7 @@ class TrainingCLI(LightningCLI):
                     f"--initialize_from {shown(source)} is a URL",
                     mend="run `disttrain checkpoints export URL weights.safetensors`, and name that file",
                 )
-            path = Path(source)
+            path = resolve_path(source, name="--initialize_from")
             if start.aside is not None and path.resolve().is_relative_to(self.trainer.run_dir.resolve()):
                 path = start.aside / path.resolve().relative_to(self.trainer.run_dir.resolve())
             if (path / CHECKPOINTS).is_dir():  # a run's folder
@@ -263,11 +275,11 @@ class TrainingCLI(LightningCLI):
     def _checkpoint(self) -> str:
         self.trainer.connect()
         notes: list[str] = []
-        which = self._get(self.config, "checkpoint_path")
+        which = place(self._get(self.config, "checkpoint_path"), name="--checkpoint_path")
         path = best_checkpoint(self.trainer.run_dir, which, tell=notes.append)
         if self.trainer.is_global_zero:
             _say(notes)
-        return str(path)
+        return str(path.absolute())
 
     def _config_text(self) -> str:
         """The full configuration of this run, in a form that ``--config`` takes again."""
@@ -318,8 +330,8 @@ def _add_output_arguments(parser: LightningArgumentParser) -> None:
 
 def _write_config(run_dir: Path, text: str) -> None:
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(redacted(text))
+        make_folder(run_dir)
+        write_atomically(run_dir / "config.yaml", redacted(text))
     except OSError as error:
         raise ConfigError(
             f"run folder {run_dir} cannot be written: {error.strerror}",
@@ -339,45 +351,6 @@ def _settings(parser: LightningArgumentParser) -> set[str]:
         for inner in getattr(action, "_name_parser_map", {}).values():
             found |= _settings(inner)
     return found - {"help", "config", "print_config", "print_shtab", "subcommand"}
-
-
-def _report(run_dir: Path) -> str:
-    """Where the report is; the run is complete, so what goes wrong with its report is only told."""
-    try:
-        return str(write_report([run_dir]))
-    except Exception as error:
-        told = error.what if isinstance(error, DisttrainError) else f"{type(error).__name__}: {error}"
-        _say([f"the run is complete, its report could not be written: {' '.join(told.split())}"])
-        return "not written"
-
-
-def _print_result(trainer: Trainer, result: dict[str, float], page: str) -> None:
-    record, log = trainer.record.record, trainer.step_log
-    table = Table(title=cell(f"disttrain fit: {trainer.run_dir}"), show_header=False)
-    for name, value in result.items():
-        table.add_row(cell(name), f"{value:.4f}")
-    best = record.get("best")
-    if best:
-        table.add_row(cell(f"best {best['monitor']}"), f"{best['value']:.4f} at step {best['step']}")
-    table.add_row("steps", f"{record['attempts'][-1]['to_step']}")
-    if log.seconds > 0 and log.samples:
-        table.add_row("samples/s", f"{log.samples / log.seconds:,.0f} on {_ranks(trainer.world_size)}")
-    for name, source in record.get("sources", {}).items():
-        table.add_row(cell(f"source {name!r}"), f"{source['samples']:,} samples, {source['epochs']:.2f} epochs")
-    if record.get("bad_samples"):
-        table.add_row("bad samples", cell(f"skipped {record['bad_samples']:,} times; see {trainer.run_dir / FOLDER}"))
-    if record.get("filtered_samples"):
-        table.add_row("filtered samples", f"left out {record['filtered_samples']:,} times by data.hooks.transform")
-    table.add_row("stopped", cell(record.get("stop_reason", "")))
-    checkpoints = trainer.checkpoint_callback
-    kept = checkpoints.best_model_path if isinstance(checkpoints, Checkpointing) else ""
-    table.add_row("checkpoint", cell(kept or str(trainer.run_dir / "checkpoints")))
-    table.add_row("report", cell(page))
-    Console().print(table)
-
-
-def _ranks(number: int) -> str:
-    return "1 rank" if number == 1 else f"{number} ranks"
 
 
 def _say(lines: list[str]) -> None:

@@ -28,7 +28,7 @@ from disttrain.data.index import Shard, describe_shard, read_manifest, write_man
 from disttrain.data.samples import Ids, Samples, Source, shuffled, stratified_split
 from disttrain.data.write import Tick, md5_of, write_shard
 from disttrain.errors import ConfigError, DataError
-from disttrain.files import write_atomically
+from disttrain.files import make_folder, sync_directory, write_atomically
 from disttrain.reading import parse_json, read_json, read_text
 
 PACK_VERSION: Final = 1
@@ -158,7 +158,7 @@ def pack(source: Source, *, out_dir: str | Path, config: PackConfig | None = Non
     }
     packed = {}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         _write_classes(folder / config.classes_file, samples.classes)
         # Every split is opened before one is written: no old split is ever taken for a part of this packing.
         kept = {split: job.begin(parts[split]) for split, job in jobs.items()}
@@ -304,6 +304,7 @@ class _Job:
         lines = [json.dumps({"fingerprint": self.fingerprint}), *map(_line, kept.values())]
         write_atomically(self.journal, "\n".join(lines) + "\n")
         self.manifest.unlink(missing_ok=True)
+        sync_directory(self.folder)  # no power cut brings it back, to shards that are gone
         for path in list(self.folder.iterdir()):
             stale = self._shard_file.fullmatch(path.name) and path.with_suffix(".tar").name not in kept
             if stale or self._temporary.fullmatch(path.name):

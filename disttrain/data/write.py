@@ -17,6 +17,7 @@ from disttrain.data.index import Shard
 from disttrain.data.samples import Ids, Sample, Samples
 from disttrain.data.sidecar import build_table, split_name, write_sidecar_file
 from disttrain.errors import DataError
+from disttrain.files import publish
 
 Tick = Callable[[int], None]
 """Is told of samples that are done."""
@@ -61,7 +62,7 @@ def write_shard(samples: Samples, ids: Ids, path: Path, tick: Tick) -> Shard:
             file.flush()
             os.fsync(file.fileno())
         table = build_table(str(temporary))
-        os.replace(temporary, path)
+        publish(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from disttrain.doctor.finding import Finding, failure, ok, size, warning
 from disttrain.errors import ConfigError
+from disttrain.files import expand_path
 from disttrain.reading import ReadError, read_yaml
 
 _MIB: Final = 2**20
@@ -56,7 +57,8 @@ def folders_of(config: str | None, run_dir: str | None, data: Sequence[str]) -> 
             )
     named = list(data) or [text for key in ("train", "val", "test") for text in _texts(sources.get(key))]
     local = [text for text in named if "://" not in text]
-    return Folders(Path(run_dir or trainer.get("run_dir") or "runs"), tuple(dict.fromkeys(map(_readable, local))))
+    where = expand_path(run_dir or trainer.get("run_dir") or "runs", name="trainer.run_dir")
+    return Folders(where, tuple(dict.fromkeys(map(_readable, local))))
 
 
 def _settings(config: str) -> dict[str, Any]:

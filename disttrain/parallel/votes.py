@@ -23,6 +23,12 @@ class Votes:
         self._value: Tensor | None = None
         self._work: dist.Work | None = None
 
+    def close(self) -> None:
+        """End the group; no vote may be under way."""
+        if self._group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._group = None
+
     def begin(self, own: int) -> None:
         """Bring this rank's number, 0 or more; every rank does so. Does not wait.
 

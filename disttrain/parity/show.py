@@ -7,14 +7,13 @@ reference's after each step.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from disttrain.files import write_atomically
+from disttrain.files import to_json, write_atomically
 from disttrain.parity.compare import DIFFERENT, SAME, Comparison
 from disttrain.parity.traces import Trace
 from disttrain.report.draw import MAX_LINES, Line, Picture, draw
@@ -76,7 +75,7 @@ def write_json(path: Path, reference: Trace, compared: Sequence[Comparison], aga
         "repeats_itself": None if again is None else again.verdict,
         "layouts": [dataclasses.asdict(one) | {"causes": _causes(one, again)} for one in compared],
     }
-    write_atomically(path, json.dumps(content, indent=2) + "\n")
+    write_atomically(path, to_json(content, indent=2) + "\n")
 
 
 def _causes(one: Comparison, again: Comparison | None) -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from disttrain.errors import ConfigError, DataError
+from disttrain.files import make_folder, write_atomically
 from disttrain.report.choose import pictures_of_run, pictures_of_runs
 from disttrain.report.draw import draw
 from disttrain.report.page import Figure, page_of_run, page_of_runs
@@ -50,10 +51,10 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     page = page_of_run(runs[0], figures) if len(runs) == 1 else page_of_runs(runs, labels, figures)
     path = out / PAGE_NAME
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         for figure in figures:
-            (out / f"{figure.picture.name}.png").write_bytes(figure.png)
-        path.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+            write_atomically(out / f"{figure.picture.name}.png", figure.png)
+        write_atomically(path, page.encode("utf-8", errors="xmlcharrefreplace"))
     except OSError as error:
         raise DataError(
             f"the report cannot be written to {out}: {error.strerror}",

@@ -154,7 +154,7 @@ def _results(run: Run) -> dict[str, str]:
     if run.num_epochs is not None:
         rows["epochs begun"] = f"{run.num_epochs:,}"
     if run.attempts:
-        rows["attempts"] = str(len(run.attempts))
+        rows["attempts"] = str(len(run.attempts) + run.attempts_left_out)
     if run.wall_seconds is not None:
         rows["wall time"] = format_duration(run.wall_seconds)
     bad = run.series.get("train/bad_samples")
@@ -204,7 +204,7 @@ _ATTEMPT_HEADS: Final = (
 def _attempt_rows(run: Run) -> list[Row]:
     return [
         (
-            str(i),
+            str(i + 1 + (run.attempts_left_out if i else 0)),
             [
                 format_time(attempt.started),
                 format_time(attempt.ended) or "not recorded",
@@ -216,7 +216,8 @@ def _attempt_rows(run: Run) -> list[Row]:
                 attempt.stop_reason or None,
             ],
         )
-        for i, attempt in enumerate(run.attempts, 1)
+        # After the first, the record may have left some out.
+        for i, attempt in enumerate(run.attempts)
     ]
 
 

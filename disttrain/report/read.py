@@ -68,6 +68,7 @@ class Attempt:
         precision: such as ``32-true``.
         stop_reason: why it ended; empty where that was not recorded.
         preempted: whether it was stopped from outside, to go on in another one.
+        seconds: how long it took, by a clock that nobody sets.
     """
 
     started: float | None
@@ -79,6 +80,7 @@ class Attempt:
     precision: str
     stop_reason: str = ""
     preempted: bool = False
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class Run:
         ranks: each rank's step times, as they were last compared.
         wall_seconds: time from start to end, summed over the attempts. An attempt without an end counts up
             to the last metric logged in it.
+        attempts_left_out: attempts that the record no longer holds, after the first.
     """
 
     folder: Path
@@ -146,6 +149,7 @@ class Run:
     num_epochs: int | None
     wall_seconds: float | None
     ranks: tuple[dict[str, Any], ...] = ()
+    attempts_left_out: int = 0
 
     @property
     def rollbacks(self) -> list[tuple[int, int]]:
@@ -209,8 +213,9 @@ def read_run(folder: Path) -> Run:
         series=series,
         last_step=max(steps) if steps else None,
         num_epochs=num_epochs,
-        wall_seconds=_wall_seconds(attempts, times),
+        wall_seconds=_wall_seconds(attempts, times, as_number(content.get("seconds_left_out")) or 0.0),
         ranks=tuple(as_dicts(content.get("ranks"))),
+        attempts_left_out=as_whole(content.get("attempts_left_out")) or 0,
     )
 
 
@@ -298,16 +303,19 @@ def _read_series(path: Path) -> tuple[dict[str, Series], int | None, list[float]
     return series, None if last_epoch is None else last_epoch + 1, times
 
 
-def _wall_seconds(attempts: Sequence[Attempt], times: Sequence[float]) -> float | None:
+def _wall_seconds(attempts: Sequence[Attempt], times: Sequence[float], left_out: float) -> float | None:
     starts = [attempt.started for attempt in attempts if attempt.started is not None]
     if not starts:
         return max(times) - min(times) if times else None
-    total = 0.0
+    total = left_out
     for attempt in attempts:
         start = attempt.started
         if start is None:
             continue
         end = attempt.ended
+        if attempt.seconds is not None and attempt.seconds >= 0:
+            total += attempt.seconds
+            continue
         if end is None:
             until = min((other for other in starts if other > start), default=math.inf)
             end = max((moment for moment in times if start <= moment < until), default=start)
@@ -333,6 +341,7 @@ def _attempt(entry: dict[str, Any]) -> Attempt:
         precision=as_text(entry.get("precision")),
         stop_reason=as_text(entry.get("stop_reason")),
         preempted=entry.get("status") == "preempted",
+        seconds=as_number(entry.get("seconds")),
     )
 
 

@@ -105,6 +105,7 @@ def rows_of(run_dir: Path, queued: Mapping[str, Queued]) -> list[Row]:
     if not job or (number and number != job and "_" not in job):
         job = number  # submitted again since
     state, note = _state(record, queued.get(job), known=bool(job))
+    number_of = len(attempts) + int(record.get("attempts_left_out") or 0)
     steps = [int(one["to_step"]) for one in attempts if one.get("to_step") is not None]
     found = committed(run_dir / "checkpoints")[0]
     newest = found[-1] if found else None
@@ -112,7 +113,7 @@ def rows_of(run_dir: Path, queued: Mapping[str, Queued]) -> list[Row]:
     steps += [_logged(run_dir)]
     age = None if newest is None or newest.about.time is None else max(0.0, time.time() - newest.about.time)
     step = max(steps) if max(steps) >= 0 else None
-    return [Row(str(run_dir), job, state, len(attempts), step, newest.global_step if newest else None, age, note)]
+    return [Row(str(run_dir), job, state, number_of, step, newest.global_step if newest else None, age, note)]
 
 
 def _state(record: Mapping[str, Any], job: Queued | None, *, known: bool) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from disttrain.errors import ConfigError
-from disttrain.files import write_atomically
+from disttrain.files import make_folder, write_atomically
 from disttrain.reading import as_text, conform, read_record
 from disttrain.slurm.job import Job
 from disttrain.slurm.render import SUBMIT, Script
@@ -49,7 +49,7 @@ def write_snapshot(script: Script, *, config: str, text: str, arguments: list[st
     folder = script.run_dir / SUBMIT
     state, changes = git_state(script.folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         # URLs in them may hold passwords, which the job needs; what only tells a reader does without.
         write_atomically(script.config, config, mode=0o600)
         write_atomically(folder / SCRIPT, text, mode=0o600)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 
 from disttrain.checkpoint import verify
 from disttrain.checkpoint.checksum import Sums, sum_of
-from disttrain.checkpoint.marker import FORMAT, About, Metric, check, committed, write_marker
+from disttrain.checkpoint.marker import FORMAT, MARKER, About, Metric, check, committed, faults, write_marker
 from disttrain.checkpoint.store import groups, leaves, read_group, read_meta, read_model, read_tensors
 from disttrain.checkpoint.write import write
 from disttrain.errors import CheckpointError
@@ -156,3 +159,28 @@ def test_a_checkpoint_is_not_loaded_from_when_it_is_damaged(saved: Path) -> None
         verify.ensure(saved)
     flip(saved / "__0_0.distcp", 2000)
     verify.ensure(saved)
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../ATTEMPT", "..", "a/b", ""])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_marker_has_no_file_outside_its_directory_read(saved: Path, number: int, name: str) -> None:
+    """Even one with a right checksum of its own."""
+    content = json.loads((saved / MARKER).read_text())
+    content.pop("crc32")
+    content |= {"format": number, "files": {name: 4 if number == 1 else [4, "00000000"]}}
+    text = json.dumps({**content, "crc32": f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"})
+    (saved / MARKER).write_text(text)
+    with pytest.raises(CheckpointError, match="has a damaged COMMITTED"):
+        faults(saved)
+
+
+def test_a_metric_that_is_not_finite_is_kept_by_a_marker_that_others_can_parse(tmp_path: Path) -> None:
+    for value in (math.inf, -math.inf, math.nan):
+        path = tmp_path / f"{value}"
+        path.mkdir()
+        with open_directory(path) as opened:
+            write_marker(opened, About(3, 0, metric=Metric("val/loss", value, "min")), {})
+        json.loads((path / MARKER).read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+        read = check(path).about.metric
+        assert read is not None
+        assert repr(read.value) == repr(value)

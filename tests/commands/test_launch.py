@@ -84,27 +84,37 @@ def test_the_last_attempt_counts_and_its_first_word(tmp_path: Path, monkeypatch:
     assert read_endings(tmp_path) == [Ending(0, 75, False, "first"), Ending(1, 75, False, "first")]
 
 
+NAMES = ("fit", "test", "launch")
+
+
 def test_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="is not told what to run"):
-        launch.main(["--nproc", "2"])
+        launch.main(["--nproc", "2"], NAMES)
     with pytest.raises(ConfigError, match="--nproc is 0"):
-        launch.main(["--nproc", "0", "fit"])
+        launch.main(["--nproc", "0", "fit"], NAMES)
     with pytest.raises(ConfigError, match="--nproc is 99999"):
-        launch.main(["--nproc", "99999", "fit"])
+        launch.main(["--nproc", "99999", "fit"], NAMES)
     with pytest.raises(ConfigError, match="--max-restarts is -1"):
-        launch.main(["--max-restarts", "-1", "fit"])
+        launch.main(["--max-restarts", "-1", "fit"], NAMES)
+    with pytest.raises(ConfigError, match="no subcommand 'ft' to launch") as caught:
+        launch.main(["--nproc", "2", "ft"], NAMES)
+    assert "did you mean 'fit'?" in caught.value.mend
+    with pytest.raises(ConfigError, match="there is no script nowhere"):
+        launch.main(["nowhere.py"], NAMES)
+    with pytest.raises(ConfigError, match="cannot launch itself"):
+        launch.main(["launch", "fit"], NAMES)
     ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}
     tasks = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
     for name, value in ranks.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="inside rank 1 of 2 of a torchrun"):
-        launch.main(["fit"])
+        launch.main(["fit"], NAMES)
     for name in ranks:
         monkeypatch.delenv(name)
     for name, value in tasks.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="srun has started 2 tasks"):
-        launch.main(["fit"])
+        launch.main(["fit"], NAMES)
 
 
 def test_help_and_mistakes_load_no_torch() -> None:

@@ -1,0 +1,136 @@
+"""A run's folder that is deleted or replaced in mid-run: the run ends with a message, and makes nothing of it anew."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+from lightning.pytorch.callbacks import Callback
+
+from disttrain.checkpoint import write
+from disttrain.files import append_lines, check_held, hold, make_folder, release, sync_records, write_atomically
+from disttrain.metrics_file import MetricsFile
+from disttrain.metrics_log import EventsLog
+from tests.commands.test_complete import fit, tree
+from tests.support.power import Disk
+from tests.support.ranks import run_ranks
+
+
+def test_nothing_is_written_to_a_folder_that_took_the_place_of_a_runs(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    make_folder(run_dir / "checkpoints")
+    hold(run_dir)
+    try:
+        write_atomically(run_dir / "run.json", "{}")
+        metrics = MetricsFile(run_dir / "metrics.csv")
+        metrics.append({"a": 1.0}, step=1)
+        os.rename(run_dir, tmp_path / "moved")
+        for replaced in (False, True):
+            if replaced:
+                run_dir.mkdir()
+            writes: list[Callable[[], Any]] = [
+                lambda: write_atomically(run_dir / "run.json", "{}"),
+                lambda: append_lines(run_dir / "quarantine" / "rank-00000.jsonl", "{}\n"),
+                lambda: make_folder(run_dir / "checkpoints"),
+                lambda: metrics.append({"a": 1.0, "b": 2.0}, step=2),  # a new column makes the file anew
+            ]
+            for write_it in writes:
+                with pytest.raises(OSError, match=r"folder was (replaced|removed)") as caught:
+                    write_it()
+                assert caught.value.errno == errno.ESTALE
+        assert list(run_dir.iterdir()) == []
+        check_held(tmp_path / "other" / "run.json")
+    finally:
+        release(run_dir)
+    write_atomically(run_dir / "run.json", "{}")
+
+
+class TakeAway(Callback):
+    """Takes the run's folder away within a save, as another process would."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lay the trap: right before the tensors of the second save are written."""
+        run_dir, real, count = Path(trainer.default_root_dir), write.dcp_save, 0
+
+        def trapped(*arguments: Any, **more: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == 2:
+                if self.how == "deleted":
+                    shutil.rmtree(run_dir)
+                else:
+                    os.rename(run_dir, run_dir.with_name("moved"))
+                if self.how == "replaced":
+                    (run_dir / "checkpoints").mkdir(parents=True)
+                    (run_dir / "run.json").write_text('{"status": "running"}')
+            return real(*arguments, **more)
+
+        write.dcp_save = trapped
+
+
+def take_the_folder_away(folder: Path, data: Path) -> None:
+    real = write.dcp_save
+    for how in ("deleted", "moved", "replaced"):
+        run_dir = folder / how / "run"
+        trap = json.dumps({"class_path": "tests.test_run_folder.TakeAway", "init_args": {"how": how}})
+        try:
+            code, text = fit(data, run_dir, f"--trainer.callbacks+={trap}", "--trainer.log_every_steps", "1", steps=30)
+        finally:
+            write.dcp_save = real
+        assert code == 2, text
+        assert text.count("disttrain: error") == 1, text
+        assert "publishes nothing" in text, text
+        assert "Traceback" not in text, text
+        left = tree(run_dir) if run_dir.exists() else None
+        assert left == ({"run.json": b'{"status": "running"}'} if how == "replaced" else None), (how, left)
+
+
+@pytest.mark.slow
+def test_a_run_ends_whose_folder_is_taken_away(digits: Path, tmp_path: Path) -> None:
+    run_ranks(1, take_the_folder_away, tmp_path, digits, folder=tmp_path / "logs", timeout=300).ok()
+
+
+def test_the_thread_that_writes_for_tensorboard_says_it_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    former, log = threading.excepthook, EventsLog(tmp_path / "run")
+    log.log_metrics({"a": 1.0}, 1)
+    shutil.rmtree(tmp_path / "run")
+    log.log_metrics({"a": 2.0}, 2)
+    log.finalize("success")
+    log.log_metrics({"a": 3.0}, 3)
+    told = capfd.readouterr().err
+    assert "Traceback" not in told, told
+    assert told.count("no more events for TensorBoard") == 1, told
+    assert threading.excepthook is former, "the hook of others is to be back"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_power_cut_leaves_an_old_or_a_new_file(tmp_path: Path) -> None:
+    """And lines that were appended, once they are synced; a torn line is ended before the next."""
+    top = tmp_path / "disk"
+    top.mkdir()
+    with Disk(top).watching() as disk:
+        write_atomically(top / "a", "old")
+        write_atomically(top / "a", "new")
+        make_folder(top / "b" / "c")
+        append_lines(top / "b" / "events.jsonl", "1\n")
+        with open(top / "b" / "events.jsonl", "a") as file:
+            file.write("2")
+        append_lines(top / "b" / "events.jsonl", "3\n")
+        before = disk.image(tmp_path / "before")
+        sync_records(top / "b", 0)
+        after = disk.image(tmp_path / "after")
+    assert (before / "a").read_text() == "new"
+    assert (before / "b" / "c").is_dir()
+    assert not (before / "b" / "events.jsonl").exists()
+    assert (after / "b" / "events.jsonl").read_text() == "1\n2\n3\n"
