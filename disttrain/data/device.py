@@ -38,15 +38,28 @@ class DeviceCopier:
             return move_data_to_device(batch, self.device)
         while self._under_way and self._under_way[0][0].query():
             self._under_way.popleft()
-        with torch.cuda.stream(self._stream):
-            moved = move_data_to_device(batch, self.device)  # asynchronous from pinned memory
-        copied = self._stream.record_event()
-        self._under_way.append((copied, dict(batch) if isinstance(batch, dict) else batch))
         current = torch.cuda.current_stream(self.device)
+        stream = current if _has_objects(batch) else self._stream
+        with torch.cuda.stream(stream):
+            moved = move_data_to_device(batch, self.device)  # asynchronous from pinned memory
+        copied = stream.record_event()
+        self._under_way.append((copied, dict(batch) if isinstance(batch, dict) else batch))
         current.wait_event(copied)
         # Their memory may not be given to the copying stream again before the training is done with it.
         apply_to_collection(moved, Tensor, lambda tensor: tensor.record_stream(current))
         return moved
+
+
+def _has_objects(batch: Any) -> bool:
+    """Whether a batch has objects of a class of their own that are moved by their ``to``.
+
+    Nobody can say of the tensors inside that the training uses them, so they are copied on its own stream.
+    """
+    if isinstance(batch, dict):
+        return any(map(_has_objects, batch.values()))
+    if isinstance(batch, (list, tuple)):
+        return bool(batch) and not isinstance(batch[0], str) and any(map(_has_objects, batch))
+    return not isinstance(batch, Tensor) and callable(getattr(batch, "to", None))
 
 
 def uses_cuda() -> bool:

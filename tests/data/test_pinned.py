@@ -142,6 +142,43 @@ def test_a_batch_outlives_its_copy_whatever_a_collate_made_it_of(monkeypatch: py
     assert alive() == [False] * 6 + [True] * 2, "more is held than the copies under way"
 
 
+class Graph:
+    """A batch that knows how to move itself."""
+
+    def to(self, device: Any, **options: Any) -> Graph:
+        return self
+
+
+@pytest.mark.parametrize(
+    ("batch", "aside"),
+    [
+        ({"x": torch.ones(2), "__key__": ["a"], "__count__": 2, "pair": (torch.ones(1), [1, 2])}, True),
+        ({"x": torch.ones(2), "graph": Graph()}, False),
+        ({"x": torch.ones(2), "graphs": [Graph()]}, False),
+        ((torch.ones(2), {"inner": (Graph(),)}), False),
+        (Graph(), False),
+    ],
+)
+def test_what_hides_its_tensors_is_copied_on_the_stream_that_trains(
+    batch: Any, aside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory of tensors that are copied aside would be used again while the training still reads them."""
+    current, used = Stream(None), []
+
+    def on(stream: Stream) -> Any:
+        used.append(stream)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
+    monkeypatch.setattr(device_module, "move_data_to_device", lambda batch, device: batch)
+    copier = DeviceCopier(torch.device("cuda", 0))
+    assert copier(batch) is batch
+    assert used == [copier._stream if aside else current]
+
+
 def test_the_thread_that_saves_works_on_the_device_of_the_one_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     pinned, seen = Pinned(monkeypatch, device=5), []
 

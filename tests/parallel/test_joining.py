@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -9,7 +10,11 @@ import pytest
 import torch.distributed as dist
 
 from disttrain.errors import JoinError
+from disttrain.meeting import Meeting
+from disttrain.parallel import store as store_module
 from disttrain.parallel.joining import agree_on_a_name
+from disttrain.parallel.store import meet
+from disttrain.world import World
 
 
 def attempt(store: dist.TCPStore, size: int) -> set[str]:
@@ -44,3 +49,16 @@ def test_ranks_that_do_not_come_are_named(store: dist.TCPStore) -> None:
     store.set("hello/1", "old")
     with pytest.raises(JoinError, match="rank 1, rank 2 did not join"):
         agree_on_a_name(store, 0, 3, 0.1)
+
+
+def test_an_agent_whose_store_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is there before the ranks are, so nobody waits for it to come."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        port = nobody.getsockname()[1]
+        monkeypatch.setattr(store_module, "_AGENT_TIMEOUT", timedelta(seconds=1))
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        meeting, world = Meeting("127.0.0.1", (port,), "job"), World(1, 2, 1, 2, launcher="torchrun")
+        said = f"store of torchrun's agent at 127.0.0.1:{port} cannot be reached"
+        with pytest.raises(JoinError, match=said), meet(meeting, world, timedelta(minutes=30)):
+            pass
