@@ -9,6 +9,7 @@ inside a block but one at a time; ``selective`` a few per cent of time, for that
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -33,6 +34,7 @@ _KEPT: Final = (
     "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention",
 )
+_KNOWS_HOOKS: Final = "respect_saved_tensors_hooks" in inspect.signature(checkpoint).parameters
 _KEPT_OPS: Final = frozenset(getattr(torch.ops.aten, name).default for name in _KEPT if hasattr(torch.ops.aten, name))
 
 
@@ -67,6 +69,9 @@ class _Recomputed(BlockForward):
         norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
         if selective or norms:
             self._more["context_fn"] = partial(_contexts, selective, norms)
+        if selective and _KNOWS_HOOKS:
+            # As all versions below do: PyTorch 2.14 warns around hooks such as save_on_cpu where it is not said.
+            self._more["respect_saved_tensors_hooks"] = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
