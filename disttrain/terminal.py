@@ -43,18 +43,19 @@ def printable(text: str, *, lines: bool = False) -> str:
     return (_NOT_IN_LINES if lines else _OBEYED).sub(_code, text)
 
 
-def say(text: object, *, lines: bool = False, err: bool = False) -> None:
-    """Print a line on standard output, or with ``err`` on standard error, at once.
+def say(text: object, *, lines: bool = False, err: bool = False, flush: bool = True) -> None:
+    """Print a line on standard output, or with ``err`` on standard error.
 
     Args:
         text: the line.
         lines: whether it is several.
         err: print on standard error.
+        flush: at once; not for one of a million lines.
     """
     stream = sys.stderr if err else sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
     shown = printable(str(text), lines=lines).encode(encoding, "backslashreplace").decode(encoding)
-    print(shown, file=stream, flush=True)
+    print(shown, file=stream, flush=flush)
 
 
 def tell(text: object) -> None:

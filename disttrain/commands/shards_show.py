@@ -34,7 +34,8 @@ def ls(arguments: argparse.Namespace) -> int:
     if arguments.samples:
         for shard, found in _tables(index):
             for key, spans in found.spans().items():
-                say(" ".join([shown(shard.path), key, *(f"{field}:{n}" for field, (_, n) in spans.items())]))
+                sizes = (f"{field}:{n}" for field, (_, n) in spans.items())
+                say(" ".join([shown(shard.path), key, *sizes]), flush=False)
         return 0
     total = 0
     table = Table(show_footer=True)
