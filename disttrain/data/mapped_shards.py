@@ -14,10 +14,10 @@ shard; where it is warm, a fifth of a ``pread``.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +29,8 @@ from numpy.typing import NDArray
 
 from disttrain.data import bus_errors
 from disttrain.data.index import Shard
+from disttrain.data.open_shards import OPEN_SHARDS
+from disttrain.data.tar import open_hint
 from disttrain.errors import ShardError
 
 _LOCAL_FILE_SYSTEMS: Final = frozenset(
@@ -82,13 +84,12 @@ class MappedShards:
 
     Args:
         shards: the shards of the index.
-        most: how many may be mapped at a time.
     """
 
-    def __init__(self, shards: Sequence[Shard], most: int) -> None:
-        self._shards, self._most = shards, most
-        self._maps: OrderedDict[int, Mapped] = OrderedDict()
-        self._lock = Lock()
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards = shards
+        self._owner = OPEN_SHARDS.owner(self, len(shards))
+        self._lock = Lock()  # held to map a shard, so that it is mapped once
         self._is_cold = False
 
     def spans(
@@ -109,8 +110,10 @@ class MappedShards:
 
         Returns:
             The memory that holds them all, most of which is not to be touched, and where in it each span begins;
-            None where a shard cannot be mapped.
+            None where a shard cannot be mapped, or there are more than should be open at a time.
         """
+        if 2 * len(shards) > OPEN_SHARDS.most:  # other threads need some too
+            return None
         ends = offsets + sizes
         at, maps = np.empty_like(offsets), []
         low, high = np.iinfo(np.int64).max, 0
@@ -173,31 +176,39 @@ class MappedShards:
 
     def _map(self, shard: int) -> Mapped | None:
         """A mapping that is whole; None where the shard may not be mapped."""
+        found: Mapped | None = OPEN_SHARDS.get(self._owner, shard)
+        if found is not None and not found.memory.is_torn:
+            return found
         with self._lock:
-            found = self._maps.get(shard)
+            found = OPEN_SHARDS.get(self._owner, shard)
             if found is not None and not found.memory.is_torn:
-                self._maps.move_to_end(shard)
                 return found
-            if not self._may_be_mapped(shard):
+            OPEN_SHARDS.drop(self._owner, shard)
+            if not self._may_be_mapped(shard) or not OPEN_SHARDS.has_room():
                 return None
-            self._maps.pop(shard, None)
             mapped = self._opened(self._shards[shard].path)
+            if mapped is None:
+                return None
             mapped.madvise(mmap.MADV_RANDOM)  # a touch brings its page, not its neighbourhood
             view: NDArray[Any] = np.frombuffer(mapped, np.uint8)
             memory = bus_errors.watch(mapped, int(view.__array_interface__["data"][0]))
-            found = self._maps[shard] = Mapped(shard, mapped, memory)
-            while len(self._maps) > self._most:
-                self._maps.popitem(last=False)  # unmapped when its last user is gone
-            return found
+            return OPEN_SHARDS.keep(self._owner, shard, Mapped(shard, mapped, memory), holder=mapped)
 
     @staticmethod
-    def _opened(path: str) -> mmap.mmap:
-        try:
+    def _opened(path: str) -> mmap.mmap | None:
+        """A mapping of a file; None where the kernel gives the process no more mappings."""
+
+        def map_it() -> mmap.mmap:
             with open(path, "rb") as file:
                 return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+
+        try:
+            return OPEN_SHARDS.trying(map_it)
         except ValueError:
             raise ends_early(path, 0) from None
         except OSError as error:
+            if error.errno == errno.ENOMEM:  # vm.max_map_count
+                return None
             raise cannot_open(path, error) from None
 
     def _check(self, shard: int, found: mmap.mmap, end: int) -> None:
@@ -217,7 +228,8 @@ def ends_early(path: str, offset: int) -> ShardError:
 def cannot_open(path: str, error: OSError) -> ShardError:
     """The error of a shard that is not there any more, or may not be read."""
     return ShardError(
-        f"cannot open shard {path}: {error.strerror}", mend="restore it; it was there when the run started"
+        f"cannot open shard {path}: {error.strerror}",
+        mend=open_hint(error, "restore it; it was there when the run started"),
     )
 
 

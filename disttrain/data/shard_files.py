@@ -2,20 +2,17 @@
 
 Local shards are mapped (see :mod:`disttrain.data.mapped_shards`). The others are read into one buffer: spans are
 sorted and joined where they are near, since what lies within a few kilobytes of what is wanted is read with it
-more cheaply than with another system call. Reads release the GIL. Open files are bounded; those of remote shards
-close after each read, so that the cache may evict them. Cost: a system call a run of neighbours, none for mapped
-shards.
+more cheaply than with another system call. Reads release the GIL. Open files are bounded
+(:mod:`disttrain.data.open_shards`); those of remote shards close after each read, so that the cache may evict them.
+Cost: a system call a run of neighbours, none for mapped shards.
 """
 
 from __future__ import annotations
 
 import os
-import resource
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from threading import Lock
 from typing import Final
 
 import numpy as np
@@ -23,13 +20,11 @@ from numpy.typing import NDArray
 
 from disttrain.data.index import Shard
 from disttrain.data.mapped_shards import Mapped, MappedShards, Spans, cannot_open, ends_early
+from disttrain.data.open_shards import OPEN_SHARDS
 from disttrain.data.remote import shown
 from disttrain.data.store import ShardStore
 from disttrain.errors import ShardError
 
-_FILE_LIMIT: Final = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-# A window may span more than a thousand shards, and opening one takes long on a network file system.
-_OPEN_FILES: Final = min(4096, _FILE_LIMIT // 4) if _FILE_LIMIT > 0 else 4096  # negative: no limit
 _JOIN_GAP_BYTES: Final = 8 * 1024
 _SHARD_STRIDE: Final = 2**45
 
@@ -48,7 +43,7 @@ class _OpenShard:
     def __init__(self, path: str, fd: int | None = None) -> None:
         self.path = path
         try:
-            self.fd = os.open(path, os.O_RDONLY) if fd is None else fd
+            self.fd = OPEN_SHARDS.trying(lambda: os.open(path, os.O_RDONLY)) if fd is None else fd
         except OSError as error:
             raise cannot_open(path, error) from None
 
@@ -81,9 +76,8 @@ class ShardFiles:
 
     def __init__(self, shards: Sequence[Shard], store: ShardStore) -> None:
         self._shards, self._store = shards, store
-        self._mapped = MappedShards(shards, _OPEN_FILES)
-        self._files: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._lock = Lock()
+        self._mapped = MappedShards(shards)
+        self._owner = OPEN_SHARDS.owner(self, len(shards))
 
     @contextmanager
     def reading(self) -> Iterator[Read]:
@@ -138,12 +132,8 @@ class ShardFiles:
         path = shown(self._shards[shard].path)
         if (fd := self._store.open(shard)) is not None:
             return _OpenShard(path, fd)  # kept open, it could never be evicted
-        with self._lock:
-            found = self._files.get(shard)
-            if found is None:
-                found = self._files[shard] = _OpenShard(path)
-                while len(self._files) > _OPEN_FILES:
-                    self._files.popitem(last=False)
-            else:
-                self._files.move_to_end(shard)
+        found: _OpenShard | None = OPEN_SHARDS.get(self._owner, shard)
+        if found is not None:
             return found
+        has_room, found = OPEN_SHARDS.has_room(), _OpenShard(path)
+        return OPEN_SHARDS.keep(self._owner, shard, found, holder=found) if has_room else found

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from disttrain.data import mapped_shards, shard_files
+from disttrain.data import mapped_shards, open_shards
 from disttrain.data.decode import Field
 from disttrain.data.index import ShardIndex
 from disttrain.data.reader import Reader
@@ -137,7 +137,7 @@ def test_an_extension_may_have_alternatives(tmp_path: Path) -> None:
 
 
 def test_many_threads_read_the_same_bytes(truth: Truth, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_files, "_OPEN_FILES", 2)
+    monkeypatch.setattr(open_shards, "_MOST", 2)
     reader = truth.reader()
     random = np.random.default_rng(1)
     batches = [random.integers(0, len(truth.samples), 20).tolist() for _ in range(120)]
@@ -148,10 +148,10 @@ def test_many_threads_read_the_same_bytes(truth: Truth, monkeypatch: pytest.Monk
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files in /proc")
 def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_files, "_OPEN_FILES", 3)
+    monkeypatch.setattr(open_shards, "_MOST", 3)
     reader = Reader(ShardIndex.open(write_numbered(tmp_path, [2] * 10)), {"x": Field("x.npy")})
 
-    def open_shards() -> int:
+    def num_open() -> int:
         links = []
         for number in os.listdir("/proc/self/fd"):
             try:
@@ -164,13 +164,13 @@ def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         found = reader.read(ids_of([sample]))["x"]
         assert isinstance(found, torch.Tensor)
         assert found.tolist() == [[float(sample)] * 3], f"sample {sample}"
-        assert open_shards() <= 3, f"{open_shards()} shards are open after sample {sample}"
+        assert num_open() <= 3, f"{num_open()} shards are open after sample {sample}"
     everything = reader.read(ids_of(list(range(20))))["x"]
     assert isinstance(everything, torch.Tensor)
     assert everything[:, 0].tolist() == list(range(20)), "a batch over more shards than may stay open"
-    assert open_shards() <= 3
+    assert num_open() <= 3
     del reader
-    assert open_shards() == 0, "a reader that is gone leaves shards open"
+    assert num_open() == 0, "a reader that is gone leaves shards open"
 
 
 def test_the_mean_size_counts_whole_shards(truth: Truth) -> None:
