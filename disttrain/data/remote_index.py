@@ -19,10 +19,19 @@ from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
 from disttrain.data.remote import DEFAULT_RETRY, RemoteError, RemoteFile, RetryConfig, sibling
-from disttrain.data.sidecar import ShardTable, build_table, misfit, parse_sidecar, sidecar_text
+from disttrain.data.sidecar import (
+    ALL_READ,
+    ShardTable,
+    UnreadFields,
+    build_table,
+    misfit,
+    parse_sidecar,
+    sidecar_text,
+)
 from disttrain.data.stream import Stream
 from disttrain.files import write_atomically
 
+_MOST_TEXT_BYTES: Final = 2**30
 REQUESTS_AT_ONCE: Final = 16
 """Threads that wait for a server."""
 
@@ -70,6 +79,7 @@ class Described(NamedTuple):
     size_bytes: int
     version: str
     state: str
+    unread: UnreadFields = ALL_READ
 
 
 def describe_remote(url: str, *, anew: bool = False, retry: RetryConfig = DEFAULT_RETRY) -> Described:
@@ -86,7 +96,7 @@ def describe_remote(url: str, *, anew: bool = False, retry: RetryConfig = DEFAUL
     """
     file = RemoteFile(url, retry)
     table, state = _table_of(file, file.version, anew=anew)
-    return Described(len(table), file.size, file.version, state)
+    return Described(len(table), file.size, file.version, state, table.unread)
 
 
 def load_remote_table(
@@ -99,6 +109,10 @@ def load_remote_table(
 def read_remote_text(url: str, retry: RetryConfig = DEFAULT_RETRY) -> str:
     """The text of a remote file."""
     file = RemoteFile(url, retry)
+    if file.size > _MOST_TEXT_BYTES:
+        raise RemoteError(
+            f"{file.name} has {file.size} bytes, too many for a list", mend="name a manifest or a sidecar"
+        )
     return file.read(0, file.size).decode("utf-8", "surrogateescape")
 
 

@@ -5,9 +5,11 @@ and ours serve DALI. A sample is a run of members with the same key (the path up
 name), as WebDataset groups them; dot files, directories and members without an extension are skipped.
 
 A sidecar is trusted only where it is no older than its shard, its members can lie in a tar one after the other,
-and the shard's first, middle and last members are what it says, the last with the end block behind it. So a
-shard that was rewritten under its old date is found out too. Cost: a pass over the headers, or one over the
-sidecar's text and three reads of the shard.
+and the shard's first, middle and last members are what it says, the last with nothing behind it, and so is the one
+with most room before it, where other members might lie. So a shard that was rewritten under its old date is found
+out too. A shard with hard links, or with links and devices that look like fields of a sample and are not read, has no
+sidecar: the form has no place for either. Cost: a pass over the headers, or one over the sidecar's text and three or
+four reads of the shard.
 """
 
 from __future__ import annotations
@@ -16,14 +18,15 @@ import io
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from disttrain.data.tar import BLOCK, ByteSource, LocalFile, Member, TarError, scan_members, scan_source
+from disttrain.data.tar import ByteSource, LocalFile, Member, TarError, Unread, scan_source
+from disttrain.data.tar_header import BLOCK
 from disttrain.errors import ShardError
 from disttrain.files import write_atomically
 from disttrain.reading import ReadError, open_regular
@@ -32,7 +35,18 @@ SIDECAR_VERSION: Final = "v1.2"
 _HEAD_BYTES: Final = 100
 _LEAST_BYTES: Final = 2**20
 _PROBE_BYTES: Final = 64 * 1024
+_RECORD_BYTES: Final = 20 * BLOCK  # what tar pads an archive to: one read has the end block and all that follows
 _META: Final = re.compile(r"__[^/]*__(/|$)")  # WebDataset's names for what is no sample
+
+
+class UnreadFields(NamedTuple):
+    """Members of a shard that look like fields of samples and are not read: how many, and the first, in words."""
+
+    number: int = 0
+    first: str = ""
+
+
+ALL_READ: Final = UnreadFields()
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +58,14 @@ class ShardTable:
         fields: the extensions that occur, lower case.
         offsets: byte offset of each field's content, -1 where a sample lacks it. shape (samples, fields)
         sizes: its size in bytes, -1 where absent. shape (samples, fields)
+        unread: what is in the shard, but not here.
     """
 
     keys: list[str]
     fields: tuple[str, ...]
     offsets: NDArray[np.int64]
     sizes: NDArray[np.int64]
+    unread: UnreadFields = ALL_READ
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -98,8 +114,8 @@ def fitting_sidecar(path: str) -> tuple[ShardTable | None, str]:
 def misfit(table: ShardTable, source: ByteSource) -> str:
     """Why a table cannot be that of a tar; empty where all that is looked at is as the table says.
 
-    Looked at are the headers of its first, middle and last members, wherever the members before them end, and
-    the end block after the last.
+    Looked at are the headers of its first, middle and last members, from where the members before them end, that of
+    the member with most room before it, and what follows the last.
     """
     present = np.flatnonzero(table.offsets >= 0)
     present = present[np.argsort(table.offsets.ravel()[present])]
@@ -110,7 +126,9 @@ def misfit(table: ShardTable, source: ByteSource) -> str:
     if not len(present) or not is_sorted or (offsets % BLOCK).any() or (offsets - starts < BLOCK).any():
         return "no tar has its members so"
     last = len(present) - 1
-    for place in sorted({0, last // 2, last}):
+    room = offsets - starts
+    widest = int(room.argmax()) if room.max() > room.min() else 0
+    for place in sorted({0, last // 2, widest, last}):
         sample, column = divmod(int(present[place]), len(table.fields))
         expected = Member(f"{table.keys[sample]}.{table.fields[column]}", int(offsets[place]), int(sizes[place]))
         wrong = _differs(expected, source, int(starts[place]), to_end=place == last)
@@ -121,17 +139,20 @@ def misfit(table: ShardTable, source: ByteSource) -> str:
 
 def _differs(expected: Member, source: ByteSource, start: int, *, to_end: bool) -> str:
     """How what a tar holds from some place on differs from one member, and from nothing more ``to_end``."""
-    blocks = -(-expected.size // BLOCK) + 2 if to_end else 1
-    window = blocks * BLOCK if blocks * BLOCK <= _PROBE_BYTES else BLOCK
+    needed = BLOCK + -(-expected.size // BLOCK) * BLOCK + _RECORD_BYTES if to_end else BLOCK
+    window = needed if needed <= _PROBE_BYTES else BLOCK
     found: list[Member] = []
+    unread = _Unread()
     try:
-        for member in scan_source(source, start=start, window_bytes=window):
+        for member in scan_source(source, start=start, window_bytes=window, unread=unread):
             if split_name(member.name) is not None:
                 found.append(member)
                 if not to_end or len(found) > 1:
                     break
     except TarError as error:
         return error.what
+    if unread.fields.number:
+        return f"it does not tell of {unread.fields.first}"
     if not found or split_name(found[0].name) != split_name(expected.name) or found[0][1:] != expected[1:]:
         there = f"{found[0].name!r} at byte {found[0].offset} of size {found[0].size}" if found else "nothing there"
         return f"it says {expected.name!r} at byte {expected.offset} of size {expected.size}, the shard has {there}"
@@ -144,11 +165,37 @@ def build_table(shard: str | ByteSource) -> ShardTable:
     Raises:
         ShardError: the tar is damaged, holds no samples, or holds a sample or a field twice.
     """
-    path = shard if isinstance(shard, str) else shard.name
-    samples = _group(scan_members(shard) if isinstance(shard, str) else scan_source(shard), path)
+    if not isinstance(shard, str):
+        return _built(shard)
+    with LocalFile(shard) as file:
+        return _built(file)
+
+
+def _built(shard: ByteSource) -> ShardTable:
+    unread = _Unread()
+    samples = _group(scan_source(shard, unread=unread), shard.name)
     if not samples:
-        raise ShardError(f"shard {path} holds no samples", mend="remove it from the pattern, or pack it again")
-    return _table(samples)
+        also = f", but {unread.fields.first}" if unread.fields.number else ""
+        raise ShardError(
+            f"shard {shard.name} holds no samples{also}", mend="remove it from the pattern, or pack it again"
+        )
+    return replace(_table(samples), unread=unread.fields)
+
+
+class _Unread:
+    """Takes up what a scan does not read: of that, what looks like fields of samples."""
+
+    def __init__(self) -> None:
+        self.fields = ALL_READ
+
+    def __call__(self, member: Unread) -> None:
+        if split_name(member.name) is not None:
+            self.fields = UnreadFields(self.fields.number + 1, self.fields.first or in_words(member))
+
+
+def in_words(member: Unread) -> str:
+    """A member that is not read, for a message."""
+    return f"{member.name!r} at byte {member.offset}, {member.kind}"
 
 
 def _group(members: Iterable[Member], path: str) -> dict[str, dict[str, tuple[int, int]]]:
@@ -284,7 +331,10 @@ def _parse_rows(rows: list[str], count: int, size_bytes: int) -> ShardTable | No
 
 
 def sidecar_text(table: ShardTable) -> str | None:
-    """A table in the sidecar's form; None where a name holds white space, which that form cannot carry."""
+    """A table in the sidecar's form; None where that cannot carry it: white space in a name, links."""
+    offsets = table.offsets[table.offsets >= 0]
+    if table.unread.number or len(np.unique(offsets)) < len(offsets):  # a hard link lies where another member does
+        return None
     lines = [f"{SIDECAR_VERSION} {len(table)}"]
     for key, spans in table.spans().items():
         words = [f"{field} {offset} {size} {key}.{field}" for field, (offset, size) in spans.items()]
@@ -298,8 +348,8 @@ def write_sidecar_file(path: str, table: ShardTable) -> bool:
     """Write a shard's sidecar, atomically.
 
     Returns:
-        Whether it was written: not where the folder is read-only, nor where a name holds white space, which
-        the text form cannot carry (the headers are then read at each start).
+        Whether it was written: not where the folder is read-only, nor where a name holds white space or the shard
+        links, which the text form cannot carry (the headers are then read at each start).
     """
     text = sidecar_text(table)
     try:

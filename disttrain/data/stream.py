@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from typing import Final
 
 from disttrain.data.remote import RemoteFile, is_remote
-from disttrain.data.tar import BLOCK, ByteSource, LocalFile
+from disttrain.data.tar import ByteSource, LocalFile
+from disttrain.data.tar_header import BLOCK
 
 _PIECE_BYTES: Final = 4 * 2**20
 

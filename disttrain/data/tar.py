@@ -1,26 +1,52 @@
 """The members of a tar file, read from its headers alone.
 
 Reads ustar, v7, GNU long names and PAX headers by their 512-byte blocks: in windows of 64 KiB (1 MiB from a
-remote server) where members are small, a page a member where they are large, so contents are skipped.
+remote server) if members are small, one page per member if they are large, so contents are skipped.
 Any :class:`ByteSource` will do: a local file, or ranges of a remote one. It guarantees that every member
-it yields lies whole inside the file and that the archive ends with its end block; anything else is a
-:class:`TarError` with the offset.
+it yields lies whole inside the file, that each archive ends with its end block, and that all bytes of the file
+are accounted for; anything else is a :class:`TarError` with the offset. A hard link is read as the member that it
+names, and archives that were written one after the other into one file are read as one, also by tools that stop
+at the first. Anything that is not read (symbolic links, devices) is reported to the caller. Cost: linear in the
+headers, and one more pass over them for a tar that holds hard links; a header is at most 4 MiB.
 """
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple, Protocol, Self
 
+from disttrain.data.tar_header import (
+    BLOCK,
+    BadHeaderError,
+    Described,
+    checksum_holds,
+    link_target,
+    name_of,
+    pax_records,
+    size_of,
+    text,
+)
 from disttrain.errors import ShardError
 
-BLOCK: Final = 512
 _WINDOW: Final = 64 * 1024
 _PAGE: Final = 4096
 _ZEROS: Final = bytes(BLOCK)
 _REGULAR: Final = (b"0", b"\0", b"7")
-_EMPTY: Final = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, directories: no content, whatever the size says
+_EMPTY: Final = (b"2", b"3", b"4", b"5", b"6")  # links, devices, directories: no content, whatever the size says
+_EXTENDED: Final = (b"L", b"K", b"x", b"X", b"g")  # headers that describe the next member; X is how Solaris writes x
+_HEADER_LIMIT: Final = 4 * 2**20
+"""Bytes of a name or of a PAX header; GNU tar and libarchive write far less, and libarchive reads up to 1 MiB."""
+_KINDS: Final = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a character device",
+    b"4": "a block device",
+    b"6": "a pipe",
+    b"M": "a file begun in another volume",
+}
+_SILENT: Final = (b"5", b"D", b"V", b"N")  # directories, GNU's lists of them, volume labels: nobody's data
 
 
 class Member(NamedTuple):
@@ -31,8 +57,25 @@ class Member(NamedTuple):
     size: int
 
 
+class Unread(NamedTuple):
+    """A member that is not read: its name, what it is, and where its header lies (bytes)."""
+
+    name: str
+    kind: str
+    offset: int
+
+
 class TarError(ShardError):
     """A tar that is damaged or none, whatever it was read from."""
+
+
+def open_hint(error: OSError, otherwise: str) -> str:
+    """The hint for a file that cannot be opened: a process that has too many files open needs another one."""
+    if error.errno == errno.EMFILE:
+        return "raise the limit of open files (`ulimit -n 65536`), or lower data.loader.workers"
+    if error.errno == errno.ENFILE:
+        return "this machine has too many files open in all: close some, or raise fs.file-max"
+    return otherwise
 
 
 class ByteSource(Protocol):
@@ -68,7 +111,8 @@ class LocalFile:
             self._fd = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise ShardError(
-                f"cannot open shard {path}: {error.strerror}", mend="check the path and its permissions"
+                f"cannot open shard {path}: {error.strerror}",
+                mend=open_hint(error, "check the path and its permissions"),
             ) from None
         self.name = path
         self.size = os.fstat(self._fd).st_size
@@ -97,7 +141,7 @@ class LocalFile:
 
 
 def scan_members(path: str) -> Iterator[Member]:
-    """The regular files of a local tar, in order.
+    """The regular files and hard links of a local tar, in order.
 
     Raises:
         ShardError: the file cannot be opened; TarError, is not a tar, is truncated, or lacks its end block.
@@ -106,24 +150,31 @@ def scan_members(path: str) -> Iterator[Member]:
         yield from scan_source(file)
 
 
-def scan_source(source: ByteSource, *, start: int = 0, window_bytes: int = 0) -> Iterator[Member]:
-    """The regular files of a tar that is read from anywhere, in order.
+def scan_source(
+    source: ByteSource, *, start: int = 0, window_bytes: int = 0, unread: Callable[[Unread], None] | None = None
+) -> Iterator[Member]:
+    """The regular files and hard links of a tar that is read from anywhere, in order.
 
     Args:
         source: where its bytes come from.
         start: where to begin: the end of a member's last block.
         window_bytes: what to read at once; by default what the source finds worth while.
+        unread: called with each member that is not read, except directories.
 
     Raises:
-        TarError: it is not a tar, is truncated, or lacks its end block.
+        TarError: it is not a tar, is truncated, lacks its end block, or holds a sparse member or a hard link to
+            what it does not hold.
     """
-    return _Scanner(source, window_bytes or source.window_bytes).members(start)
+    return _Scanner(source, window_bytes or source.window_bytes, unread).members(start)
 
 
 class _Scanner:
-    def __init__(self, source: ByteSource, window_bytes: int) -> None:
+    def __init__(self, source: ByteSource, window_bytes: int, unread: Callable[[Unread], None] | None = None) -> None:
         self._source, self._path, self._size = source, source.name, source.size
         self._buffer, self._at, self._window = b"", 0, window_bytes
+        self._unread = unread
+        # By name, None for what is not read; kept from the first hard link on.
+        self._targets: dict[str, Member | None] | None = None
 
     def _read(self, offset: int, length: int) -> bytes:
         end = self._at + len(self._buffer)
@@ -137,89 +188,131 @@ class _Scanner:
     def _fail(self, what: str, offset: int, mend: str = "pack or copy the shard again") -> TarError:
         return TarError(f"shard {self._path} at byte {offset}: {what}", mend=mend)
 
-    def members(self, position: int) -> Iterator[Member]:
-        overrides: dict[str, str] = {}  # what a GNU long name or PAX header says of the next member
-        globals_: dict[str, str] = {}
-        while True:
+    def members(self, position: int, stop: int | None = None) -> Iterator[Member]:
+        described, is_after_end = Described(), False
+        while stop is None or position < stop:
             header = self._read(position, BLOCK)
             if header == _ZEROS:
-                return
-            if len(header) < BLOCK:
-                what = "the end block is missing" if not header else "a header is cut off"
-                if position == 0:
-                    what = "the file is empty" if not header else "not a tar file"
-                raise self._fail(what if not self._size else f"{what}; the file ends at byte {self._size}", position)
-            if not _checksum_holds(header):
-                what = "not a tar file (a compressed one must be unpacked)" if position == 0 else "a damaged header"
-                raise self._fail(what, position)
+                following = self._after_end(position + BLOCK)
+                if following is None:
+                    return
+                # Another archive, with global headers of its own: `cat a.tar b.tar` makes such a file.
+                described, position, is_after_end = Described(), following, True
+                continue
+            if len(header) < BLOCK or not checksum_holds(header):
+                raise self._no_header(header, position, is_after_end=is_after_end)
+            is_after_end = False
             kind = header[156:157]
-            size = 0 if kind in _EMPTY else self._size_of(header, overrides, position)
+            size = 0 if kind in _EMPTY else self._size_of(header, kind, described, position)
             content = position + BLOCK
-            following = content + -(-size // BLOCK) * BLOCK
             if content + size > self._size:
-                name = overrides.get("path") or _name(header)
+                name = text(described.get(b"path") or name_of(header))
                 raise self._fail(
                     f"member {name!r} of {size} bytes is cut off; the file ends at byte {self._size}", position
                 )
-            if kind == b"L":
-                overrides["path"] = self._read(content, size).rstrip(b"\0").decode("utf-8", "surrogateescape")
-            elif kind == b"K":
-                pass  # a long link target: links carry no content of their own
-            elif kind in (b"x", b"X"):  # X is how Solaris writes it
-                overrides.update(self._pax(content, size))
-            elif kind == b"g":
-                globals_.update(self._pax(content, size))
+            if kind in _EXTENDED:
+                self._take(kind, content, size, described)
             else:
-                if kind == b"S" or any(key.startswith("GNU.sparse.") for key in overrides):
-                    raise self._fail("sparse members are not supported", position, mend="pack it without --sparse")
-                if kind in _REGULAR:
-                    name = overrides.get("path") or globals_.get("path") or _name(header)
-                    if not name.endswith("/"):  # an old way to write a directory
-                        yield Member(name, content, size)
-                overrides = {}
-            position = following
+                member = self._member(kind, header, described, size, position)
+                if member is not None:
+                    yield member
+                described.forget()
+            position = content + -(-size // BLOCK) * BLOCK
 
-    def _size_of(self, header: bytes, overrides: dict[str, str], position: int) -> int:
-        if "size" not in overrides:
-            return self._number(header[124:136], position)
-        if not overrides["size"].isdecimal():
-            raise self._fail(f"size {overrides['size']!r} in a PAX header is not a number", position)
-        return int(overrides["size"])
+    def _no_header(self, header: bytes, position: int, *, is_after_end: bool) -> TarError:
+        """The error of a block that is not a header."""
+        if is_after_end:
+            return self._fail(
+                f"{self._size - position} bytes after the end block are not a tar",
+                position,
+                "pack or copy the shard again, or cut it off there if nothing is lost by that",
+            )
+        if len(header) == BLOCK:
+            what = "not a tar file (a compressed one must be unpacked)" if position == 0 else "a damaged header"
+            return self._fail(what, position)
+        what = "the end block is missing" if not header else "a header is cut off"
+        if position == 0:
+            what = "the file is empty" if not header else "not a tar file"
+        return self._fail(what if not self._size else f"{what}; the file ends at byte {self._size}", position)
 
-    def _number(self, field: bytes, position: int) -> int:
-        if field[0] & 0x80:  # GNU base-256, for sizes of 8 GiB and more
-            return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
-        digits = field.strip(b" \0") or b"0"
-        if not digits.isdigit() or max(digits) > ord("7"):  # int() would also take a sign or a prefix
-            raise self._fail(f"size field {field!r} is not a number", position)
-        return int(digits, 8)
+    def _after_end(self, position: int) -> int | None:
+        """The first block after an end block that is not zeros; None if there is none."""
+        while position < self._size:
+            piece = self._read(position, min(max(self._window, _WINDOW), self._size - position))
+            rest = piece.lstrip(b"\0")
+            if rest:
+                return position + (len(piece) - len(rest)) // BLOCK * BLOCK
+            if not piece:
+                return None
+            position += len(piece)
+        return None
 
-    def _pax(self, offset: int, size: int) -> dict[str, str]:
-        records: dict[str, str] = {}
-        data = self._read(offset, size)
-        while data.strip(b"\0"):
-            length_text, _, rest = data.partition(b" ")
-            if not length_text.isdigit() or not 0 < int(length_text) <= len(data):
-                raise self._fail("a damaged PAX header", offset)
-            record = rest[: int(length_text) - len(length_text) - 2]
-            key, _, value = record.partition(b"=")
-            records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-            data = data[int(length_text) :]
-        return records
+    def _take(self, kind: bytes, content: int, size: int, described: Described) -> None:
+        """Take up a header that describes the next member, or all that follow."""
+        if size > _HEADER_LIMIT:
+            raise self._fail(f"a header of {size} bytes; at most {_HEADER_LIMIT} are read", content - BLOCK)
+        data = self._read(content, size)
+        if kind in (b"L", b"K"):
+            described.long[b"path" if kind == b"L" else b"linkpath"] = data.split(b"\0", 1)[0]
+            return
+        try:
+            (described.globals if kind == b"g" else described.pax).update(pax_records(data))
+        except BadHeaderError as error:
+            raise self._fail(str(error), content) from None
 
+    def _member(self, kind: bytes, header: bytes, described: Described, size: int, position: int) -> Member | None:
+        """A member that is read, or None."""
+        name = text(described.get(b"path") or name_of(header))
+        if kind == b"S" or described.is_sparse:
+            name = text(described.pax.get(b"GNU.sparse.name", b"")) or name
+            raise self._fail(
+                f"member {name!r} is sparse: sparse members are not supported",
+                position,
+                "pack it again: GNU tar without --sparse, bsdtar with --no-read-sparse",
+            )
+        if "\0" in name:
+            raise self._fail(f"member {name!r} has a zero byte in its name", position)
+        found: Member | None = None
+        if kind in _REGULAR or (kind == b"1" and size):
+            if name.endswith("/"):  # an old way to write a directory
+                return None
+            found = Member(name, position + BLOCK, size)
+        elif kind == b"1":
+            found = self._linked(name, link_target(header, described), position)
+        if found is None and kind not in _SILENT and self._unread is not None:
+            told = _KINDS.get(kind) or f"a member of type {kind.decode('latin-1')!r}"
+            target = f" to {link_target(header, described)!r}" if kind in (b"1", b"2") else ""
+            self._unread(Unread(name, f"{told}{target}", position))
+        if self._targets is not None:
+            self._targets[name] = found
+        return found
 
-def _name(header: bytes) -> str:
-    name = header[:100].split(b"\0", 1)[0]
-    if header[257:262] == b"ustar" and header[263:265] == b"00":  # POSIX: the prefix field holds path
-        prefix = header[345:500].split(b"\0", 1)[0]
-        name = prefix + b"/" + name if prefix else name
-    return name.decode("utf-8", "surrogateescape")
+    def _linked(self, name: str, target: str, position: int) -> Member | None:
+        """What a hard link names, a member before it; None if that is not read either."""
+        if self._targets is None:
+            earlier = _Scanner(self._source, max(self._window, _WINDOW))
+            earlier._targets = {}
+            for _ in earlier.members(0, stop=position):
+                pass
+            self._targets = earlier._targets
+        for spelling in (target, target.removeprefix("./"), f"./{target}"):
+            if spelling in self._targets:
+                found = self._targets[spelling]
+                return None if found is None else found._replace(name=name)
+        raise self._fail(
+            f"{name!r} is a hard link to {target!r}, which does not come before it in the shard",
+            position,
+            "pack the files themselves (GNU tar: --hard-dereference), or both into one shard",
+        )
 
-
-def _checksum_holds(header: bytes) -> bool:
-    try:
-        stored = int(header[148:156].strip(b" \0") or b"0", 8)
-    except ValueError:
-        return False
-    # The sum is taken with the checksum field itself as eight spaces.
-    return sum(header) - sum(header[148:156]) + 8 * 0x20 == stored
+    def _size_of(self, header: bytes, kind: bytes, described: Described, position: int) -> int:
+        try:
+            # A PAX size is that of the member, not of a header in between.
+            size = size_of(header, b"" if kind in _EXTENDED else described.get(b"size"))
+        except BadHeaderError as error:
+            raise self._fail(str(error), position) from None
+        if kind == b"1" and size:
+            # POSIX lets a hard link have contents in PAX archives; others give a size although nothing follows.
+            following = self._read(position + BLOCK, BLOCK)
+            return 0 if len(following) < BLOCK or following == _ZEROS or checksum_holds(following) else size
+        return size

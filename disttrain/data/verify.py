@@ -1,9 +1,9 @@
 """Every fault of a shard, where reading would stop at the first.
 
-Checked are the tar itself, its samples' keys and fields, its sidecar, what a manifest records of it and, with a
-:class:`Decoding`, the fields' contents. Each fault is one sentence with shard, byte offset, sample key and field
-as far as they apply. A tar that is damaged is checked up to the damage. Shards may be local or remote. Cost: its
-headers; all its bytes, once, where an MD5 is recorded or contents are decoded.
+Checked are the tar itself, its samples' keys and fields, links and devices in place of fields, its sidecar, what a
+manifest records of it and, with a :class:`Decoding`, the fields' contents. Each fault is one sentence with shard,
+byte offset, sample key and field as far as they apply. A tar that is damaged is checked up to the damage. Shards may be
+local or remote. Cost: its headers; all its bytes, once, where an MD5 is recorded or contents are decoded.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from typing import Final, Protocol
 from disttrain.data.index import Shard
 from disttrain.data.remote import RemoteError, RemoteFile, shown
 from disttrain.data.remote_index import remote_sidecar, sidecar_url
-from disttrain.data.sidecar import ShardTable, read_sidecar, sidecar_is_fresh, sidecar_path, split_name
+from disttrain.data.sidecar import ShardTable, in_words, read_sidecar, sidecar_is_fresh, sidecar_path, split_name
 from disttrain.data.stream import Stream, opened
-from disttrain.data.tar import ByteSource, Member, TarError, scan_source
+from disttrain.data.tar import ByteSource, Member, TarError, Unread, scan_source
 from disttrain.errors import ShardError, nearest
 
 Spans = dict[str, dict[str, tuple[int, int]]]
 
 _BATCH: Final = 256
 _BATCH_BYTES: Final = 2 * 2**20  # images grow tenfold when they are decoded
+_MOST_UNREAD: Final = 5
 _MEND: Final = "run `disttrain shards index`"
 
 
@@ -145,12 +146,13 @@ class _Samples:
     is_whole: bool = True
     _waiting: dict[str, list[tuple[str, int, bytes]]] = field(default_factory=dict)  # key, offset, value, by field
     _waiting_bytes: int = 0
+    _num_unread: int = 0
 
     def read(self) -> None:
         """Read the shard; raises ShardError where the disk or the server fails."""
         last, is_repeat, damage = None, False, ""
         try:
-            for member in scan_source(self.source):
+            for member in scan_source(self.source, unread=self._pass_over):
                 parts = split_name(member.name)
                 if parts is None:
                     continue
@@ -170,12 +172,21 @@ class _Samples:
             damage = error.what
         finally:
             self._decode()
+        if self._num_unread > _MOST_UNREAD:
+            self.faults.append(f"shard {self.name}: {self._num_unread - _MOST_UNREAD} more members are not read")
         if damage:
             self.faults.append(damage)
             self.is_whole = False
             return
         if not self.samples:
             self.faults.append(f"shard {self.name} holds no samples")
+
+    def _pass_over(self, member: Unread) -> None:
+        if split_name(member.name) is None:
+            return
+        self._num_unread += 1
+        if self._num_unread <= _MOST_UNREAD:
+            self.faults.append(f"shard {self.name}: {in_words(member)}, is not read")
 
     def _take(self, key: str, extension: str, member: Member) -> None:
         """Decode a value, together with others of its field."""

@@ -220,7 +220,7 @@ def test_checking_a_sidecar_takes_a_few_reads(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "pread", lambda fd, size, offset: reads.append(size) or pread(fd, size, offset))
     assert fitting_sidecar(path)[0] is not None
     assert len(reads) <= 4
-    assert sum(reads) < 16 * 1024
+    assert sum(reads) < 32 * 1024
 
 
 def test_a_sidecar_that_cannot_be_read_is_not_trusted(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Literal
 
 import pytest
 
-from disttrain.data.tar import BLOCK, Member, scan_members
+from disttrain.data.tar import LocalFile, Member, Unread, scan_members, scan_source
+from disttrain.data.tar_header import BLOCK
 from disttrain.errors import ShardError
 
 FORMATS: dict[str, Literal[0, 1, 2]] = {
@@ -83,7 +84,6 @@ def test_what_is_no_regular_file_is_skipped(tmp_path: Path) -> None:
         for name, kind, size in [
             ("folder", tarfile.DIRTYPE, 0),
             ("link", tarfile.SYMTYPE, 0),
-            ("hard", tarfile.LNKTYPE, 4096),  # some writers give the target's size, but no content follows
             ("pipe", tarfile.FIFOTYPE, 0),
         ]:
             info = tarfile.TarInfo(name)
@@ -223,3 +223,143 @@ def test_damage_raises_nothing_but_shard_errors(tmp_path: Path) -> None:
         with contextlib.suppress(ShardError):
             for member in scan_members(str(path)):
                 assert member.offset + member.size <= len(data), f"{member} lies outside the file"
+
+
+def header(name: bytes, content: bytes = b"", **fields: bytes) -> bytes:
+    """A ustar header and its content; ``fields`` are written over the header's, by their offset."""
+    block = bytearray(BLOCK)
+    block[: len(name)] = name
+    block[124:136] = b"%011o\0" % len(content)
+    block[156:157], block[257:265] = b"0", b"ustar\x0000"
+    for place, value in fields.items():
+        offset = int(place.removeprefix("at"))
+        block[offset : offset + len(value)] = value
+    return with_checksum(bytes(block)) + content + bytes(-len(content) % BLOCK)
+
+
+END = bytes(2 * BLOCK)
+
+
+def scanned(path: Path, data: bytes) -> tuple[list[tuple[str, bytes]], list[Unread]]:
+    """Names and contents of what is read, and what is not."""
+    path.write_bytes(data)
+    unread: list[Unread] = []
+    with LocalFile(str(path)) as file:
+        members = list(scan_source(file, unread=unread.append))
+    return [(m.name, data[m.offset : m.offset + m.size]) for m in members], unread
+
+
+def test_a_hard_link_has_the_contents_that_it_names(tmp_path: Path) -> None:
+    longest = b"d/" * 60 + b"x.cls"
+    pax = b"%d linkpath=" % (len(longest) + 14) + longest + b"\n"
+    data = (
+        header(b"a.cls", b"one")
+        + header(b"b.cls", at156=b"1", at157=b"a.cls")
+        + header(b"c.cls", at156=b"1", at157=b"b.cls", at124=b"00000000003\0")  # a size without contents
+        + header(b"l", longest + b"\0", at156=b"L")
+        + header(b"-", b"two")
+        + header(b"x", pax, at156=b"x")
+        + header(b"d.cls", at156=b"1", at157=b"cut off")
+        + header(b"e.cls", b"three", at156=b"1", at157=b"a.cls")  # POSIX: a link with contents of its own
+    )
+    expected = [("a.cls", b"one"), ("b.cls", b"one"), ("c.cls", b"one"), (longest.decode(), b"two"), ("d.cls", b"two")]
+    assert scanned(tmp_path / "a.tar", data + END) == ([*expected, ("e.cls", b"three")], [])
+    with LocalFile(str(tmp_path / "a.tar")) as file:  # from the middle on, as a sidecar is checked
+        assert [member.name for member in scan_source(file, start=2 * BLOCK)][:2] == ["b.cls", "c.cls"]
+
+
+def test_a_hard_link_to_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match=r"'b\.cls' is a hard link to 'a\.cls', which does not come before it"):
+        scanned(tmp_path / "a.tar", header(b"b.cls", at156=b"1", at157=b"a.cls") + header(b"a.cls", b"1") + END)
+
+
+def test_what_is_not_read_is_reported(tmp_path: Path) -> None:
+    kinds = [(b"2", "a symbolic link to 'a.cls'"), (b"3", "a character device"), (b"6", "a pipe")]
+    kinds += [(b"M", "a file begun in another volume"), (b"\xff", "a member of type 'ÿ'")]
+    links = b"".join(header(b"%d.cls" % n, at156=kind, at157=b"a.cls") for n, (kind, _) in enumerate(kinds))
+    through = header(b"h.cls", at156=b"1", at157=b"0.cls")  # a hard link to the symbolic one
+    read, unread = scanned(
+        tmp_path / "a.tar", header(b"a.cls", b"1") + header(b"d", at156=b"5") + links + through + END
+    )
+    assert read == [("a.cls", b"1")]
+    assert [(member.name, member.kind) for member in unread] == [
+        *((f"{n}.cls", words) for n, (_, words) in enumerate(kinds)),
+        ("h.cls", "a hard link to '0.cls'"),
+    ]
+    assert unread[0].offset == 3 * BLOCK
+
+
+@pytest.mark.parametrize("gap", [1, 2, 20, 300])
+def test_archives_one_after_the_other_are_all_read(tmp_path: Path, gap: int) -> None:
+    globals_ = header(b"g", b"16 path=all.cls\n", at156=b"g")
+    data = globals_ + header(b"a", b"1") + bytes(gap * BLOCK) + header(b"b.cls", b"2") + END
+    assert scanned(tmp_path / "a.tar", data)[0] == [("all.cls", b"1"), ("b.cls", b"2")], "the second has no global name"
+
+
+@pytest.mark.parametrize("rest", [b"x", b"junk" * 200, bytes(3 * BLOCK + 7) + b"x" * 600])
+def test_bytes_after_the_end_block_are_named(tmp_path: Path, rest: bytes) -> None:
+    whole = header(b"a.cls", b"1") + END
+    assert scanned(tmp_path / "a.tar", whole + bytes(100_001))[0] == [("a.cls", b"1")], "zeros are padding"
+    with pytest.raises(ShardError, match=r"at byte (2048|3584): \d+ bytes after the end block are not a tar"):
+        scanned(tmp_path / "a.tar", whole + rest)
+
+
+def test_prefixes_by_magic_and_version(tmp_path: Path) -> None:
+    for magic in (b"ustar\x0000", b"ustar\0\0\0", b"ustar\x0001", b"ustar 00"):
+        read, _ = scanned(tmp_path / "a.tar", header(b"a.txt", b"1", at257=magic, at345=b"deep/folder") + END)
+        assert read == [("deep/folder/a.txt", b"1")], magic
+    for magic in (b"ustar  \0", bytes(8)):  # GNU has times there, version 7 nothing
+        read, _ = scanned(tmp_path / "a.tar", header(b"a.txt", b"1", at257=magic, at345=b"14000000000") + END)
+        assert read == [("a.txt", b"1")], magic
+
+
+def test_signed_checksums(tmp_path: Path) -> None:
+    data = bytearray(header("café.txt".encode("latin-1"), b"1"))
+    data[148:156] = b"%06o\0 " % (int(data[148:154], 8) - 256)
+    read, _ = scanned(tmp_path / "a.tar", bytes(data) + END)
+    assert read == [("caf\udce9.txt", b"1")]
+    for wrong in (b"-00001\0 ", b"0o1234\0 ", b"1_0000\0 ", b"        "):
+        data[148:156] = wrong
+        with pytest.raises(ShardError, match="not a tar file"):
+            scanned(tmp_path / "a.tar", bytes(data) + END)
+
+
+def test_extended_headers_are_read_in_linear_time(tmp_path: Path) -> None:
+    records = b"".join(b"%d k%06d=v\n" % (13, n) for n in range(100_000))  # 1.3 MiB: hours if it were quadratic
+    read, _ = scanned(
+        tmp_path / "a.tar", header(b"x", records + b"14 path=a.txt\n", at156=b"x") + header(b"b", b"1") + END
+    )
+    assert read == [("a.txt", b"1")]
+    for kind in (b"x", b"L"):
+        with pytest.raises(ShardError, match=r"a header of 4194305 bytes; at most 4194304 are read"):
+            scanned(tmp_path / "a.tar", header(b"x", bytes(4 * 2**20 + 1), at156=kind) + header(b"b", b"1") + END)
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [
+        (b"9" * 5000 + b" path=a\n", "a damaged PAX header"),
+        (b"-9 path=a\n", "a damaged PAX header"),
+        (b"99 path=a\n", "a damaged PAX header"),
+        (b"9 path=abc\n", "a damaged PAX header"),
+        (b"0 =\n", "a damaged PAX header"),
+        (b"5000 size=" + b"7" * 4989 + b"\n", "in a PAX header is not a number"),
+        (b"11 size=-5\n", "in a PAX header is not a number"),
+        ("13 size=٣٣\n".encode(), "in a PAX header is not a number"),
+        (b"28 size=9999999999999999999\n", "is cut off"),
+        (b"12 path=a\0b\n", "has a zero byte in its name"),
+    ],
+)
+def test_pax_records_that_are_none(tmp_path: Path, records: bytes, words: str) -> None:
+    with pytest.raises(ShardError, match=words):
+        scanned(tmp_path / "a.tar", header(b"x", records, at156=b"x") + header(b"b", b"1") + END)
+
+
+def test_a_size_in_base_256_that_is_negative(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match="is negative"):
+        scanned(tmp_path / "a.tar", header(b"a.txt", at124=b"\xff" * 12) + END)
+
+
+def test_a_pax_size_is_the_members_not_that_of_a_header_between(tmp_path: Path) -> None:
+    data = header(b"x", b"9 size=3\n", at156=b"x") + header(b"l", b"name.txt\0", at156=b"L") + header(b"b", b"123")
+    assert scanned(tmp_path / "a.tar", data + END)[0] == [("name.txt", b"123")]

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from disttrain.data.sidecar import build_table, fitting_sidecar, write_sidecar_file
-from disttrain.data.tar import BLOCK, Member, scan_members
+from disttrain.data.tar import Member, scan_members
+from disttrain.data.tar_header import BLOCK
 from disttrain.errors import ShardError
 from tests.support.shards import write_shard
 from tests.support.tars import Contents, webdataset_contents
@@ -159,20 +160,27 @@ def test_paths_of_more_than_256_characters(tmp_path: Path, tool: str) -> None:
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_dot_files_and_links_are_no_samples(tmp_path: Path, tool: str) -> None:
+def test_hard_links_are_samples_and_dot_files_and_other_links_are_not(tmp_path: Path, tool: str) -> None:
     needs(tool)
     folder = tmp_path / "files"
     short = {"a.cls": b"1", "sub/000.jpg": b"x" * 600, "sub/001.jpg": b"y"}
     names = fill(folder, {**short, **DOTTED})
     os.symlink("a.cls", folder / "b.cls")
     os.link(folder / "sub/000.jpg", folder / "sub/002.jpg")
-    others = ["b.cls", "sub/002.jpg"]
+    (folder / "z").mkdir()
+    os.link(folder / "sub/001.jpg", folder / "z/003.jpg")
+    others = ["b.cls", "sub/002.jpg", "z/003.jpg"]
     if "v7" not in tool:
         os.mkfifo(folder / "pipe.cls")
         others.append("pipe.cls")
     TOOLS[tool](tmp_path / "a.tar", folder, [*names, *others])
-    assert contents(tmp_path / "a.tar") == expected(short)
-    # webdataset takes dot files in a folder for one sample named after the folder.
+    linked = {**short, "sub/002.jpg": short["sub/000.jpg"], "z/003.jpg": short["sub/001.jpg"]}
+    assert sorted(contents(tmp_path / "a.tar")) == expected(linked)
+    table = build_table(str(tmp_path / "a.tar"))
+    assert table.unread.number == (1 if "v7" in tool else 2)
+    assert table.unread.first.endswith("a symbolic link to 'a.cls'"), table.unread
+    assert not write_sidecar_file(str(tmp_path / "a.tar"), table), "its form has no place for links"
+    # webdataset reads no links, and takes dot files in a folder for one sample named after the folder.
     theirs = [(key, fields) for key, fields in webdataset_contents(tmp_path / "a.tar") if not key.endswith("/")]
     assert theirs == expected(short)
 
@@ -240,4 +248,5 @@ def test_sparse_members_are_refused_with_a_mend(tmp_path: Path, tool: str) -> No
         pytest.skip("this file system shows bsdtar no holes")
     with pytest.raises(ShardError, match="sparse members are not supported") as caught:
         list(scan_members(str(tmp_path / "a.tar")))
-    assert "sparse" in caught.value.mend
+    assert "GNU tar without --sparse, bsdtar with --no-read-sparse" in caught.value.mend
+    assert "'holes.bin' is sparse" in caught.value.what
