@@ -75,6 +75,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(
         [
             *(f"data.{name}" for name in ("tar", "index", "order", "samples", "write", "tables", "sources", "pack")),
+            *(f"data.{name}" for name in ("tar_header", "patterns", "evidence")),
             *(f"data.{name}" for name in ("mixture", "objects", "remote", "remote_index", "sidecar", "transport")),
             *(f"data.{name}" for name in ("indexing", "statistics", "stream", "together", "http_range")),
             "data.verify",
@@ -109,6 +110,7 @@ LAYERS: dict[str, int] = {
             "data.device",
             "data.batches",
             "data.hooks",
+            "data.open_shards",
             "data.shard_files",
             "data.mapped_shards",
             "data.bus_errors",

@@ -17,7 +17,8 @@ from typing import Literal
 from jsonargparse import Namespace
 
 from disttrain.commands.training import TrainingCLI
-from disttrain.data.index import expand, is_manifest, read_manifest
+from disttrain.data.index import read_manifest
+from disttrain.data.patterns import is_manifest, places
 from disttrain.data.remote import is_remote
 from disttrain.errors import ConfigError
 from disttrain.files import expand_path
@@ -85,11 +86,9 @@ def check_data(checked: Checked) -> None:
     """
     for name, patterns in checked.data.items():
         for pattern in patterns:
-            if is_manifest(pattern):
-                if not is_remote(pattern):
-                    read_manifest(pattern, name=name)
-            else:
-                expand(pattern, name=name)
+            for place in places(pattern, name=name, ask_servers=False):
+                if is_manifest(place) and not is_remote(place):
+                    read_manifest(place, name=name)
 
 
 def _patterns(spec: object) -> list[str]:

@@ -15,7 +15,8 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
-from disttrain.data.index import Shard, ShardIndex, expand, is_manifest, parse_manifest
+from disttrain.data.index import Shard, ShardIndex, parse_manifest
+from disttrain.data.patterns import is_manifest, places
 from disttrain.data.remote import shown
 from disttrain.data.sidecar import ShardTable
 from disttrain.data.statistics import Sizes, Statistics, count_values, in_order
@@ -166,10 +167,8 @@ def named(specs: Sequence[str]) -> list[Shard]:
     """
     shards: list[Shard] = []
     for spec in specs:
-        if is_manifest(spec):
-            shards.extend(parse_manifest(spec))
-        else:
-            shards.extend(Shard(path, -1, -1) for path in expand(spec))
+        for place in places(spec):
+            shards += parse_manifest(place) if is_manifest(place) else [Shard(place, -1, -1)]
     if not shards:
         raise DataError(f"{' '.join(map(shown, specs))} names no shards", mend="correct the pattern")
     return shards

@@ -10,28 +10,30 @@ several shards at a time.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
+import stat
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-import braceexpand
 import numpy as np
 
+from disttrain.data.patterns import is_manifest, path_of, places, why_missing
 from disttrain.data.remote import DEFAULT_RETRY, RemoteError, RemoteFile, RetryConfig, is_remote, shown, sibling
 from disttrain.data.remote_index import REQUESTS_AT_ONCE, describe_remote, load_remote_table, read_remote_text
 from disttrain.data.sidecar import (
+    ALL_READ,
     ShardTable,
+    UnreadFields,
     build_sidecar,
     build_table,
     fitting_sidecar,
@@ -40,15 +42,31 @@ from disttrain.data.sidecar import (
     write_sidecar_file,
 )
 from disttrain.data.together import together
-from disttrain.errors import DataError, ShardError, nearest
+from disttrain.errors import DataError, ShardError
 from disttrain.files import write_atomically
 from disttrain.reading import parse_json, read_text
 from disttrain.world import detect_world
 
+NOT_READ: Final = "links and devices are not read; pack the files themselves (tar --dereference)"
+"""What to do about members that are not read, for messages."""
 MANIFEST_KIND: Final = "wids-shard-index-v1"
 _TABLES_IN_MEMORY: Final = 4096
+_MOST_BYTES: Final = 2**53
 _MANY_SHARDS: Final = 1000
 """From here on, opening them takes long enough to show its progress."""
+
+
+class FileState(NamedTuple):
+    """What a file system says of a shard: the time of its contents, and which file it is, however it is named."""
+
+    mtime_ns: int
+    device: int
+    inode: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileState:
+        """The state of a file."""
+        return cls(status.st_mtime_ns, status.st_dev, status.st_ino)
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,8 @@ class Shard:
         size_bytes: size of the tar.
         md5: hexadecimal MD5 of the tar, or empty where none was recorded.
         version: of a remote tar, what its server says identifies the contents; empty where that is not known.
+        state: of a local tar, what its file system says of it; None where it was not looked at.
+        unread: links and devices in it that look like fields of samples; none where its headers were not read.
     """
 
     path: str
@@ -68,6 +88,8 @@ class Shard:
     size_bytes: int
     md5: str = ""
     version: str = ""
+    state: FileState | None = field(default=None, compare=False)
+    unread: UnreadFields = field(default=ALL_READ, compare=False)
 
     @property
     def is_remote(self) -> bool:
@@ -102,7 +124,8 @@ class ShardIndex:
         self._tables: OrderedDict[int, ShardTable] = OrderedDict()
         self._loading: dict[int, Lock] = {}  # held by the thread that loads the table of a shard
         self._lock = Lock()
-        self._write_sidecars, self._has_warned, self._retry = write_sidecars, False, retry
+        self._write_sidecars, self._retry = write_sidecars, retry
+        self._has_warned = False
 
     @classmethod
     def open(
@@ -117,7 +140,8 @@ class ShardIndex:
 
         Args:
             spec: a brace pattern (``train-{000000..000007}.tar``), a glob (``train-*.tar``), a manifest
-                (``train.json``), or a list of these. Patterns and manifests may be URLs; a glob may not.
+                (``train.json``), a text file with one of these per line (``train.txt``), or a list of these. All may
+                be URLs; a glob only of an object store.
             name: what error messages call this data set.
             write_sidecars: keep a sidecar beside each shard that has none or a wrong one (skipped where the
                 folder is read-only); those of remote shards are kept in a local folder in any case.
@@ -129,9 +153,9 @@ class ShardIndex:
         """
         found: list[Shard | str] = []
         for part in [spec] if isinstance(spec, str) else spec:
-            found.extend(read_manifest(part, name=name, retry=retry) if is_manifest(part) else _names(part, name=name))
+            for place in places(part, name=name, retry=retry):
+                found += read_manifest(place, name=name, retry=retry) if is_manifest(place) else [place]
         paths = [place for place in found if isinstance(place, str)]
-        _must_be_there(paths, name=name)
         described = iter(_describe_all(paths, name=name, write_sidecars=write_sidecars, retry=retry))
         shards = [next(described) if isinstance(place, str) else place for place in found]
         if not shards:
@@ -171,7 +195,12 @@ class ShardIndex:
             found, wrong = fitting_sidecar(entry.path)
             table = found if found is not None else build_table(entry.path)
             if wrong:
-                self._set_right(entry.path, table, wrong)
+                is_written = self._write_sidecars and write_sidecar_file(entry.path, table)
+                done = "written anew" if is_written else "passed over for the headers; run `disttrain shards index`"
+                place = sidecar_path(entry.path)
+                self._warn_once(f"sidecar {place} does not fit its shard and was not used ({wrong}): it was {done}")
+        if table.unread.number and not entry.unread.number:  # it was counted without a look at its headers
+            self._warn_once(f"shard {shown(entry.path)} holds {table.unread.first}: {NOT_READ}")
         if len(table) != entry.num_samples:
             raise ShardError(
                 f"shard {shown(entry.path)} holds {len(table)} samples, but the index of {self.name} says"
@@ -180,18 +209,12 @@ class ShardIndex:
             )
         return table
 
-    def _set_right(self, path: str, table: ShardTable, wrong: str) -> None:
-        """Replace a sidecar that does not fit, where that is allowed, and warn of the first one."""
-        is_written = self._write_sidecars and write_sidecar_file(path, table)
+    def _warn_once(self, what: str) -> None:
+        """Warn of the first shard with something about it."""
         with self._lock:
             has_warned, self._has_warned = self._has_warned, True
         if not has_warned:
-            warnings.warn(
-                f"sidecar {sidecar_path(path)} does not fit its shard and was not used ({wrong}): it was"
-                f" {'written anew' if is_written else 'passed over for the headers; run `disttrain shards index`'}."
-                f" Others of {self.name} will not be named",
-                stacklevel=4,
-            )
+            warnings.warn(f"{what}. Others of {self.name} will not be named", stacklevel=4)
 
     def key(self, sample_id: int) -> str:
         """The key of one sample."""
@@ -200,75 +223,13 @@ class ShardIndex:
 
     def names_hash(self) -> str:
         """A hash of the shards' base names in order: data that was moved is the same, renamed data is not."""
-        names = "\n".join(os.path.basename(_path_of(shard.path)) for shard in self.shards)
+        names = "\n".join(os.path.basename(path_of(shard.path)) for shard in self.shards)
         return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
     def fields(self) -> tuple[str, ...]:
         """The extensions in the first shard that holds samples."""
         first = int(np.flatnonzero(self.sizes)[0]) if len(self) else 0
         return self.table(first).fields
-
-
-def expand(pattern: str, *, name: str = "data") -> list[str]:
-    """The files that a brace or glob pattern names, in order; the URLs that a brace pattern names, unasked for.
-
-    Raises:
-        DataError: it names nothing, or a named file does not exist.
-    """
-    paths = _names(pattern, name=name)
-    _must_be_there(paths, name=name)
-    return paths
-
-
-def _names(pattern: str, *, name: str) -> list[str]:
-    """The names that a pattern stands for, of files that may be missing."""
-    try:
-        parts = list(braceexpand.braceexpand(pattern))
-    except ValueError:
-        raise DataError(f"{name}: {pattern!r} has a brace without its partner", mend="close or remove it") from None
-    if is_remote(pattern):
-        if "*" in pattern:
-            raise DataError(
-                f"{name}: {shown(pattern)} is a glob, which servers do not answer",
-                mend="use braces, such as train-{000000..000007}.tar, or a manifest",
-            )
-        return parts
-    paths: list[str] = []
-    for part in parts:
-        if any(sign in part for sign in "*?[") and not Path(part).is_file():
-            found = sorted(glob.glob(part, recursive=True))
-            if not found:
-                raise DataError(f"{name}: no file matches {part!r}", mend="check the pattern and the folder")
-            paths.extend(found)
-        else:
-            paths.append(part)
-    return paths
-
-
-def _must_be_there(paths: Sequence[str], *, name: str) -> None:
-    """Raise a DataError for local files that are missing; it names the nearest that is there."""
-    local = [path for path in paths if not is_remote(path)]
-    there = together(os.path.isfile, local, quick=True)
-    missing = [path for path, is_there in zip(local, there, strict=True) if not is_there]
-    if missing:
-        folder = Path(missing[0]).parent
-        names = [path.name for path in folder.glob("*.tar")] if folder.is_dir() else []
-        where = nearest(Path(missing[0]).name, names) if names else f"folder {folder} holds no .tar files"
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise DataError(f"{name}: shard {missing[0]} does not exist{more}", mend=f"correct the pattern; {where}")
-
-
-def _path_of(place: str) -> str:
-    """A path, or that of a URL without its query."""
-    try:
-        return urlsplit(place).path if is_remote(place) else place
-    except ValueError as error:
-        raise DataError(f"{place} is no URL: {error}", mend="correct it") from None
-
-
-def is_manifest(spec: str) -> bool:
-    """Whether a specification is a manifest's path or URL."""
-    return _path_of(spec).endswith(".json")
 
 
 def _describe_all(paths: Sequence[str], *, name: str, write_sidecars: bool, retry: RetryConfig) -> list[Shard]:
@@ -291,12 +252,13 @@ def describe_shard(path: str, *, write_sidecar: bool = True, retry: RetryConfig 
     """Count a shard's samples, from the first line of a fresh sidecar or from its headers."""
     if is_remote(path):
         there = describe_remote(path, retry=retry)
-        return Shard(path=path, num_samples=there.num_samples, size_bytes=there.size_bytes, version=there.version)
-    size = os.stat(path).st_size
-    count = sidecar_count(path)
+        return Shard(path, there.num_samples, there.size_bytes, version=there.version, unread=there.unread)
+    status = os.stat(path)
+    count, unread = sidecar_count(path), ALL_READ
     if count is None:
-        count = len(build_sidecar(path)[0] if write_sidecar else build_table(path))
-    return Shard(path=path, num_samples=count, size_bytes=size)
+        table = build_sidecar(path)[0] if write_sidecar else build_table(path)
+        count, unread = len(table), table.unread
+    return Shard(path, count, status.st_size, state=FileState.of(status), unread=unread)
 
 
 def parse_manifest(path: str | Path, *, name: str = "data", retry: RetryConfig = DEFAULT_RETRY) -> list[Shard]:
@@ -321,9 +283,9 @@ def parse_manifest(path: str | Path, *, name: str = "data", retry: RetryConfig =
         return [
             Shard(
                 path=_beside(folder, entry["url"]),
-                num_samples=int(entry["nsamples"]),
-                size_bytes=int(entry.get("filesize", -1)),
-                md5=str(entry.get("md5sum", "")),
+                num_samples=_whole(entry, "nsamples"),
+                size_bytes=max(-1, _whole(entry, "filesize", least=-_MOST_BYTES)) if "filesize" in entry else -1,
+                md5=str(entry.get("md5sum") or ""),
             )
             for entry in content["shardlist"]
         ]
@@ -334,9 +296,18 @@ def parse_manifest(path: str | Path, *, name: str = "data", retry: RetryConfig =
         raise DataError(f"{name}: the manifest {missing}: {error.what}", mend=error.mend) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(
-            f"{name}: {shown(place)} is not a shard manifest ({type(error).__name__}: {error})",
+            f"{name}: {shown(place)} is not a shard manifest ({type(error).__name__}: {str(error)[:200]})",
             mend="write one with `disttrain shards index`",
         ) from None
+
+
+def _whole(entry: Mapping[str, Any], key: str, *, least: int = 0) -> int:
+    """A count in an entry of a manifest; writers of other languages may give it as a float."""
+    value = entry[key]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not least <= value <= _MOST_BYTES or value != int(value):
+        raise ValueError(f"{key} is {value!r} instead of a whole number")
+    return int(value)
 
 
 def _beside(manifest: str, url: str) -> str:
@@ -359,24 +330,46 @@ def read_manifest(path: str | Path, *, name: str = "data", retry: RetryConfig = 
     there = together(lambda number: RemoteFile(shards[number].path, retry).size, unknown, threads=REQUESTS_AT_ONCE)
     for number, size in zip(unknown, there, strict=True):
         shards[number] = replace(shards[number], size_bytes=size)
-    local = [shard for shard in shards if not shard.is_remote]
+    local = [number for number, shard in enumerate(shards) if not shard.is_remote]
     told = _told(name, len(local))
-    for shard, size in zip(local, together(_size_of, [s.path for s in local], quick=True, told=told), strict=True):
-        if size < 0:
+    looks = together(_look, [shards[number].path for number in local], quick=True, told=told)
+    for number, status in zip(local, looks, strict=True):
+        shard = shards[number]
+        if status is None:
+            what, _ = why_missing(shard.path, f", listed in {shown(str(path))},")
+            raise DataError(f"{name}: {what}", mend="restore it")
+        if shard.size_bytes not in (-1, status.st_size):
             raise DataError(
-                f"{name}: shard {shard.path}, listed in {shown(str(path))}, does not exist", mend="restore it"
-            )
-        if shard.size_bytes not in (-1, size):
-            raise DataError(
-                f"{name}: shard {shard.path} has {size} bytes, but {shown(str(path))} says {shard.size_bytes}",
+                f"{name}: shard {shard.path} has {status.st_size} bytes, but {shown(str(path))} says"
+                f" {shard.size_bytes}",
                 mend="restore the shard, or run `disttrain shards index` again",
             )
+        shards[number] = replace(shard, size_bytes=status.st_size, state=FileState.of(status))
+    if local and not is_remote(str(path)):
+        _warn_of_newer([shards[number] for number in local], Path(path), name=name)
     return shards
 
 
-def _size_of(path: str) -> int:
-    """Bytes of a local file; -1 where there is none."""
-    return os.stat(path).st_size if os.path.isfile(path) else -1
+def _warn_of_newer(shards: Sequence[Shard], manifest: Path, *, name: str) -> None:
+    """Warn of shards that were written after the manifest that has their MD5: its sizes cannot tell them apart."""
+    written = manifest.stat().st_mtime_ns
+    newer = [shard for shard in shards if shard.md5 and shard.state is not None and shard.state.mtime_ns > written]
+    if newer and detect_world().rank == 0:
+        more = f" (and {len(newer) - 1} more)" if newer[1:] else ""
+        warnings.warn(
+            f"{name}: shard {newer[0].path}{more} is newer than {manifest}, which has its MD5: if its contents were"
+            " replaced, run `disttrain shards index` again; `disttrain shards verify` compares them",
+            stacklevel=3,
+        )
+
+
+def _look(path: str) -> os.stat_result | None:
+    """What the file system says of a file; None where there is none."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
 
 
 def write_manifest(

@@ -8,6 +8,7 @@ Rank 0 of each node reads the shards' headers once and leaves sidecars; the othe
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -18,6 +19,7 @@ from disttrain.data.batches import BatchMaker
 from disttrain.data.cache import CacheConfig
 from disttrain.data.checks import Allowed, check_names
 from disttrain.data.device import DeviceCopier
+from disttrain.data.evidence import check_appended, check_evidence, evidence, notices
 from disttrain.data.field import Field
 from disttrain.data.hooks import HooksConfig
 from disttrain.data.index import ShardIndex
@@ -128,6 +130,7 @@ class ShardedDataModule(pl.LightningDataModule):
         self.cache_config = cache or CacheConfig()
         self.plan: BatchPlan | None = None
         self.order: Order | Mixture | None = None
+        self._evidence: dict[str, Any] = {}
         self._readers: dict[str, Reader] = {}
         self._pool: WorkerPool | None = None
         self._copier: DeviceCopier | None = None
@@ -262,27 +265,36 @@ class ShardedDataModule(pl.LightningDataModule):
         return self._readers[split]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint stores: the fingerprint of the order, and the micro batch size, given or found."""
+        """What a checkpoint stores: fingerprints of the order and of the shards, and the micro batch size."""
         if self.order is None:
             return {}
         found = {"micro_batch_size" if self.finds_micro_batch_size else MICRO_BATCHES_OF: self.micro_batch_size}
-        return {"order": {**self.order.fingerprint(), "names": self._readers["train"].index.names_hash()}, **found}
+        order = {**self.order.fingerprint(), "names": self._readers["train"].index.names_hash()}
+        return {"order": order, "shards": self._evidence, **found}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that the order is the one that the checkpoint was made under.
+        """Check that order and shards are those that the checkpoint was made under. A collective.
 
         Raises:
-            CheckpointError: it is not; the message says what differs.
+            CheckpointError: they are not; the message says what differs.
         """
         if self.order is None or "order" not in state_dict:
             return
-        saved, now = state_dict["order"], self.state_dict()["order"]
+        with raise_together():  # the nodes may have copies of the data of their own
+            self._check_order(state_dict["order"], state_dict.get("shards", {}))
+            warning = check_evidence(state_dict.get("shards", {}), self._readers["train"].index)
+        if warning and self._rank() == 0:
+            warnings.warn(warning, stacklevel=2)
+
+    def _check_order(self, saved: dict[str, Any], shards: dict[str, Any]) -> None:
+        now, index = self.state_dict()["order"], self._readers["train"].index
         if saved.get("version") != now["version"]:
             raise CheckpointError(
                 f"the checkpoint's order of samples has format {saved.get('version')}; this disttrain has format"
                 f" {now['version']}, which would deal the samples out differently",
                 mend="finish the run with the disttrain that began it, or start over with --resume never",
             )
+        check_appended(shards, saved.get("names", ""), index)
         different = [
             f"{name} was {saved.get(name)!r}, is {now[name]!r}" for name in now if saved.get(name) != now[name]
         ]
@@ -313,7 +325,11 @@ class ShardedDataModule(pl.LightningDataModule):
             self._readers[split] = Reader(
                 index, self._declared(index), cache=self.cache_config, unsafe_decoders=self.unsafe_decoders
             )
+            if detect_world().rank == 0:
+                for notice in (one for _, part in indexes for one in notices(part)):
+                    warnings.warn(notice, stacklevel=2)
             if split == "train":
+                self._evidence = evidence(index, reads_contents=detect_world().rank == 0)
                 self.plan = self._plan()
                 self.order = order_of(indexes, self.order_config)
 

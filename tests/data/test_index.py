@@ -13,11 +13,11 @@ import pytest
 from disttrain.data.index import (
     Shard,
     ShardIndex,
-    expand,
     parse_manifest,
     read_manifest,
     write_manifest,
 )
+from disttrain.data.patterns import places
 from disttrain.data.sidecar import ShardTable, fitting_sidecar, sidecar_is_fresh, sidecar_path
 from disttrain.errors import DataError, ShardError
 from tests.support.tars import set_time, write_plain, write_tar
@@ -166,7 +166,7 @@ def test_patterns(tmp_path: Path) -> None:
         write_plain(tmp_path / name, 1)
 
     def found(pattern: str) -> list[str]:
-        return [os.path.relpath(path, tmp_path) for path in expand(f"{tmp_path}/{pattern}")]
+        return [os.path.relpath(path, tmp_path) for path in places(f"{tmp_path}/{pattern}")]
 
     assert found("t-{000..002}.tar") == names[:3]
     assert found("t-{002,000}.tar") == ["t-002.tar", "t-000.tar"]
@@ -180,17 +180,17 @@ def test_patterns(tmp_path: Path) -> None:
 def test_missing_shards_name_the_nearest(tmp_path: Path) -> None:
     write_plain(tmp_path / "train-000000.tar", 1)
     with pytest.raises(DataError) as caught:
-        expand(f"{tmp_path}/trian-{{000000..000002}}.tar", name="data.train")
+        places(f"{tmp_path}/trian-{{000000..000002}}.tar", name="data.train")
     assert "data.train: shard" in caught.value.what
     assert "trian-000000.tar does not exist (and 2 more)" in caught.value.what
     assert "did you mean 'train-000000.tar'?" in caught.value.mend
     with pytest.raises(DataError, match="no file matches"):
-        expand(f"{tmp_path}/val-*.tar")
+        places(f"{tmp_path}/val-*.tar")
     with pytest.raises(DataError) as caught:
-        expand(f"{tmp_path}/none/val-0.tar")
-    assert "holds no .tar files" in caught.value.mend
+        places(f"{tmp_path}/none/val-0.tar")
+    assert f"folder {tmp_path}/none does not exist" in caught.value.mend
     with pytest.raises(DataError, match="has a brace without its partner"):
-        expand(f"{tmp_path}/train-{{000..001.tar")
+        places(f"{tmp_path}/train-{{000..001.tar")
 
 
 def test_open_takes_lists_and_numbers_through(tmp_path: Path) -> None:

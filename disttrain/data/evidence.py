@@ -1,0 +1,182 @@
+"""What tells whether the shards of a run are still those that it began with, kept in its checkpoints.
+
+The order of samples does not see what is in the shards: another shard of the same name and number of samples, or
+the same one named twice, gives a valid order. So a checkpoint also holds, of every shard, a stamp (its size and its
+time of modification, or the version that its server gave) and a checksum of contents: of four pieces of 4 KiB, headers
+included; of a remote shard, the MD5 that its manifest records. A resume accepts shards whose stamps are the same; of
+others it compares contents, so that data that was copied or touched is the same, and data that was replaced is an
+error as far as those pieces tell.
+
+Cost: the stamps are there when an index is open. Contents are read of 1,024 shards at most, spread over all, at the
+start (by rank 0) and at a resume under other stamps: 4,096 reads, in threads. 8 bytes of text per shard in a
+checkpoint, up to 128 KiB; beyond 16,384 shards, neighbours share a stamp.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from disttrain.data.index import NOT_READ, FileState, Shard, ShardIndex
+from disttrain.data.remote import shown
+from disttrain.data.together import together
+from disttrain.errors import CheckpointError
+
+_MOST_STAMPS: Final = 16_384
+_MOST_READ: Final = 1024
+_PIECES: Final = 4
+_PIECE_BYTES: Final = 4096
+_TAIL_BYTES: Final = 10_240  # what tar pads an archive to, at its end: zeros
+_DIGITS: Final = 8
+_UNKNOWN: Final = "-" * _DIGITS
+
+
+def notices(index: ShardIndex) -> Iterator[str]:
+    """What a user should know of the shards of an index when a run begins."""
+    unread = [shard for shard in index.shards if shard.unread.number]
+    if unread:
+        total = sum(shard.unread.number for shard in unread)
+        others = f", one of {total} in {len(unread)} shards" if total > 1 else ""
+        yield f"{index.name}: shard {shown(unread[0].path)} holds {unread[0].unread.first}{others}: {NOT_READ}"
+    first: dict[FileState | str, Shard] = {}
+    twice: list[tuple[Shard, Shard]] = []
+    for shard in index.shards:
+        # A file is known by its inode, however its path is spelled and through whatever links.
+        identity = shard.state if shard.state is not None and shard.state.inode else shard.path
+        if identity in first:
+            twice.append((first[identity], shard))
+        else:
+            first[identity] = shard
+    if twice:
+        (one, again), more = twice[0], f" (and {len(twice) - 1} more)" if twice[1:] else ""
+        as_what = f", also as {shown(again.path)}" if again.path != one.path else ""
+        yield (
+            f"{index.name} names shard {shown(one.path)} twice{as_what}{more}: its samples come twice in an epoch;"
+            " correct the patterns if that is not meant"
+        )
+
+
+def evidence(index: ShardIndex, *, reads_contents: bool) -> dict[str, Any]:
+    """What a checkpoint stores of the shards of an index, to be given to :func:`check_evidence`.
+
+    Args:
+        index: the shards.
+        reads_contents: whether to read pieces of local shards.
+    """
+    shards = index.shards
+    contents = _contents(shards, _read_of(len(shards))) if reads_contents else []
+    return {"count": len(shards), "stamps": "".join(_stamps(shards)), "contents": "".join(contents)}
+
+
+def check_evidence(saved: Mapping[str, Any], index: ShardIndex) -> str:
+    """Compare the shards of an index, whose names and sizes are those of a checkpoint, with what that stored of them.
+
+    Returns:
+        What to warn of; empty if all stamps are the same.
+
+    Raises:
+        CheckpointError: a shard's contents are others.
+    """
+    shards = index.shards
+    before, now = _cut(saved.get("stamps")), _stamps(shards)
+    if saved.get("count") != len(shards) or len(before) != len(now):
+        return ""
+    group = _group(len(shards))
+    changed = [number for number in range(len(shards)) if before[number // group] != now[number // group]]
+    if not changed:
+        return ""
+    places = _read_of(len(shards))
+    known = dict(zip(places, _cut(saved.get("contents")), strict=False))
+    wanted = [number for number in changed if known.get(number, _UNKNOWN) != _UNKNOWN]
+    found = dict(zip(wanted, _contents(shards, wanted), strict=True))
+    compared = [number for number in wanted if found[number][0] == known[number][0]]  # both of pieces, or both MD5s
+    other = [number for number in compared if known[number] != found[number]]
+    if other:
+        more = f" (and {len(other) - 1} more)" if other[1:] else ""
+        raise CheckpointError(
+            f"{index.name}: shard {shown(shards[other[0]].path)}{more} was replaced since the checkpoint was written:"
+            " it has the same name and number of samples, but other contents",
+            mend="restore the shards that the run began with; to train on the new ones, begin another run, with the"
+            " weights of this one by --initialize_from",
+        )
+    return (
+        f"{index.name}: {len(changed)} of {len(shards)} shards, such as {shown(shards[changed[0]].path)}, were written"
+        f" or copied after the checkpoint; pieces of {len(compared)} of them were compared and are the same"
+    )
+
+
+def check_appended(saved: Mapping[str, Any], names_hash: str, index: ShardIndex) -> None:
+    """Refuse an index that begins with the shards of a checkpoint and goes on with others.
+
+    The order of samples is a function of all shards, so with more of them every step would draw other samples, and an
+    epoch would have another length.
+
+    Args:
+        saved: what :func:`evidence` gave for the checkpoint.
+        names_hash: the hash of its shards' names.
+        index: the shards of this run.
+
+    Raises:
+        CheckpointError: shards were appended.
+    """
+    count = saved.get("count")
+    if not isinstance(count, int) or not 0 < count < len(index.shards):
+        return
+    if ShardIndex(index.shards[:count], name=index.name).names_hash() == names_hash:
+        more = len(index.shards) - count
+        raise CheckpointError(
+            f"{index.name}: the run began with {count} of these shards, and {more} {'was' if more == 1 else 'were'}"
+            f" appended since, from {shown(index.shards[count].path)} on, which makes another order of samples",
+            mend=f"finish the run on its first {count} shards, start over with --resume never, or begin another run"
+            " with the weights of this one by --initialize_from",
+        )
+
+
+def _group(count: int) -> int:
+    """How many neighbours share a stamp."""
+    return max(1, -(-count // _MOST_STAMPS))
+
+
+def _stamps(shards: Sequence[Shard]) -> list[str]:
+    group = _group(len(shards))
+    texts = [f"{shard.size_bytes}:{shard.version if shard.state is None else shard.state.mtime_ns}" for shard in shards]
+    return [_digest("\n".join(texts[start : start + group]).encode()) for start in range(0, len(texts), group)]
+
+
+def _read_of(count: int) -> list[int]:
+    """The shards whose contents are looked at."""
+    found: list[int] = np.unique(np.linspace(0, count - 1, min(count, _MOST_READ)).astype(np.int64)).tolist()
+    return found
+
+
+def _contents(shards: Sequence[Shard], places: Sequence[int]) -> list[str]:
+    return list(together(lambda number: _content(shards[number]), places, quick=True))
+
+
+def _content(shard: Shard) -> str:
+    """A checksum of a shard's contents; unknown if it is remote and has no MD5, or cannot be read."""
+    if shard.is_remote:
+        return f"m{_digest(shard.md5.encode())[1:]}" if shard.md5 else _UNKNOWN
+    try:
+        descriptor = os.open(shard.path, os.O_RDONLY)
+        try:
+            last = max(0, shard.size_bytes - _PIECE_BYTES - _TAIL_BYTES)
+            starts = sorted({last * piece // (_PIECES - 1) for piece in range(_PIECES)})
+            return "p" + _digest(b"".join(os.pread(descriptor, _PIECE_BYTES, start) for start in starts))[1:]
+        finally:
+            os.close(descriptor)
+    except OSError:  # told when it is read for training
+        return _UNKNOWN
+
+
+def _digest(data: bytes) -> str:
+    return f"{zlib.crc32(data):0{_DIGITS}x}"
+
+
+def _cut(text: object) -> list[str]:
+    found = text if isinstance(text, str) else ""
+    return [found[start : start + _DIGITS] for start in range(0, len(found), _DIGITS)]
