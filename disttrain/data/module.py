@@ -19,7 +19,7 @@ from disttrain.data.batches import BatchMaker
 from disttrain.data.cache import CacheConfig
 from disttrain.data.checks import Allowed, check_names
 from disttrain.data.device import DeviceCopier
-from disttrain.data.evidence import check_appended, check_evidence, evidence, notices
+from disttrain.data.evidence import check_appended, check_evidence, evidence
 from disttrain.data.field import Field
 from disttrain.data.hooks import HooksConfig
 from disttrain.data.index import ShardIndex
@@ -325,9 +325,6 @@ class ShardedDataModule(pl.LightningDataModule):
             self._readers[split] = Reader(
                 index, self._declared(index), cache=self.cache_config, unsafe_decoders=self.unsafe_decoders
             )
-            if detect_world().rank == 0:
-                for notice in (one for _, part in indexes for one in notices(part)):
-                    warnings.warn(notice, stacklevel=2)
             if split == "train":
                 self._evidence = evidence(index, reads_contents=detect_world().rank == 0)
                 self.plan = self._plan()

@@ -203,10 +203,7 @@ def _as_regex(pattern: str) -> str:
 def _lines(place: str, *, name: str, retry: RetryConfig) -> Iterator[str]:
     """The specifications in a text file, relative to its folder, without empty lines and comments."""
     try:
-        if is_remote(place):
-            text = read_remote_text(place, retry)
-        else:
-            text = read_text(place)
+        text = read_remote_text(place, retry) if is_remote(place) else read_text(place)
     except RemoteError as error:
         raise DataError(f"{name}: the list cannot be read: {error.what}", mend=error.mend) from None
     except (OSError, ValueError) as error:

@@ -7,17 +7,20 @@ the index of each.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
+from disttrain.data.evidence import notices
 from disttrain.data.index import ShardIndex
 from disttrain.data.mixture import Mixture, Portion
 from disttrain.data.order import Order, OrderConfig
 from disttrain.data.remote import DEFAULT_RETRY, RetryConfig
 from disttrain.errors import ConfigError
+from disttrain.world import detect_world
 
 Shards = str | Sequence[str]
 
@@ -42,7 +45,7 @@ def open_sources(
     spec: Shards | Sequence[SourceConfig], name: str, *, write_sidecars: bool, retry: RetryConfig = DEFAULT_RETRY
 ) -> list[tuple[SourceConfig, ShardIndex]]:
     """The sources of a split, each with its index; one source for a plain specification. ``retry`` is for servers."""
-    open_index = partial(ShardIndex.open, write_sidecars=write_sidecars, retry=retry)
+    open_index = partial(_open_index, write_sidecars=write_sidecars, retry=retry)
     parts = [spec] if isinstance(spec, str) else list(spec)
     if not any(isinstance(part, SourceConfig) for part in parts):
         source = SourceConfig([str(part) for part in parts])
@@ -55,6 +58,14 @@ def open_sources(
         index = open_index(part.shards, name=f"{name} ({named.name})")
         opened.append((named, index))
     return opened
+
+
+def _open_index(spec: Shards, *, name: str, write_sidecars: bool, retry: RetryConfig) -> ShardIndex:
+    index = ShardIndex.open(spec, name=name, write_sidecars=write_sidecars, retry=retry)
+    if detect_world().rank == 0:
+        for notice in notices(index):
+            warnings.warn(notice, stacklevel=2)
+    return index
 
 
 def order_of(sources: list[tuple[SourceConfig, ShardIndex]], config: OrderConfig) -> Order | Mixture:
