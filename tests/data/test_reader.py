@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -267,3 +268,38 @@ def test_an_empty_field_at_the_end_of_a_shard_is_read(tmp_path: Path) -> None:
     os.truncate(path, 512 + 3072 + 512)  # no end block: the empty field begins where the file ends, at a page's end
     assert (512 + 3072 + 512) % 4096 == 0
     assert reader.read(ids_of([0])) == {"v": [b""]}
+
+
+def test_more_shards_than_the_limit_of_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = ShardIndex.open(write_numbered(tmp_path, [1] * 150))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    low = max(map(int, os.listdir("/proc/self/fd"))) + 60
+
+    def read(_: int) -> list[float]:
+        found = reader.read(ids_of(list(range(150))))["x"]
+        assert isinstance(found, torch.Tensor)
+        return found[:, 0].tolist()
+
+    try:
+        for files_per_shard in (0, 4):  # what may not be raised, and what is
+            monkeypatch.setattr(open_shards, "_FILES_PER_SHARD", files_per_shard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (low, hard))
+            monkeypatch.setattr(open_shards, "_MOST", 40 if files_per_shard == 0 else 4096)
+            reader = Reader(index, {"x": Field("x.npy")})
+            assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == (600 if files_per_shard else low)
+            with ThreadPoolExecutor(4) as pool:
+                assert list(pool.map(read, range(12))) == [[float(n) for n in range(150)]] * 12
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_no_descriptor_left_has_its_own_hint(tmp_path: Path) -> None:
+    reader = Reader(ShardIndex.open(write_numbered(tmp_path, [2])), {"x": Field("x.npy")})
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        with pytest.raises(ShardError, match=r"Too many open files\n.*raise the limit of open files") as caught:
+            reader.read(ids_of([0]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "ulimit -n" in caught.value.mend
