@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from disttrain.commands.shards_show import count, named, summary
-from disttrain.data.index import write_manifest
+from disttrain.data.evidence import notices
+from disttrain.data.index import ShardIndex, write_manifest
 from disttrain.data.indexing import STATES, index_shards
 from disttrain.data.remote import shown
 from disttrain.data.remote_index import cache_home
@@ -42,7 +43,10 @@ def index(arguments: argparse.Namespace) -> int:
     found = index_shards(paths, manifest=manifest, md5=arguments.md5, anew=arguments.force, progress=True)
     say("; ".join([summary(found.shards), *_told(found.sidecars, found.kept)]))
     if found.sidecars["not writable"] or found.kept["not writable"]:
-        say("note: no sidecar where the folder is read-only or a key holds white space; headers are read instead")
+        why = "where the folder is read-only, a key holds white space or a shard holds links"
+        say(f"note: no sidecar {why}; headers are read instead")
+    for notice in notices(ShardIndex(found.shards)):
+        say(f"note: {notice}")
     if manifest is not None:
         try:
             write_manifest(manifest, found.shards, name=manifest.stem)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from disttrain.beats import beat
-from disttrain.data.index import Shard, parse_manifest
+from disttrain.data.index import FileState, Shard, parse_manifest
 from disttrain.data.remote import RemoteFile, is_remote
 from disttrain.data.remote_index import REQUESTS_AT_ONCE, describe_remote, kept_md5, remote_md5
 from disttrain.data.sidecar import ShardTable, build_sidecar, build_table, fitting_sidecar, state_of
@@ -96,7 +96,7 @@ def index_shards(
 
 def _remote(url: str, *, anew: bool) -> tuple[Shard, str]:
     found = describe_remote(url, anew=anew)
-    return Shard(url, found.num_samples, found.size_bytes, version=found.version), found.state
+    return Shard(url, found.num_samples, found.size_bytes, version=found.version, unread=found.unread), found.state
 
 
 def _local(path: str, *, anew: bool) -> tuple[Shard, str]:
@@ -108,7 +108,8 @@ def _local(path: str, *, anew: bool) -> tuple[Shard, str]:
     else:
         table, is_written = build_sidecar(path)
         state = "written" if is_written else "not writable"
-    return Shard(path, len(table), os.stat(path).st_size), state
+    status = os.stat(path)
+    return Shard(path, len(table), status.st_size, state=FileState.of(status), unread=table.unread), state
 
 
 def _same(one: ShardTable, other: ShardTable) -> bool:
