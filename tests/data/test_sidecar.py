@@ -272,3 +272,30 @@ def test_keys_with_white_space_have_no_sidecar(tmp_path: Path) -> None:
     assert not write_sidecar_file(path, build_table(path))
     assert not sidecar_path(path).exists()
     assert describe_shard(path).num_samples == 2
+
+
+def test_a_sidecar_that_passes_over_links_or_a_second_archive_is_not_trusted(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.tar")
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, kind in (("a.cls", b"0"), ("b.cls", b"1"), ("c.cls", b"0"), ("d.cls", b"0"), ("e.cls", b"0")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname, info.size = kind, "a.cls" if kind == b"1" else "", int(kind == b"0")
+            tar.addfile(info, io.BytesIO(b"1"))
+    sidecar_path(path).write_text(
+        "v1.2 4\n" + "".join(f"cls {at} 1 {key}.cls\n" for key, at in zip("acde", (512, 2048, 3072, 4096), strict=True))
+    )
+    table, wrong = fitting_sidecar(path)
+    assert table is None
+    assert "the shard has 'b.cls' at byte 512" in wrong
+    assert load_table(path).keys == list("abcde")
+    assert not write_sidecar_file(path, load_table(path)), "DALI's form has no place for a link"
+
+    first, second = write_plain(tmp_path / "1.tar", 3), write_plain(tmp_path / "2.tar", 2, first=3)
+    write_sidecar_file(first, build_table(first))
+    both = str(tmp_path / "both.tar")
+    Path(both).write_bytes(Path(first).read_bytes() + Path(second).read_bytes())
+    sidecar_path(both).write_text(sidecar_path(first).read_text())
+    assert "it does not list '0003.cls'" in fitting_sidecar(both)[1]
+    assert load_table(both).keys == [f"{n:04}" for n in range(5)]
+    write_sidecar_file(both, build_table(both))
+    assert fitting_sidecar(both)[0] is not None, fitting_sidecar(both)[1]

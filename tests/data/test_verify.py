@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -252,3 +253,17 @@ def test_the_fields_expected_are_the_first_samples(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("readme", b""), ("0.b", b""), ("0.a", b""), ("1.c", b"")])
     assert first_fields(str(tmp_path / name) for name in names) == ("b", "a")
     assert first_fields([str(tmp_path / "broken.tar"), str(tmp_path / "none.tar")]) == ()
+
+
+def test_links_in_place_of_fields_are_faults(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("0.txt", b"1"), ("README", b"no sample")])
+    with tarfile.open(path, "a") as tar:
+        for number in range(8):
+            info = tarfile.TarInfo(f"{number}.png" if number else "LINK")
+            info.type, info.linkname = tarfile.SYMTYPE, "0.txt"
+            tar.addfile(info)
+    faults, samples = shard_faults(Shard(path, -1, -1), fields=("txt",))
+    assert samples == 1
+    assert faults[0] == f"shard {path}: '1.png' at byte 2560, a symbolic link to '0.txt', is not read"
+    assert len(faults) == 6
+    assert faults[5] == f"shard {path}: 2 more members are not read"
