@@ -105,6 +105,9 @@ def _rank(rank: int, ranks: int, port: int, log: str, target: Callable[..., Any]
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    # A test that trained in this process before the server was started has left its meeting place there.
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK"):
+        os.environ.pop(name, None)
     if ranks > 1:
         os.environ |= {
             "RANK": str(rank),
