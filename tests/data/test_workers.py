@@ -214,13 +214,14 @@ except disttrain.DisttrainError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_script_without_a_main_guard_is_named(tmp_path: Path) -> None:
     (path,) = write_numbered(tmp_path, [3])
     script = tmp_path / "unguarded.py"
     script.write_text(_NO_GUARD)
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     run = [sys.executable, str(script), path, str(tmp_path / "run")]
-    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "unguarded.py trains without asking whether it is the main program" in done.stdout, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
