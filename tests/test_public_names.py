@@ -129,7 +129,7 @@ LAYERS: dict[str, int] = {
         2,
     ),
     **dict.fromkeys(
-        ["parallel.agree", "parallel.alike", "parallel.gradients", "parallel.randomness", "parallel.shard"], 2
+        [f"parallel.{name}" for name in ("agree", "alike", "gradients", "optimizers", "randomness", "shard")], 2
     ),
     **dict.fromkeys(["parallel.compiling", "parallel.initialize", "parallel.precision", "parallel.synced_norm"], 2),
     **dict.fromkeys(

@@ -34,6 +34,8 @@ def divide(value: Any, path: str, tensors: dict[str, Tensor], where: str) -> Any
     if isinstance(value, Tensor):
         if type(value) not in (Tensor, nn.Parameter, DTensor) or value.layout != torch.strided or value.is_quantized:
             raise _refused(where, f"{type(value).__name__} of layout {value.layout}")
+        if isinstance(value, DTensor) and any(placement.is_partial() for placement in value.placements):
+            raise _refused(where, "DTensor whose parts are not yet added")
         if path in tensors:
             raise CheckpointError(f"{where} has the name of another tensor, {path}", mend="give it another key")
         tensors[path] = value.detach()

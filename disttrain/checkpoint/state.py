@@ -35,7 +35,9 @@ from disttrain.checkpoint.staging import own_part
 from disttrain.checkpoint.write import write
 from disttrain.errors import CheckpointError
 from disttrain.parallel.agree import raise_together
+from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.module_tensors import broadcast_tensors
+from disttrain.parallel.optimizers import check_optimizers
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import DDPStrategy as _Base
@@ -49,6 +51,7 @@ class CheckpointMixin(_Base):
     """Saves and loads disttrain's checkpoints; to be mixed into a Lightning strategy, before its base."""
 
     lightning_module: pl.LightningModule | None
+    config: ParallelConfig
     _given: dict[str, Any] | None = None
     """The weights that the checkpoint under way was given, before any hook saw them."""
     _loaded: dict[str, Any] | None = None
@@ -75,6 +78,13 @@ class CheckpointMixin(_Base):
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         """Set the optimizers up; refuse what no checkpoint could hold, now or once they have stepped."""
         super().setup_optimizers(trainer)
+        check_optimizers(
+            [_bare(optimizer) for optimizer in self.optimizers],
+            self._module(),
+            self.config,
+            ranks=self.world_size,
+            accumulation=trainer.accumulate_grad_batches,
+        )
         for number, optimizer in enumerate(self.optimizers):
             self._check(number, optimizer)
             handles: list[Any] = []

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from disttrain.errors import ConfigError
 from disttrain.parallel.agree import is_distributed
 from disttrain.parallel.collectives import all_gather_single
 
@@ -24,7 +25,18 @@ _ROWS_ELEMENTS: Final = {"cpu": 2**18, "cuda": 2**24}  # squared at a time; chan
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """The parts of the gradients that this rank holds, as plain tensors that share their memory."""
-    return [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
+    grads = [gradient for gradient in map(_gradient, parameters) if gradient is not None]
+    return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in grads]
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor | None:
+    """A parameter's gradient; of a sparse one the rows that it has, each of them once."""
+    grad = parameter.grad
+    if grad is None or isinstance(grad, DTensor) or not grad.is_sparse:
+        return grad
+    if not grad.is_coalesced():  # rows that occur several times are still to be added
+        parameter.grad = grad = grad.coalesce()
+    return grad._values()
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
@@ -55,7 +67,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     replicated: list[Tensor] = []
     sharded: dict[object, tuple[DTensor, list[Tensor]]] = {}
     for parameter in parameters:
-        grad = parameter.grad
+        grad = _gradient(parameter)
         if isinstance(grad, DTensor):
             sharded.setdefault((grad.device_mesh, grad.placements), (grad, []))[1].append(grad.to_local())
         elif grad is not None:
@@ -81,6 +93,8 @@ def ordered_gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     a rank's share in float64; 8 bytes a row of all parameters are gathered. A collective.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
+    if any(grad.is_sparse for grad in grads):
+        raise ConfigError("parallel.reduction is tree, and a gradient is sparse", mend="set parallel.reduction to fast")
     rows = _gathered_rows(grads) if grads else []
     if not rows:
         return torch.zeros((), dtype=torch.float64)

@@ -1,0 +1,61 @@
+"""Optimizers and gradients that a layout cannot train as one rank would: refused at the set-up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from disttrain.errors import ConfigError
+from disttrain.parallel.config import ParallelConfig
+
+_WHOLE: Final = (torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.Muon, torch.optim.Rprop, torch.optim.SparseAdam)
+"""Optimizers that look at more than one element of a parameter, or that PyTorch cannot run on a part of one."""
+
+
+def check_optimizers(
+    optimizers: Sequence[Optimizer], module: nn.Module, config: ParallelConfig, *, ranks: int, accumulation: int
+) -> None:
+    """Refuse what would be wrong or fail in this layout.
+
+    Raises:
+        ConfigError: an optimizer needs whole parameters, which FSDP divides; LBFGS, which runs a step's batch several
+            times and decides by its loss, on several ranks or micro batches; sparse gradients where they cannot be
+            added.
+    """
+    for optimizer in optimizers:
+        kind = type(optimizer).__name__
+        if config.strategy == "fsdp" and isinstance(optimizer, _WHOLE):
+            raise ConfigError(
+                f"{kind} needs whole parameters and gradients, which parallel.strategy fsdp divides",
+                mend="set parallel.strategy to ddp, or use an optimizer that treats each element alone, such as AdamW",
+            )
+        if isinstance(optimizer, torch.optim.LBFGS) and (ranks > 1 or accumulation > 1):
+            raise ConfigError(
+                f"{kind} runs the batch of a step several times and decides by its loss, which no rank or micro batch"
+                f" has of the global batch: there are {ranks} ranks with {accumulation} micro batches a step",
+                mend="train on one rank with micro_batch_size equal to global_batch_size, or use another optimizer",
+            )
+    sparse = [name for name, inner in module.named_modules() if getattr(inner, "sparse", False) is True]
+    wrong = _no_sparse(config, module)
+    if sparse and wrong:
+        raise ConfigError(
+            f"{sparse[0]} has sparse gradients (sparse=True), which cannot be added with {wrong}",
+            mend="use sparse=False, or strategy ddp with reduction fast in 32-true",
+        )
+
+
+def _no_sparse(config: ParallelConfig, module: nn.Module) -> str:
+    """The setting under which sparse gradients cannot be added, or an empty text."""
+    if config.strategy == "fsdp":
+        return "parallel.strategy fsdp"
+    if config.reduction == "tree":
+        return "parallel.reduction tree"
+    if config.reduce_dtype == "bf16":
+        return "parallel.reduce_dtype bf16"
+    if any(parameter.dtype == torch.bfloat16 for parameter in module.parameters()):
+        return "trainer.precision bf16-true"
+    return ""
