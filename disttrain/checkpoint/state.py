@@ -87,13 +87,14 @@ class CheckpointMixin(_Base):
         )
         for number, optimizer in enumerate(self.optimizers):
             self._check(number, optimizer)
-            handles: list[Any] = []
+            due = [number]
 
-            def check_once(stepped: Any, *_: Any, number: int = number, handles: list[Any] = handles) -> None:
-                handles.pop().remove()  # state is made by the first step, as a rule
-                self._check(number, stepped)
+            def check_once(stepped: Any, *_: Any, due: list[int] = due) -> None:
+                # State is made by the first step, as a rule. PyTorch goes through the hooks: none may be removed now.
+                if due:
+                    self._check(due.pop(), stepped)
 
-            handles.append(optimizer.register_step_post_hook(check_once))
+            optimizer.register_step_post_hook(check_once)
 
     def _check(self, number: int, optimizer: Optimizer) -> None:
         split(self.optimizer_state(optimizer), f"optimizer {number} ({type(_bare(optimizer)).__name__})")

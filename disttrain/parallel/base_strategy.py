@@ -25,7 +25,7 @@ from disttrain.data.user_loaders import accept
 from disttrain.errors import ConfigError
 from disttrain.parallel.clipping import ClippingMixin
 from disttrain.parallel.config import ParallelConfig
-from disttrain.parallel.fsdp_internals import BackwardInside
+from disttrain.parallel.fsdp_internals import BackwardInside, reshard
 from disttrain.parallel.joining import JoiningMixin
 from disttrain.parallel.out_of_memory import MemoryGuardMixin
 from disttrain.parallel.summation import SummationMixin
@@ -91,6 +91,15 @@ class BaseStrategy(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMi
         super().post_backward(closure_loss)
         if self._manual is not None:
             self._manual.after_backward()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """This rank's part of an optimizer's state, by parameter name."""
+        # A forward pass may have left gathered parameters, which no optimizer holds.
+        if self._manual is not None:
+            self._manual.release()
+        elif isinstance(self.model, FSDPModule):
+            reshard(self.model)
+        return super().optimizer_state(optimizer)
 
     def check_trained(self, optimizer: Optimizer) -> None:
         """Before an optimizer steps: refuse what would let the ranks drift apart.

@@ -227,12 +227,16 @@ class BackwardInside:
         """Let go of gathered weights, which the optimizer has not stepped."""
         if self._inside:
             self._note()
+        self.release()
+        if self._inside:
+            self._begin()
+
+    def release(self) -> None:
+        """Hold sharded parameters, which optimizers know."""
         for unit in self._units:
             for group in _groups(unit):
                 group._training_state = TrainingState.IDLE
             unit.reshard()
-        if self._inside:
-            self._begin()
 
     def _begin(self) -> None:
         state = _state(self._root)
