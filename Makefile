@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RANKS ?= 2
+WORKERS ?= 2
 # One thread a rank: ranks share the cores, and sums of one thread do not depend on how many there are.
 export OMP_NUM_THREADS ?= 1
 
@@ -12,10 +13,10 @@ train: $(VENV)/installed
 	$(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) -m disttrain fit --config recipes/digits.yaml
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup
 
 test-slow: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -m "slow and not gpu"
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m "slow and not gpu"
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .

@@ -11,6 +11,13 @@ from disttrain.commands import shards
 from disttrain.meeting import reserve_port
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a file share fixtures, and those of SLURM one cluster: one worker runs all of them."""
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group("slurm" if folder == "slurm" else f"{folder}/{item.path.stem}"))
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """scikit-learn's digits as shards: train (4), val and test."""
