@@ -34,6 +34,12 @@ class EndingFitLoop(_FitLoop):
         nothing_to_read = self.max_batches == 0 or self.trainer.limit_train_batches == 0
         return super().skip and (nothing_to_read or not self._loaded_from_state_dict)
 
+    def advance(self) -> None:
+        """Run an epoch, or the rest of one."""
+        super().advance()
+        # Lightning leaves out schedules that wait for a metric where an epoch was resumed, since it keeps no metrics.
+        self.restarting = False
+
     def run(self) -> None:
         """Train; go back and train again where that is asked for."""
         while True:

@@ -8,6 +8,7 @@ due there, so three numbers suffice.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -81,3 +82,30 @@ def loop_state(trainer: pl.Trainer, progress: Progress) -> dict[str, Any]:
         counts["current"] = dict.fromkeys(("ready", "completed"), progress.step)
     state["epoch_loop.state_dict"] = {"_batches_that_stepped": progress.global_step}
     return state
+
+
+def plateau_state(trainer: pl.Trainer) -> dict[str, Any]:
+    """What schedules that wait for a metric need at a resume: whether they have seen the last step, and their metrics.
+
+    Such a metric that is a mean over the steps of an epoch is named: a resume has the rest of the epoch alone.
+    """
+    monitors = {config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
+    if not monitors:
+        return {}
+    loop: Any = trainer.fit_loop.epoch_loop
+    found = {str(name): float(trainer.callback_metrics[name]) for name in monitors if name in trainer.callback_metrics}
+    means = {result.meta.name for result in loop._results.values() if result.meta.on_epoch}
+    return {"due": loop.plateaus_due, "metrics": found, "means": sorted(str(name) for name in monitors & means)}
+
+
+def restore_plateaus(trainer: pl.Trainer, state: dict[str, Any], progress: Progress) -> None:
+    """Give the training loop what :func:`plateau_state` returned; nothing where it is empty."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    loop.plateaus_due, loop.resumed_metrics = state.get("due", False), state.get("metrics")
+    if progress.step and state.get("means"):
+        warnings.warn(
+            f"a schedule waits for {state['means'][0]}, a mean over an epoch's steps: at the end of the epoch that is"
+            " resumed, that is the mean of the steps from here on. Monitor a validation metric, or save at ends of"
+            " epochs (checkpoint.every_epochs)",
+            stacklevel=4,
+        )

@@ -29,7 +29,7 @@ from disttrain.checkpoint.groups import TensorGroup, freeze_as_saved, parameters
 from disttrain.checkpoint.marker import About
 from disttrain.checkpoint.optimizers import Filling, agreed_groups, named_state, restore_groups, split, with_first_names
 from disttrain.checkpoint.plain import split_off_extra
-from disttrain.checkpoint.progress import Progress, loop_state, progress_of
+from disttrain.checkpoint.progress import Progress, loop_state, plateau_state, progress_of, restore_plateaus
 from disttrain.checkpoint.saver import SaveRequest
 from disttrain.checkpoint.staging import own_part
 from disttrain.checkpoint.write import write
@@ -171,6 +171,7 @@ class CheckpointMixin(_Base):
             "param_groups": [plain["param_groups"] for plain in optimizers],
             "optimizer_entries": [plain["entries"] for plain in optimizers],
             "extra_state": extra,
+            "plateaus": plateau_state(module.trainer),
             "frozen": [name for name, parameter in parameters_by_name(module) if not parameter.requires_grad],
             "trainer": plain_contents({key: value for key, value in checkpoint.items() if key not in _SPLIT_OFF}),
         }
@@ -193,6 +194,7 @@ class CheckpointMixin(_Base):
             self._fill(path, meta)
             progress = Progress(**meta["progress"])
             checkpoint["loops"] = {"fit_loop": loop_state(trainer, progress)}
+            restore_plateaus(trainer, meta.get("plateaus", {}), progress)
             checkpoint |= {"epoch": progress.epoch, "global_step": progress.global_step}
         else:
             self._fill_to_evaluate(path, meta)

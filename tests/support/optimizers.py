@@ -157,7 +157,9 @@ class Fates(pl.LightningModule):
             entry: dict[str, Any] = {"optimizer": optimizer}
             if self.make_schedule is not None:
                 schedule = self.make_schedule(optimizer)
+                plateau = isinstance(schedule, lr_scheduler.ReduceLROnPlateau) and self.interval == "step"
                 entry["lr_scheduler"] = {"scheduler": schedule, "interval": self.interval, "monitor": "val/loss"}
+                entry["lr_scheduler"] |= {"frequency": 3} if plateau else {}
             made.append(entry)
         return made if self.two else made[0]
 
