@@ -38,7 +38,7 @@ class EndingFitLoop(_FitLoop):
         """Run an epoch, or the rest of one."""
         super().advance()
         # Lightning leaves out schedules that wait for a metric where an epoch was resumed, since it keeps no metrics.
-        self.restarting = False
+        self._restarting = False  # its property would set it again where there is a limit in steps
 
     def run(self) -> None:
         """Train; go back and train again where that is asked for."""
