@@ -132,8 +132,7 @@ def _braces(pattern: str, *, name: str) -> list[str]:
         return list(braceexpand.braceexpand(pattern))
     except (ValueError, RecursionError):
         raise DataError(
-            f"{name}: {shown(pattern)[:_QUOTED]!r} has a brace without its partner, or too many in each other",
-            mend="close or remove it",
+            f"{name}: {shown(pattern)[:_QUOTED]!r} has a brace without its partner", mend="close or remove it"
         ) from None
 
 
