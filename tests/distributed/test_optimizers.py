@@ -261,3 +261,8 @@ def test_sparse_gradients_are_scaled_and_clipped_as_dense_ones() -> None:
         assert grad is not None
         results.append((torch.stack(norms), grad.to_dense() if sparse else grad))
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=0)
+
+
+@pytest.mark.slow
+def test_manual_optimization_is_resumed(tmp_path: Path) -> None:
+    run_ranks(1, resume_by_hand, tmp_path, folder=tmp_path / "logs", timeout=300).ok()
