@@ -295,8 +295,6 @@ class Mirror:
             self._markers[name] = data
         where, data = f"{self.url}/{name}", self._markers[name]
         entry = parse(data.decode(errors="replace"), Path(local_name(name)), shown=where)
-        if bad := next((file for file in entry.files if Path(file).name != file), None):  # it would lead elsewhere
-            raise CheckpointError(f"checkpoint {where} has a damaged {MARKER}: {bad!r} is no file's name")
         for file, due in entry.files.items():
             if files.get(file) != due.num_bytes:
                 state = f"has {files[file]} bytes" if file in files else "is missing"

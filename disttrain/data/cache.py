@@ -102,7 +102,7 @@ class ShardCache:
             (self.directory / _TAG).write_text(_TAG_TEXT)
         except OSError as error:
             raise DataError(
-                f"the cache folder {self.directory} cannot be made or written: {error.strerror}",
+                f"the cache folder {error.filename or self.directory} cannot be made or written: {error.strerror}",
                 mend="set data.cache.directory to a folder that can be written",
             ) from None
         foreign = [

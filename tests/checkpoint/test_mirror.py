@@ -276,7 +276,7 @@ def test_a_marker_cannot_lead_out_of_its_folder(tmp_path: Path, name: str) -> No
     with open_directory(copy) as opened:
         write_marker(opened, About(8, run=attempt.run), {name: Sum(1, "00000000")})
     assert mirror.committed()[0] == []
-    assert f"{name!r} is no file's name" in mirror.committed()[1][0]
+    assert "has a damaged COMMITTED" in mirror.committed()[1][0]
 
 
 def test_a_copy_that_failed_is_made_again_after_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,7 @@ def test_what_is_written_is_read_back_bit_by_bit(saved: Path) -> None:
     check_equal({"model": read_model(saved)}, {"model": state()["model"]})
     meta = read_meta(saved)
     assert torch.equal(meta["trainer"].pop("t"), torch.arange(3))
-    assert meta == {"format": 2, "progress": {"epoch": 1, "step": 2}, "trainer": {"names": ["a", None], "x": 0.1}}
+    assert meta == {"format": 3, "progress": {"epoch": 1, "step": 2}, "trainer": {"names": ["a", None], "x": 0.1}}
 
 
 def test_a_part_of_the_tensors_may_be_read(saved: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_folder_holds_marker_and_latest_and_nothing_half_done(saved: Path) -> 
     assert set(sums) == {".metadata", "__0_0.distcp", "meta.pt"}
     del marker["time"], marker["crc32"]
     known = {"global_step": 5, "epoch": None, "run": "", "attempt": 0, "metric": None}
-    assert marker == {"format": 2, **known, "checksum": "crc32", "files": sums}
+    assert marker == {"format": 3, **known, "checksum": "crc32", "files": sums}
 
 
 def test_a_taken_name_gets_a_number(saved: Path) -> None:
@@ -201,7 +201,7 @@ def test_files_of_the_right_size_with_other_contents_are_refused(saved: Path, na
 def test_a_newer_format_is_refused(saved: Path) -> None:
     torch.save({"format": 99}, saved / "meta.pt")
     commit(saved, 5)
-    with pytest.raises(CheckpointError, match="has checkpoint format 99, this disttrain reads up to 2") as caught:
+    with pytest.raises(CheckpointError, match="has checkpoint format 99, this disttrain reads up to 3") as caught:
         read_meta(saved)
     assert "newer disttrain" in caught.value.mend
 
