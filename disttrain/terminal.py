@@ -125,7 +125,7 @@ def _without_secrets(found: re.Match[str]) -> str:
     user, at, host = authority.rpartition("@")
     path, mark, query = rest[len(authority) :].partition("?")
     # What stands behind the URL in a list or in quotes is not part of it.
-    told = query.partition("'")[0].rstrip(",;)]}")
+    told = query.partition("'")[0].rstrip(".,;:)]}")
     user = user if _BY_NAME.fullmatch(user) else "..."
     shown = told if not told or _BY_NAME.fullmatch(told) else "..."
     return f"{scheme}{user if at else ''}{at}{host}{path}{mark}{shown}{query[len(told) :]}"

@@ -435,6 +435,7 @@ def test_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("'http://a/x','http://u:p@h/y'", "'http://a/x','http://...@h/y'"),
         ("https://$USER:$TOKEN@h/x?sig=${SIG}&e=$E", "https://$USER:$TOKEN@h/x?sig=${SIG}&e=$E"),
         ("https://u:${TOKEN}@h/x?sig=${SIG}&e=1", "https://u:${TOKEN}@h/x?..."),
+        ("no http://h/x.tar?sig=1: refused. See http://h/?a.", "no http://h/x.tar?...: refused. See http://h/?...."),
         ("me@example.org, what? /data/x.tar http://h/a@b/c", "me@example.org, what? /data/x.tar http://h/a@b/c"),
     ],
 )
