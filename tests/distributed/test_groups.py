@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
 
 import disttrain
 from disttrain import DDP, Checkpointing, OptimizerConfig, ParallelConfig, Trainer
@@ -26,8 +27,15 @@ LAYOUTS = {
 }
 
 
+class Look(Callback):
+    """Notes how long each group waits, by group, while the training runs: afterwards some are closed."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.timeouts = {group: timeout_of(group) for group in dist.distributed_c10d._world.pg_map}
+
+
 def train_in(folder: str) -> None:
-    """Train in each layout with saves, then list what groups there are, and how long each waits."""
+    """Train in each layout with saves, and look at the groups."""
     for name, parallel in LAYOUTS.items():
         trainer = Trainer(
             run_dir=f"{folder}/{name}",
@@ -35,16 +43,18 @@ def train_in(folder: str) -> None:
             parallel=parallel,
             hang_timeout="45m",
             progress_bar=False,
-            callbacks=[Checkpointing(every_steps=1)],
+            callbacks=[Checkpointing(every_steps=1), look := Look()],
         )
         task = MLPTask(OptimizerConfig(name="sgd", lr=0.1))
         trainer.fit(task, train_dataloaders=MicroBatches(trainer.global_rank, 1, micro_batches=4, steps=2))
+        # All ranks, the vote, the saves; and the tree's, or the mesh's.
+        assert len(look.timeouts) >= 4, look.timeouts
+        assert set(look.timeouts.values()) == {timedelta(minutes=50)}, name
         if name == "hsdp":
+            known = set(dist.distributed_c10d._world.pg_map)
             divide_ranks(Degrees(replicate=1, shard=2, tensor=2), trainer.global_rank)
-        groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
-        # All ranks, the vote, the saves; and the tree's, or the mesh's and the tensor groups'.
-        assert len(groups) >= (4 if name == "ddp" else 6), groups
-        assert {timeout_of(group) for group in groups} == {timedelta(minutes=50)}, name
+            new: list[Any] = [group for group in dist.distributed_c10d._world.pg_map if group not in known]
+            assert {timeout_of(group) for group in new} == {timedelta(minutes=50)}
         dist.destroy_process_group()
 
 

@@ -99,12 +99,19 @@ def test_a_module_that_is_no_task_is_watched_too(poisoned: Path, tmp_path: Path,
 
 
 def test_a_module_that_optimizes_by_hand_is_not_and_is_told_so(poisoned: Path, tmp_path: Path) -> None:
-    module = ("--model", "tests.support.tasks.PlainFeatures", "--model.by_hand", "true")
+    module = (
+        "--model",
+        "tests.support.tasks.PlainFeatures",
+        "--model.by_hand",
+        "true",
+        "--data.micro_batch_size",
+        "16",
+    )
     refused = fit(tmp_path / "refused", poisoned, 1, "{}", *SPIKES, *module)
     assert refused.codes == [2], refused.text
     assert "guard.spikes is 20, but PlainFeatures optimizes by hand" in refused.text
     assert "mend: set guard.spikes to 0, or use automatic optimization" in refused.text
-    text = fit(tmp_path / "run", poisoned, 1, "{}", *module, "--data.micro_batch_size", "16").ok().text
+    text = fit(tmp_path / "run", poisoned, 1, "{}", *module).ok().text
     assert text.count("the guard is off: PlainFeatures optimizes by hand (automatic_optimization is False)") == 1
 
 
