@@ -208,7 +208,7 @@ def test_a_start_that_fails_leaves_the_complete_run_in_place(digits: Path, tmp_p
         ("--data.micro_batch_size", "24"),
         ("--model.schedule.name", "linear", "--model.schedule.total_steps", "9"),
     ):
-        outcome = fit(run_dir, digits, 2, "ddp", *short, *mistake)
+        outcome = fit(run_dir, digits, 2, "ddp", *short, *mistake, "--resume", "never")
         assert outcome.codes[0] == 2, outcome.text
         assert f"the older run was moved back to {run_dir}" in outcome.text
         assert read_run(run_dir)["status"] == "completed"
