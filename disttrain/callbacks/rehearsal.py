@@ -12,7 +12,6 @@ from typing import Final
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import (
     Callback,
-    ModelCheckpoint,
     ModelPruning,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
@@ -63,9 +62,6 @@ class Rehearsal(Callback):
             for kind, (what, mend) in _REFUSED.items():
                 if isinstance(callback, kind):
                     raise ConfigError(f"the callback {type(callback).__name__} {what}", mend=mend)
-            if isinstance(callback, ModelCheckpoint) and getattr(callback, "save_on_exception", False):
-                what, mend = _REFUSED[OnExceptionCheckpoint]
-                raise ConfigError(f"the callback {type(callback).__name__} with save_on_exception {what}", mend=mend)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look before a checkpoint is loaded: then a start that cannot work has changed nothing.

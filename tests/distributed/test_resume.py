@@ -149,8 +149,9 @@ def test_a_changed_order_is_refused(digits: Path, tmp_path: Path) -> None:
 
 def test_a_complete_run_is_set_aside(digits: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    for _ in range(2):
-        outcome = fit(run_dir, digits, 1, "ddp", "--trainer.max_steps", "4", "--model.schedule.name", "constant").ok()
+    short = ("--trainer.max_steps", "4", "--model.schedule.name", "constant")
+    fit(run_dir, digits, 1, "ddp", *short).ok()
+    outcome = fit(run_dir, digits, 1, "ddp", *short, "--resume", "never").ok()
     assert f"the older run was moved to {run_dir}.1" in outcome.text
     assert read_run(tmp_path / "run.1")["status"] == read_run(run_dir)["status"] == "completed"
 

@@ -80,7 +80,7 @@ def test_mistakes(tmp_path: Path) -> None:
         (["--config", written(b"- a\n- b\n")], "holds no settings by name"),
         (["--config", written(b"trainer: foo\n")], "trainer is 'foo', no settings by name"),
         (["--config", written(b"data: []\n")], r"data is \[\], no settings by name"),
-        (["--config", written(b"data: \xff\n")], "no text in UTF-8"),
+        (["--config", written(b"data: \xff\n")], "is not text in UTF-8"),
     ):
         with pytest.raises(ConfigError, match=said):
             doctor.main(arguments)
