@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     Callback,
     EMAWeightAveraging,
-    ModelCheckpoint,
     ModelPruning,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
@@ -144,7 +143,6 @@ def fit(tmp_path: Path) -> Iterator[Callable[..., Net]]:
         (Net, [EMAWeightAveraging()], ["EMAWeightAveraging", "disttrain.EMA"]),
         (Net, [ModelPruning("l1_unstructured")], ["ModelPruning", "weight_orig", "after training"]),
         (Net, [OnExceptionCheckpoint("x")], ["OnExceptionCheckpoint", "resumes from its last checkpoint"]),
-        (Net, [ModelCheckpoint(save_on_exception=True)], ["ModelCheckpoint", "disttrain keeps the checkpoints itself"]),
     ],
 )
 def test_what_cannot_be_saved_or_resumed_is_found_before_the_first_step(

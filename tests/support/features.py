@@ -19,9 +19,11 @@ def npy(array: NDArray[Any]) -> bytes:
 
 
 def write_features(folder: Path, name: str, num_samples: int, *, features: int = 6, classes: int = 3) -> str:
-    """One shard of random features and classes; gives its path."""
+    """One shard of random features and classes, if it is not there yet; gives its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.tar"
+    if path.exists():  # a run that is resumed would warn of a shard that is newer than its checkpoint
+        return str(path)
     draw = np.random.default_rng(num_samples)
     with TarWriter(str(path), encoder=False, mtime=0) as writer:
         for number in range(num_samples):
