@@ -19,6 +19,9 @@ from disttrain.checkpoint.store import committed, read_model
 from disttrain.errors import CheckpointError, ConfigError
 from tests.support.sameness import MicroBatches, MLPTask
 
+# The micro batches of these runs begin anew at a resume, which is told and does not matter here.
+pytestmark = pytest.mark.filterwarnings("ignore:the run resumes after batch:UserWarning")
+
 
 @pytest.fixture(autouse=True)
 def alone() -> Iterator[None]:

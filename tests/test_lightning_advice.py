@@ -82,6 +82,7 @@ def test_by_hand_needs_whole_batches_and_its_own_clipping(tmp_path: Path, digits
             trainer.fit(foreign.ByHand(), datamodule=data)
 
 
+@pytest.mark.filterwarnings("ignore:You defined a .validation_step. but")
 def test_a_task_says_which_batches_it_takes(tmp_path: Path) -> None:
     task = ClassificationTask(MLP(foreign.FEATURES, out_features=foreign.CLASSES), num_classes=foreign.CLASSES)
     batches = DataLoader(NUMBERS, batch_size=4)

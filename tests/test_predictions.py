@@ -24,7 +24,7 @@ from tests.support.features import write_features
 from tests.support.predictions import FIELDS
 from tests.support.shards import tar_samples
 
-RUN = Path("runs/run")
+RUN, HERE = Path("runs/run"), Path.cwd()
 
 
 @pytest.mark.parametrize(
@@ -35,11 +35,11 @@ RUN = Path("runs/run")
         ({"samples_per_file": 7}, Output(RUN / "predictions", "jsonl", 7)),
         ({"format": "tar"}, Output(RUN / "predictions", "tar", SAMPLES_PER_FILE)),
         ({"format": "parquet", "samples_per_file": 7}, Output(RUN / "predictions", "parquet", 7)),
-        ({"path": "a/b.jsonl"}, Output(Path("a/b.jsonl"), "jsonl")),
-        ({"path": "b.parquet", "format": "parquet"}, Output(Path("b.parquet"), "parquet")),
-        ({"path": "b.TAR", "overwrite": True}, Output(Path("b.TAR"), "tar", 0, True)),
-        ({"path": "a/b", "format": "tar"}, Output(Path("a/b"), "tar", SAMPLES_PER_FILE)),
-        ({"path": "b.v2", "format": "jsonl", "samples_per_file": 1}, Output(Path("b.v2"), "jsonl", 1)),
+        ({"path": "a/b.jsonl"}, Output(HERE / "a/b.jsonl", "jsonl")),
+        ({"path": "b.parquet", "format": "parquet"}, Output(HERE / "b.parquet", "parquet")),
+        ({"path": "b.TAR", "overwrite": True}, Output(HERE / "b.TAR", "tar", 0, True)),
+        ({"path": "a/b", "format": "tar"}, Output(HERE / "a/b", "tar", SAMPLES_PER_FILE)),
+        ({"path": "b.v2", "format": "jsonl", "samples_per_file": 1}, Output(HERE / "b.v2", "jsonl", 1)),
     ],
 )
 def test_what_the_options_mean(options: dict[str, Any], expected: Output) -> None:
@@ -52,7 +52,7 @@ def test_what_the_options_mean(options: dict[str, Any], expected: Output) -> Non
         ({"path": "b"}, ["--output b does not say", "--format for a folder"]),
         ({"path": "b.csv"}, ["--output b.csv does not say", ".jsonl, .parquet or .tar"]),
         ({"path": "b.tar", "format": "jsonl"}, ["b.tar is a tar file, but --format is jsonl"]),
-        ({"path": "b.tar", "samples_per_file": 3}, ["b.tar is one file", "--output b --format tar"]),
+        ({"path": "b.tar", "samples_per_file": 3}, ["b.tar is one file", f"--output {HERE / 'b'} --format tar"]),
         ({"samples_per_file": 0}, ["--samples_per_file is 0", "at least 1"]),
     ],
 )
@@ -137,7 +137,7 @@ def test_json_lines_hold_what_json_has(tmp_path: Path) -> None:
         "mixed": [None, {"t": torch.tensor([1, 2], dtype=torch.bfloat16), "a": [np.float32(1)]}],
     }
     lines = join(JsonLines(), (["a", 'b"é'], columns), path=tmp_path / "x.jsonl").read_text().splitlines()
-    assert lines[0] == '{"key": "a", "n": 1, "x": [0.5, Infinity], "mixed": null}'
+    assert lines[0] == '{"key": "a", "n": 1, "x": [0.5, "Infinity"], "mixed": null}'
     assert json.loads(lines[1]) == {"key": 'b"é', "n": -2, "x": [2, 3], "mixed": {"t": [1, 2], "a": [1]}}
 
 
