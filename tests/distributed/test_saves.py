@@ -107,7 +107,7 @@ def test_an_old_process_that_wakes_up_later_publishes_nothing(digits: Path, tmp_
             before = {str(path): path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
         finally:
             os.kill(stale.pid, signal.SIGCONT)
-        output, _ = stale.communicate(timeout=60)
+        output, _ = stale.communicate(timeout=180)
     assert stale.returncode == 2, output
     assert "is attempt 1 of the run" in output
     assert "attempt 2 (host" in output
