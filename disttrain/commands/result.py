@@ -21,7 +21,7 @@ from disttrain.terminal import cell, tell
 _OF_THE_LAUNCH: Final = (
     *("trainer.run_dir", "trainer.progress_bar", "trainer.accelerator", "trainer.hang_timeout", "trainer.stop_after"),
     *("checkpoint.save", "checkpoint.verify", "checkpoint.on_save_error", "checkpoint.mirror."),
-    *("trainer.parallel.", "resume", "data.num_workers", "data.micro_batch_size"),
+    *("trainer.parallel.", "resume", "report", "data.num_workers", "data.micro_batch_size"),
 )
 """Settings, and groups of them, on which the result of a run does not depend."""
 
@@ -45,13 +45,14 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def show_complete(run_dir: Path, config: str, *, tests: bool) -> bool:
+def show_complete(run_dir: Path, config: str, *, tests: bool, report: bool = True) -> bool:
     """Show the result of a run that has come to its end, and make the report that it lacks. Rank 0 only.
 
     Args:
         run_dir: the run's folder.
         config: the settings of this command, as YAML.
         tests: whether these have a test split, whose result a complete run holds.
+        report: whether to make one that is missing.
 
     Returns:
         whether the run is complete.
@@ -69,21 +70,21 @@ def show_complete(run_dir: Path, config: str, *, tests: bool) -> bool:
             f" complete run; or --resume {run_dir} to train on from its end",
         )
     tell(f"the run in {run_dir} is complete, nothing is left to do; --resume never trains anew")
-    page = run_dir / "report" / PAGE_NAME
-    show_result(run_dir, record, page=page if page.exists() else None)
+    show_result(run_dir, record, report=report and not (run_dir / "report" / PAGE_NAME).exists())
     return True
 
 
-def show_result(run_dir: Path, record: dict[str, Any], *, rate: str = "", page: Path | None = None) -> None:
+def show_result(run_dir: Path, record: dict[str, Any], *, rate: str = "", report: bool = True) -> None:
     """Print the table of a complete run.
 
     Args:
         run_dir: the run's folder.
         record: what ``run.json`` holds.
         rate: samples per second, in words.
-        page: its report; None to write it now.
+        report: whether to write the report now.
     """
-    report = str(page) if page is not None else _report(run_dir)
+    page = run_dir / "report" / PAGE_NAME
+    where = _report(run_dir) if report else str(page) if page.exists() else f"none; disttrain report {run_dir}"
     table = Table(title=cell(f"disttrain fit: {run_dir}"), show_header=False)
     for name, value in record.get("result", {}).items():
         table.add_row(cell(name), f"{float(value):.4f}")
@@ -105,7 +106,7 @@ def show_result(run_dir: Path, record: dict[str, Any], *, rate: str = "", page: 
     except CheckpointError:  # somebody has cleared them
         kept = run_dir / CHECKPOINTS
     table.add_row("checkpoint", cell(str(kept)))
-    table.add_row("report", cell(report))
+    table.add_row("report", cell(where))
     Console().print(table)
 
 

@@ -175,12 +175,17 @@ def _samplers(loader: Any) -> list[Any]:
 
 def _is_sequential(loader: Any) -> bool:
     """Whether a loader gives the same batches on every rank, whatever the random state: for ranks of one part."""
-    return isinstance(loader, DataLoader) and type(loader.sampler) is SequentialSampler and _is_plain(loader)
+    return isinstance(loader, DataLoader) and _is_plain(loader) and type(_sampler_of(loader)) is SequentialSampler
 
 
 def _is_plain(loader: DataLoader[Any]) -> bool:
     """Whether PyTorch's own batch sampler makes the batches of a map-style dataset."""
     return not isinstance(loader.dataset, IterableDataset) and type(loader.batch_sampler) is BatchSampler
+
+
+def _sampler_of(loader: DataLoader[Any]) -> Any:
+    """What gives the numbers of samples; beside a batch sampler of the user's, ``loader.sampler`` is another."""
+    return loader.batch_sampler.sampler  # type: ignore[union-attr]
 
 
 def _length(loader: Any) -> int | None:
@@ -192,7 +197,7 @@ def _length(loader: Any) -> int | None:
 
 def _described(loader: Any) -> str:
     """What a loader is, for a message."""
-    sampler = getattr(loader, "sampler", None)
+    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", getattr(loader, "sampler", None))
     if isinstance(getattr(loader, "dataset", None), IterableDataset):
         return f"{type(loader).__name__} over the iterable {type(loader.dataset).__name__}"
     return type(loader).__name__ + (f" with a {type(sampler).__name__}" if sampler is not None else "")
@@ -220,7 +225,7 @@ def _why_not_resumable(loader: Any) -> str:
         return f"{type(loader.dataset).__name__} is an iterable dataset"
     if not _is_plain(loader) or type(loader).__iter__ is not DataLoader.__iter__:
         return "it makes its batches by itself" if loader.batch_sampler is not None else "its batch_size is None"
-    sampler = loader.sampler
+    sampler = _sampler_of(loader)
     if isinstance(sampler, RandomSampler) and sampler.replacement:
         return "its RandomSampler draws with replacement"
     plain = (SequentialSampler, *_SHUFFLES, DistributedSampler)
@@ -301,9 +306,10 @@ class ResumableLoader:
 
     def cut(self) -> dict[str, Any]:
         """What a number of batches depends on to mean the same samples, the same on all ranks."""
-        sampler, split = self._loader.sampler, _split_of(self._loader)
+        batches: Any = self._loader.batch_sampler
+        sampler, split = _sampler_of(self._loader), _split_of(self._loader)
         shuffles = type(sampler) is not SequentialSampler and getattr(sampler, "shuffle", True)
-        size = self._loader.batch_size * max(1, split.parts) * self._trainer.accumulate_grad_batches
+        size = batches.batch_size * max(1, split.parts) * self._trainer.accumulate_grad_batches
         order = f"{type(sampler).__name__} of seed {getattr(sampler, 'seed', self._seed)}" if shuffles else "in order"
         return {"samples": len(self._loader.dataset), "samples a step": size, "order": order}
 

@@ -25,7 +25,7 @@ from disttrain.errors import JoinError
 from disttrain.launcher import ends_with_launcher
 from disttrain.meeting import find_meeting
 from disttrain.parallel.agree import PYTORCHS_TIMEOUT
-from disttrain.parallel.store import has_agent_store, meet
+from disttrain.parallel.store import meet
 from disttrain.terminal import tell
 from disttrain.world import World, detect_world
 
@@ -99,14 +99,14 @@ class JoiningMixin(DDPStrategy):
         """Make the process group, unless there is one. A collective."""
         world = detect_world()
         self.set_world_ranks()
-        ours = world.size == self.world_size and (world.size > 1 or has_agent_store())
-        if ours and not dist.is_initialized():
+        if world.size == self.world_size and not dist.is_initialized():
             timeout = self._timeout or PYTORCHS_TIMEOUT
             options: dict[str, Any] = {} if self.root_device.type == "cpu" else {"device_id": self.root_device}
             with ends_with_launcher():
                 dist.init_process_group(
                     self._get_process_group_backend(),
-                    store=join(world, min(timeout, PYTORCHS_TIMEOUT)),
+                    # A rank alone meets nobody: it needs no port, which another program could take meanwhile.
+                    store=join(world, min(timeout, PYTORCHS_TIMEOUT)) if world.size > 1 else dist.HashStore(),
                     rank=world.rank,
                     world_size=world.size,
                     timeout=timeout,

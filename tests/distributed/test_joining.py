@@ -74,6 +74,18 @@ def test_ranks_of_srun_meet_at_the_first_port_that_is_free(tmp_path: Path, taken
     run_ranks(3, meet, job, taken, folder=tmp_path).ok()
 
 
+def fit_at_a_port_in_use(*arguments: str) -> None:
+    with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as other:
+        os.environ["MASTER_PORT"] = str(other.getsockname()[1])
+        assert main(list(arguments)) == 0
+
+
+def test_a_rank_alone_needs_no_port(digits: Path, tmp_path: Path) -> None:
+    """Which another program could take after it was seen to be free."""
+    arguments = fit_arguments(tmp_path / "run", digits, "ddp")
+    run_ranks(1, fit_at_a_port_in_use, *arguments, folder=tmp_path / "logs").ok()
+
+
 def come(absent: int) -> None:
     """Join, unless this is the rank that does not come."""
     world = detect_world()

@@ -55,7 +55,7 @@ def test_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str], digits: Pa
         f"trainer: {{run_dir: {tmp_path}/run}}\ndata: {{train: '{digits}/train-{{000000..000003}}.tar'}}\n"
     )
     code, found = run_here(capsys, "--config", str(config))
-    assert code == 0, found["findings"]
+    assert code == 0, [each for each in found["findings"] if each["status"] == "failure"]
     checks = {each["check"] for each in found["findings"]}
     wanted = {"versions", "processors", "memory", "shared memory", "open files", "devices", "network", "run folder"}
     assert wanted | {"data", "computing", "ranks"} <= checks
