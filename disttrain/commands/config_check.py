@@ -65,7 +65,7 @@ class _Reader(TrainingCLI):
         parallel = get("trainer.parallel")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # jsonargparse's, of a keyword that older versions need
-            text = self._config_text()
+            text = self._config_text
         return Checked(
             text=text,
             run_dir=expand_path(get("trainer.run_dir"), name="trainer.run_dir"),

@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from argparse import SUPPRESS
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -199,7 +200,7 @@ class TrainingCLI(LightningCLI):
         with raise_together():
             if trainer.is_global_zero:
                 _say(start.notes)
-                _write_config(trainer.run_dir, self._config_text())
+                _write_config(trainer.run_dir, self._config_text)
         trainer.fit(self.model, datamodule=data, ckpt_path=str(start.checkpoint) if start.checkpoint else None)
         result: dict[str, float] = {}
         if data.specs["test"]:
@@ -218,7 +219,7 @@ class TrainingCLI(LightningCLI):
         """Whether the run has come to its end and is not to be trained anew; then its result is shown. Rank 0 only."""
         run_dir = self.trainer.run_dir
         again = self._get(self.config, "resume") == "auto" or finished_by_this_job(run_dir)
-        text, report = redacted(self._config_text()), self._get(self.config, "report")
+        text, report = redacted(self._config_text), self._get(self.config, "report")
         return again and show_complete(run_dir, text, tests=bool(self.datamodule.specs["test"]), report=report)
 
     def _initialize(self, start: Start) -> None:
@@ -290,6 +291,7 @@ class TrainingCLI(LightningCLI):
             _say(notes)
         return str(path.absolute())
 
+    @cached_property
     def _config_text(self) -> str:
         """The full configuration of this run, in a form that ``--config`` takes again."""
         assert self.subcommand is not None

@@ -106,7 +106,7 @@ class JoiningMixin(DDPStrategy):
                 dist.init_process_group(
                     self._get_process_group_backend(),
                     # A rank alone meets nobody: it needs no port, which another program could take meanwhile.
-                    store=join(world, min(timeout, PYTORCHS_TIMEOUT)) if world.size > 1 else dist.HashStore(),
+                    store=join(world, min(timeout, PYTORCHS_TIMEOUT)) if world.size > 1 else dist.HashStore(),  # type: ignore[attr-defined]
                     rank=world.rank,
                     world_size=world.size,
                     timeout=timeout,
