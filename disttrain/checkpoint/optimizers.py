@@ -7,9 +7,10 @@ nothing, and a parameter without state (frozen, or never given a gradient) has n
 
 The rest is a list of entries ``(kind, name, values)``: kind ``parameter`` for the state of a parameter, ``other`` for
 state under any other key, ``top`` for what the optimizer adds beside ``state`` and ``param_groups``. Values are
-``("value", v)`` for None, bool, int, float, str and bytes; ``("tensor",)`` for a tensor, which lies under the path that
-leads to it; ``("list", [...])``, ``("tuple", [...])`` and ``("dict", [(key, ...), ...])`` of these. A key of a
-parameter's state that is a tensor is not listed: the index of tensors has it, as in formats 1 and 2.
+``("value", v)`` for None, bool, int, float, str and bytes; ``("tensor", device)`` for a tensor, which lies under the
+path that leads to it, with the type of its device (missing in older checkpoints); ``("list", [...])``,
+``("tuple", [...])`` and ``("dict", [(key, ...), ...])`` of these. A key of a parameter's state that is a tensor is not
+listed: the index of tensors has it, as in formats 1 and 2.
 """
 
 from __future__ import annotations
@@ -83,14 +84,15 @@ def split(state: dict[str, Any], where: str) -> tuple[dict[str, Tensor], dict[st
     tensors: dict[str, Tensor] = {}
     entries: list[tuple[str, Any, Any]] = []
     members = {name for group in state["param_groups"] for name in group["params"]}
-    for place, (key, held) in enumerate(state["state"].items()):
+    for key, held in state["state"].items():
         if key not in members or not isinstance(held, dict):
-            entries.append(("other", key, divide(held, f"{_OTHER}{place}", tensors, f"{where}, state {key!r}")))
+            path = f"{_OTHER}{len(entries)}"
+            entries.append(("other", key, divide(held, path, tensors, f"{where}, state {key!r}")))
             continue
         odd = []
         for name, value in held.items():
             taken = divide(value, f"{key}.{name}", tensors, f"{where}, state {name!r} of {key}")
-            if taken != ("tensor",) or not isinstance(name, str):
+            if taken[0] != "tensor" or not isinstance(name, str):
                 odd.append((name, taken))
         if odd:
             entries.append(("parameter", key, odd))
@@ -179,7 +181,7 @@ class Filling:
     def _made(self, value: Any, path: str, name: str | None) -> Any:
         kind, *content = value
         if kind == "tensor":
-            return self._tensor(path, name, "")
+            return self._tensor(path, name, "", *content)
         if kind == "value":
             return content[0]
         if kind == "dict":
@@ -187,8 +189,11 @@ class Filling:
         made = [self._made(inner, f"{path}.{place}", name) for place, inner in enumerate(content[0])]
         return tuple(made) if kind == "tuple" else made
 
-    def _tensor(self, path: str, name: str | None, key: str) -> Tensor:
-        """Memory for a tensor: divided as the parameter where it has its shape, else whole."""
+    def _tensor(self, path: str, name: str | None, key: str, device: str = "cpu") -> Tensor:
+        """Memory for a tensor: divided as the parameter where it has its shape, else whole.
+
+        PyTorch moves the state of a parameter to its device, but no other.
+        """
         if path not in self._index:
             raise CheckpointError(
                 f"the checkpoint has no tensor {path} of an optimizer", mend="resume from another one"
@@ -202,7 +207,8 @@ class Filling:
             and (made.shape, made.dtype) == (shape, dtype)
             and isinstance(made, DTensor) == (alike and isinstance(parameter, DTensor))
         ):  # where a run rolls back, the memory of its state is used again
-            made = torch.empty_like(parameter, dtype=dtype) if alike else torch.empty(shape, dtype=dtype)  # type: ignore[arg-type]
+            at = next((each.device for each in self._parameters.values() if name is None and device != "cpu"), None)
+            made = torch.empty_like(parameter, dtype=dtype) if alike else torch.empty(shape, dtype=dtype, device=at)  # type: ignore[arg-type]
         self.tensors[path] = made = made.detach()
         return made
 
@@ -215,7 +221,8 @@ def restore_groups(optimizer: Optimizer, module: nn.Module, saved: list[dict[str
         parameters = [by_name.get(name) for name in group["params"]]
         if any(parameter is None or id(parameter) in held for parameter in parameters):
             return  # another arrangement, which is refused by its name
-        optimizer.add_param_group({**group, "params": parameters})
+        settings = {name: value for name, value in group.items() if name not in EXECUTION}
+        optimizer.add_param_group({**settings, "params": parameters})
         warnings.warn(
             f"the checkpoint's parameter group with {group['params'][0] if group['params'] else 'no parameter'}"
             f" ({len(parameters)} parameters) is added to {type(optimizer).__name__}, which began without it",

@@ -39,7 +39,7 @@ def divide(value: Any, path: str, tensors: dict[str, Tensor], where: str) -> Any
         if path in tensors:
             raise CheckpointError(f"{where} has the name of another tensor, {path}", mend="give it another key")
         tensors[path] = value.detach()
-        return ("tensor",)
+        return ("tensor", value.device.type)
     if isinstance(value, np.generic):
         value = value.item()
     if type(value) in _PLAIN:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from disttrain.checkpoint.optimizers import Filling, agreed_groups, named_state, split
+from disttrain.checkpoint.optimizers import Filling, agreed_groups, named_state, restore_groups, split
 from disttrain.checkpoint.plain import split_off_extra
 from disttrain.errors import CheckpointError
 from tests.support.optimizers import Fates, Odd, checkpoint, data, fit
@@ -19,9 +19,12 @@ from tests.support.ranks import run_ranks
 from tests.support.weights import differing, final_weights
 
 
-def moved(optimizer: Any, into: Any, module: nn.Module, other: nn.Module) -> None:
-    """Load an optimizer's state into another one, as a checkpoint would."""
+def moved(optimizer: Any, into: Any, module: nn.Module, other: nn.Module, of_mu: tuple[str, ...] = ()) -> None:
+    """Load an optimizer's state into another one, as a checkpoint would, which may say something else of ``mu``."""
     tensors, plain = split(named_state(optimizer, module), "optimizer 0")
+    if of_mu:
+        ((_, _, (_, values)),) = plain["entries"]
+        values[0] = ("mu", of_mu)
     index = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     now = named_state(into, other)["param_groups"]
     filling = Filling(
@@ -59,6 +62,13 @@ def test_this_run_chooses_the_kernels(fused: bool) -> None:
         before = other.weight.detach().clone()
         stepped(other, into)
         assert torch.equal(other.weight, before), "the fused kernel does not look at found_inf"
+    saved.add_param_group({"params": [bias := nn.Parameter(torch.ones(2))], "lr": 0.5})
+    one.register_parameter("added", bias)
+    other.register_parameter("added", nn.Parameter(torch.ones(2)))
+    with pytest.warns(UserWarning, match="parameter group with added"):
+        restore_groups(into, other, named_state(saved, one)["param_groups"])
+    assert into.param_groups[1]["lr"] == 0.5
+    assert [into.param_groups[1][name] for name in ("fused", "foreach")] == [not fused, fused]
 
 
 @pytest.mark.parametrize("saved_as_tensor", [False, True])
@@ -91,6 +101,17 @@ def test_state_keeps_its_types_whatever_pytorch_casts() -> None:
     assert into.calls == 1
     assert into.state["all"]["label"] == "kept"
     assert torch.equal(into.state["all"]["table"], torch.arange(3))
+
+
+@pytest.mark.parametrize("device", [(), ("cpu",), ("cuda",)])  # an older checkpoint, one of this machine, one of a GPU
+def test_state_beside_that_of_parameters_comes_back(device: tuple[str, ...]) -> None:
+    one, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    saved, into = (torch.optim.SGD(module.parameters(), momentum=0.9) for module in (one, other))
+    stepped(one, saved).state["all"] = {"mu": torch.tensor(0.5), "rows": [torch.arange(3)]}
+    moved(saved, into, one, other, of_mu=("tensor", *device))
+    assert torch.equal(into.state["all"]["mu"], torch.tensor(0.5))
+    assert torch.equal(into.state["all"]["rows"][0], torch.arange(3))
+    assert torch.equal(into.state[other.weight]["momentum_buffer"], saved.state[one.weight]["momentum_buffer"])
 
 
 @pytest.mark.parametrize(
