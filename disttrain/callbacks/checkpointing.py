@@ -20,7 +20,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
 from disttrain.callbacks.best import BestList, Rated
-from disttrain.callbacks.monitor import Mode, Monitor
+from disttrain.callbacks.monitor import Mode, Monitor, begin_validation, expect
 from disttrain.callbacks.save_times import SaveTimes
 from disttrain.callbacks.streak import Guarded
 from disttrain.checkpoint import folder, store
@@ -168,6 +168,8 @@ class Checkpointing(Checkpoint):
         """Minutes count from here; what the run was loaded from is not saved a second time."""
         self._ending, step = False, trainer.global_step
         self.times.begin(step)
+        if self.monitor is not None and self._best.first is not None:
+            expect(trainer, self.monitor.name)
         path, uncopied = loaded_from(self._directory(), trainer.ckpt_path, step, self.mirror)
         if path is not None:
             self._saved_step, self.newest = step, path
@@ -181,11 +183,13 @@ class Checkpointing(Checkpoint):
         if self._mirroring is not None:
             self._hear(trainer, self._mirroring.poll())
         self.save_seconds += time.perf_counter() - started
-        if not self._due(trainer):
-            return
-        if trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
-            return
-        self._save(trainer, value=None)
+        loop = trainer.fit_loop
+        if self._due(trainer) and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
+            self._save(trainer, value=None)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note which metrics there are, to rate a checkpoint by new ones alone."""
+        begin_validation(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save where one is due or the metric is among the best."""

@@ -87,7 +87,8 @@ class EarlyStopping(Callback):
         assert self.monitor is not None
         each, batches = trainer.check_val_every_n_epoch, trainer.num_training_batches
         interval = trainer.val_check_batch or math.inf
-        first = interval if each is None else (each - 1) * batches + min(interval, batches)
+        # A loader without a length has infinitely many batches, and 0 times infinity is not a number.
+        first = interval if each is None else ((each - 1) * batches if each > 1 else 0) + min(interval, batches)
         limits: list[float] = [trainer.max_steps * trainer.accumulate_grad_batches] if trainer.max_steps > 0 else []
         limits += [trainer.max_epochs * batches] if trainer.max_epochs is not None and trainer.max_epochs > 0 else []
         last = min(limits, default=math.inf)

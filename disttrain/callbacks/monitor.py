@@ -52,7 +52,7 @@ class Monitor:
             ConfigError: no metric of that name was logged; the message lists those that were.
         """
         metrics, seen = trainer.callback_metrics, _SEEN.setdefault(trainer, _Seen())
-        if self.name not in metrics and self.name not in seen.logged:
+        if self.name not in metrics and self.name not in seen.logged | seen.expected:
             names = sorted(name for name in metrics if isinstance(name, str))
             listed = f"metrics there are: {', '.join(names)}" if names else "no metrics were logged"
             raise ConfigError(
@@ -64,7 +64,7 @@ class Monitor:
         if self.name in metrics and metrics[self.name] is not seen.before.get(self.name):
             seen.logged.add(self.name)
             value = float(metrics[self.name])
-        elif self.name not in seen.logged:
+        elif self.name in metrics and self.name not in seen.logged:
             value = float(metrics[self.name])  # a metric of training, which no validation has ever logged
         return trainer.strategy.broadcast(value)
 
@@ -76,10 +76,12 @@ class _Seen:
     Attributes:
         before: the metrics as this validation found them.
         logged: the monitored ones that a validation has logged.
+        expected: those that validations of this run have logged in an earlier process.
     """
 
     before: dict[str, object] = field(default_factory=dict)
     logged: set[str] = field(default_factory=set)
+    expected: set[str] = field(default_factory=set)
 
 
 _SEEN: Final[WeakKeyDictionary[pl.Trainer, _Seen]] = WeakKeyDictionary()
@@ -91,5 +93,5 @@ def begin_validation(trainer: pl.Trainer) -> None:
 
 
 def expect(trainer: pl.Trainer, name: str) -> None:
-    """Have validations of a resumed run log a metric, though none has in this process so far."""
-    _SEEN.setdefault(trainer, _Seen()).logged.add(name)
+    """Let validations of a resumed run do without a metric that validations before it have logged."""
+    _SEEN.setdefault(trainer, _Seen()).expected.add(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from disttrain import EarlyStopping, ShardedDataModule, Trainer
+from disttrain import Checkpointing, EarlyStopping, ShardedDataModule, Trainer
 from disttrain.checkpoint.store import committed, read_model
 from disttrain.runs import read_run
 from tests.support.features import write_features
@@ -33,12 +34,11 @@ def fit(run_dir: Path, data: Path, ranks: int, *more: str) -> Outcome:
 
 
 class SometimesScored(pl.LightningModule):
-    """Logs ``val/score``, which never improves, in every second validation; each follows a step."""
+    """Logs ``val/score``, which never improves, in validations before training and after an odd number of steps."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(6, 1)
-        self.validations = 0
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         loss: torch.Tensor = self.layer(batch["features"]).square().mean()
@@ -48,12 +48,18 @@ class SometimesScored(pl.LightningModule):
         pass
 
     def on_validation_epoch_end(self) -> None:
-        if self.trainer.sanity_checking or self.validations % 2 == 0:
+        if self.trainer.sanity_checking or self.trainer.global_step % 2 == 1:
             self.log("val/score", torch.tensor(1.0), sync_dist=True)
-        self.validations += not self.trainer.sanity_checking
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Endless(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
+    """Batches without a number."""
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return ({"features": torch.ones(4, 6)} for _ in range(3))
 
 
 def test_a_validation_without_the_metric_does_not_count(
@@ -84,6 +90,27 @@ def test_a_validation_without_the_metric_does_not_count(
             f"the first validation would be at step {first} and the run ends at step 3: early stopping on 'val/score'"
         )
         assert text in capsys.readouterr().err
+    # Without early stopping, also after a resume at step 3: each validation rates its own checkpoint.
+    for steps in (3, 6):
+        keep = Checkpointing(monitor="val/score", keep_best=3, every_steps=1, keep_last=9)
+        trainer = Trainer(
+            run_dir=tmp_path / "rated",
+            validate_every_steps=1,
+            callbacks=[keep],
+            **{**settings, "max_steps": steps},
+        )
+        start = trainer.find_start("auto" if steps == 3 else str(tmp_path / "rated"))
+        trainer.fit(SometimesScored(), datamodule=data, ckpt_path=str(start.checkpoint) if start.checkpoint else None)
+    rated = {c.global_step: c.about.metric is not None for c in committed(tmp_path / "rated" / "checkpoints")[0]}
+    assert rated == {1: True, 2: False, 3: True, 4: False, 5: True, 6: False}
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_loader_without_a_length_has_no_last_step_to_compare_with(tmp_path: Path) -> None:
+    stopping = EarlyStopping(monitor="val/score", restore_best=False)
+    trainer = Trainer(run_dir=tmp_path / "run", max_steps=2, callbacks=[stopping], progress_bar=False)
+    trainer.fit(SometimesScored(), Endless(), Endless())
+    assert trainer.global_step == 2
 
 
 def test_all_ranks_stop_at_the_step_at_which_one_process_stops(digits: Path, tmp_path: Path) -> None:
