@@ -16,7 +16,14 @@ from disttrain.errors import ConfigError, DataError
 from disttrain.slurm.commands import Queued
 from disttrain.slurm.runs import rows_of
 
-CONFIG = ["--config", "recipes/digits.yaml", "--set", "data.micro_batch_size=16", "--no-check-data"]
+RECIPE = str(Path("recipes/digits.yaml").absolute())
+CONFIG = ["--config", RECIPE, "--set", "data.micro_batch_size=16", "--no-check-data"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder without the run that `make train` leaves in the repository's."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
 
 
 def test_a_dry_run_prints_the_script_and_writes_nothing(
@@ -92,7 +99,7 @@ def test_no_word_of_a_site_ends_a_line_of_the_script(tmp_path: Path, field: str)
 
 def test_data_that_is_missing_is_told_before_the_job_waits(digits: Path, tmp_path: Path) -> None:
     there = [f"data.{split}={digits}/{split}.json" for split in ("train", "val", "test")]
-    words = ["--config", "recipes/digits.yaml", "--tasks-per-node", "1", "--dry-run"]
+    words = ["--config", RECIPE, "--tasks-per-node", "1", "--dry-run"]
     words += [word for one in there for word in ("--set", one)]
     assert submit.main(words) == 0
     for spec in (f"{digits}/train-{{000000..000009}}.tar", str(digits / "trian.json")):
