@@ -2,7 +2,7 @@
 
 Each subcommand is imported when it is asked for, so that ``shards`` and ``report`` start without PyTorch. A
 user's mistake is printed as one message and ends with exit code 2; under several ranks, a mistake that all
-of them make is printed by rank 0 alone.
+of them make is printed by the first rank of each node alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tempfile
 import traceback
 import warnings
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 from disttrain.endings import note_ending
@@ -111,9 +112,12 @@ def _main(arguments: list[str]) -> int:
         # Lightning ends a training that Ctrl-C interrupts by a bare exit.
         if isinstance(exit_.__context__, KeyboardInterrupt):
             return _interrupted()
-        raise
-    except BrokenPipeError:
-        if arguments[:1] == ["fit"]:
+        if not isinstance(exit_.__context__, BrokenPipeError):  # which rich turns into an exit
+            raise
+        silence(sys.stdout)
+        return 0
+    except BrokenPipeError as error:
+        if arguments[:1] == ["fit"] or passed_through_users_code(error):
             raise  # some other pipe: a broken output ends no training
         # The reader of the output, such as `head`, has gone; nothing more can be told to it.
         silence(sys.stdout)
@@ -149,38 +153,10 @@ def _dispatch(arguments: list[str]) -> int:
 
         say(f"disttrain {__version__}")
         return 0
-    if name == "launch":
-        from disttrain.commands import launch
-
-        return launch.main(rest, (*_TRAINING, *_TOOLS))
-    if name == "doctor":
-        from disttrain.commands import doctor
-
-        return doctor.main(rest)
-    if name == "shards":
-        from disttrain.commands import shards
-
-        return shards.main(rest)
-    if name == "checkpoints":
-        from disttrain.commands import checkpoints
-
-        return checkpoints.main(rest)
-    if name == "parity":
-        from disttrain.commands import parity
-
-        return parity.main(rest)
-    if name == "report":
-        from disttrain.commands import report
-
-        return report.main(rest)
-    if name == "submit":
-        from disttrain.commands import submit
-
-        return submit.main(rest)
-    if name == "jobs":
-        from disttrain.commands import jobs
-
-        return jobs.main(rest)
+    if name in _TOOLS:
+        command = import_module(f"disttrain.commands.{name}")
+        code: int = command.main(rest, (*_TRAINING, *_TOOLS)) if name == "launch" else command.main(rest)
+        return code
     if name in _TRAINING:
         from disttrain.commands import training
 
@@ -216,9 +192,8 @@ def _lost_a_peer(error: RuntimeError) -> bool:
 
 def _unexpected(error: Exception) -> int:
     """Print an error of disttrain's own, or of a library's, in a few lines, and leave its traceback in a file."""
-    frames = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if f"{os.sep}disttrain{os.sep}" in frame.filename
-    ]
+    package = f"{Path(__file__).parent}{os.sep}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(package)]
     place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
     words = (str(error).splitlines() or [""])[0][:_MOST_LETTERS]
     if type(error).__name__ == "MisconfigurationException":  # Lightning's, of a setting or a module
@@ -241,8 +216,8 @@ def _unexpected(error: Exception) -> int:
 def _keep_traceback(error: Exception) -> str:
     """Write the traceback into the run's folder, where there is one, or a temporary file; gives its name."""
     text = redacted("".join(traceback.format_exception(error)))
-    begun = sorted(getattr(sys.modules.get("disttrain.runs"), "_begun", ()))
-    for folder in (*begun[-1:], None):
+    runs = sys.modules.get("disttrain.runs")
+    for folder in (runs.last_begun() if runs is not None else None, None):
         with suppress(OSError):
             descriptor, name = tempfile.mkstemp(prefix="traceback-", suffix=".txt", dir=folder)
             with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
@@ -267,8 +242,8 @@ def _print_error(error: DisttrainError) -> None:
         return  # another rank prints its own
     if note_ending(error.exit_code, message=str(error)):
         return  # the launcher prints it
-    if world.rank > 0 and isinstance(error, ConfigError):
-        return  # all ranks have the same configuration
+    if world.local_rank > 0 and isinstance(error, ConfigError):
+        return  # all ranks of a node have the same configuration, and the same environment
     where = f" (rank {world.rank} of {world.size})" if world.size > 1 else ""
     tell(f"error{where}: {error}")
 

@@ -14,8 +14,8 @@ import json
 import os
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -80,10 +80,14 @@ def ends_within(error: BaseException | None) -> Iterator[None]:
     Args:
         error: why it has failed; None changes nothing.
     """
-    if error is None:
+    with nullcontext() if error is None else in_time(TEARDOWN_SECONDS, _end, error):
         yield
-        return
-    timer = threading.Timer(TEARDOWN_SECONDS, _end, (error,))
+
+
+@contextmanager
+def in_time(seconds: float, late: Callable[..., object], *arguments: object) -> Iterator[None]:
+    """Call a function, in a thread of its own, if what is inside has not ended after some seconds."""
+    timer = threading.Timer(seconds, late, arguments)
     timer.daemon = True
     timer.start()
     try:

@@ -29,6 +29,8 @@ _held: Final[dict[Path, tuple[int, int]]] = {}
 def expand_path(text: str | Path, *, name: str) -> Path:
     """A path from a setting: ``~``, ``~user``, ``$VAR`` and ``${VAR}`` replaced; not made absolute.
 
+    A path that exists is taken as it is, also with a ``$`` in it.
+
     Args:
         text: the setting.
         name: what the setting is called, for messages.
@@ -36,6 +38,8 @@ def expand_path(text: str | Path, *, name: str) -> Path:
     Raises:
         ConfigError: a variable is not set, there is no such user, or the path is empty or holds a null character.
     """
+    if "$" in str(text) and os.path.lexists(text):
+        return Path(text)
     expanded = os.path.expanduser(os.path.expandvars(str(text)))
     missing = re.search(r"\$(\w+|\{[^}]*\})", expanded, re.ASCII)
     if missing and missing.group() in str(text):

@@ -15,6 +15,7 @@ import math
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     import yaml
 
+RUN_FILE: Final = "run.json"
 MAX_BYTES: Final = 256 * 2**20
 """Of a file that is read whole, if nothing else is said."""
 CONFIG_BYTES: Final = 4 * 2**20
@@ -31,7 +33,8 @@ MAX_DEPTH: Final = 100
 MAX_NODES: Final = 200_000
 """Values of a YAML file, each alias counted as what it stands for."""
 _MAX_DIGITS: Final = 20
-_DIGITS: Final = re.compile(r"[-+]?[0-9][0-9a-fA-F_:xo]*")
+_DIGITS: Final = re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*(?::[0-5]?[0-9])*)")
+"""A whole number of YAML, in base 60 too; a hash or an IPv6 address is a text."""
 
 
 class ReadError(ValueError):
@@ -263,8 +266,8 @@ def _whole(digits: str) -> int:
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ReadError(f"has {next(name for name in names if names.count(name) > 1)[:100]!r} twice")
+        [(double, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ReadError(f"has {double[:100]!r} twice")
     return found
 
 
@@ -320,10 +323,15 @@ def conform_run(record: object) -> dict[str, Any]:
     return conform(as_dict(record), _RUN)
 
 
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """A run's record; empty where there is none or it is damaged."""
+    return conform_run(read_record(run_dir / RUN_FILE))
+
+
 _ATTEMPT: Final[Mapping[str, Callable[[object], Any]]] = {
-    **dict.fromkeys(("started", "ended"), as_number),
+    **dict.fromkeys(("started", "ended", "seconds"), as_number),
     **dict.fromkeys(("from_step", "to_step", "world_size"), as_whole),
-    **dict.fromkeys(("status", "stop_reason", "strategy", "precision", "launch"), as_text),
+    **dict.fromkeys(("status", "stop_reason", "strategy", "precision", "launch", "slurm_job"), as_text),
 }
 _EVENT: Final[Mapping[str, Callable[[object], Any]]] = {
     **dict.fromkeys(("step", "to_step", "first_skipped", "last_skipped"), as_whole),
@@ -335,13 +343,16 @@ _BEST: Final[Mapping[str, Callable[[object], Any]]] = {
     "value": as_number,
     "step": as_whole,
 }
+_SOURCE: Final[Mapping[str, Callable[[object], Any]]] = {"samples": as_whole, "epochs": as_number}
 _RUN: Final[Mapping[str, Callable[[object], Any]]] = {
     **dict.fromkeys(("id", "name", "status", "command", "stop_reason"), as_text),
-    **dict.fromkeys(("created", "ended"), as_number),
-    **dict.fromkeys(("result", "environment", "sources"), as_dict),
+    **dict.fromkeys(("created", "ended", "seconds_left_out"), as_number),
+    **dict.fromkeys(("attempts_left_out", "events_left_out", "bad_samples", "filtered_samples"), as_whole),
+    "result": lambda value: {n: v for n, one in as_dict(value).items() if (v := as_number(one)) is not None},
+    "environment": lambda value: {name: as_text(one) for name, one in as_dict(value).items()},
+    "sources": lambda value: {name: conform(as_dict(one), _SOURCE) for name, one in as_dict(value).items()},
     "attempts": lambda value: [conform(one, _ATTEMPT) for one in as_dicts(value)],
     "events": lambda value: [conform(one, _EVENT) for one in as_dicts(value)],
     "best": lambda value: conform(as_dict(value), _BEST),
     "ranks": as_dicts,
-    "bad_samples": as_whole,
 }

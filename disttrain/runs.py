@@ -32,16 +32,16 @@ from disttrain.data.remote import is_remote, shown
 from disttrain.errors import CheckpointError
 from disttrain.files import release, sync_directory, to_json, write_atomically
 from disttrain.parallel.agree import is_distributed, raise_together
-from disttrain.reading import conform_run, read_record
+from disttrain.reading import RUN_FILE, read_run
 from disttrain.slurm.requeue import is_restarted_by_slurm, job_of
 
-RUN_FILE: Final = "run.json"
 CHECKPOINTS: Final = "checkpoints"
 COMPLETED: Final = "completed"
 PREEMPTED: Final = "preempted"
 _PASSED_OVER: Final = "passed over: "
-_begun: Final[set[Path]] = set()
-"""The run folders in which this process has begun an attempt: what it starts there next is no restart."""
+_begun: Final[dict[Path, None]] = {}
+"""The run folders in which this process has begun an attempt, the last one last: what it starts there next is no
+restart."""
 
 
 @dataclass(frozen=True)
@@ -230,17 +230,12 @@ def best_checkpoint(run_dir: Path, which: str, *, tell: Callable[[str], object] 
     found = store.committed(run_dir / CHECKPOINTS)[0]
     if rated := best_of(found, 1):
         return rated[0].path
-    step = (read_run(run_dir).get("best") or {}).get("step")  # checkpoints of format 1 hold no metric
+    step = read_run(run_dir).get("best", {}).get("step")  # checkpoints of format 1 hold no metric
     for entry in found:
         if entry.global_step == step:
             return entry.path
     tell(f"no checkpoint in {run_dir} holds a monitored metric: the newest is taken as the best")
     return start.checkpoint
-
-
-def read_run(run_dir: Path) -> dict[str, Any]:
-    """A run's record; empty where there is none or it is damaged."""
-    return conform_run(read_record(run_dir / RUN_FILE))
 
 
 def launch_id() -> str:
@@ -304,12 +299,13 @@ def finished_by_this_job(run_dir: Path) -> bool:
 
 def note_begun(run_dir: Path) -> None:
     """This process trains in a run folder: what it starts there later is no restart."""
-    _begun.add(run_dir.resolve())
+    _begun.pop(run_dir.resolve(), None)
+    _begun[run_dir.resolve()] = None
 
 
-def has_begun() -> bool:
-    """Whether this process has trained before, in any folder."""
-    return bool(_begun)
+def last_begun() -> Path | None:
+    """The run folder in which this process has trained last; None if it has not."""
+    return next(reversed(_begun), None)
 
 
 def _attempts(run_dir: Path) -> list[dict[str, Any]]:

@@ -58,7 +58,7 @@ from disttrain.parallel.determinism import use_deterministic_convolutions, use_d
 from disttrain.parallel.joining import LoneEnvironment, WorldEnvironment
 from disttrain.parallel.precision import ScaledPrecision, use_tensor_cores
 from disttrain.parallel.strategies import build_strategy
-from disttrain.runs import Start, find_start, has_begun, stopped_by_request
+from disttrain.runs import Start, find_start, last_begun, stopped_by_request
 from disttrain.stepping import SteppingEpochLoop
 from disttrain.terminal import tell
 from disttrain.world import detect_world
@@ -277,7 +277,7 @@ class Trainer(pl.Trainer):
         # The whole of a fit, from its set-up on; an evaluation has nothing to save.
         noting = self.preemption.noting() if self.state.fn == TrainerFn.FITTING else nullcontext()
         with in_our_words(), lossy_output(), noting:
-            if self.state.fn == TrainerFn.FITTING and has_begun():
+            if self.state.fn == TrainerFn.FITTING and last_begun() is not None:
                 # Earlier trainers of this process are cycles, which hold shards open until they are collected.
                 gc.collect()
             self.connect()

@@ -40,6 +40,8 @@ YAML = {
     "a name twice": ("a: 1\nb: 2\na: 3", "'a' twice, line 3"),
     "a long number": ("a: " + "9" * 5000, "number of 5,000 digits"),
     "base 60": ("a: " + "59:" * 5000 + "1", "digits"),
+    "base 16": ("a: 0x" + "f" * 5000, "digits"),
+    "base 2": ("a: 0b" + "1" * 5000, "digits"),
     "no date": ("a: 2026-99-99", "not valid YAML"),
     "an object": ("a: !!python/object/apply:os.system [id]", "not valid YAML, line 1"),
     "a list as a name": ("[1, 2]: 3", "not valid YAML"),
@@ -52,6 +54,7 @@ JSON = {
     "deep lists": ("[" * 500_000, "deep"),
     "deep names": ('{"a":' * 150 + "1" + "}" * 150, "deep"),
     "a name twice": ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' twice"),
+    "a name twice among many": ("{" + "".join(f'"{i}": 1, ' for i in range(20_000)) + '"19999": 2}', "'19999' twice"),
     "a long number": ('{"a": ' + "9" * 5000 + "}", "5,000 digits"),
     "no JSON": ("{'a': 1}", "not JSON: .*column 2"),
     "nothing": ("", "not JSON"),
@@ -75,6 +78,8 @@ def test_json_is_refused(case: str) -> None:
 def test_sound_text_is_read() -> None:
     text = "a: &x {b: [1, 2.5, yes]}\nc: *x\n<<: {d: e}\n"
     assert parse_yaml(text) == yaml.safe_load(text)
+    for text in ("0a4d55a8d778e5022fab701977c5d840bbc486d0", "9" + "0123456789abcdef" * 2, "2001:db8:0:1:1:1:1:1:cafe"):
+        assert parse_yaml(f"a: {text}") == parse_yaml(f"{{'a': {text}}}") == {"a": text}
     assert parse_yaml("[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1)) is not None
     assert parse_json(b'\xef\xbb\xbf{"a": [18446744073709551615, -1e300, "\\udcff", NaN]}')["a"][0] == 2**64 - 1
     assert parse_json("[" * MAX_DEPTH + "]" * MAX_DEPTH) is not None
@@ -130,6 +135,10 @@ def test_a_record_of_wrong_types_has_right_ones() -> None:
             assert one.get("to_step") is None or -(2**63) < one["to_step"] < 2**63
     for other in kinds:
         assert isinstance(conform_run(other), dict)
+    record = {"result": {"a": "x", "b": "NaN", "c": 1}, "sources": {"a": 5}, "attempts_left_out": "x"}
+    assert (
+        str(conform_run(record)) == "{'result': {'b': nan, 'c': 1.0}, 'sources': {'a': {}}, 'attempts_left_out': None}"
+    )
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../../x", "a\0b"])

@@ -17,6 +17,7 @@ import pytest
 from disttrain.callbacks.run_record import bounded
 from disttrain.errors import ConfigError, DataError
 from disttrain.metrics_file import MetricsFile, Series
+from disttrain.reading import conform_run
 from disttrain.report import labels_of, write_report
 from disttrain.report.choose import caption, pictures_of_run, pictures_of_runs
 from disttrain.report.draw import MAX_LINES, Line, Picture, draw, uses_log_scale
@@ -193,6 +194,7 @@ def test_a_record_is_bounded_and_its_report_counts_all(tmp_path: Path) -> None:
         record["events"] += [{"step": 1, "time": 1.0, "kind": "rollback", "text": "x"}] if number == 0 else []
         bounded(record)
     assert len(json.dumps(record)) < 20_000
+    assert bounded(conform_run({"events": [{"text": "x"}] * 501, "events_left_out": "x"}))["events_left_out"] == 1
     assert [record["attempts"][0]["from_step"], record["attempts"][-1]["from_step"]] == [0, 299]
     assert (record["attempts_left_out"], record["events_left_out"]) == (250, 500)
     assert "rollback" in {event["kind"] for event in record["events"]}, "an older event of another kind is to stay"
@@ -404,5 +406,5 @@ def test_formats() -> None:
     assert {seconds: format_duration(seconds) for seconds in durations} == durations
     numbers = {0.123456789: "0.123457", 12345.0: "12,345", 1e-9: "1e-09", math.inf: "inf"}
     assert {value: format_number(value) for value in numbers} == numbers
-    assert (format_number("text"), format_number(math.nan)) == ("text", "nan")
+    assert format_number(math.nan) == "nan"
     assert (format_time(0), format_time(None), format_time(math.inf)) == ("1970-01-01 00:00:00 UTC", None, None)

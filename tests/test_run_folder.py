@@ -16,7 +16,17 @@ import pytest
 from lightning.pytorch.callbacks import Callback
 
 from disttrain.checkpoint import write
-from disttrain.files import append_lines, check_held, hold, make_folder, release, sync_records, write_atomically
+from disttrain.errors import ConfigError
+from disttrain.files import (
+    append_lines,
+    check_held,
+    expand_path,
+    hold,
+    make_folder,
+    release,
+    sync_records,
+    write_atomically,
+)
 from disttrain.metrics_file import MetricsFile
 from disttrain.metrics_log import EventsLog
 from tests.commands.test_complete import fit, tree
@@ -113,6 +123,13 @@ def test_the_thread_that_writes_for_tensorboard_says_it_once(tmp_path: Path, cap
     assert told.count("no more events for TensorBoard") == 1, told
     assert threading.excepthook is former, "the hook of others is to be back"
     assert not (tmp_path / "run").exists()
+
+
+def test_a_path_with_a_dollar_that_exists_is_taken_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "a$b").touch()
+    assert expand_path(f"{tmp_path}/a$b", name="x") == tmp_path / "a$b"
+    with pytest.raises(ConfigError, match="the environment variable c_ is not set"):
+        expand_path(f"{tmp_path}/a$c_", name="x")
 
 
 def test_a_power_cut_leaves_an_old_or_a_new_file(tmp_path: Path) -> None:

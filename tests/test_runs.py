@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from disttrain.errors import CheckpointError
+from disttrain.reading import read_run
 from disttrain.runs import (
     Start,
     best_checkpoint,
@@ -18,7 +19,6 @@ from disttrain.runs import (
     finished_by_this_job,
     launch_id,
     note_begun,
-    read_run,
     take_back,
     write_run,
 )

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, Se
 
 from disttrain import EMA, Checkpointing, ShardedDataModule, Trainer
 from disttrain.errors import ConfigError
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.features import write_features
 from tests.support.tasks import PlainFeatures
 

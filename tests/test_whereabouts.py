@@ -20,7 +20,8 @@ from disttrain.data.decode import Field
 from disttrain.data.index import ShardIndex
 from disttrain.data.loader import EvaluationLoader, LoaderConfig
 from disttrain.data.reader import Reader
-from disttrain.runs import read_run, write_run
+from disttrain.reading import read_run
+from disttrain.runs import write_run
 from disttrain.whereabouts import describe, whereabouts
 from tests.support.shards import write_numbered
 

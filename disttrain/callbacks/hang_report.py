@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from disttrain.files import write_atomically
-from disttrain.reading import read_json
-from disttrain.runs import read_run, write_run
+from disttrain.reading import read_json, read_run
+from disttrain.runs import write_run
 from disttrain.slurm.requeue import have_script_requeue, is_to_be_requeued, job_of
 
 FOLDER: Final = "hangs"
@@ -100,7 +100,7 @@ def _go_on(run_dir: Path, step: int) -> str:
     if not is_to_be_requeued():
         return ""
     before = [event for event in read_run(run_dir).get("events", []) if event.get("kind") == "hang"]
-    if any(event["step"] >= step for event in before):
+    if any((event.get("step") or 0) >= step for event in before):
         return f"; job {job_of()['slurm_job']} is not requeued: the run has come no further than when it hung before"
     return f"; {have_script_requeue(run_dir)}"
 

@@ -33,7 +33,8 @@ from disttrain.files import append_lines, hold, make_folder, release, remove_lef
 from disttrain.metrics_log import MetricsLog
 from disttrain.output import dropped_output
 from disttrain.parallel.agree import raise_together
-from disttrain.runs import COMPLETED, PREEMPTED, RUN_FILE, Start, launch_id, note_begun, read_run, take_back, write_run
+from disttrain.reading import RUN_FILE, read_run
+from disttrain.runs import COMPLETED, PREEMPTED, Start, launch_id, note_begun, take_back, write_run
 from disttrain.slurm.requeue import job_of
 from disttrain.terminal import tell
 from disttrain.version import __version__
@@ -100,8 +101,6 @@ class RunRecord(Callback):
             "name": self.run_dir.name,
             "command": "fit",
             "created": now,
-            "attempts": [],
-            "events": [],
         }
         checkpoints = find_callback(trainer, Checkpointing)
         if checkpoints is not None and checkpoints.attempt is not None:
@@ -118,11 +117,11 @@ class RunRecord(Callback):
         if launch := launch_id():
             attempt["launch"] = launch
         attempt |= job_of()
-        self.record["attempts"].append(attempt)
+        self.record.setdefault("attempts", []).append(attempt)
         note_begun(self.run_dir)
         ranks = f"{trainer.world_size} rank{'s' * (trainer.world_size > 1)}"
         layout = f"{ranks}, {self._layout['strategy']}, {self._layout['precision']}"
-        number = len(self.record["attempts"]) + self.record.get("attempts_left_out", 0)
+        number = len(self.record["attempts"]) + (self.record.get("attempts_left_out") or 0)
         self.log_event(trainer.global_step, "attempt", f"attempt {number} begins: {layout}")
         self.record |= {"status": "running", "ended": None, "environment": _environment(trainer.strategy.root_device)}
         for note in (*self.start.notes, *notes):
@@ -270,18 +269,19 @@ def bounded(record: dict[str, Any]) -> dict[str, Any]:
     if len(attempts) > _MOST_ATTEMPTS:
         gone = attempts[1 : len(attempts) - _MOST_ATTEMPTS + 1]
         del attempts[1 : len(gone) + 1]
-        record["attempts_left_out"] = record.get("attempts_left_out", 0) + len(gone)
+        record["attempts_left_out"] = (record.get("attempts_left_out") or 0) + len(gone)
         seconds = sum(attempt.get("seconds") or 0.0 for attempt in gone)
-        record["seconds_left_out"] = round(record.get("seconds_left_out", 0.0) + seconds, 3)
+        record["seconds_left_out"] = round((record.get("seconds_left_out") or 0.0) + seconds, 3)
     kinds: dict[str, int] = {}
     kept = []
     for event in reversed(record.get("events", [])):
-        kinds[event["kind"]] = kinds.get(event["kind"], 0) + 1
-        if kinds[event["kind"]] <= _MOST_EVENTS.get(event["kind"], _MOST_OTHERS):
+        kind = event.get("kind", "")
+        kinds[kind] = kinds.get(kind, 0) + 1
+        if kinds[kind] <= _MOST_EVENTS.get(kind, _MOST_OTHERS):
             kept.append(event)
     if left := len(record.get("events", [])) - len(kept):
         record["events"] = kept[::-1]
-        record["events_left_out"] = record.get("events_left_out", 0) + left
+        record["events_left_out"] = (record.get("events_left_out") or 0) + left
     return record
 
 

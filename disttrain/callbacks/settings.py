@@ -22,23 +22,32 @@ from disttrain.tasks.base import run_steps
 from disttrain.terminal import redacted, tell
 
 _FREE: Final = (
-    *(
-        "config",
-        "resume",
-        "initialize_",
-        "seed_everything",
-        "checkpoint.",
-        "early_stopping.",
-        "optimizer.",
-        "lr_scheduler.",
-    ),
-    *(f"trainer.{name}" for name in ("run_dir", "callbacks", "progress_bar", "hang_timeout", "stop_after", "max_")),
-    *(f"trainer.{name}" for name in ("log_every_steps", "validate_every_steps", "accelerator", "parallel.strategy")),
-    *(f"data.{name}" for name in ("train", "val", "test", "predict", "cache", "loader", "micro_batch_size")),
+    *("config", "resume", "report", "data.loader", "data.cache"),
+    *(f"trainer.{name}" for name in ("run_dir", "progress_bar", "hang_timeout", "stop_after", "log_every_steps")),
+    *(f"checkpoint.{name}" for name in ("save", "verify", "on_save_error", "mirror")),
+    *("trainer.accelerator", "trainer.parallel.strategy", "trainer.parallel.bucket_mib"),
+    *(f"trainer.parallel.{name}" for name in ("replicate", "shard", "tensor", "offload", "static_graph", "compile")),
+    *(f"trainer.parallel.{name}" for name in ("find_unused_parameters", "reshard_after_forward")),
+    *(f"trainer.parallel.{name}" for name in ("activation_checkpointing", "gradient_as_bucket_view")),
 )
-"""Settings of which no step depends, or only in its rounding, or that are compared elsewhere."""
+"""Settings, and groups of them, of which the result of a run does not depend, or only in its rounding."""
+_ELSEWHERE: Final = (
+    *("initialize_from", "initialize_strict", "seed_everything", "checkpoint", "early_stopping"),
+    *("optimizer", "lr_scheduler", "trainer.callbacks", "trainer.max_epochs", "trainer.max_steps"),
+    *("trainer.validate_every_steps", "data.train", "data.val", "data.test", "data.predict", "data.micro_batch_size"),
+)
+"""Settings that a resume may change, or that are compared elsewhere."""
 _MOVING: Final = ("last_epoch", "base_lrs")
 _LONGEST: Final = 200
+
+
+def is_effective(name: str) -> bool:
+    """Whether the result of a run depends on a setting, in more than its rounding; by its dotted name."""
+    return not _is_within(name, _FREE)
+
+
+def _is_within(name: str, groups: tuple[str, ...]) -> bool:
+    return any(f"{name}.".startswith(f"{group}.") for group in groups)
 
 
 class SettingsNotes(Callback):
@@ -127,7 +136,8 @@ def _configured(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:
                 "ema.every_steps": callback.every_steps,
             }
     for name, value in found.items():
-        if not name.startswith(_FREE) and ".optimizer" not in name:  # an optimizer's are compared with its state
+        # An optimizer's are compared with its state.
+        if is_effective(name) and not _is_within(name, _ELSEWHERE) and ".optimizer" not in name:
             yield name, _short(value)
 
 

@@ -122,7 +122,7 @@ def _export(arguments: argparse.Namespace) -> int:
             path, where = _fetched(arguments.path, arguments.which, Path(folder))
         else:
             path = Path(arguments.path)
-            path = best_checkpoint(path, arguments.which, tell=_note) if _folder(path) is not None else path
+            path = best_checkpoint(path, arguments.which, tell=tell) if _folder(path) is not None else path
             where = str(path)
         tensors = read_weights(path, group=group)
         about = {"disttrain_checkpoint": path.name, "disttrain_step": f"{check(path).global_step}"}
@@ -238,10 +238,6 @@ def _found(place: str) -> tuple[list[_One], list[str]]:
         except CheckpointError as error:
             passed_over = [error.what]
     return [_One(one.path.name, str(one.path), one, partial(faults, one.path)) for one in found], passed_over
-
-
-def _note(text: str) -> None:
-    tell(text)
 
 
 def _verdict(one: _One, read: bool) -> str:

@@ -62,7 +62,11 @@ class _Reader(TrainingCLI):
 
     def checked(self) -> Checked:
         get = self.config.fit.get
-        parallel = get("trainer.parallel")
+        parallel, size = get("trainer.parallel"), get("data.micro_batch_size")
+        if size is None:
+            size = usual_micro_batch_size(int(get("data.global_batch_size")))
+        elif size != "auto" and size < 1:
+            raise ConfigError(f"data.micro_batch_size is {size}", mend="use at least 1, or auto")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # jsonargparse's, of a keyword that older versions need
             text = self._config_text
@@ -73,7 +77,7 @@ class _Reader(TrainingCLI):
             parallel=ParallelConfig() if parallel is None else ParallelConfig(**parallel.as_dict()),
             data={f"data.{split}": _patterns(get(f"data.{split}")) for split in ("train", "val", "test")},
             global_batch_size=int(get("data.global_batch_size")),
-            micro_batch_size=get("data.micro_batch_size") or usual_micro_batch_size(int(get("data.global_batch_size"))),
+            micro_batch_size=size,
             mirroring=[str(one.class_path) for one in get("trainer.callbacks") or [] if _mirrors(one)],
         )
 

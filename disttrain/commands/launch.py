@@ -136,8 +136,11 @@ def _run(command: list[str], env: dict[str, str]) -> int:
         elif process.poll() is None:
             process.send_signal(number)
 
-    before = {name: signal.signal(signal.Signals[name], forward) for name in _FORWARDED}
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal is closed: the ranks train on, and this waits for them
+    # SIGHUP: the terminal is closed: the ranks train on, and this waits for them.
+    before = {
+        name: signal.signal(signal.Signals[name], signal.SIG_IGN if name == "SIGHUP" else forward)
+        for name in _FORWARDED
+    }
     try:
         # In a session of its own, so that Ctrl-C on a terminal reaches it once, through here.
         process = subprocess.Popen(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from disttrain.errors import ConfigError
-from disttrain.files import expand_path
+from disttrain.files import resolve_path
 from disttrain.terminal import Parser, say
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from disttrain.parity.layouts import Layout
     from disttrain.parity.traces import Trace
 
+_FILES: Final = ("parity.json", "loss.png", "distance.png")
+"""What a comparison writes beside the folders of its runs."""
 _LAYOUTS: Final = "1,2xddp,2xfsdp"
 _TOLERANCE, _TOLERANCE_SGD = 1e-5, 1e-6
 """By default; optimizers that divide by a gradient's size scale rounding up."""
@@ -48,7 +50,8 @@ def main(argv: list[str]) -> int:
     from disttrain.parity.layouts import check_sizes, parse_layouts, replaced_settings
 
     layouts = parse_layouts(arguments.layouts or _LAYOUTS)
-    _check(arguments)
+    out = resolve_path(arguments.out, name="--out")
+    _check(arguments, out)
 
     from disttrain.commands.config_check import read_words  # here: --help and mistakes need no torch
     from disttrain.parity.compare import DIFFERENT, compare
@@ -65,7 +68,6 @@ def main(argv: list[str]) -> int:
     check_sizes(layouts, recipe.global_batch_size, size)
     for layout in layouts:
         layout.parallel(recipe.parallel)  # a layout that cannot be is told before the others have run
-    out = expand_path(arguments.out, name="--out")
     _clear(out)
     runs = Runs(tuple(words), out, arguments.steps, recipe.parallel, size)
     say(f"disttrain parity: {arguments.steps} steps in {len(layouts)} layouts, the first is the reference")
@@ -163,8 +165,8 @@ def _tolerance(asked: float | None, reference: Trace) -> tuple[float, str]:
     return _TOLERANCE, f"the default for {names}"
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    """Refuse numbers that are none, and a recipe that does not exist."""
+def _check(arguments: argparse.Namespace, out: Path) -> None:
+    """Refuse numbers that are none, a recipe that does not exist, and a folder that holds what is not parity's."""
     if arguments.steps < 1:
         raise ConfigError(f"--steps is {arguments.steps}", mend="use at least 1")
     if arguments.kill and arguments.steps < 2:
@@ -173,9 +175,19 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--tolerance is {arguments.tolerance}", mend="use a small number, such as 1e-5")
     if not Path(arguments.config).is_file():
         raise ConfigError(f"{arguments.config} does not exist", mend="correct --config")
-    out = expand_path(arguments.out, name="--out")
-    if out.exists() and not (out / "parity.json").exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} holds something else than a comparison", mend="choose another folder with --out")
+    there = list(out.iterdir()) if out.exists() else []
+    others = [path.name for path in there if not ((out / _FILES[0]).is_file() and _is_ours(path))]
+    if others:
+        raise ConfigError(
+            f"{out} holds something else than a comparison: {min(others)}", mend="choose another folder with --out"
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a comparison has written what is in its folder: a file, or the folder of a run."""
+    if not path.is_dir():
+        return path.name in _FILES
+    return (path / "rank-00000.log").is_file() or not any(path.iterdir())
 
 
 def _check_recipe(recipe: Checked) -> None:

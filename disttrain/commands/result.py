@@ -5,6 +5,7 @@ Everything is read from the run's folder and record, so a complete run shows the
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,36 +13,50 @@ from rich.console import Console
 from rich.table import Table
 
 from disttrain.callbacks.bad_samples import FOLDER
+from disttrain.callbacks.settings import is_effective
+from disttrain.data.hooks import HooksConfig
+from disttrain.data.module import ShuffleConfig
 from disttrain.errors import CheckpointError, ConfigError, DisttrainError
-from disttrain.reading import parse_yaml, read_yaml
+from disttrain.parallel.config import ParallelConfig
+from disttrain.reading import CONFIG_BYTES, parse_yaml, read_run, read_text
 from disttrain.report import PAGE_NAME, write_report
-from disttrain.runs import CHECKPOINTS, COMPLETED, best_checkpoint, read_run
-from disttrain.terminal import cell, tell
+from disttrain.runs import CHECKPOINTS, COMPLETED, best_checkpoint
+from disttrain.terminal import cell, redacted, tell
 
-_OF_THE_LAUNCH: Final = (
-    *("trainer.run_dir", "trainer.progress_bar", "trainer.accelerator", "trainer.hang_timeout", "trainer.stop_after"),
-    *("checkpoint.save", "checkpoint.verify", "checkpoint.on_save_error", "checkpoint.mirror."),
-    *("trainer.parallel.", "resume", "report", "data.num_workers", "data.micro_batch_size"),
-)
-"""Settings, and groups of them, on which the result of a run does not depend."""
+_NULL: Final[dict[str, Any]] = {
+    "trainer.parallel": ParallelConfig(),
+    "data.shuffle": ShuffleConfig(),
+    "data.hooks": HooksConfig(),
+}
+"""Groups of settings that may be null, which stands for these."""
+_OF_THE_USER: Final = ("model.", "data.fields.")
+"""Where a name that one configuration alone has is a change; elsewhere it is a setting of another version."""
 
 
 def changed_settings(path: Path, text: str) -> list[str]:
     """Dotted names of settings that differ between a run's ``config.yaml`` and another text; none if unreadable."""
     try:
-        kept, given = (_flat(content) for content in (read_yaml(path), parse_yaml(text)))
-    except (OSError, ValueError):
+        content = parse_yaml(redacted(read_text(path, limit=CONFIG_BYTES)))  # older runs' is not redacted
+    except (OSError, ValueError) as error:
+        told = error.strerror if isinstance(error, OSError) else error
+        tell(f"whether the run was trained with these settings is not known: {path}: {told}")
         return []
-    names = [name for name in {**kept, **given} if kept.get(name) != given.get(name)]
-    return [name for name in names if not f"{name}.".startswith(tuple(f"{own.rstrip('.')}." for own in _OF_THE_LAUNCH))]
+    kept, given = _flat(content), _flat(parse_yaml(text))
+    common = {name for name in {**kept, **given} if name.startswith(_OF_THE_USER) or (name in kept and name in given)}
+    return sorted(name for name in common if kept.get(name) != given.get(name) and is_effective(name))
 
 
-def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(content, dict):
-        return {prefix.removesuffix("."): content}
-    found: dict[str, Any] = {}
-    for name, value in content.items():
-        found |= _flat(value, f"{prefix}{name}.")
+def _flat(content: Any, name: str = "") -> dict[str, Any]:
+    """Settings by dotted name; what holds others has an entry of its own, so that a value in its place is a change."""
+    if content is None and name in _NULL:
+        content = asdict(_NULL[name])
+    found: dict[str, Any] = {name: "several"}
+    if isinstance(content, list) and any(isinstance(one, dict) for one in content):
+        found, content = {name: len(content)}, dict(enumerate(content))
+    elif not isinstance(content, dict):
+        return {name: content}
+    for part, value in content.items():
+        found |= _flat(value, f"{name}.{part}" if name else str(part))
     return found
 
 
@@ -87,15 +102,17 @@ def show_result(run_dir: Path, record: dict[str, Any], *, rate: str = "", report
     where = _report(run_dir) if report else str(page) if page.exists() else f"none; disttrain report {run_dir}"
     table = Table(title=cell(f"disttrain fit: {run_dir}"), show_header=False)
     for name, value in record.get("result", {}).items():
-        table.add_row(cell(name), f"{float(value):.4f}")
-    best = record.get("best")
-    if best:
-        table.add_row(cell(f"best {best['monitor']}"), f"{float(best['value']):.4f} at step {best['step']}")
-    table.add_row("steps", f"{record['attempts'][-1]['to_step']}")
+        table.add_row(cell(name), f"{value:.4f}")
+    best = record.get("best", {})
+    if best.get("value") is not None:
+        table.add_row(cell(f"best {best.get('monitor')}"), f"{best['value']:.4f} at step {best.get('step')}")
+    for attempt in record.get("attempts", [])[-1:]:
+        table.add_row("steps", f"{attempt.get('to_step')}")
     if rate:
         table.add_row("samples/s", rate)
     for name, source in record.get("sources", {}).items():
-        table.add_row(cell(f"source {name!r}"), f"{source['samples']:,} samples, {source['epochs']:.2f} epochs")
+        samples, epochs = source.get("samples") or 0, source.get("epochs") or 0.0
+        table.add_row(cell(f"source {name!r}"), f"{samples:,} samples, {epochs:.2f} epochs")
     if record.get("bad_samples"):
         table.add_row("bad samples", cell(f"skipped {record['bad_samples']:,} times; see {run_dir / FOLDER}"))
     if record.get("filtered_samples"):

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import get_args
 
 from disttrain.errors import ConfigError, DataError
+from disttrain.reading import read_run
 from disttrain.slurm import commands
 from disttrain.slurm.job import Job, Style, check_ranks
 from disttrain.slurm.render import INDEX, SUBMIT, Script, render
-from disttrain.slurm.runs import record_of
 from disttrain.slurm.site import DEFAULT, VARIABLE, Site, find_site, load_site
 from disttrain.slurm.snapshot import read_job, write_job, write_snapshot
 from disttrain.terminal import Parser, path_word, say
@@ -130,7 +130,7 @@ def _check_folder(script: Script, job: Job, resume: str) -> None:
             "resume is never, so each start of the job, after a preemption too, would begin anew",
             mend="leave it out, and set trainer.run_dir to a new folder: --set trainer.run_dir=FOLDER",
         )
-    if record_of(script.run_dir).get("status") == "completed":
+    if read_run(script.run_dir).get("status") == "completed":
         raise ConfigError(
             f"run folder {script.run_dir} holds a complete run",
             mend="name another one, --set trainer.run_dir=FOLDER, or move it away",
@@ -158,7 +158,7 @@ def _complete(run_dir: Path, job: Job) -> list[int]:
     if job.array is None or not run_dir.is_dir():
         return []
     there = sorted(int(child.name) for child in run_dir.iterdir() if child.name.isdecimal())
-    return [i for i in there if job.has_index(i) and record_of(run_dir / str(i)).get("status") == "completed"]
+    return [i for i in there if job.has_index(i) and read_run(run_dir / str(i)).get("status") == "completed"]
 
 
 def _check_output(script: Script) -> None:

@@ -37,7 +37,7 @@ from disttrain.commands.result import show_complete, show_result
 from disttrain.data.module import ShardedDataModule
 from disttrain.data.remote import is_remote, shown
 from disttrain.endings import ends_within
-from disttrain.errors import ConfigError, DisttrainError
+from disttrain.errors import ConfigError, DisttrainError, passed_through_users_code
 from disttrain.files import make_folder, place, resolve_path, write_atomically
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.strategies import strategy_of
@@ -173,6 +173,8 @@ class TrainingCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
+            if own_error(error) is None and passed_through_users_code(error):
+                raise  # of the module's own __init__, say
             raise own_error(error) or explain(str(error), []) from None
         assert self.subcommand is not None
         config = self.config[self.subcommand]
@@ -234,8 +236,8 @@ class TrainingCLI(LightningCLI):
                     mend="run `disttrain checkpoints export URL weights.safetensors`, and name that file",
                 )
             path = resolve_path(source, name="--initialize_from")
-            if start.aside is not None and path.resolve().is_relative_to(self.trainer.run_dir.resolve()):
-                path = start.aside / path.resolve().relative_to(self.trainer.run_dir.resolve())
+            if start.aside is not None and path.is_relative_to(self.trainer.run_dir):
+                path = start.aside / path.relative_to(self.trainer.run_dir)
             if (path / CHECKPOINTS).is_dir():  # a run's folder
                 path = best_checkpoint(path, "best", tell=start.notes.append)
             taken = initialize(self.model, path, strict=strict)

@@ -39,7 +39,7 @@ from disttrain.data.field import Field
 from disttrain.data.hooks import HooksConfig
 from disttrain.data.index import Shard, ShardIndex
 from disttrain.data.reader import Reader
-from disttrain.errors import ConfigError, DisttrainError
+from disttrain.errors import ConfigError, DataError, DisttrainError
 
 _ALIGN: Final = 64
 _FIRST_BYTES: Final = 2**20
@@ -118,7 +118,8 @@ class WorkerPool:
 
         Raises:
             DisttrainError: what the maker raised.
-            ConfigError: a hook cannot be sent to a process, or the process died.
+            ConfigError: a hook cannot be sent to a process.
+            DataError: the process died.
         """
         refuse_second_run()
         with self._lent() as worker:
@@ -195,7 +196,7 @@ class _Worker:
                     " it, would train a second time",
                     mend='put what it runs under `if __name__ == "__main__":`, or use loader.workers 0',
                 ) from None
-            raise ConfigError(
+            raise DataError(
                 f"a worker process ended with exit code {code} while it made a batch of {maker.reader.index.name}",
                 mend="code -9 is mostly a lack of memory: lower data.loader.workers or data.loader.prefetch_mib;"
                 " otherwise see what data.hooks does",

@@ -12,7 +12,6 @@ import json
 import os
 import socket
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +28,7 @@ from disttrain.doctor import judge, network, speed
 from disttrain.doctor.finding import Finding, failure, ok, worst
 from disttrain.doctor.folders import Folders, SharedSign, examine_folders
 from disttrain.doctor.machine import examine_device, examine_machine, gpu_link, system_facts
+from disttrain.endings import in_time
 from disttrain.errors import DisttrainError
 from disttrain.meeting import Meeting, find_meeting
 from disttrain.parallel.alike import package_checksum, versions
@@ -380,10 +380,5 @@ def _guarded(report: Report, seconds: float, caught: Callable[[Report], None]) -
             sys.stdout.flush()
         os._exit(1)
 
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    try:
+    with in_time(seconds, end):
         yield
-    finally:
-        timer.cancel()

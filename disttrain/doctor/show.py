@@ -27,7 +27,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     table.add_column("status", no_wrap=True)
     table.add_column("found")
     for finding in merge(report.findings):
-        text = cell(finding.said)
+        text = Text(printable(finding.said, lines=True))
         if finding.mend:
             text.append(f"\nmend: {printable(finding.mend)}", style="italic")
         table.add_row(cell(finding.check), Text(_WORDS[finding.status], style=_STYLES[finding.status]), text)

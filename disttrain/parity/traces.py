@@ -18,8 +18,7 @@ from torch import Tensor
 from disttrain.callbacks.ledger import read_ledger
 from disttrain.callbacks.trace import FOLDER
 from disttrain.errors import DisttrainError
-from disttrain.reading import read_json, read_json_lines
-from disttrain.runs import read_run
+from disttrain.reading import read_json, read_json_lines, read_run
 
 
 class ParityError(DisttrainError):
@@ -49,7 +48,7 @@ class Trace:
         found: dict[int, dict[str, float]] = {}
         path = self.run_dir / FOLDER / "steps.jsonl"
         for line in read_json_lines(path) if path.exists() else ():
-            found[line["step"]] = line
+            found[int(line["step"])] = {name: float(value) for name, value in line.items()}
         if not found:
             raise ParityError(f"layout {self.name} did no step", mend=f"see the logs in {self.run_dir}")
         return dict(sorted(found.items()))

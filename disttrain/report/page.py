@@ -112,10 +112,8 @@ def page_of_runs(runs: Sequence[Run], labels: Sequence[str], figures: Sequence[F
     return _page(f"{len(runs)} runs compared", parts)
 
 
-def format_number(value: float | str) -> str:
+def format_number(value: float) -> str:
     """A value as a table shows it: whole numbers in full, others to six significant digits."""
-    if isinstance(value, str):
-        return value
     if math.isfinite(value) and value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:.6g}"

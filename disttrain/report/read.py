@@ -19,18 +19,7 @@ from typing import Any, Final
 
 from disttrain.errors import DataError
 from disttrain.metrics_file import FILE_NAME, Series, read_rows
-from disttrain.reading import (
-    CONFIG_BYTES,
-    ReadError,
-    as_dict,
-    as_dicts,
-    as_number,
-    as_text,
-    as_whole,
-    open_regular,
-    parse_yaml,
-    read_json,
-)
+from disttrain.reading import CONFIG_BYTES, RUN_FILE, ReadError, conform_run, open_regular, parse_yaml, read_json
 from disttrain.terminal import redacted
 
 RUN_FORMAT: Final = 1
@@ -139,7 +128,7 @@ class Run:
     ended: float | None
     stop_reason: str
     best: Best | None
-    result: dict[str, float | str]
+    result: dict[str, float]
     environment: dict[str, str]
     attempts: tuple[Attempt, ...]
     events: tuple[Event, ...]
@@ -185,12 +174,9 @@ def read_run(folder: Path) -> Run:
     """
     content = _read_run_json(folder)
     series, num_epochs, times = _read_series(folder / FILE_NAME)
-    attempts = tuple(_attempt(entry) for entry in as_dicts(content.get("attempts")))
-    events = tuple(_event(entry) for entry in as_dicts(content.get("events")))
-    result: dict[str, float | str] = {
-        name: value if isinstance(value, (int, float)) else str(value)
-        for name, value in as_dict(content.get("result")).items()
-    }
+    attempts = tuple(_attempt(entry) for entry in content.get("attempts", []))
+    events = tuple(_event(entry) for entry in content.get("events", []))
+    result: dict[str, float] = content.get("result", {})
     for name, values in series.items():
         if name.startswith("test/") and values:  # a run killed after its test has no result in run.json
             result.setdefault(name, values[-1][1])
@@ -198,24 +184,24 @@ def read_run(folder: Path) -> Run:
     steps += [attempt.to_step for attempt in attempts if attempt.to_step is not None]
     return Run(
         folder=folder,
-        name=as_text(content.get("name")) or folder.resolve().name,
-        status=as_text(content.get("status")) or "running",
-        command=as_text(content.get("command")),
-        created=as_number(content.get("created")),
-        ended=as_number(content.get("ended")),
-        stop_reason=as_text(content.get("stop_reason")),
-        best=_best(as_dict(content.get("best"))),
+        name=content.get("name") or folder.resolve().name,
+        status=content.get("status") or "running",
+        command=content.get("command", ""),
+        created=content.get("created"),
+        ended=content.get("ended"),
+        stop_reason=content.get("stop_reason", ""),
+        best=_best(content.get("best", {})),
         result=result,
-        environment={name: as_text(value) for name, value in as_dict(content.get("environment")).items()},
+        environment=content.get("environment", {}),
         attempts=attempts,
         events=events,
         config=redacted(_read_text(folder / "config.yaml")),  # older runs' is not
         series=series,
         last_step=max(steps) if steps else None,
         num_epochs=num_epochs,
-        wall_seconds=_wall_seconds(attempts, times, as_number(content.get("seconds_left_out")) or 0.0),
-        ranks=tuple(as_dicts(content.get("ranks"))),
-        attempts_left_out=as_whole(content.get("attempts_left_out")) or 0,
+        wall_seconds=_wall_seconds(attempts, times, content.get("seconds_left_out") or 0.0),
+        ranks=tuple(content.get("ranks", [])),
+        attempts_left_out=content.get("attempts_left_out") or 0,
     )
 
 
@@ -255,7 +241,7 @@ def _leaves(value: object, place: str = "") -> list[tuple[str, str]]:
 
 
 def _read_run_json(folder: Path) -> dict[str, Any]:
-    path = folder / "run.json"
+    path = folder / RUN_FILE
     mend = "name the folder of a run, which holds run.json, config.yaml and metrics.csv"
     if not folder.is_dir():
         raise DataError(f"run folder {folder} does not exist", mend=mend)
@@ -275,7 +261,7 @@ def _read_run_json(folder: Path) -> dict[str, Any]:
             f"{path} has format {version!r}, but this disttrain reads format {RUN_FORMAT}",
             mend="make the report with the disttrain that made the run, or a newer one",
         )
-    return content
+    return conform_run(content)
 
 
 def _read_text(path: Path) -> str:
@@ -324,34 +310,34 @@ def _wall_seconds(attempts: Sequence[Attempt], times: Sequence[float], left_out:
 
 
 def _best(entry: dict[str, Any]) -> Best | None:
-    value, step = as_number(entry.get("value")), as_whole(entry.get("step"))
+    value, step = entry.get("value"), entry.get("step")
     if value is None or step is None:
         return None
-    return Best(as_text(entry.get("monitor")), as_text(entry.get("mode")), value, step)
+    return Best(entry.get("monitor", ""), entry.get("mode", ""), value, step)
 
 
 def _attempt(entry: dict[str, Any]) -> Attempt:
     return Attempt(
-        started=as_number(entry.get("started")),
-        ended=as_number(entry.get("ended")),
-        from_step=as_whole(entry.get("from_step")),
-        to_step=as_whole(entry.get("to_step")),
-        world_size=as_whole(entry.get("world_size")),
-        strategy=as_text(entry.get("strategy")),
-        precision=as_text(entry.get("precision")),
-        stop_reason=as_text(entry.get("stop_reason")),
+        started=entry.get("started"),
+        ended=entry.get("ended"),
+        from_step=entry.get("from_step"),
+        to_step=entry.get("to_step"),
+        world_size=entry.get("world_size"),
+        strategy=entry.get("strategy", ""),
+        precision=entry.get("precision", ""),
+        stop_reason=entry.get("stop_reason", ""),
         preempted=entry.get("status") == "preempted",
-        seconds=as_number(entry.get("seconds")),
+        seconds=entry.get("seconds"),
     )
 
 
 def _event(entry: dict[str, Any]) -> Event:
-    first, last = as_whole(entry.get("first_skipped")), as_whole(entry.get("last_skipped"))
+    first, last = entry.get("first_skipped"), entry.get("last_skipped")
     return Event(
-        as_whole(entry.get("step")),
-        as_number(entry.get("time")),
-        as_text(entry.get("kind")),
-        as_text(entry.get("text")),
-        as_whole(entry.get("to_step")),
+        entry.get("step"),
+        entry.get("time"),
+        entry.get("kind", ""),
+        entry.get("text", ""),
+        entry.get("to_step"),
         (first, last) if first is not None and last is not None and last - first < _MOST_STEPS else None,
     )

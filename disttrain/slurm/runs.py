@@ -16,7 +16,7 @@ from typing import Any, Final
 from disttrain.checkpoint.marker import committed
 from disttrain.errors import DataError
 from disttrain.metrics_file import FILE_NAME, read_rows
-from disttrain.reading import conform_run, read_record
+from disttrain.reading import RUN_FILE, read_run
 from disttrain.slurm.commands import Queued
 from disttrain.slurm.render import SUBMIT
 from disttrain.slurm.snapshot import JOB, read_job
@@ -61,7 +61,7 @@ def find_runs(roots: Sequence[Path], *, skipped: Callable[[Path, OSError], None]
 
     def look(folder: Path, depth: int) -> None:
         try:
-            if (folder / "run.json").exists() or (folder / SUBMIT / JOB).exists():
+            if (folder / RUN_FILE).exists() or (folder / SUBMIT / JOB).exists():
                 found.add(folder)
             children = [child for child in folder.iterdir() if child.is_dir()] if depth else []
         except OSError as error:
@@ -81,11 +81,11 @@ def find_runs(roots: Sequence[Path], *, skipped: Callable[[Path, OSError], None]
 
 def rows_of(run_dir: Path, queued: Mapping[str, Queued]) -> list[Row]:
     """A run's row; for the folder of a job array, the rows of those of its runs that have not begun."""
-    submitted, record = read_job(run_dir), record_of(run_dir)
+    submitted, record = read_job(run_dir), read_run(run_dir)
     number = str(submitted.get("job", ""))
     if submitted.get("array") and not record:
         waiting = {name: one for name, one in queued.items() if name.startswith(f"{number}_")}
-        begun = {name for name in waiting if (run_dir / name.partition("_")[2] / "run.json").exists()}
+        begun = {name for name in waiting if (run_dir / name.partition("_")[2] / RUN_FILE).exists()}
         return [
             Row(
                 str(run_dir / name.partition("_")[2]),
@@ -100,13 +100,13 @@ def rows_of(run_dir: Path, queued: Mapping[str, Queued]) -> list[Row]:
             for name, one in sorted(waiting.items())
             if name not in begun
         ]
-    attempts = record.get("attempts") or []
-    job = str(attempts[-1].get("slurm_job", "")) if attempts else ""
+    attempts = record.get("attempts", [])
+    job = attempts[-1].get("slurm_job", "") if attempts else ""
     if not job or (number and number != job and "_" not in job):
         job = number  # submitted again since
     state, note = _state(record, queued.get(job), known=bool(job))
-    number_of = len(attempts) + int(record.get("attempts_left_out") or 0)
-    steps = [int(one["to_step"]) for one in attempts if one.get("to_step") is not None]
+    number_of = len(attempts) + (record.get("attempts_left_out") or 0)
+    steps = [one["to_step"] for one in attempts if one.get("to_step") is not None]
     found = committed(run_dir / "checkpoints")[0]
     newest = found[-1] if found else None
     steps += [newest.global_step] if newest else []
@@ -118,7 +118,7 @@ def rows_of(run_dir: Path, queued: Mapping[str, Queued]) -> list[Row]:
 
 def _state(record: Mapping[str, Any], job: Queued | None, *, known: bool) -> tuple[str, str]:
     """State and note of a run."""
-    own, reason = str(record.get("status", "")), str(record.get("stop_reason", ""))
+    own, reason = record.get("status", ""), record.get("stop_reason", "")
     if job is not None and job.state not in _OVER and not job.state.startswith("CANCELLED"):
         return job.state.lower(), job.reason.strip("()")
     if own == "running":
@@ -135,8 +135,3 @@ def _logged(run_dir: Path) -> int:
         return max((row.step for row in read_rows(run_dir / FILE_NAME)), default=-1)
     except (DataError, OSError):
         return -1
-
-
-def record_of(run_dir: Path) -> dict[str, Any]:
-    """A run's ``run.json``; empty where there is none."""
-    return conform_run(read_record(run_dir / "run.json"))

@@ -18,7 +18,7 @@ from disttrain.callbacks.ledger import read_ledger
 from disttrain.checkpoint.marker import MARKER, committed
 from disttrain.cli import main
 from disttrain.metrics_file import read_rows
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.chaos import disk
 from tests.support.kills import killed_at
 from tests.support.power import Disk

@@ -18,7 +18,7 @@ from disttrain.checkpoint.weights import initialize, read_weights, write_weights
 from disttrain.checkpoint.write import write
 from disttrain.cli import main
 from disttrain.errors import CheckpointError
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.checkpoint.make_format import META, tensors
 from tests.support.ranks import run_cli
 from tests.support.weights import differing, final_weights

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import yaml
 from lightning.pytorch.callbacks import Callback
 
 from disttrain.cli import main
-from disttrain.runs import read_run, write_run
+from disttrain.commands.result import changed_settings, show_result
+from disttrain.parallel.config import ParallelConfig
+from disttrain.reading import read_run
+from disttrain.runs import write_run
 from tests.support.ranks import run_ranks
 
 
@@ -149,6 +155,53 @@ def place_the_folder(folder: Path, data: Path) -> None:
 def test_a_run_folder_is_found_once_and_for_all(digits: Path, tmp_path: Path) -> None:
     """A home, a variable, a link, a circle of links, and a working folder that changes."""
     run_ranks(1, place_the_folder, tmp_path, digits, folder=tmp_path / "logs").ok()
+
+
+def test_which_settings_make_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two versions, of which one knows a setting that the other lacks, too."""
+    path = tmp_path / "config.yaml"
+    kept = {
+        "trainer": {"parallel": None, "gone": 1, "callbacks": [{"class_path": "a.B", "init_args": {"decay": 0.9}}]},
+        "data": {"train": "s3://me:key@host/a", "micro_batch_size": 8, "loader": {"threads": 2}, "hooks": None},
+        "model": {"class_path": "a.C", "init_args": {"width": 3}},
+    }
+    path.write_text(yaml.safe_dump(kept))
+
+    def changed(**new: Any) -> list[str]:
+        given = copy.deepcopy(kept) | {"resume": "auto"}
+        given["data"]["train"] = "s3://...@host/a"
+        given["trainer"] |= {"new": 5, **new.pop("trainer", {})}
+        del given["trainer"]["gone"]
+        given["data"] |= new.pop("data", {})
+        given["model"]["init_args"] |= new
+        return changed_settings(path, yaml.safe_dump(given))
+
+    assert changed() == []
+    same = {"strategy": "fsdp", "tensor": 2, "compile": "blocks", "bucket_mib": 5}
+    assert changed(trainer={"parallel": asdict(ParallelConfig()) | same, "hang_timeout": "1m"}) == []
+    assert (
+        changed(data={"loader": {"threads": 8, "workers": 1}, "cache": {"max_gib": 3}, "hooks": {"weight": ""}}) == []
+    )
+    others = {"sync_batchnorm": True, "reduction": "tree", "reduce_dtype": "bf16", "meta_init": True}
+    for name, value in others.items():
+        assert changed(trainer={"parallel": {name: value}}) == [f"trainer.parallel.{name}"]
+    assert changed(data={"micro_batch_size": 4}) == ["data.micro_batch_size"]
+    assert changed(data={"hooks": {"transform": {"class_path": "a.D"}}}) == ["data.hooks.transform"]
+    assert changed(depth=1) == ["model.init_args.depth"]
+    assert changed(trainer={"callbacks": []}) == ["trainer.callbacks"]
+    other = [{"class_path": "a.B", "init_args": {"decay": 0.8, "new": 1}}]
+    assert changed(trainer={"callbacks": other}) == ["trainer.callbacks.0.init_args.decay"]
+    assert capsys.readouterr().err == ""
+    path.write_text("a: [")
+    assert changed(data={"micro_batch_size": 4}) == []
+    assert "trained with these settings is not known" in capsys.readouterr().err
+
+
+def test_a_record_that_lacks_almost_all_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more in ({}, {"best": {"step": 3}}, {"sources": {"a": 5}}, {"result": {"a": "x"}}, {"attempts": [{}]}):
+        write_run(tmp_path, {"format": 1, "status": "completed", **more})
+        show_result(tmp_path, read_run(tmp_path), report=False)
+        assert "stopped" in capsys.readouterr().out
 
 
 def test_what_is_new_in_a_record_is_readable_by_other_parsers(tmp_path: Path) -> None:

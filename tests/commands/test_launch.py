@@ -15,7 +15,7 @@ import pytest
 from disttrain.commands import launch
 from disttrain.endings import VARIABLE, Ending, code_of, note_ending, read_endings
 from disttrain.errors import ConfigError
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.launching import launched
 from tests.support.preemption import fit_arguments
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -157,16 +158,25 @@ def test_a_run_that_fails_is_quoted(tmp_path: Path, digits: Path) -> None:
 
 def test_mistakes_on_the_command_line(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
-    config.write_text("{}")
+    config.write_text("model: {class_path: tests.support.tasks.PlainDigits}")
     folder = tmp_path / "full"
     folder.mkdir()
     (folder / "thesis.tex").write_text("")
+    link, earlier = tmp_path / "link", tmp_path / "earlier"
+    link.symlink_to(earlier)
+    for name in ("1", "2xddp", "notes"):
+        (earlier / name).mkdir(parents=True)
+    for name in ("parity.json", "loss.png", "1/rank-00000.log", "notes/rank"):
+        (earlier / name).write_text("")
     cases = {
         "is no layout": ["--layouts", "1,2xdpp"],
         "--steps is 0": ["--steps", "0"],
         "between two steps": ["--steps", "1", "--kill"],
         "--tolerance is 2.0": ["--tolerance", "2"],
-        "holds something else": ["--out", str(folder)],
+        "holds something else than a comparison: thesis.tex": ["--out", str(folder)],
+        "holds something else than a comparison: notes": ["--out", str(link)],
+        "data.micro_batch_size is -8": ["--data.micro_batch_size", "-8"],
+        "data.micro_batch_size is 0": ["--data.micro_batch_size", "0"],
     }
     for said, more in cases.items():
         with pytest.raises(ConfigError, match=said):
@@ -174,3 +184,5 @@ def test_mistakes_on_the_command_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         parity.main(["--config", str(tmp_path / "other.yaml")])
     assert (folder / "thesis.tex").exists()
+    shutil.rmtree(earlier / "notes")
+    parity._check(parity._parser().parse_args(["--config", str(config)]), earlier)

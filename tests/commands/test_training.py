@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from disttrain.data.index import ShardIndex
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.kills import killed_at
 from tests.support.ranks import Outcome, run_cli
 
@@ -171,6 +171,13 @@ def test_an_error_of_the_users_own_is_no_lost_rank(fit: Callable[..., Outcome]) 
     assert "another rank failed or was killed" not in outcome.outputs[1]
     assert "Traceback" not in outcome.outputs[0]
     assert re.search(r"rank 0 of 2 stops: another rank failed or was killed: .*onnection", outcome.outputs[0])
+
+
+def test_an_error_of_the_users_own_module_keeps_its_traceback(fit: Callable[..., Outcome]) -> None:
+    outcome = fit("--model=tests.support.troubles.Refuse")
+    assert outcome.codes == [1], outcome.text
+    assert "Traceback" in outcome.text
+    assert "ValueError: my table has no such column" in outcome.text
 
 
 def test_dotted_overrides_and_the_saved_config(fit: Callable[..., Outcome], tmp_path: Path) -> None:

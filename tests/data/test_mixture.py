@@ -17,7 +17,7 @@ from disttrain.data.order import Order, OrderConfig
 from disttrain.data.splits import SourceConfig
 from disttrain.errors import ConfigError, DataError
 from disttrain.parallel.config import divisors
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.ranks import run_cli
 from tests.support.weights import differing, distance, final_weights
 

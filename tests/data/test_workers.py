@@ -131,7 +131,7 @@ def test_a_hook_that_cannot_be_sent_is_named(reader: Reader, pool: WorkerPool) -
 
 def test_a_process_that_dies_is_an_error_and_the_next_one_starts(reader: Reader) -> None:
     pool = WorkerPool(1)
-    with pytest.raises(ConfigError, match="worker process ended with exit code -9"):
+    with pytest.raises(DataError, match="worker process ended with exit code -9"):
         pool.make(BatchMaker(reader, HooksConfig(die)), np.arange(2)[None], None, None)
     (batch,) = pool.make(BatchMaker(reader), np.arange(2)[None], None, None)
     assert batch["x"][:, 0].tolist() == [0, 1]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from disttrain import OptimizerConfig, ParallelConfig, Trainer
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.ranks import Outcome, run_ranks
 from tests.support.sameness import MicroBatches, MLPTask, TransformerTask
 from tests.support.weights import differing, distance, whole_weights

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from disttrain import EMA, Checkpointing, OptimizerConfig, ParallelConfig, Trainer
 from disttrain.checkpoint.store import committed, read_meta, read_model
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.ranks import run_cli, run_ranks
 from tests.support.sameness import MicroBatches, MLPTask, TransformerTask
 from tests.support.weights import differing, whole_weights

@@ -10,7 +10,8 @@ import pytest
 
 from disttrain.checkpoint.marker import abandoned, committed
 from disttrain.cli import main
-from disttrain.runs import best_checkpoint, read_run
+from disttrain.reading import read_run
+from disttrain.runs import best_checkpoint
 from tests.support.kills import killed_at
 from tests.support.preemption import Stop
 from tests.support.ranks import Outcome, run_ranks

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.ranks import Outcome, run_cli
 from tests.support.shards import npy, write_shard
 from tests.support.weights import differing, final_weights

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from disttrain.callbacks.watchdog import last_entries
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.preemption import fit
 from tests.support.ranks import Outcome
 

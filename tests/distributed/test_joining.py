@@ -17,7 +17,7 @@ from torch.distributed.distributed_c10d import Store
 from disttrain.cli import main
 from disttrain.meeting import Meeting, announce, find_meeting
 from disttrain.parallel.joining import join
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from disttrain.world import World, detect_world
 from tests.support.preemption import fit_arguments
 from tests.support.ranks import run_ranks

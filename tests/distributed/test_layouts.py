@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.kills import killed_at
 from tests.support.ranks import Outcome, run_cli
 from tests.support.weights import differing, distance, final_weights

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from disttrain.checkpoint.marker import committed
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.ranks import Outcome, run_ranks
 from tests.support.servers import S3, S3Server, s3_server
 from tests.support.weights import differing, final_weights

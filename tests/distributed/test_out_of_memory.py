@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from disttrain import ParallelConfig
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.memory import Run, Shortage, assert_same, make
 from tests.support.weights import distance, final_weights
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from disttrain.checkpoint.store import committed
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.preemption import STEPS, Stop, fit, stop_and_resume
 from tests.support.ranks import Outcome
 from tests.support.weights import differing, final_weights

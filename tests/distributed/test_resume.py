@@ -10,7 +10,7 @@ import pytest
 from disttrain.callbacks.ledger import read_ledger
 from disttrain.checkpoint.store import committed
 from disttrain.metrics_file import read_rows
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.kills import killed_at
 from tests.support.ranks import Outcome, run_cli
 from tests.support.weights import differing, distance, final_weights

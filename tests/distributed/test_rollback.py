@@ -13,7 +13,7 @@ from disttrain.callbacks.ledger import read_ledger
 from disttrain.checkpoint.store import committed
 from disttrain.data.order import Order, OrderConfig
 from disttrain.metrics_file import read_rows
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.ranks import Outcome, run_cli
 from tests.support.shards import Sample, npy, write_shard
 from tests.support.weights import differing, final_weights

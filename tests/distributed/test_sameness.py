@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from disttrain.callbacks.ledger import read_ledger
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.ranks import run_cli
 from tests.support.weights import distance, final_weights
 

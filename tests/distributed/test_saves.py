@@ -13,7 +13,7 @@ import torch
 
 from disttrain.checkpoint.marker import committed
 from disttrain.checkpoint.store import groups, read_group, read_meta
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.callbacks import KillInSave
 from tests.support.ranks import Outcome, run_cli
 from tests.support.weights import differing, final_weights

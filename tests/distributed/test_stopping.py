@@ -12,7 +12,7 @@ import torch
 
 from disttrain import Checkpointing, EarlyStopping, ShardedDataModule, Trainer
 from disttrain.checkpoint.store import committed, read_model
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.features import write_features
 from tests.support.ranks import Outcome, run_cli
 from tests.support.weights import differing

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from disttrain.callbacks.stragglers import Quantiles, find_slow
+from disttrain.reading import read_run
 from disttrain.report import write_report
-from disttrain.runs import read_run
 from tests.support.preemption import fit
 
 

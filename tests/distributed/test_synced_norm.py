@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from disttrain.parallel.synced_norm import sync_batch_norms
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.ranks import run_cli, run_ranks
 from tests.support.weights import differing, distance, final_weights
 

@@ -10,7 +10,7 @@ import torch
 
 from disttrain.callbacks.ledger import read_ledger
 from disttrain.metrics_file import read_metrics
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.kills import killed_at
 from tests.support.language import write_sentences
 from tests.support.ranks import Outcome, run_cli

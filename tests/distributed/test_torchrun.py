@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from disttrain.callbacks.ledger import read_ledger
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.kills import killed_at
 from tests.support.preemption import STEPS, Stop, fit, fit_arguments
 from tests.support.torchrun import torchrun

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from disttrain import OptimizerConfig, ParallelConfig, Task, Trainer
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.ranks import run_cli, run_ranks
 from tests.support.sameness import TASKS, MicroBatches
 from tests.support.weights import final_weights, whole_weights

@@ -137,6 +137,9 @@ def test_the_table_has_the_mend_below_what_was_found() -> None:
     places = [next(i for i, line in enumerate(lines) if word in line) for word in ("enough", "FAILURE", "mend: use")]
     assert places == sorted(places), "\n".join(lines)
     assert lines[-1] == "disttrain doctor: 1 failure to mend"
+    print_report(Report(World(), [ok("a", "one\x1b"), ok("a", "two")]), console)
+    assert "one\\x1b" in (text := console.export_text())
+    assert "\\x0a" not in text
 
 
 def test_the_gravest_status_counts() -> None:

@@ -15,7 +15,7 @@ from disttrain import OptimizerConfig, ParallelConfig, Trainer, UpdateGuard
 from disttrain.parallel.gradients import clip_gradient_norm, scale_gradients
 from disttrain.parallel.reduction import PartialSums
 from disttrain.parallel.tree import plan_tree
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.ranks import run_ranks
 from tests.support.sameness import MicroBatches, MLPTask
 from tests.support.weights import differing, distance

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from disttrain import Trainer, UpdateGuard
 from disttrain.callbacks.watchdog import _last_collectives
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.ranks import run_ranks
 from tests.support.sameness import DropoutMLP, MicroBatches
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from disttrain.files import to_json
 from disttrain.parity.compare import CLOSE, DIFFERENT, SAME, compare
 from disttrain.parity.traces import ParityError, Trace
 
@@ -38,7 +39,7 @@ def write(folder: Path, name: str, edit: Edit = lambda run: None) -> Trace:
     (here / "ledger").mkdir()
     for step, values in run["weights"].items():
         torch.save(values, here / "trace" / f"weights-{step:06d}.pt")
-    (here / "trace" / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in run["steps"].values()))
+    (here / "trace" / "steps.jsonl").write_text("".join(to_json(line) + "\n" for line in run["steps"].values()))
     (here / "trace" / "about.json").write_text(json.dumps(run["about"]))
     (here / "trace" / "rank-00000.json").write_text(json.dumps(run["drawn"]))
     lines = [
@@ -46,7 +47,7 @@ def write(folder: Path, name: str, edit: Edit = lambda run: None) -> Trace:
         for step, keys in run["samples"].items()
     ]
     (here / "ledger" / "rank-00000.jsonl").write_text("\n".join(lines))
-    (here / "run.json").write_text(json.dumps({"result": run["result"]}))
+    (here / "run.json").write_text(to_json({"result": run["result"]}))
     return Trace(name, here)
 
 
@@ -199,6 +200,7 @@ def test_the_same_nan_is_the_same(tmp_path: Path) -> None:
             set_to(run, f"weight:{name}", value)
         set_to(run, "metric:test/accuracy", math.nan)
         set_to(run, "step:loss", math.nan)
+        set_to(run, "step:grad_norm", math.inf)
 
     found = compare(write(tmp_path, "one", edit), write(tmp_path, "two", edit), 0.0, exact=True)
     assert (found.verdict, found.weights, found.loss, found.metrics) == (SAME, 0.0, 0.0, 0.0)

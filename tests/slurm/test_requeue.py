@@ -11,7 +11,7 @@ import pytest
 
 from disttrain.callbacks.ledger import read_ledger
 from disttrain.meeting import find_meeting
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from disttrain.world import World
 from tests.support.slurm import Cluster, missing, wait_until
 from tests.support.slurm_jobs import STEPS, callbacks, log_of, queue_job, slowly, wait_for

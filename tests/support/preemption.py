@@ -8,7 +8,7 @@ from pathlib import Path
 
 from disttrain.callbacks.ledger import read_ledger
 from disttrain.checkpoint.store import committed
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.ranks import Outcome, run_cli
 from tests.support.weights import differing, final_weights
 

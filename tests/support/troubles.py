@@ -53,6 +53,13 @@ class SlowCopy(Callback):
             Mirror.upload = slow  # type: ignore[method-assign]
 
 
+class Refuse(pl.LightningModule):
+    """Cannot be made."""
+
+    def __init__(self) -> None:
+        raise ValueError("my table has no such column")
+
+
 class LoseServer(Callback):
     """Fails on one rank as code that talks to a server of its own might, with the words of a collective that fails.
 

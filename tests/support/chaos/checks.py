@@ -19,7 +19,7 @@ import yaml
 from disttrain.callbacks.ledger import read_ledger
 from disttrain.checkpoint.marker import LATEST, Committed, committed
 from disttrain.checkpoint.store import groups, read_group, read_meta
-from disttrain.runs import read_run
+from disttrain.reading import read_run
 from tests.support.chaos.plan import STEPS
 from tests.support.weights import differing
 
