@@ -2,10 +2,10 @@
 
 The order of samples does not see what is in the shards: another shard of the same name and number of samples, or
 the same one named twice, gives a valid order. So a checkpoint also holds, of every shard, a stamp (its size and its
-time of modification, or the version that its server gave) and a checksum of contents: of four pieces of 4 KiB, headers
-included; of a remote shard, the MD5 that its manifest records. A resume accepts shards whose stamps are the same; of
-others it compares contents, so that data that was copied or touched is the same, and data that was replaced is an
-error as far as those pieces tell.
+time of modification; of a remote one the version that its server gave, or else its MD5) and a checksum of contents: of
+four pieces of 4 KiB, headers included; of a remote shard, the MD5 that its manifest records. A resume accepts shards
+whose stamps are the same; of others it compares contents, so that data that was copied or touched is the same, and data
+that was replaced is an error as far as those pieces tell.
 
 Cost: the stamps are there when an index is open. Contents are read of 1,024 shards at most, spread over all, at the
 start (by rank 0) and at a resume under other stamps: 4,096 reads, in threads. 8 bytes of text per shard in a
@@ -103,9 +103,14 @@ def check_evidence(saved: Mapping[str, Any], index: ShardIndex) -> str:
             mend="restore the shards that the run began with; to train on the new ones, begin another run, with the"
             " weights of this one by --initialize_from",
         )
+    outcome = (
+        f"pieces of {len(compared)} of them were compared and are the same"
+        if compared
+        else "none could be compared: their contents may be others"
+    )
     return (
         f"{index.name}: {len(changed)} of {len(shards)} shards, such as {shown(shards[changed[0]].path)}, were written"
-        f" or copied after the checkpoint; pieces of {len(compared)} of them were compared and are the same"
+        f" or copied after the checkpoint; {outcome}"
     )
 
 
@@ -143,7 +148,10 @@ def _group(count: int) -> int:
 
 def _stamps(shards: Sequence[Shard]) -> list[str]:
     group = _group(len(shards))
-    texts = [f"{shard.size_bytes}:{shard.version if shard.state is None else shard.state.mtime_ns}" for shard in shards]
+    texts = [
+        f"{shard.size_bytes}:{shard.version or shard.md5 if shard.state is None else shard.state.mtime_ns}"
+        for shard in shards
+    ]
     return [_digest("\n".join(texts[start : start + group]).encode()) for start in range(0, len(texts), group)]
 
 

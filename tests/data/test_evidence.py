@@ -67,7 +67,7 @@ def test_older_and_odd_checkpoints_have_no_evidence(paths: list[str], before: di
 def test_shards_whose_contents_were_not_read_are_only_told(paths: list[str]) -> None:
     before = evidence(opened(paths), reads_contents=False)
     set_time(paths[0], 60)
-    assert "pieces of 0 of them" in check_evidence(before, opened(paths))
+    assert "none could be compared: their contents may be others" in check_evidence(before, opened(paths))
 
 
 def test_remote_shards_are_known_by_version_and_md5() -> None:
@@ -79,6 +79,10 @@ def test_remote_shards_are_known_by_version_and_md5() -> None:
     assert "pieces of 1 of them" in check_evidence(before, index("v2", "0" * 32))
     with pytest.raises(CheckpointError, match="was replaced"):
         check_evidence(before, index("v2", "1" * 32))
+    from_manifest = evidence(index("", "a" * 32), reads_contents=True)
+    assert check_evidence(from_manifest, index("", "a" * 32)) == ""
+    with pytest.raises(CheckpointError, match="was replaced"):
+        check_evidence(from_manifest, index("", "b" * 32))
 
 
 def test_evidence_of_many_shards_is_bounded() -> None:
