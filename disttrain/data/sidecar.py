@@ -36,6 +36,7 @@ _HEAD_BYTES: Final = 100
 _LEAST_BYTES: Final = 2**20
 _PROBE_BYTES: Final = 64 * 1024
 _RECORD_BYTES: Final = 20 * BLOCK  # what tar pads an archive to: one read has the end block and all that follows
+_OLDER_NS: Final = 3600 * 10**9
 _META: Final = re.compile(r"__[^/]*__(/|$)")  # WebDataset's names for what is no sample
 
 
@@ -351,10 +352,13 @@ def write_sidecar_file(path: str, table: ShardTable) -> bool:
         Whether it was written: not where the folder is read-only, nor where a name holds white space or the shard
         links, which the text form cannot carry (the headers are then read at each start).
     """
-    text = sidecar_text(table)
+    text, place = sidecar_text(table), sidecar_path(path)
     try:
         if text is not None:
-            write_atomically(sidecar_path(path), text)
+            write_atomically(place, text)
+        elif fitting_sidecar(path)[1]:
+            # One of another tool is in the way. It is made older than its shard, so that it is ignored, and kept.
+            os.utime(place, ns=(os.stat(path).st_mtime_ns - _OLDER_NS,) * 2)
     except OSError:
         return False
     return text is not None
