@@ -14,7 +14,7 @@ import ssl
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 HTTP: Final = ("http", "https")
 WAITING_HELPS: Final = frozenset({408, 425, 429, *range(500, 600)} - {501, 505})
@@ -128,8 +128,11 @@ async def _request(session: Any, url: str, start: int, stop: int, timeout: float
                 body = await response.read() if response.status == 206 or is_small else b""
                 return response.status, response.headers, body
             place = response.headers.get("Location", "")
-        url = urljoin(url, place)
-        scheme = urlsplit(url).scheme
+        before, url = urlsplit(url), urljoin(url, place)
+        after = urlsplit(url)
+        scheme = after.scheme
+        if (scheme, after.netloc.lower()) == (before.scheme, before.netloc.rpartition("@")[2].lower()):
+            url = urlunsplit(after._replace(netloc=before.netloc))  # user and password are for this origin alone
         if not place or scheme not in HTTP:
             where = f"to {scheme}://..., which is not http" if place else "without saying where to"
             raise AttemptError(f"the server redirects {where}", again=False, status=response.status)

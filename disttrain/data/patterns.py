@@ -13,10 +13,11 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import braceexpand
 
@@ -35,6 +36,7 @@ _RANGE: Final = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
 _SIGNS: Final = "*?["
 _NAMED: Final = 5
 _MOST_DIGITS: Final = 18
+_USER_INFO: Final = "!$&'()*+,;=:"  # RFC 3986: what user and password of a URL may hold as it is
 _QUOTED: Final = 200  # characters of a pattern in a message
 
 
@@ -81,10 +83,12 @@ def path_of(place: str) -> str:
 
 def _expanded(spec: str, *, name: str) -> str:
     """A specification with its home folder and variables; of a URL, what comes before the query."""
-    query = ""
+    query, secrets_end = "", 0
     if is_remote(spec):
         spec, sign, query = spec.partition("?")
         query = sign + query
+        host = spec.index("://") + 3
+        secrets_end = host + spec[host:].partition("/")[0].rfind("@")
     elif os.path.lexists(spec):  # a name that has a $ or ~ in it
         return spec
 
@@ -94,7 +98,9 @@ def _expanded(spec: str, *, name: str) -> str:
             raise DataError(
                 f"{name}: {shown(spec)!r} has ${variable}, which is not set", mend=f"export {variable}, or write it out"
             )
-        return os.environ[variable]
+        # A password may hold what ends the host, or what stands for several names.
+        in_secrets, text = found.start() < secrets_end, os.environ[variable]
+        return quote(text, safe=_USER_INFO) if in_secrets else text
 
     return (_VARIABLE.sub(value, spec) if is_remote(spec) else os.path.expanduser(_VARIABLE.sub(value, spec))) + query
 
@@ -175,8 +181,10 @@ def _on_server(pattern: str, *, name: str, retry: RetryConfig) -> list[str]:
         names = sorted(ObjectFolder(folder, retry).sizes())
     except RemoteError as error:
         raise DataError(f"{name}: {shown(folder)} cannot be listed: {error.what}", mend=error.mend) from None
-    matches = re.compile(_as_regex(pattern[len(folder) + 1 :])).fullmatch
-    found = [f"{folder}/{one}" for one in names if matches(one)]
+    found: list[str] = []
+    with suppress(re.error):  # a range such as [9-0], which nothing is in
+        matches = re.compile(_as_regex(pattern[len(folder) + 1 :])).fullmatch
+        found = [f"{folder}/{one}" for one in names if matches(one)]
     if not found:
         raise DataError(
             f"{name}: no object matches {shown(pattern)!r}",
@@ -256,7 +264,9 @@ def why_missing(path: str, listed: str = "") -> tuple[str, str]:
             "correct the pattern, or the permissions of its folders",
         )
     if stat.S_ISDIR(kind):
-        tars = any(name.endswith(".tar") for name in os.listdir(path))
+        tars = False
+        with suppress(OSError):  # it may not be listed
+            tars = any(name.endswith(".tar") for name in os.listdir(path))
         return f"shard {path}{listed} is a folder", f"name the shards in it: {path}/{'*.tar' if tars else 'NAME.tar'}"
     return f"shard {path}{listed} is not a regular file", "name a tar file"
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
 from disttrain.data import patterns
 from disttrain.data.patterns import places
+from disttrain.data.remote import shown
 from disttrain.errors import DataError
 
 
@@ -40,6 +42,21 @@ def test_home_folders_and_variables(folder: Path, spec: str, names: list[str]) -
 
 def test_variables_in_urls_but_not_in_their_query(folder: Path) -> None:
     assert places("s3://bucket/$PART-{0..1}.tar?k=$PART") == [f"s3://bucket/a-{n}.tar?k=$PART" for n in range(2)]
+
+
+@pytest.mark.parametrize("password", ["pa/ss", "s3cr#t", "x{1,2}", "a:b@c%2Fd?e", "plain!$&'()*+,;=", "u:p"])
+def test_a_variable_before_the_host_is_taken_to_the_letter(monkeypatch: pytest.MonkeyPatch, password: str) -> None:
+    monkeypatch.setenv("PW", password)
+    [url] = places("https://me:$PW@host/a.tar")
+    assert (urlsplit(url).hostname, urlsplit(url).path, unquote(urlsplit(url).password or "")) == (
+        "host",
+        "/a.tar",
+        password,
+    )
+    assert shown(url) == "https://host/a.tar"
+    with pytest.raises(DataError, match="web servers do not answer") as caught:
+        places("https://me:${PW}@host/*.tar")
+    assert str(caught.value).startswith("data: https://host/*.tar is a glob")
 
 
 def test_a_variable_that_is_not_set_is_named(folder: Path) -> None:
@@ -132,8 +149,10 @@ def test_what_stands_in_the_place_of_a_shard(folder: Path) -> None:
     os.symlink("nowhere.tar", folder / "l.tar")
     os.symlink("loop.tar", folder / "loop.tar")
     os.mkfifo(folder / "p.tar")
+    (folder / "secret.tar").mkdir(mode=0o300)
     for path, what, hint in [
         ("d.tar", r"d\.tar is a folder", r"d\.tar/\*\.tar"),
+        ("secret.tar", r"secret\.tar is a folder", "name the shards in it"),
         ("l.tar", r"l\.tar is a link to 'nowhere\.tar', which does not exist", "restore it"),
         ("loop.tar", "cannot be read: Too many levels of symbolic links", "correct the pattern"),
         ("p.tar", "is not a regular file", "name a tar file"),
@@ -169,9 +188,10 @@ def test_globs_of_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found("train-[!1x].tar") == ["train-0.tar"]
     assert found("**/train-?.tar") == ["sub/train-2.tar", "train-0.tar", "train-1.tar"]
     assert found("s*/train-2.tar") == ["sub/train-2.tar"]
-    with pytest.raises(DataError, match="no object matches") as caught:
-        places(f"{root}/test-*.tar")
-    assert "holds 6 objects" in caught.value.mend
+    for nothing in ("test-*.tar", "train-[9-0].tar"):
+        with pytest.raises(DataError, match="no object matches") as caught:
+            places(f"{root}/{nothing}")
+        assert "holds 6 objects" in caught.value.mend
     assert places(f"{root}/test-*.tar", ask_servers=False) == []
     for place in ("https://host/a-*.tar", "s3://*/a-*.tar"):
         with pytest.raises(DataError, match=r"web servers do not answer|does not name its bucket"):
