@@ -98,15 +98,15 @@ class BatchMaker:
         self.allowed = dict(allowed or {})
         self.number = next(_NUMBERS)
         """What worker processes know this maker by."""
+        self._stand_in_id = 0
         weight = self.hooks.weight
         self._checks = self.allowed | ({weight: WEIGHTS} if weight else {})
-        if self.hooks.transform is None:
-            if weight and weight not in reader.fields:
-                raise ConfigError(
-                    f"data.hooks.weight is {weight!r}, which is not one of data.fields",
-                    mend=f"name the field that holds the weights; {nearest(weight, reader.fields)}",
-                )
-            reader.require(self._checks)
+        if self.hooks.transform is None and weight and weight not in reader.fields:
+            raise ConfigError(
+                f"data.hooks.weight is {weight!r}, which is not one of data.fields",
+                mend=f"name the field that holds the weights; {nearest(weight, reader.fields)}",
+            )
+        reader.require(self._checks if self.hooks.transform is None else {})
 
     @property
     def draws_numbers(self) -> bool:
@@ -187,13 +187,18 @@ class BatchMaker:
             if not self.skip_bad:
                 raise found.error() from None
             read.bad.setdefault(place, found)
-            samples[place] = self._substitute(int(ids[place]), draws, place) | {KEY: read.keys[place]}
+            own = None if draws is None else draws.of(np.array([place]))
+            samples[place] = self._substitute(int(ids[place]), own)[1] | {KEY: read.keys[place]}
         size = len(ids) // len(real)
+        stand_in: Sample | None = None
         for place in filtered:
             # Weight 0 makes any values do: those of the first sample of the micro batch that is left, if any is.
             row = range(place - place % size, place - place % size + int(real[place // size]))
             kept = next((other for other in row if other not in filtered), None)
-            values = samples[kept] if kept is not None else self._substitute(int(ids[place]), draws, place)
+            if kept is not None:
+                values = samples[kept]
+            else:
+                values = stand_in = stand_in or self._stand_in(draws)
             samples[place] = values | {KEY: read.keys[place]}
         return read, samples, filtered - read.bad.keys()
 
@@ -245,20 +250,35 @@ class BatchMaker:
                     found.setdefault(places[number], f"it made {name!r} {fault}")
         return found
 
-    def _substitute(self, sample_id: int, draws: Draws | None, place: int) -> Sample:
-        """The next sample that the transform accepts, in place of one that it refused."""
+    def _stand_in(self, draws: Draws | None) -> Sample:
+        """What stands for the samples of a micro batch of which none is left: the first of all that is accepted.
+
+        Nothing but the data, the seed and the transform decides which, so it is the same for all ranks and workers.
+        """
+        fixed = None if draws is None else Draws(draws.seed, np.zeros(1, np.int64), np.zeros(1, np.int64))
+        self._stand_in_id, values = self._substitute(self._stand_in_id - 1, fixed)
+        return values
+
+    def _substitute(self, sample_id: int, draws: Draws | None) -> tuple[int, Sample]:
+        """The next sample that the transform accepts, in place of one that it refused, and its id.
+
+        Args:
+            sample_id: the one before.
+            draws: random numbers of one sample.
+        """
         wanted = sample_id
-        while True:
+        for _ in range(len(self.reader.index)):
             wanted = self.reader.next_good(wanted)
-            if wanted == sample_id:
-                raise ConfigError("data.hooks.transform refuses every sample", mend="correct the transform")
-            (sample,) = _one_by_one(self.reader.samples(np.array([wanted]), draws, mark_bad=True))
+            read = self.reader.samples(np.array([wanted]), draws, mark_bad=True)
+            if read.bad:  # it has another's values, and is passed over once it is known
+                continue
             try:
-                made = self._transform(sample, draws, place)
+                made = self._transform(_one_by_one(read)[0], draws, 0)
             except (BadSampleError, FilteredSampleError):
                 continue
             if not self._faults([made]):
-                return made
+                return wanted, made
+        raise ConfigError("data.hooks.transform refuses every sample", mend="correct the transform")
 
     def _refused(self, sample_id: int, why: str) -> BadSample:
         reason = f" was refused by data.hooks.transform: {why}"

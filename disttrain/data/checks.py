@@ -147,4 +147,8 @@ def check_names(names: Iterable[str], padded: Collection[str] = (), *, where: st
 
 def _numpy(values: Tensor) -> NDArray[Any]:
     values = values.detach()
-    return values.float().numpy() if values.dtype == torch.bfloat16 else values.numpy()
+    if values.layout != torch.strided:
+        values = values.to_dense()
+    if values.is_floating_point() and values.dtype not in (torch.float16, torch.float32, torch.float64):
+        values = values.float()  # a type that NumPy lacks
+    return values.numpy()

@@ -58,16 +58,17 @@ def collate_samples(samples: Sequence[Sample], fields: Mapping[str, Field]) -> d
         ConfigError: one has the name of a padded field's lengths.
     """
     batch: dict[str, Any] = {}
-    padded = [name for name in samples[0] if (field := fields.get(name)) is not None and field.pad is not None]
-    check_names(samples[0], padded, where="what data.hooks.transform returns", but=KEY)
-    for name in samples[0]:
-        try:
-            values = [sample[name] for sample in samples]
-        except KeyError:
+    names = [name for name in samples[0] if name != KEY]  # the batch has the keys, whatever a transform returns
+    padded = [name for name in names if (field := fields.get(name)) is not None and field.pad is not None]
+    check_names(names, padded, where="what data.hooks.transform returns")
+    for sample in samples[1:]:
+        if odd := (sample.keys() - {KEY}) ^ set(names):
             raise DataError(
-                f"the transform gave some samples a value {name!r} and others none", mend="give it to all samples"
-            ) from None
-        batch.update(column(name, values, fields.get(name)))
+                f"the transform gave some samples a value {min(odd, key=str)!r} and others none",
+                mend="give it to all samples",
+            )
+    for name in names:
+        batch.update(column(name, [sample[name] for sample in samples], fields.get(name)))
     return batch
 
 
@@ -84,7 +85,10 @@ def stack(values: list[Any]) -> Decoded:
     """Tensors of one shape and type as one, numbers as a tensor, all else as it is."""
     first = values[0]
     if isinstance(first, (bool, int, float, np.number)) and all(type(v) is type(first) for v in values):
-        return torch.tensor(values)
+        try:
+            return torch.tensor(values)
+        except (RuntimeError, TypeError, ValueError):  # an integer that int64 cannot hold
+            return values
     return stacked(values)
 
 

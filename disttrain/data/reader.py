@@ -27,7 +27,6 @@ from disttrain.data.decode import (
     RawValues,
     check_safe,
     decode,
-    padded_names,
     with_default,
 )
 from disttrain.data.draws import Draws
@@ -88,7 +87,8 @@ class Reader:
         unsafe_decoders: Sequence[str] = (),
     ) -> None:
         check_safe(fields, unsafe_decoders)
-        check_names(fields, padded_names(fields), where="data.fields")
+        padded = [name for name, field in fields.items() if field.pad is not None]
+        check_names(fields, padded, where="data.fields")
         self.index = index
         self.store = ShardStore(index.shards, cache)
         self.fields = dict(fields)
@@ -96,7 +96,8 @@ class Reader:
         self._alternatives = [field.alternatives for field in self.fields.values()]
         self._files = ShardFiles(index.shards, self.store)
         self._known_bad: dict[int, BadSample] = {}
-        self._allowed = {name: (classes(field.classes),) for name, field in self.fields.items() if field.classes}
+        self._own = {name: (classes(field.classes),) for name, field in self.fields.items() if field.classes}
+        self._allowed: dict[str, tuple[Allowed, ...]] = dict(self._own)
         self._required = np.array([field.default is None for field in self.fields.values()], dtype=bool)
         present = index.fields()
         for name, field in self.fields.items():
@@ -116,14 +117,15 @@ class Reader:
                 )
 
     def require(self, allowed: Mapping[str, Allowed]) -> None:
-        """From now on a sample with other numbers than these in a field is bad.
+        """Count samples with other numbers in a field as bad, until other numbers are required.
 
         Args:
-            allowed: the numbers that a field may hold, by its name.
+            allowed: the numbers that a field may hold, by its name; the classes that a field declares hold always.
         """
-        for name, what in allowed.items():
-            if what not in (before := self._allowed.get(name, ())):
-                self._allowed[name] = (*before, what)
+        required = self._own | {name: (*self._own.get(name, ()), what) for name, what in allowed.items()}
+        if required != self._allowed:
+            self._allowed = required
+            self._known_bad.clear()  # they may be good now
 
     def read(self, ids: NDArray[np.int64], draws: Draws | None = None) -> dict[str, Decoded]:
         """The decoded fields of some samples, by field name.

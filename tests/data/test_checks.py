@@ -15,9 +15,11 @@ from disttrain import ClassificationTask, ShardedDataModule
 from disttrain.data.bad_samples import BadSampleError, FilteredSampleError
 from disttrain.data.batches import BAD, COUNT, FILTERED, KEY, WEIGHT, BatchMaker
 from disttrain.data.checks import FINITE, LENGTHS, RESERVED, WEIGHTS, Allowed, classes
+from disttrain.data.draws import Draws
 from disttrain.data.field import Field
 from disttrain.data.hooks import HooksConfig, Sample
 from disttrain.data.index import ShardIndex
+from disttrain.data.loader import EvaluationLoader, LoaderConfig
 from disttrain.data.reader import Reader
 from disttrain.errors import ConfigError, DataError, DecodeError
 from disttrain.models import MLP
@@ -105,6 +107,7 @@ def test_a_key_stays_a_samples_own(tmp_path: Path) -> None:
         (FINITE, [1.0, -1e300, 3, torch.tensor([1.0]), "text"], [math.nan, -math.inf, np.array([1.0, np.inf])]),
         (WEIGHTS, [0, 0.5, torch.tensor([2.0]), np.float64(3)], [-0.1, math.nan, 1e39, "1", None, True, [1.0]]),
         (WEIGHTS, [torch.tensor(1.0, dtype=torch.bfloat16)], [torch.ones(2), np.ones((1, 2))]),
+        (FINITE, [torch.ones(2).to(torch.float8_e5m2), torch.eye(2).to_sparse()], [(torch.eye(2) / 0).to_sparse()]),
     ],
 )
 def test_numbers_are_allowed_or_not(allowed: Allowed, good: list[Any], bad: list[Any]) -> None:
@@ -137,6 +140,22 @@ def test_a_label_outside_the_classes_is_named_with_its_shard_or_skipped(tmp_path
     assert (batch[WEIGHT].tolist(), batch[COUNT], [bad.key for bad in batch[BAD]]) == ([1, 1, 1, 0], 3, ["s1"])
 
 
+def test_what_an_earlier_task_allowed_is_of_no_matter_to_the_next(tmp_path: Path) -> None:
+    for skip_bad in (False, True):
+        reader = reader_of(tmp_path, {"label": Field("cls", classes=10)}, cls=[b"1", b"5", b"8", b"10"])
+        first = BatchMaker(reader, allowed={"label": classes(5)}, skip_bad=skip_bad)
+        if skip_bad:
+            assert first.make(rows([0, 1, 2]))[0][COUNT] == 1
+        else:
+            with pytest.raises(DecodeError, match="5 is not one of the 5 classes"):
+                first.make(rows([0, 1, 2]))
+        (batch,) = BatchMaker(reader, allowed={"label": classes(9)}, skip_bad=skip_bad).make(rows([0, 1, 2]))
+        assert (batch["label"].tolist(), BAD in batch) == ([1, 5, 8], False)
+        BatchMaker(reader, skip_bad=skip_bad)
+        with pytest.raises(DecodeError, match="10 is not one of the 10 classes"):
+            reader.read(rows([3]).ravel())
+
+
 def test_a_field_may_declare_its_classes(tmp_path: Path) -> None:
     field = Field("cls", classes=2)
     with pytest.raises(DecodeError, match=r"field 'label' .*: 2 is not one of the 2 classes 0 to 1"):
@@ -158,6 +177,10 @@ def test_a_transform_may_map_labels_into_the_classes_but_not_out_of_them(tmp_pat
 
     (batch,) = BatchMaker(reader, HooksConfig(tens), allowed={"label": classes(4)}).make(rows([0, 1, 2]))
     assert batch["label"].tolist() == [1, 2, 3]
+    for huge in (2**70, np.uint64(2**63 + 1)):
+        hooks = HooksConfig(lambda sample, random: {"label": huge if sample["__key__"] == "s1" else type(huge)(1)})  # noqa: B023
+        with pytest.raises(DataError, match=rf"sample 's1' was refused .* it made 'label' {huge} is not one of the 4"):
+            BatchMaker(reader, hooks, allowed={"label": classes(4)}).make(rows([0, 1, 2]))
     with pytest.raises(DataError, match=r"sample 's2' was refused .*: it made 'label' 3 is not one of the 3 classes"):
         BatchMaker(reader, HooksConfig(tens), allowed={"label": classes(3)}).make(rows([0, 1, 2]))
 
@@ -236,7 +259,7 @@ def test_filtered_samples_weigh_nothing_and_are_not_bad(tmp_path: Path, skip_bad
     assert (first[KEY], first["label"].tolist()) == (["s0", "s2", "s1", "s3"], [0, 2, 0, 0])
     assert (first[WEIGHT].tolist(), first[COUNT], first[FILTERED]) == ([1, 1, 0, 0], 2, 2)
     assert (second["label"].tolist(), second[COUNT], second[FILTERED]) == ([4, 6, 4, 4], 2, 2)
-    assert (third[KEY], third["label"].tolist()) == (["s1", "s3", "s5", "s7"], [2, 4, 6, 0])
+    assert (third[KEY], third["label"].tolist()) == (["s1", "s3", "s5", "s7"], [0, 0, 0, 0])
     assert (third[WEIGHT].tolist(), third[COUNT], third[FILTERED]) == ([0, 0, 0, 0], 0, 4)
     assert (fourth[WEIGHT].tolist(), fourth[COUNT]) == ([1, 1, 0, 0], 2)
     assert FILTERED not in fourth, "padding is counted"
@@ -260,10 +283,53 @@ def test_bad_and_filtered_samples_are_kept_apart(tmp_path: Path) -> None:
     assert batch["label"].tolist() == [0] * 5
 
 
+def test_micro_batches_of_which_nothing_is_left_share_a_sample_that_is_looked_for_once(tmp_path: Path) -> None:
+    reader = reader_of(tmp_path, **labels(*(str(n // 10).encode() for n in range(100))))
+    calls: list[str] = []
+
+    def one_class(sample: Sample, random: Random) -> Sample:
+        calls.append(sample["__key__"])
+        if int(sample["label"]) != wanted:
+            raise FilteredSampleError
+        return {"label": sample["label"], "drawn": 0.0 if random is None else random.random()}
+
+    ids = np.arange(32, 64).reshape(2, 16)
+    for wanted, draws in ((0, None), (0, Draws(7, np.full(32, 3), ids.ravel())), (9, None)):
+        calls.clear()
+        maker = BatchMaker(reader, HooksConfig(one_class))
+        first, second, third = [*maker.make(ids, draws=draws), *maker.make(ids[:1], draws=draws)]
+        assert len(calls) < 2 * 100
+        assert calls[-1] == f"s{10 * wanted}", "it was looked for again"
+        for batch in (first, second, third):
+            assert (batch[COUNT], float(batch[WEIGHT].sum()), set(batch["label"].tolist())) == (0, 0, {wanted})
+        # Another rank or worker, which reads other samples in another epoch, takes the same one.
+        elsewhere = None if draws is None else Draws(7, np.full(1, 5), np.array([70]))
+        (other,) = BatchMaker(reader, HooksConfig(one_class)).make(rows([70]), draws=elsewhere)
+        assert other["drawn"][0] == first["drawn"][0] == third["drawn"][-1]
+
+
+def test_the_last_micro_batch_of_an_evaluation_may_be_filtered(tmp_path: Path) -> None:
+    reader = reader_of(tmp_path, **labels(*(b"%d" % n for n in range(9))))
+
+    def fresh(sample: Sample, random: Random) -> Sample:
+        if int(sample["label"]) == 8:
+            raise FilteredSampleError
+        return {"label": sample["label"]}
+
+    *_, last = EvaluationLoader(
+        BatchMaker(reader, HooksConfig(fresh)), micro_batch_size=4, config=LoaderConfig(threads=0)
+    )
+    assert (last[COUNT], last[FILTERED], last[KEY][0], last[WEIGHT].tolist()) == (0, 1, "s8", [0] * 4)
+
+
 def test_a_transform_that_filters_everything_or_forgets_its_return_is_named(tmp_path: Path) -> None:
     reader = reader_of(tmp_path, **labels(b"1", b"3"))
     with pytest.raises(ConfigError, match="refuses every sample"):
         BatchMaker(reader, HooksConfig(only_even)).make(rows([0, 1]))
+    (tmp_path / "bad").mkdir()
+    odd = reader_of(tmp_path / "bad", **labels(b"1", b"3", b"5", b"none", b"7", b"9", b"1", b"3"))
+    with pytest.raises(ConfigError, match="refuses every sample"):
+        BatchMaker(odd, HooksConfig(only_even), skip_bad=True).make(rows([3, 4]))
     with pytest.raises(ConfigError, match="returned a NoneType") as caught:
         BatchMaker(reader, HooksConfig(lambda sample, random: None)).make(rows([0, 1]))  # type: ignore[arg-type,return-value]
     assert "FilteredSampleError" in caught.value.mend
