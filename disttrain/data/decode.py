@@ -22,13 +22,12 @@ from numpy.typing import NDArray
 
 from disttrain.data import foreign, values
 from disttrain.data.draws import Draws
-from disttrain.data.field import IMAGES, Field
+from disttrain.data.field import Field
 from disttrain.data.images import RandomResizedCrop, check_backend, decode_image
 from disttrain.data.values import MAX_EXPANDED, BadValuesError, Declared, Decoded, RawValues, each, stacked
 from disttrain.errors import ConfigError, nearest
 
 __all__ = [
-    "IMAGES",
     "BadValuesError",
     "Decoded",
     "Field",
@@ -36,7 +35,6 @@ __all__ = [
     "RawValues",
     "check_safe",
     "decode",
-    "padded_names",
     "with_default",
 ]
 
@@ -128,11 +126,6 @@ def with_default(
     except BadValuesError as found:
         raise BadValuesError({places[place]: what for place, what in found.faults.items()}) from None
     return stacked(out)
-
-
-def padded_names(fields: Mapping[str, Field]) -> list[str]:
-    """Names of the fields that are padded."""
-    return [name for name, field in fields.items() if field.pad is not None]
 
 
 def _decompressed(raw: RawValues) -> RawValues:

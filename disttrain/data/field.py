@@ -15,13 +15,11 @@ import torch
 
 from disttrain.data import foreign
 from disttrain.data.images import BACKENDS, MAX_PIXELS, MODES, RandomResizedCrop, check_backend
+from disttrain.data.samples import IMAGES
 from disttrain.errors import ConfigError, nearest
 
 DECODERS: Final = ("npy", "cls", "txt", "json", "bytes", "tensor", "image", "torch", "pickle")
 """Those of :mod:`disttrain.data.decode`, beside WebDataset's."""
-IMAGES: Final = frozenset(
-    {"jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff", "ppm", "pgm", "gif", "img", "avif", "jp2", "j2k"}
-)
 _GZIP: Final = ".gz"
 
 _DTYPES: Final = (

@@ -236,10 +236,6 @@ def cannot_open(path: str, error: OSError) -> ShardError:
 @cache
 def is_on_local_disk(folder: str) -> bool:
     """Whether a folder lies on a file system of this machine, as far as Linux tells."""
-    return _is_on_local_disk(folder)
-
-
-def _is_on_local_disk(folder: str) -> bool:
     real = os.path.realpath(folder)
     found = ("", "")
     for mount_point, kind in _mounts():

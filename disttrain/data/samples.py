@@ -18,6 +18,11 @@ _QUANTILES: Final = 10
 # Purposes of random streams; disttrain.data.order uses 1 to 3.
 _SPLIT, _SHUFFLE = 11, 12
 
+IMAGES: Final = frozenset(
+    {"jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff", "ppm", "pgm", "gif", "img", "avif", "jp2", "j2k"}
+)
+"""Extensions of images, in a folder and in a shard."""
+
 Ids = NDArray[np.int64]
 Labels = NDArray[np.int64] | NDArray[np.float64]
 

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from disttrain.data.samples import Sample, Samples, Source
+from disttrain.data.samples import IMAGES, Sample, Samples, Source
 from disttrain.data.tables import npy, open_table, row_key, tabular_samples
 from disttrain.errors import ConfigError, DataError, nearest
 
@@ -32,7 +32,6 @@ SKLEARN: Final = {
     "breast_cancer": "classification",
     "diabetes": "regression",
 }
-IMAGES: Final = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm"})
 _OWN_SPLITS: Final = ("train", "val", "test")
 
 

@@ -140,16 +140,6 @@ class LocalFile:
         return data
 
 
-def scan_members(path: str) -> Iterator[Member]:
-    """The regular files and hard links of a local tar, in order.
-
-    Raises:
-        ShardError: the file cannot be opened; TarError, is not a tar, is truncated, or lacks its end block.
-    """
-    with LocalFile(path) as file:
-        yield from scan_source(file)
-
-
 def scan_source(
     source: ByteSource, *, start: int = 0, window_bytes: int = 0, unread: Callable[[Unread], None] | None = None
 ) -> Iterator[Member]:

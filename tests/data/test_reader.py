@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from disttrain.data import mapped_shards, open_shards
 from disttrain.data.decode import Field
 from disttrain.data.index import ShardIndex
+from disttrain.data.mapped_shards import is_on_local_disk
 from disttrain.data.reader import Reader
 from disttrain.errors import DataError, DecodeError, ShardError
 from tests.support.shards import npy, tar_samples, write_numbered, write_shard
@@ -258,7 +259,7 @@ def test_what_lies_on_a_network_is_not_mapped(monkeypatch: pytest.MonkeyPatch) -
     mounts = (("/", "overlay"), ("/data", "nfs4"), ("/data/scratch disk", "xfs"), ("/database", "ext4"))
     monkeypatch.setattr(mapped_shards, "_mounts", lambda: mounts)
     local = {"/": True, "/data": False, "/data/a/b": False, "/data/scratch disk/c": True, "/database": True}
-    found = {folder: mapped_shards._is_on_local_disk(folder) for folder in local}
+    found = {folder: is_on_local_disk.__wrapped__(folder) for folder in local}
     assert found == local
 
 

@@ -96,7 +96,7 @@ def add_images(folder: Path, names: list[str]) -> None:
 
 
 def test_image_folder(tmp_path: Path) -> None:
-    names = ["dog/b.JPEG", "dog/a.v2.jpg", "dog/a_v2.jpg", "cat/a.png", "cat/ü ö.webp", "__x__/a.jpg"]
+    names = ["dog/b.JPEG", "dog/a.v2.jpg", "dog/a_v2.jpg", "dog/c.avif", "cat/a.png", "cat/ü ö.webp", "__x__/a.jpg"]
     add_images(tmp_path / "in", [*names, "cat/.hidden.jpg", "cat/notes.txt", "readme.md", ".git/a.jpg"])
     samples = open_source(str(tmp_path / "in")).load()
     assert samples.classes == ("__x__", "cat", "dog")
@@ -108,9 +108,10 @@ def test_image_folder(tmp_path: Path) -> None:
         "dog/a_v2": {"jpg": b"bytes of a.v2.jpg", "cls": b"2"},
         "dog/a_v2-2": {"jpg": b"bytes of a_v2.jpg", "cls": b"2"},
         "dog/b": {"jpg": b"bytes of b.JPEG", "cls": b"2"},
+        "dog/c": {"avif": b"bytes of c.avif", "cls": b"2"},
     }
     assert samples.notes[0] == f"left out what is no image: {tmp_path}/in/cat/notes.txt"
-    assert samples.notes[1] == "images of several kinds: 4 jpg, 1 png, 1 webp"
+    assert samples.notes[1] == "images of several kinds: 1 avif, 4 jpg, 1 png, 1 webp"
     pack(open_source(str(tmp_path / "in")), out_dir=tmp_path / "out", config=PackConfig(fractions=()))
     assert json.loads((tmp_path / "out/classes.json").read_text()) == ["__x__", "cat", "dog"]
     index = ShardIndex.open(str(tmp_path / "out/data.json"))

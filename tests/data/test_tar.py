@@ -12,9 +12,10 @@ from typing import Literal
 
 import pytest
 
-from disttrain.data.tar import LocalFile, Member, Unread, scan_members, scan_source
+from disttrain.data.tar import LocalFile, Member, Unread, scan_source
 from disttrain.data.tar_header import BLOCK
 from disttrain.errors import ShardError
+from tests.support.tars import scan_members
 
 FORMATS: dict[str, Literal[0, 1, 2]] = {
     "ustar": tarfile.USTAR_FORMAT,

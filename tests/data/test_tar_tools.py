@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from disttrain.data.sidecar import build_table, fitting_sidecar, write_sidecar_file
-from disttrain.data.tar import Member, scan_members
+from disttrain.data.tar import Member
 from disttrain.data.tar_header import BLOCK
 from disttrain.errors import ShardError
 from tests.support.shards import write_shard
-from tests.support.tars import Contents, webdataset_contents
+from tests.support.tars import Contents, scan_members, webdataset_contents
 
 Tool = Callable[[Path, Path, list[str]], None]
 

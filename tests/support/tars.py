@@ -8,9 +8,11 @@ import io
 import os
 import tarfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from disttrain.data.tar import LocalFile, Member, scan_source
 
 Contents = list[tuple[str, dict[str, bytes]]]
 """Key, and bytes by field, of each sample."""
@@ -24,6 +26,12 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]], format: int = ta
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return str(path)
+
+
+def scan_members(path: str) -> Iterator[Member]:
+    """The regular files and hard links of a local tar, in order."""
+    with LocalFile(path) as file:
+        yield from scan_source(file)
 
 
 def write_plain(path: Path, num_samples: int, first: int = 0) -> str:
