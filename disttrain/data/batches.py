@@ -44,7 +44,7 @@ from disttrain.data.hooks import HooksConfig, Sample, collate_samples, column, s
 from disttrain.data.reader import Reader, Samples
 from disttrain.errors import ConfigError, nearest
 
-__all__ = ["BAD", "COUNT", "FILTERED", "ID", "KEY", "RESERVED", "WEIGHT", "Batch", "BatchMaker", "real_samples"]
+__all__ = ["BAD", "COUNT", "FILTERED", "ID", "KEY", "RESERVED", "WEIGHT", "Batch", "BatchMaker"]
 
 Batch = dict[str, Any]
 
@@ -365,16 +365,3 @@ def _to_the_right(
     is_good = is_real & ~is_unused.reshape(is_real.shape)
     within = np.argsort(~is_good, axis=1, kind="stable")
     return is_good.sum(axis=1), (within + np.arange(len(real))[:, None] * size).ravel()
-
-
-def real_samples(value: Any, size: int, count: int) -> Any:
-    """The first ``count`` of ``size`` samples, in tensors, lists and dictionaries of them."""
-    if isinstance(value, Tensor) and value.ndim and value.shape[0] == size:
-        return value[:count]
-    if isinstance(value, list) and len(value) == size:
-        return value[:count]
-    if isinstance(value, tuple):
-        return tuple(real_samples(item, size, count) for item in value)
-    if isinstance(value, dict):
-        return {name: real_samples(item, size, count) for name, item in value.items()}
-    return value

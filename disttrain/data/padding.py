@@ -7,8 +7,9 @@ or refused if that is not possible without a guess. Cost: nothing, except where 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,6 +66,36 @@ def real_outputs(outputs: Any, rows: Rows | None, module: object) -> Any:
         ) from None
 
 
+def real_rows(value: Any, rows: Rows) -> Any:
+    """As :func:`real_outputs` of what may hold other values too, which stay as they are.
+
+    A list with one item a sample is cut; a tuple holds values of the micro batch.
+    """
+    if isinstance(value, Tensor | np.ndarray | list):
+        length = len(value) if isinstance(value, list) or value.ndim else -1
+        return value[: rows.real] if length == rows.size else value
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple(real_rows(item, rows) for item in value)
+    return _each(value, lambda item: real_rows(item, rows), value)
+
+
+def _each(value: Any, cut: Callable[[Any], Any], default: Any = None) -> Any:
+    """A dataclass, mapping or named tuple of the same kind whose items are cut; the default in place of others."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [field.name for field in dataclasses.fields(value) if field.init]
+        return dataclasses.replace(value, **{name: cut(getattr(value, name)) for name in fields})
+    if isinstance(value, dict) and type(value) is not dict:
+        found = copy.copy(value)
+        for name in found:
+            found[name] = cut(found[name])
+        return found
+    if isinstance(value, Mapping):
+        return {name: cut(item) for name, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(cut, value))
+    return default
+
+
 def _cut(value: Any, rows: Rows) -> Any:
     if value is None:
         return None
@@ -74,11 +105,9 @@ def _cut(value: Any, rows: Rows) -> Any:
             kind = "a tensor" if isinstance(value, Tensor) else "an array"
             raise _UnclearError(f"{kind} of shape {tuple(value.shape)}")
         return value[: rows.real]
-    if isinstance(value, Mapping):
-        return {name: _cut(item, rows) for name, item in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _cut(getattr(value, field.name), rows) for field in dataclasses.fields(value)}
-        return dataclasses.replace(value, **fields)
+    found = _each(value, lambda item: _cut(item, rows))
+    if found is not None:
+        return found
     if isinstance(value, list | tuple):
         return _cut_sequence(value, rows)
     raise _UnclearError(f"a {type(value).__name__}")
@@ -86,8 +115,6 @@ def _cut(value: Any, rows: Rows) -> Any:
 
 def _cut_sequence(value: Any, rows: Rows) -> Any:
     """A list with one item a sample, or of a few values that have one row a sample each."""
-    if hasattr(value, "_fields"):  # a named tuple
-        return type(value)(*(_cut(item, rows) for item in value))
     whole = len(value) in rows
     try:
         parts = [_cut(item, rows) for item in value] if value else None

@@ -26,9 +26,10 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from disttrain.checkpoint.weights import refuse_folder
-from disttrain.data.batches import COUNT, KEY, WEIGHT, Batch, check_batch, real_samples
+from disttrain.data.batches import COUNT, KEY, WEIGHT, Batch, check_batch
 from disttrain.data.checks import Allowed, check_names
 from disttrain.data.module import sharded_data
+from disttrain.data.padding import Rows, real_rows
 from disttrain.errors import ConfigError, DataError, nearest
 from disttrain.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule, fit_warmup
 from disttrain.parallel.agree import gather
@@ -336,11 +337,8 @@ class Task(pl.LightningModule):
 
     def _real(self, outputs: Any, batch: Batch) -> tuple[Any, Batch]:
         """Outputs and batch without padding, which stands at the end; cut by a number the host knows."""
-        size, count = batch[WEIGHT].shape[0], batch[COUNT]
-        if count == size:
-            return outputs, batch
-        cut: Batch = {name: real_samples(value, size, count) for name, value in batch.items()}
-        return real_samples(outputs, size, count), cut
+        rows = Rows(batch[WEIGHT].shape[0], batch[COUNT])
+        return (outputs, batch) if rows.real == rows.size else (real_rows(outputs, rows), real_rows(batch, rows))
 
     def _log_evaluation(self, split: str) -> None:
         self.last_evaluation = {}

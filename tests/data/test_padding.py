@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,6 +52,11 @@ def test_rows_of_padding_are_cut(given: Any, cut: Any) -> None:
     assert repr(found) == repr(cut)
     assert real_outputs(given, Rows(4, 4), None) is given
     assert real_outputs(given, None, None) is given
+
+
+def test_a_dictionary_keeps_its_kind() -> None:
+    found = real_outputs(defaultdict(list, logits=rows(4)), ROWS, None)
+    assert (type(found), found["logits"].shape, found["other"]) == (defaultdict, (3, 2), [])
 
 
 def test_padding_alone_leaves_nothing() -> None:

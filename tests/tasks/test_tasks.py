@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
@@ -119,6 +121,57 @@ def test_predictions_leave_padding_out() -> None:
     out = task.predict_step(batch_of(2, 4, x=torch.randn(4, 4), y=torch.zeros(4, dtype=torch.int64)), 0)
     assert out[KEY] == ["0", "1"]
     assert out["class"].shape == out["probability"].shape == (2,)
+
+
+class NamedOutput(NamedTuple):
+    logits: Any
+    loss: Any
+
+
+class DictOutput(OrderedDict[str, Any]):
+    """As Hugging Face's ModelOutput, whose items are its attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError("not of a ModelOutput")
+
+
+@dataclass
+class ModelOutput(DictOutput):
+    logits: Any = None
+    loss: Any = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            self[field.name] = getattr(self, field.name)
+
+
+@dataclass(frozen=True)
+class DataOutput:
+    logits: Any
+    loss: Any
+
+
+@pytest.mark.parametrize("kind", [NamedOutput, DictOutput, ModelOutput, DataOutput])
+def test_outputs_of_any_kind_keep_it_when_padding_is_cut(kind: Any) -> None:
+    class Own(Task):
+        def forward(self, batch: Any) -> Any:
+            return kind(logits=batch["x"], loss=torch.tensor(0.5))
+
+        def losses(self, outputs: Any, batch: Any) -> Tensor:
+            return (outputs.logits[:, 0] - batch["x"][:, 0]).abs()
+
+        def predict(self, outputs: Any, batch: Any) -> dict[str, Any]:
+            assert (type(outputs), outputs.loss) == (kind, torch.tensor(0.5))
+            return {"logits": outputs.logits}
+
+    task, x = Own(), torch.randn(8, 4)
+    parts = [task.predict_step(batch_of(count, 4, x=x[first : first + 4]), 0) for first, count in ((0, 4), (4, 1))]
+    assert torch.equal(torch.cat([part["logits"] for part in parts]), x[:5])
+    batch = batch_of(1, 4, x=x[4:])
+    assert task._weighted(*task._real(task(batch), batch))[1] == 1
 
 
 @pytest.mark.parametrize(
