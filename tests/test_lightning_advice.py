@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from lightning.pytorch.callbacks import BatchSizeFinder, ModelCheckpoint, TQDMPr
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
-from disttrain import Checkpointing, ClassificationTask, ShardedDataModule, Trainer
+from disttrain import Checkpointing, ClassificationTask, HooksConfig, ShardedDataModule, Trainer
 from disttrain.callbacks.progress import StepProgress
 from disttrain.errors import CheckpointError, ConfigError
 from disttrain.models import MLP
 from tests.support import foreign
+from tests.support.features import write_features
+from tests.support.hooks import weigh_and_filter
 
 NUMBERS = foreign.Numbers(16)
 
@@ -90,6 +93,26 @@ def test_a_task_says_which_batches_it_takes(tmp_path: Path) -> None:
         trainer = foreign.trainer_of(tmp_path, max_steps=2)
         with pytest.raises(ConfigError, match=r"ClassificationTask is a disttrain.Task, and its loader gives a list"):
             getattr(trainer, loop)(task, batches)
+
+
+def test_a_module_that_does_not_weigh_its_losses_is_told_once(tmp_path: Path) -> None:
+    shard = write_features(tmp_path, "train", 12)
+    task = ClassificationTask(
+        MLP(foreign.FEATURES, out_features=foreign.CLASSES), num_classes=foreign.CLASSES, input="features"
+    )
+    filtering: dict[str, Any] = {"hooks": HooksConfig(weigh_and_filter)}
+    for module, settings, times in (
+        (foreign.Plain(), filtering, 1),
+        (task, filtering | {"on_bad_sample": "skip"}, 0),
+    ):
+        fields: Any = {"features": "features.npy", "label": "cls"}
+        data = ShardedDataModule(train=shard, fields=fields, global_batch_size=4, micro_batch_size=4, **settings)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            foreign.trainer_of(tmp_path, max_steps=2, log_every_steps=1).fit(module, datamodule=data)
+        told = [str(warning.message) for warning in caught if "__weight__" in str(warning.message)]
+        assert len(told) == times
+        assert all(text.startswith("Plain is not a disttrain.Task: multiply its losses by batch['__w") for text in told)
 
 
 class Digits(pl.LightningModule):

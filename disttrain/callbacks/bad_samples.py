@@ -3,12 +3,14 @@
 Each rank writes the bad samples that it meets to ``<run_dir>/quarantine/rank-00000.jsonl``, each once. How many
 all ranks have met in one pass over a split (an epoch, a validation, a test) is summed on the logging interval
 and at the end of the pass; more than ``data.max_bad_samples`` ends the run on every rank at the same step. Samples
-that a transform left out because they are not wanted are counted beside them, and end nothing.
+that a transform left out because they are not wanted are counted beside them, and end nothing. A module that is not a
+Task is warned that it has to weigh its losses.
 Cost: nothing where no sample can be left out; else one sum of two numbers on the logging interval.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from disttrain.data.bad_samples import BadSample
-from disttrain.data.batches import BAD, FILTERED
+from disttrain.data.batches import BAD, FILTERED, WEIGHT
 from disttrain.data.module import sharded_data
 from disttrain.errors import DataError
 from disttrain.files import append_lines, to_json
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.ranks import data_ranks
 from disttrain.reading import read_json_lines
+from disttrain.tasks.base import Task
 
 FOLDER = "quarantine"
 
@@ -48,6 +51,7 @@ class BadSamples(Callback):
         self._unsummed: dict[str, tuple[int, int]] = {}  # of this rank, since the last sum: bad and filtered ones
         self._seen: set[tuple[str, str]] = set()
         self._under_way: list[Any] = []  # training batches of the step that is not done
+        self._has_warned = False
 
     def state_dict(self) -> dict[str, Any]:
         """The counts of the run so far, the same on all ranks."""
@@ -63,6 +67,12 @@ class BadSamples(Callback):
         self.total, self._epoch = state_dict["total"], state_dict["epoch"]
         self.filtered = state_dict.get("filtered", 0)
         self._of_pass["train"] = state_dict["train"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn a module whose losses would not be weighed."""
+        data = sharded_data(trainer)
+        if data is not None and (data.hooks.weight or data.skip_bad):
+            self._warn_of_weights(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A new pass begins with nothing against it."""
@@ -176,6 +186,8 @@ class BadSamples(Callback):
             return
         mine = torch.tensor(self._unsummed.get(split, (0, 0)), device=trainer.strategy.root_device)
         new, filtered = trainer.strategy.reduce(mine, reduce_op="sum").tolist()
+        if filtered:
+            self._warn_of_weights(trainer)
         self._unsummed[split] = 0, 0
         self._of_pass[split] = self._of_pass.get(split, 0) + new
         if split == "train":
@@ -187,6 +199,17 @@ class BadSamples(Callback):
                     f" data.max_bad_samples {data.max_bad_samples}",
                     mend=f"repair the samples that {self.run_dir / FOLDER} lists, or raise data.max_bad_samples",
                 )
+
+    def _warn_of_weights(self, trainer: pl.Trainer) -> None:
+        module = trainer.lightning_module
+        if self._has_warned or isinstance(module, Task) or not trainer.is_global_zero:
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"{type(module).__name__} is not a disttrain.Task: multiply its losses by batch[{WEIGHT!r}], which is 0 for"
+            " samples that were skipped or filtered",
+            stacklevel=2,
+        )
 
 
 def quarantined(run_dir: Path) -> Iterator[dict[str, Any]]:
