@@ -18,7 +18,7 @@ from disttrain.data.evidence import notices
 from disttrain.data.index import ShardIndex, write_manifest
 from disttrain.data.indexing import STATES, index_shards
 from disttrain.data.remote import shown
-from disttrain.data.remote_index import cache_home
+from disttrain.data.remote_index import index_folder
 from disttrain.data.together import together
 from disttrain.data.verify import first_fields, shard_faults
 from disttrain.data.verify_keys import Keys
@@ -62,7 +62,7 @@ def index(arguments: argparse.Namespace) -> int:
 
 
 def _told(sidecars: Counter[str], kept: Counter[str]) -> Iterator[str]:
-    for what, states in (("sidecars", sidecars), (f"tables kept in {cache_home() / 'index'}", kept)):
+    for what, states in (("sidecars", sidecars), (f"tables kept in {index_folder()}", kept)):
         if states:
             yield f"{what}: {', '.join(f'{states[state]} {state}' for state in STATES if states[state])}"
 

@@ -1,15 +1,14 @@
 """A cache of whole remote shards on a node's disk, shared by its ranks and bounded in bytes.
 
-A shard is downloaded under a temporary name that its downloader locks, so that the other ranks wait for it
-instead of fetching it too; its length is checked (and its MD5 where the manifest has one) before it gets its
-name, so whatever is in the cache is whole. The checksum is the manifest's, else the one that the server gives
-(see :mod:`disttrain.data.transport`). A copy that was written to since is fetched again: its modification time is set
-to a value of its own, which no later write leaves, and is looked at with its size each time it is opened; its bytes are
-not hashed again. The cache is a folder of its own that only this user can write, and removes only what it made.
-Space is reserved before a download. Eviction follows the plans of
-the processes (see :mod:`disttrain.data.plan`): what nobody needs goes first, then what is needed last; a
-shard that somebody is reading holds a shared lock and stays. What a killed process left is removed by the
-next one that needs room. Cost: a handful of system calls to open a shard; a listing of the folder to evict.
+A shard is downloaded under a temporary name that its downloader locks, so that the other ranks wait for it instead of
+fetching it too; its length and its checksum are compared before it gets its name, so whatever is in the cache is
+whole. The checksum is the manifest's, else the one that the server gives (see :mod:`disttrain.data.transport`). A
+copy that was written to since is fetched again: its modification time is set to a value of its own, which no later
+write leaves, and is looked at with its size each time it is opened; its bytes are not hashed again. The cache is a
+folder of its own that only this user can write, and removes only what it made. Space is reserved before a download.
+Eviction follows the plans of the processes (see :mod:`disttrain.data.plan`): what nobody needs goes first, then what
+is needed last; a shard that somebody is reading holds a shared lock and stays. What a killed process left is removed
+by the next one that needs room. Cost: a handful of system calls to open a shard; a listing of the folder to evict.
 """
 
 from __future__ import annotations
@@ -42,7 +41,8 @@ _TAG: Final = "CACHEDIR.TAG"
 # https://bford.info/cachedir/: backups pass over such a folder.
 _TAG_TEXT: Final = "Signature: 8a477f597d28d172789f06886806bc55\n# Remote shards, kept by disttrain. May be deleted.\n"
 _LOCK: Final = "space.lock"
-_OWN: Final = re.compile(r"[0-9a-f]{32}\.(tar|part)|\d+-[0-9a-f]{8}\.(plan|new)")
+_OWN: Final = re.compile(r"[0-9a-f]{32}\.(tar|part)|\d+-[0-9a-f]{8}\.(plan|new)|\.nfs.*")
+# NFS keeps a file that was removed while it was open under a name that begins with .nfs.
 
 
 @dataclass(frozen=True)

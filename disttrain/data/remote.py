@@ -20,7 +20,7 @@ from typing import Final, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from disttrain.beats import beat
-from disttrain.data.http_range import Answer, AttemptError
+from disttrain.data.http_range import HTTP, Answer, AttemptError
 from disttrain.data.transport import NoLibraryError, describe, fetch, tells_state
 from disttrain.errors import ConfigError, ShardError
 from disttrain.terminal import redacted
@@ -31,7 +31,6 @@ WINDOW_BYTES: Final = 2**20
 """What a header scan reads at once: a request costs about as long as a megabyte."""
 
 _URL: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
-_HTTP: Final = ("http", "https")
 _WAIT: Final = "check the server and the network, then run again: it will resume"
 
 
@@ -108,7 +107,8 @@ class RemoteFile:
         if "://...@" in self.url or self.url.endswith("?..."):
             raise ConfigError(
                 f"{self.url} is a URL whose password or signature was taken out, as records of runs show it",
-                mend="give it in full, or name variables of the environment: https://$USER:$PASSWORD@host/...",
+                mend="name variables of the environment, https://$USER:$PASSWORD@host/..., or give it in full; of a"
+                " signed URL, give it in full",
             )
         # Its own generator: the global one belongs to the run, whose numbers must not depend on the network.
         self._random = random.Random()
@@ -244,7 +244,7 @@ def credential_source(url: str) -> str:
     """Where the credentials for a URL come from, in words; never what they are."""
     parts, env = urlsplit(url), os.environ
     scheme = parts.scheme.lower()
-    if scheme in _HTTP:
+    if scheme in HTTP:
         return "user name in the URL" if "@" in parts.netloc else "query of the URL" if parts.query else "anonymous"
     if scheme in ("s3", "s3a"):
         if env.get("FSSPEC_S3_ANON", "").lower() in ("true", "1"):

@@ -1,6 +1,6 @@
 """Tables of remote shards, from a sidecar beside the shard or from ranged reads of its headers.
 
-A table that was read is kept in a local folder (``$DISTTRAIN_CACHE/index``, by default under
+A table that was read is kept in a local folder (``disttrain-index-UID`` in ``$DISTTRAIN_CACHE``, by default
 ``~/.cache/disttrain``) under a name made of URL, size and version, so a shard that changes is read again and an
 unchanged one never is. A remote sidecar has no date to trust it by: its members must be able to lie in a tar,
 and the first, the middle and the last of them must be what the shard has there. So must those of a kept table
@@ -41,6 +41,11 @@ def cache_home() -> Path:
     return Path(os.environ.get("DISTTRAIN_CACHE") or "~/.cache/disttrain").expanduser()
 
 
+def index_folder() -> Path:
+    """Where tables and MD5s of remote shards are kept: a folder of this user alone, in a home that others may share."""
+    return cache_home() / f"disttrain-index-{os.geteuid()}"
+
+
 def private_folder(path: Path) -> Path:
     """Make a folder that only this user can write, or check one that is there.
 
@@ -68,7 +73,7 @@ def cache_name(url: str, size: int, version: str) -> str:
     return hashlib.sha256(f"{url}\n{size}\n{version}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
-class Described(NamedTuple):
+class RemoteShard(NamedTuple):
     """A remote shard: its samples, bytes and version, and what became of its table.
 
     ``state`` is ``unchanged`` where the table was known, ``written`` where it was read and is now kept, ``not
@@ -82,7 +87,7 @@ class Described(NamedTuple):
     unread: UnreadFields = ALL_READ
 
 
-def describe_remote(url: str, *, anew: bool = False, retry: RetryConfig = DEFAULT_RETRY) -> Described:
+def describe_remote(url: str, *, anew: bool = False, retry: RetryConfig = DEFAULT_RETRY) -> RemoteShard:
     """Samples, bytes and version of a remote shard.
 
     Args:
@@ -96,7 +101,7 @@ def describe_remote(url: str, *, anew: bool = False, retry: RetryConfig = DEFAUL
     """
     file = RemoteFile(url, retry)
     table, state = _table_of(file, file.version, anew=anew)
-    return Described(len(table), file.size, file.version, state, table.unread)
+    return RemoteShard(len(table), file.size, file.version, state, table.unread)
 
 
 def load_remote_table(
@@ -146,11 +151,11 @@ def remote_md5(file: RemoteFile) -> str:
 
 
 def _md5_place(url: str, size: int, version: str) -> Path:
-    return cache_home() / "index" / f"{cache_name(url, size, version)}.md5"
+    return index_folder() / f"{cache_name(url, size, version)}.md5"
 
 
 def _place(file: RemoteFile, state: str) -> Path:
-    return cache_home() / "index" / f"{cache_name(file.url, file.size, state)}.idx"
+    return index_folder() / f"{cache_name(file.url, file.size, state)}.idx"
 
 
 def _keep(place: Path, text: str) -> bool:
@@ -163,7 +168,7 @@ def _keep(place: Path, text: str) -> bool:
 
 
 def _table_of(file: RemoteFile, version: str, *, anew: bool = False) -> tuple[ShardTable, str]:
-    """A table that is kept at its place, or else read and kept there; and which of it (see :class:`Described`)."""
+    """A table that is kept at its place, or else read and kept there; and which of it (see :class:`RemoteShard`)."""
     place = _place(file, version)
     table = None if anew else _kept(file, place)
     if table is not None and (version or not misfit(table, file)):

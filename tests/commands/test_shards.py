@@ -339,7 +339,7 @@ def test_remote_shards(data: Path, run: Run, monkeypatch: pytest.MonkeyPatch, tm
     with range_server(data) as server:
         pattern, secret = f"{server.url}/t-{{0..2}}.tar", f"{server.url}/t-0.tar?signature=secret"
         manifest = tmp_path / "remote.json"
-        kept = f"tables kept in {tmp_path}/cache/index"
+        kept = f"tables kept in {tmp_path}/cache/disttrain-index-{os.geteuid()}"
         assert run("index", pattern, "--manifest", manifest, "--md5") == (
             0,
             [f"3 shards, 9 samples; {kept}: 3 written", f"manifest: {manifest} (3 hashed)"],

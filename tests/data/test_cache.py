@@ -307,6 +307,8 @@ def test_tars_that_the_cache_did_not_write_stay(server: RangeServer, tmp_path: P
 def test_files_of_others_in_the_cache_are_refused(server: RangeServer, tmp_path: Path) -> None:
     config = config_of(1, shards_of(server)[0], tmp_path / "c")
     kept_in(tmp_path / "c").mkdir(parents=True, mode=0o700)
+    (kept_in(tmp_path / "c") / ".nfs00000000a3f1").touch()  # removed on NFS while it was open
+    ShardCache(config)
     (kept_in(tmp_path / "c") / "train-000.tar").write_bytes(b"mine")
     with pytest.raises(DataError, match=r"holds 'train-000.tar', which the cache did not make") as error:
         ShardCache(config)

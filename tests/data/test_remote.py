@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import builtins
 import gc
 import importlib
@@ -24,6 +25,7 @@ from disttrain.data.decode import Field
 from disttrain.data.index import ShardIndex, describe_shard, parse_manifest, write_manifest
 from disttrain.data.reader import Reader
 from disttrain.data.remote import RemoteError, RemoteFile, RetryConfig, credential_source, is_remote, shown
+from disttrain.data.remote_index import describe_remote
 from disttrain.data.sidecar import build_table, write_sidecar_file
 from disttrain.data.write import md5_of
 from disttrain.errors import ConfigError, DataError, ShardError
@@ -151,6 +153,28 @@ def test_urls_are_sent_to_the_letter(server: RangeServer, query: str) -> None:
     for _ in range(2):
         RemoteFile(f"{server.url}/a", QUICK)
     assert server.targets[1:] == ["/a", f"/x.bin{query}"] * 2
+
+
+def test_user_and_password_follow_redirects_to_the_same_origin_alone(server: RangeServer, tmp_path: Path) -> None:
+    url = server.url.replace("://", "://me:p%40ss@")
+    wanted = f"Basic {base64.b64encode(b'me:p@ss').decode()}"
+    server.fail("a", "redirect:x.bin", f"redirect:{server.url}/x.bin", f"redirect:{url.replace('me:', 'you:')}/x.bin")
+    for _ in range(3):
+        assert RemoteFile(f"{url}/a", QUICK).size == len(CONTENT)
+    assert server.authorizations[:5] == [wanted] * 5
+    assert server.authorizations[5] not in (None, wanted), "a redirect may name another user"
+    with range_server(server.folder) as other:
+        server.fail("a", f"redirect:{other.url}/x.bin")
+        RemoteFile(f"{url}/a", QUICK)
+        assert other.authorizations == [None], "another port is another origin"
+
+
+def test_a_folder_that_others_may_write_to_does_not_end_what_is_kept(server: RangeServer, cache_home: Path) -> None:
+    [path] = write_numbered(server.folder, [3])
+    url = f"{server.url}/{Path(path).name}"
+    (cache_home / "index").mkdir(parents=True)
+    (cache_home / "index").chmod(0o775)
+    assert [describe_remote(url).state for _ in range(2)] == ["written", "unchanged"]
 
 
 def test_what_no_url_may_hold_is_escaped(server: RangeServer) -> None:

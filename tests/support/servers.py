@@ -44,6 +44,7 @@ class RangeServer(ThreadingHTTPServer):
         self.requests: list[tuple[str, str]] = []
         self.targets: list[str] = []
         """What stood in the request lines."""
+        self.authorizations: list[str | None] = []
         self.headers: dict[str, str] = {}
         """Of answers, in place of the usual ones."""
         self.pieces: dict[str, bytearray] = {}
@@ -90,6 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer one request."""
         name, range_ = self.path.lstrip("/").partition("?")[0], self.headers.get("Range", "")
         self.server.targets.append(self.path)
+        self.server.authorizations.append(self.headers.get("Authorization"))
         self.server.on_request(name, range_)
         fault = self.server.next_fault(name)
         path = self.server.folder / name
