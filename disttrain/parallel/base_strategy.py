@@ -7,7 +7,7 @@ Loaders are accepted or refused (:mod:`disttrain.data.user_loaders`), padding is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from disttrain.checkpoint.state import CheckpointMixin
 from disttrain.data.loader import EvaluationLoader
@@ -24,11 +25,15 @@ from disttrain.data.padding import Rows, real_outputs, rows_of
 from disttrain.data.user_loaders import accept
 from disttrain.errors import ConfigError
 from disttrain.parallel.clipping import ClippingMixin
+from disttrain.parallel.compiling import compile_blocks
 from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.fsdp_internals import BackwardInside, reshard
+from disttrain.parallel.initialize import leave_meta
 from disttrain.parallel.joining import JoiningMixin
 from disttrain.parallel.out_of_memory import MemoryGuardMixin
+from disttrain.parallel.recompute import checkpoint_blocks
 from disttrain.parallel.summation import SummationMixin
+from disttrain.parallel.synced_norm import sync_batch_norms
 from disttrain.parallel.trained import check_members, class_name
 from disttrain.tasks.base import Task
 
@@ -39,7 +44,10 @@ class BaseStrategy(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMi
     config: ParallelConfig
     seed: int
     _rows: Rows | None = None
-    _went_backward = False
+    _in_backward = _went_backward = False
+    _handles: Sequence[RemovableHandle] = ()
+    _outside = False
+    """Whether parameters got gradients outside of :meth:`backward`, where DDP does not reduce them."""
     _manual: BackwardInside | None = None
 
     @cached_property
@@ -71,9 +79,12 @@ class BaseStrategy(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMi
         return real_outputs(outputs, rows, module)
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Run a backward pass, and know of it."""
-        self._went_backward = True
-        return super().backward(closure_loss, optimizer, *args, **kwargs)
+        """Run a backward pass, and note that one ran."""
+        self._in_backward = self._went_backward = True
+        try:
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
+        finally:
+            self._in_backward = False
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a forward pass, and what a module that optimizes by hand does within it."""
@@ -113,7 +124,7 @@ class BaseStrategy(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMi
             check_members(optimizer, dict(self._reducible()), self._module())
         if self.world_size == 1 and not isinstance(self.model, FSDPModule):
             return
-        if not self._went_backward and not self._module().automatic_optimization:
+        if not self._module().automatic_optimization and (self._outside or not self._went_backward):
             raise ConfigError(
                 f"{class_name(self._module())} calls loss.backward(), whose gradients the ranks do not reduce",
                 mend="call self.manual_backward(loss) in its place",
@@ -122,9 +133,36 @@ class BaseStrategy(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMi
             raise ConfigError(
                 f"parameter {name} of {class_name(self._module())} has a gradient that was not reduced over the"
                 f" {self.world_size} ranks, which would drift apart",
-                mend="thaw layers between two steps, such as in on_train_epoch_start, and call every layer inside of"
-                " training_step or forward",
+                mend="freeze and thaw layers between two steps, such as in on_train_epoch_start, and call every layer"
+                " inside of training_step or forward; with several optimizers by hand set"
+                " parallel.find_unused_parameters to true",
             )
+
+    def teardown(self) -> None:
+        """Free the device."""
+        self._watch_gradients(())
+        if self.lightning_module is not None:
+            leave_meta(self.lightning_module)
+        super().teardown()
+
+    def _change_for_training(self, module: nn.Module) -> None:
+        """Change layers as the configuration says; once, before the module is wrapped or sharded."""
+        if self.config.sync_batchnorm and self.world_size > 1:
+            sync_batch_norms(module)
+        if self.config.activation_checkpointing != "none":
+            checkpoint_blocks(module, self.config.activation_checkpointing)
+        if self.config.compile == "blocks":
+            compile_blocks(module, self.root_device)
+
+    def _watch_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Note whether these get gradients outside of :meth:`backward`; those watched before no longer."""
+
+        def note(_: Tensor) -> None:
+            self._outside = self._outside or not self._in_backward
+
+        for handle in self._handles:
+            handle.remove()
+        self._handles = [p.register_post_accumulate_grad_hook(note) for p in parameters]  # type: ignore[no-untyped-call]
 
     def _drive_backward(self) -> BackwardInside:
         manual = BackwardInside(self.model)  # type: ignore[arg-type]

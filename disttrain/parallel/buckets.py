@@ -182,9 +182,12 @@ def settle_buckets(model: DistributedDataParallel) -> None:
     alone, with zero gradients, makes the layout the same from the first step on.
     """
     parameters = [p for p in model.module.parameters() if p.requires_grad]
+    gradients = [p.grad for p in parameters]  # a module that accumulates by hand has some where DDP is built again
+    for parameter in parameters:
+        parameter.grad = None
     model.reducer.prepare_for_backward([])
     total = sum((p.sum() * 0.0 for p in parameters), start=torch.zeros((), device=parameters[0].device))
     total.backward()
     model.reducer._rebuild_buckets()
-    for parameter in parameters:
-        parameter.grad = None
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient

@@ -36,12 +36,14 @@ class DDPLockstep:
 
     def __init__(self, strategy: Any, module: pl.LightningModule) -> None:
         self._strategy, self._module = strategy, module
+        self._wrapped: nn.Module | None = None
         self._trained: list[nn.Parameter] = []
         self._fired: set[int] = set()
         self._handles: list[RemovableHandle] = []
 
     def start(self) -> None:
         """Watch which parameters have their gradients."""
+        self._wrapped = self._strategy.model
         self._trained = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
         if isinstance(self._strategy.model, DistributedDataParallel):
             fired = self._fired
@@ -51,7 +53,10 @@ class DDPLockstep:
             ]
 
     def begin(self) -> None:
-        """A micro batch begins."""
+        """A micro batch begins. DDP was built again if layers were frozen or thawed."""
+        if self._strategy.model is not self._wrapped:
+            self.close()
+            self.start()
         self._fired.clear()
 
     def learn(self) -> None:

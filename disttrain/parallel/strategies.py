@@ -29,7 +29,6 @@ from disttrain.checkpoint.state import CheckpointMixin
 from disttrain.parallel.agree import PYTORCHS_TIMEOUT, new_group, set_timeout, timeout_of
 from disttrain.parallel.base_strategy import BaseStrategy
 from disttrain.parallel.buckets import BucketHook, settle_buckets
-from disttrain.parallel.compiling import compile_blocks
 from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.fsdp_internals import (
     fsdp_modules,
@@ -40,7 +39,7 @@ from disttrain.parallel.fsdp_internals import (
     trained_parameters,
     unreduced_parameter,
 )
-from disttrain.parallel.initialize import initialize, leave_meta, starts_on_meta
+from disttrain.parallel.initialize import initialize, starts_on_meta
 from disttrain.parallel.module_tensors import (
     broadcast_tensors,
     check_trained,
@@ -53,10 +52,8 @@ from disttrain.parallel.module_tensors import (
 from disttrain.parallel.narrow import NarrowReduceScatter, install_narrow_hook, install_wide_hook
 from disttrain.parallel.precision import shard_policy
 from disttrain.parallel.ranks import DataRanks, data_ranks, divide_ranks
-from disttrain.parallel.recompute import checkpoint_blocks
 from disttrain.parallel.reduction import Exchange, TreeReduceScatter
 from disttrain.parallel.shard import move_all_but_shards, shard_module, without_tensor
-from disttrain.parallel.synced_norm import sync_batch_norms
 from disttrain.parallel.tensor import apply_tensor_plan
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -78,7 +75,7 @@ class DDP(BaseStrategy):
         self._hook: BucketHook | None = None
         self._filled = self._graph_learned = False
         self._known: list[tuple[str, nn.Parameter]] = []  # the parameters when DDP was built
-        self._frozen: list[nn.Parameter] = []  # those of them that were not trained
+        self._flags: list[bool] = []  # which of them were trained
         super().__init__(
             bucket_cap_mb=self.config.bucket_mib,
             find_unused_parameters=self.config.find_unused_parameters,
@@ -89,8 +86,7 @@ class DDP(BaseStrategy):
 
     def model_to_device(self) -> None:
         """Move the module, or give it memory and initial values."""
-        module = self.lightning_module
-        assert module is not None
+        module = self._module()
         fitting = module.trainer.state.fn == TrainerFn.FITTING
         if starts_on_meta(module, wanted=self.config.meta_init, fitting=fitting and not self._filled):
             initialize(module, self.root_device, seed=self.seed)
@@ -102,25 +98,34 @@ class DDP(BaseStrategy):
 
     def configure_ddp(self) -> None:
         """Wrap the module; one rank alone has nothing to reduce and stays unwrapped."""
-        module = self.lightning_module
-        assert module is not None
-        if self.config.sync_batchnorm and self.world_size > 1:
-            sync_batch_norms(module)
-        if self.config.activation_checkpointing != "none":
-            checkpoint_blocks(module, self.config.activation_checkpointing)
-        if self.config.compile == "blocks":
-            compile_blocks(module, self.root_device)
+        module = self._module()
+        self._change_for_training(module)
+        self._outside = False
         self._wrap()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a forward pass. DDP reduces what was trained when it was built: if layers were thawed, build it again."""
-        if any(parameter.requires_grad for parameter in self._frozen) and not (self._sums and self._sums.count):
-            if self._hook is not None:
-                self._hook.close()
-            self.model = self._module()
-            gc.collect()  # the old reducer, whose hooks would see the gradients, too
-            self._wrap()
+        """Run a forward pass."""
+        self._rebuild_if_changed()
         return super().training_step(*args, **kwargs)
+
+    def _rebuild_if_changed(self) -> None:
+        """Build DDP again if layers were frozen or thawed since: it waits for what was trained then. A collective."""
+        trainer = self._trainer()
+        # Within a step gradients are on their way; check_reduced refuses a change there.
+        if not self._changed() or trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches:
+            return
+        if self._hook is not None:
+            self._hook.close()
+        self.model = self._module()
+        gc.collect()  # the old reducer, whose hooks would see the gradients, too
+        self._wrap()
+
+    def _changed(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that DDP takes for trained and are frozen now, or the other way round."""
+        # With find_unused_parameters DDP does not wait for frozen ones.
+        minds = not self.config.find_unused_parameters
+        known = zip(self._known, self._flags, strict=True)
+        return [one for one, trained in known if one[1].requires_grad != trained and (minds or not trained)]
 
     def _wrap(self) -> None:
         """Let DDP reduce the gradients of all that is trained now. A collective."""
@@ -128,7 +133,7 @@ class DDP(BaseStrategy):
         self._graph_learned = False
         sums = self._start_tree(module.trainer) if self.config.reduction == "tree" else None
         self._known = list(module.named_parameters())
-        self._frozen = [parameter for _, parameter in self._known if not parameter.requires_grad]
+        self._flags = [parameter.requires_grad for _, parameter in self._known]
         if self.world_size == 1:
             return
         odd = odd_names(module)
@@ -147,6 +152,8 @@ class DDP(BaseStrategy):
             return
         if not self.config.find_unused_parameters and not self.config.static_graph:
             settle_buckets(self.model)
+        if not module.automatic_optimization:
+            self._watch_gradients(parameter for _, parameter in self._trained())
         if self.config.reduce_dtype == "bf16":
             install_narrow_hook(self.model)
         elif module.trainer.precision == "bf16-true":
@@ -164,6 +171,7 @@ class DDP(BaseStrategy):
         A static graph is learned from one backward pass that reduces: a run's first, whose gradients are reduced once
         more with the step's last ones, which changes them by rounding alone.
         """
+        self._rebuild_if_changed()  # whose gradients are to stay unreduced
         if self.config.static_graph and not self._graph_learned:
             yield
         else:
@@ -179,23 +187,20 @@ class DDP(BaseStrategy):
         """End what reduces gradients."""
         if self._hook is not None:
             self._hook.close()
-        if self.lightning_module is not None:
-            leave_meta(self.lightning_module)
         super().teardown()
 
     def _reducible(self) -> Iterator[tuple[str, nn.Parameter]]:
         return iter(self._known)
 
     def _unreduced(self) -> str:
-        thawed = [p for p in self._frozen if p.requires_grad and p.grad is not None]
-        return next(name for name, p in self._known if p is thawed[0]) if thawed else ""
+        # DDP reduces nothing at all while one that it waits for is frozen.
+        return next((name for name, p in self._changed() if not p.requires_grad or p.grad is not None), "")
 
     def _lacks_memory(self, error: Exception) -> bool:
         return self.memory_guard is not None and self.memory_guard.lacks_memory(error)
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        assert self.lightning_module is not None
-        return [(name, p) for name, p in self.lightning_module.named_parameters() if p.requires_grad]
+        return [(name, p) for name, p in self._module().named_parameters() if p.requires_grad]
 
     def _take(self, parameter: nn.Parameter) -> Tensor | None:
         gradient, parameter.grad = parameter.grad, None
@@ -262,12 +267,8 @@ class FSDP(BaseStrategy):
             mesh = self._mesh_of_ranks()
             if mesh.mesh_dim_names and "tensor" in mesh.mesh_dim_names:
                 apply_tensor_plan(module, mesh["tensor"])
-            if fitting and self.config.sync_batchnorm and self.world_size > 1:
-                sync_batch_norms(module)
-            if fitting and self.config.activation_checkpointing != "none":
-                checkpoint_blocks(module, self.config.activation_checkpointing)
-            if fitting and self.config.compile == "blocks":
-                compile_blocks(module, self.root_device)
+            if fitting:
+                self._change_for_training(module)
             shard_module(
                 module,
                 without_tensor(mesh),
@@ -299,12 +300,6 @@ class FSDP(BaseStrategy):
             move_all_but_shards(self.model, self.root_device)
         else:
             super().model_to_device()
-
-    def teardown(self) -> None:
-        """Let go of the device."""
-        if self.lightning_module is not None:
-            leave_meta(self.lightning_module)
-        super().teardown()
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:

@@ -26,12 +26,14 @@ def loader(trainer: Any) -> DataLoader[Any]:
     return DataLoader(numbers, batch_size=GLOBAL // size, sampler=sampler)
 
 
-CASES: dict[str, tuple[type[foreign.Plain], bool]] = {
-    "plain": (foreign.Plain, False),
-    "thawed": (foreign.Plain, True),
-    "by hand": (foreign.ByHand, False),
-    "two backwards": (foreign.TwoBackwards, False),
-    "adversaries": (foreign.Adversaries, False),
+CASES: dict[str, tuple[type[foreign.Plain], Any]] = {
+    "plain": (foreign.Plain, None),
+    "thawed": (foreign.Plain, foreign.Thaw),
+    "frozen": (foreign.Plain, foreign.Freeze),
+    "resumed": (foreign.Plain, None),  # of one rank's, where the backbone was frozen
+    "by hand": (foreign.ByHand, None),
+    "two backwards": (foreign.TwoBackwards, None),
+    "adversaries": (foreign.Adversaries, None),
 }
 LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
     "ddp": (2, ParallelConfig()),
@@ -44,22 +46,25 @@ LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
 
 
 def by_hand(case: str) -> bool:
-    return case not in ("plain", "thawed")
+    return CASES[case][0] is not foreign.Plain
 
 
-def train_in(folder: str, layout: str) -> None:
+def train_in(folder: str, layout: str, one: str = "") -> None:
     """All cases, one after the other; rank 0 writes the weights, every rank checks that they are all ranks'."""
     warnings.simplefilter("ignore")
-    for case, (kind, thaws) in CASES.items():
+    for case, (kind, callback) in CASES.items():
         parallel = LAYOUTS[layout][1] if layout != "one" else ParallelConfig()
         if by_hand(case) and parallel.reduction == "tree":
             continue
         if case == "adversaries" and parallel.strategy == "ddp":
             parallel = ParallelConfig(find_unused_parameters=True)
         run = Path(folder) / layout / case
-        trainer = foreign.trainer_of(run, *((foreign.Thaw(),) if thaws else ()), parallel=parallel, max_epochs=EPOCHS)
-        module = kind()
-        trainer.fit(module, loader(trainer))
+        callbacks = [Checkpointing(every_steps=3, keep_last=9), *([callback()] if callback else [])]
+        trainer = foreign.trainer_of(run, *callbacks, parallel=parallel, max_epochs=EPOCHS)
+        module, start = kind(), None
+        if case == "resumed":
+            start = trainer.find_start(str(Path(one or folder) / "one/frozen/checkpoints/step-00000009")).checkpoint
+        trainer.fit(module, loader(trainer), ckpt_path=start)
         assert trainer.global_step == EPOCHS * SAMPLES // GLOBAL, f"{case}: {trainer.global_step} steps"
         weights = foreign.whole(module)
         if trainer.world_size > 1:
@@ -87,7 +92,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_every_layout_trains_alike(tmp_path: Path, one: Path, layout: str) -> None:
-    run_ranks(LAYOUTS[layout][0], train_in, str(tmp_path), layout, folder=tmp_path / "logs").ok()
+    run_ranks(LAYOUTS[layout][0], train_in, str(tmp_path), layout, str(one), folder=tmp_path / "logs").ok()
     for case in CASES:
         if by_hand(case) and "tree" in layout:
             continue
@@ -104,11 +109,20 @@ def refuse_in(folder: str) -> None:
         cases: list[tuple[Any, str]] = [
             (foreign.Backward(), r"Backward calls loss.backward\(\), whose gradients"),
             (foreign.Own(), r"SGD holds a parameter of shape \(3, 3\) that is not one of"),
-            (ThawsLate(), "parameter backbone.0.weight of ThawsLate has a gradient that was not reduced"),
-            (foreign.Adversaries(), "some parameters got no gradient in a step, for which DDP waits"),
         ]
-        for module, words in cases[: 4 if strategy == "ddp" else 2]:
+        if strategy == "ddp":
+            cases += [
+                (ThawsLate(), "parameter backbone.0.weight of ThawsLate has a gradient that was not reduced"),
+                (Changes(thaw=True), "parameter backbone.0.weight of Changes has a gradient that was not reduced"),
+                (Changes(thaw=False), "parameter backbone.0.weight of Changes has a gradient that was not reduced"),
+                (foreign.Adversaries(), "parameter head.weight of Adversaries has a gradient that was not reduced"),
+                (foreign.HalfByHand(), r"HalfByHand calls loss.backward\(\), whose gradients"),
+            ]
+        for module, words in cases:
+            if isinstance(module, foreign.HalfByHand):
+                parallel = ParallelConfig(find_unused_parameters=True)
             trainer = foreign.trainer_of(Path(folder) / strategy, parallel=parallel, max_epochs=1)
+            trainer.accumulate_grad_batches = 2 if isinstance(module, Changes) else 1
             with pytest.raises(DisttrainError, match=words):
                 trainer.fit(module, loader(trainer))
 
@@ -123,6 +137,22 @@ class ThawsLate(foreign.Plain):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.backbone.requires_grad_(True)
         return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+class Changes(foreign.Plain):
+    """Freezes or thaws a layer between two micro batches of a step."""
+
+    def __init__(self, *, thaw: bool) -> None:
+        super().__init__()
+        self.thaw = thaw
+        self.backbone.requires_grad_(not thaw)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.backbone.requires_grad_(self.thaw)
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.05)

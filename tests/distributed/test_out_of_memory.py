@@ -36,7 +36,12 @@ def test_a_rank_that_runs_out_takes_the_others_down_with_it(tmp_path: Path, stra
         Run("forward", "auto", parallel, Shortage(1, "forward", 4, micro_batch=2), start=8, steps=3),
         Run("backward", "auto", parallel, Shortage(0, "backward", 4), start=8, steps=3),
     ]
-    make(2, runs, tmp_path).ok()
+    thawed = [
+        Run("thawed wanted", 8, parallel, then=4, after=2, steps=3, task={"thaws": True}),
+        Run("thawed", "auto", parallel, Shortage(1, "backward", 4, step=2), start=8, steps=3, task={"thaws": True}),
+    ]
+    make(2, [*runs, *thawed], tmp_path).ok()
+    assert_same(tmp_path / "thawed wanted", tmp_path / "thawed")
     for run in runs[1:]:
         assert_same(tmp_path / "wanted", tmp_path / run.name)
         for rank in range(2):  # what was thrown away has left no line

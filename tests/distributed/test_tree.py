@@ -115,8 +115,9 @@ def test_one_micro_batch_a_rank_gives_the_same_bits(train, strategy: str) -> Non
     assert_same_bits(train("mlp", 1, 4, TREE["ddp"]), train("mlp", 4, 4, TREE[strategy]))
 
 
-def test_layers_may_be_frozen_and_thawed_under_fsdp(train) -> None:  # type: ignore[no-untyped-def]
-    assert_same_bits(train("thawing", 1, 4, TREE["ddp"]), train("thawing", 2, 4, TREE["fsdp"]))
+@pytest.mark.parametrize("strategy", TREE)
+def test_layers_may_be_frozen_and_thawed(train, strategy: str) -> None:  # type: ignore[no-untyped-def]
+    assert_same_bits(train("thawing", 1, 4, TREE["ddp"]), train("thawing", 2, 4, TREE[strategy]))
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), [(2, "ddp"), (3, "fsdp")])

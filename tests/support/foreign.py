@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BaseFinetuning, Callback
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
@@ -121,6 +121,17 @@ class Adversaries(ByHand):
         return [torch.optim.SGD(part.parameters(), lr=0.1, momentum=0.9) for part in parts], []
 
 
+class HalfByHand(Adversaries):
+    """One of two backward passes that Lightning does not know of."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        first, second = self.optimizers()  # type: ignore[misc]
+        self.manual_backward(self.head(self.backbone(batch[0]).detach()).square().mean())
+        second.step()
+        self.loss(batch).backward()
+        first.step()
+
+
 class TwoBackwards(ByHand):
     """Two backward passes for one step, with no step between."""
 
@@ -159,6 +170,14 @@ class Thaw(BaseFinetuning):
     def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
         if epoch == self.epoch:
             self.unfreeze_and_add_param_group(pl_module.backbone, optimizer, lr=0.05)
+
+
+class Freeze(Callback):
+    """Freezes the backbone at the second epoch."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            pl_module.backbone.requires_grad_(False)
 
 
 def trainer_of(folder: Path, *callbacks: Any, parallel: ParallelConfig | None = None, **settings: Any) -> Trainer:

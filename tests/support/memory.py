@@ -156,11 +156,14 @@ class ShortTask(Task):
         plain: have neither batch norms nor dropout.
         width: of the blocks.
         ballast: copies of each sample that a forward pass keeps, in 24 bytes each.
+        thaws: train the layer before the blocks from the second step on.
     """
 
-    def __init__(self, *, stem: bool = True, plain: bool = False, width: int = WIDTH, ballast: int = 0) -> None:
+    def __init__(
+        self, *, stem: bool = True, plain: bool = False, width: int = WIDTH, ballast: int = 0, thaws: bool = False
+    ) -> None:
         super().__init__()
-        self.ballast = ballast
+        self.ballast, self.thaws = ballast, thaws
         torch.manual_seed(1)
         self.shortage: Shortage | None = None
         first = width if stem else 6
@@ -178,6 +181,12 @@ class ShortTask(Task):
         )
         self.head, self.last = nn.Linear(width, 3), Place(self, "head")
         self.size = self.micro_batch = self.allocations = 0
+        self.stem.requires_grad_(not thaws)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Thaw at the second step."""
+        if self.thaws and self.trainer.global_step == 1:
+            self.stem.requires_grad_(True)
 
     def on_fit_start(self) -> None:
         """FSDP has its buffers from here on."""
