@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from torch.utils._pytree import tree_leaves
 
 from disttrain.data.user_loaders import ResumableLoader
 from disttrain.errors import CheckpointError
@@ -36,7 +37,8 @@ class LoaderRecord(Callback):
         Raises:
             CheckpointError: it was cut otherwise.
         """
-        loader, saved = trainer.train_dataloader, self._saved
+        leaves, saved = tree_leaves(trainer.train_dataloader), self._saved
+        loader = leaves[0] if len(leaves) == 1 else None
         self._now, self._saved = (loader.cut() if isinstance(loader, ResumableLoader) else {}), {}
         if not trainer.fit_loop.epoch_loop.batch_progress.current.ready or not saved or not self._now:
             return

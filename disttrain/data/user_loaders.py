@@ -3,7 +3,8 @@
 Lightning hands every loader of a fit, validation, test or prediction to :func:`accept`. On several ranks a loader that
 does not split its samples gives every rank all of them, without an error; so it is refused unless it says how it
 splits: disttrain's own loaders, a ``DataLoader`` with a sampler that has ``num_replicas`` and ``rank`` (PyTorch's
-``DistributedSampler``), or any iterable that has these two attributes itself. What they say is compared over the ranks.
+``DistributedSampler``), or any iterable or iterable dataset that has these two attributes itself. What they say is
+compared over the ranks.
 
 A training ``DataLoader`` over a map-style dataset with one of PyTorch's samplers is continued exactly where a resume
 stands. Its shuffle is keyed by the trainer's seed and the epoch. Of any other loader a resume in mid-epoch says what is
@@ -44,6 +45,10 @@ _MEND: Final = (
     "use disttrain.ShardedDataModule, or give the DataLoader a"
     " torch.utils.data.DistributedSampler(dataset, num_replicas={size}, rank=<0 to {last}, this rank's part>)"
 )
+_MEND_ITERABLE: Final = (
+    "use disttrain.ShardedDataModule, or let the dataset give each rank its own part and say so by its attributes"
+    " num_replicas ({size}) and rank (0 to {last})"
+)
 
 
 class _Split(NamedTuple):
@@ -73,6 +78,8 @@ def accept(loader: Any, trainer: pl.Trainer, *, seed: int) -> Any:
     Raises:
         ConfigError: the ranks would not share its samples, or the loader does not follow the trainer; on all ranks.
     """
+    if isinstance(loader, ResumableLoader):  # of an earlier fit: Lightning puts it into the user's CombinedLoader
+        loader = loader._loader
     stage = trainer.state.stage
     assert stage is not None
     name = _NAMES.get(stage, stage.value)
@@ -116,16 +123,16 @@ def _check_split(loader: Any, name: str, trainer: pl.Trainer) -> None:
         split = _Split(1, 0, ("SequentialSampler", ("total_size", len(loader.dataset))), _length(loader))
     told = gather((split, ranks.rank))
     with raise_together():
-        if fault := _fault(told, ranks.size):
+        if fault := _fault(told, ranks.size, _MEND_ITERABLE if _is_iterable(loader) else _MEND):
             what, mend = fault
             raise ConfigError(f"the {name} loader, a {_described(loader)}, {what}", mend=mend)
     if name != "train" and trainer.is_global_zero:
         _warn_of_padding(loader, name)
 
 
-def _fault(told: list[tuple[_Split, int]], size: int) -> tuple[str, str] | None:
+def _fault(told: list[tuple[_Split, int]], size: int, how: str) -> tuple[str, str] | None:
     """What is wrong with the splits of all ranks, and how to mend it; None where they fit."""
-    first, mend = told[0][0], _MEND.format(size=size, last=size - 1)
+    first, mend = told[0][0], how.format(size=size, last=size - 1)
     for rank, (split, part) in enumerate(told):
         if not split.parts:
             return f"does not split its samples: each of the {len(told)} ranks would read all of them", mend
@@ -153,13 +160,17 @@ def _split_of(loader: Any) -> _Split:
         return _Split(loader.plan.num_ranks, loader.rank, (), None)
     if isinstance(loader, EvaluationLoader):
         return _Split(loader.num_ranks, loader.rank, (), len(loader))
-    if not isinstance(getattr(loader, "dataset", None), IterableDataset):  # to which a DataLoader gives no sampler
-        for candidate in (loader, *_samplers(loader)):
-            parts, part = getattr(candidate, "num_replicas", None), getattr(candidate, "rank", None)
-            if isinstance(parts, int) and isinstance(part, int):
-                names = () if candidate is loader else ("total_size", "shuffle", "seed", "epoch", "drop_last")
-                order = tuple((name, getattr(candidate, name, None)) for name in names)
-                return _Split(parts, part, (type(candidate).__name__, *order), _length(loader))
+    samplers = _samplers(loader)
+    for candidate in (loader, loader.dataset) if _is_iterable(loader) else (loader, *samplers):
+        parts, part = getattr(candidate, "num_replicas", None), getattr(candidate, "rank", None)
+        if isinstance(parts, int) and isinstance(part, int):
+            names = (
+                ("total_size", "shuffle", "seed", "epoch", "drop_last")
+                if any(candidate is one for one in samplers)
+                else ()
+            )
+            order = tuple((name, getattr(candidate, name, None)) for name in names)
+            return _Split(parts, part, (type(candidate).__name__, *order), _length(loader))
     return _Split(0, 0, (), None)
 
 
@@ -173,6 +184,11 @@ def _samplers(loader: Any) -> list[Any]:
     ]
 
 
+def _is_iterable(loader: Any) -> bool:
+    """Whether a loader's dataset is iterable, for which PyTorch takes no sampler."""
+    return isinstance(getattr(loader, "dataset", None), IterableDataset)
+
+
 def _is_sequential(loader: Any) -> bool:
     """Whether a loader gives the same batches on every rank, whatever the random state: for ranks of one part."""
     return isinstance(loader, DataLoader) and _is_plain(loader) and type(_sampler_of(loader)) is SequentialSampler
@@ -180,7 +196,7 @@ def _is_sequential(loader: Any) -> bool:
 
 def _is_plain(loader: DataLoader[Any]) -> bool:
     """Whether PyTorch's own batch sampler makes the batches of a map-style dataset."""
-    return not isinstance(loader.dataset, IterableDataset) and type(loader.batch_sampler) is BatchSampler
+    return not _is_iterable(loader) and type(loader.batch_sampler) is BatchSampler
 
 
 def _sampler_of(loader: DataLoader[Any]) -> Any:
@@ -198,7 +214,7 @@ def _length(loader: Any) -> int | None:
 def _described(loader: Any) -> str:
     """What a loader is, for a message."""
     sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", getattr(loader, "sampler", None))
-    if isinstance(getattr(loader, "dataset", None), IterableDataset):
+    if _is_iterable(loader):
         return f"{type(loader).__name__} over the iterable {type(loader.dataset).__name__}"
     return type(loader).__name__ + (f" with a {type(sampler).__name__}" if sampler is not None else "")
 
@@ -221,7 +237,7 @@ def _why_not_resumable(loader: Any) -> str:
     """Why a resume cannot be put to its place in a loader; empty where it can."""
     if not isinstance(loader, DataLoader):
         return f"a {type(loader).__name__} has no sampler"
-    if isinstance(loader.dataset, IterableDataset):
+    if _is_iterable(loader):
         return f"{type(loader.dataset).__name__} is an iterable dataset"
     if not _is_plain(loader) or type(loader).__iter__ is not DataLoader.__iter__:
         return "it makes its batches by itself" if loader.batch_sampler is not None else "its batch_size is None"
@@ -292,8 +308,9 @@ class ResumableLoader:
         for sampler in _samplers(loader):
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
-        if loader.generator is not None:
-            loader.generator.manual_seed(mix(self._seed, epoch))
+        for owner in (loader, *_samplers(loader)):
+            if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
+                generator.manual_seed(mix(self._seed, epoch))
         self._key(epoch)  # for worker processes
         with self._continued(epoch, done):
             batches = iter(loader)

@@ -5,12 +5,21 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sampler, WeightedRandomSampler
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    Sampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from disttrain import Checkpointing
 from disttrain.errors import CheckpointError
@@ -38,16 +47,30 @@ def dealt() -> Any:
     return DistributedSampler(NUMBERS, num_replicas=1, rank=0, shuffle=True, seed=3)
 
 
+def of_its_own(sampler: Callable[..., Any]) -> DataLoader[Any]:
+    return DataLoader(NUMBERS, BATCH, sampler=sampler(generator=torch.Generator().manual_seed(7)))
+
+
 EXACT: dict[str, Callable[[], DataLoader[Any]]] = {
     "in order": lambda: DataLoader(NUMBERS, batch_size=BATCH),
     "shuffled": lambda: DataLoader(NOISY, batch_size=BATCH, shuffle=True, drop_last=True),
     "own generator": lambda: DataLoader(NUMBERS, BATCH, shuffle=True, generator=torch.Generator().manual_seed(7)),
+    "sampler's generator": lambda: of_its_own(partial(RandomSampler, NUMBERS)),
+    "subset's generator": lambda: of_its_own(partial(SubsetRandomSampler, range(SAMPLES))),
+    "weights' generator": lambda: of_its_own(partial(WeightedRandomSampler, [1.0] * SAMPLES, SAMPLES)),
     "weighted": lambda: DataLoader(NUMBERS, batch_size=BATCH, sampler=weighted()),
     "dealt": lambda: DataLoader(NUMBERS, batch_size=BATCH, sampler=dealt()),
     "dealt by workers": lambda: DataLoader(
         NUMBERS, BATCH, sampler=dealt(), num_workers=1, multiprocessing_context="fork", persistent_workers=True
     ),
 }
+
+
+class First(foreign.Plain):
+    """Takes the first of several loaders' batches."""
+
+    def loss(self, batch: Any) -> Any:
+        return super().loss(batch[0] if isinstance(batch[0], list) else batch)
 
 
 def train(folder: Path, make: Callable[[], Any], *limits: int) -> list[list[int]]:
@@ -57,7 +80,7 @@ def train(folder: Path, make: Callable[[], Any], *limits: int) -> list[list[int]
     for number, steps in enumerate(limits):
         torch.manual_seed(number)  # must not matter
         trainer = foreign.trainer_of(folder, Checkpointing(every_steps=4), max_steps=steps)
-        modules.append(foreign.Plain())
+        modules.append(First())
         trainer.fit(modules[-1], make(), ckpt_path=foreign.newest(trainer))
         seen += modules[-1].seen
     torch.save(foreign.whole(modules[-1]), folder / "weights.pt")
@@ -72,7 +95,7 @@ def test_a_resume_continues_where_it_stood(tmp_path: Path, name: str) -> None:
     whole = train(tmp_path / "whole", EXACT[name], steps)
     assert len(whole) == steps
     first, second = ([n for batch in whole[at : at + len(loader)] for n in batch] for at in (0, len(loader)))
-    if name != "weighted":
+    if "weight" not in name:
         assert len({*first}) == len(first), "an epoch gives a sample twice"
     if name != "in order":
         assert first != second, "two epochs have one order"
@@ -81,8 +104,17 @@ def test_a_resume_continues_where_it_stood(tmp_path: Path, name: str) -> None:
     assert torch.equal(*weights)
 
 
-def test_an_epoch_that_is_cut_otherwise_is_refused(tmp_path: Path) -> None:
-    train(tmp_path, EXACT["in order"], STOP)
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+def test_a_loader_may_be_used_in_several_fits(tmp_path: Path) -> None:
+    loaders = CombinedLoader([EXACT["shuffled"]()], "max_size")
+    seen = [train(tmp_path / str(run), lambda: loaders, 7) for run in range(2)]
+    assert len(seen[0]) == 7
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("wrapped", [lambda loader: loader, lambda loader: [loader]], ids=["alone", "in a list"])
+def test_an_epoch_that_is_cut_otherwise_is_refused(tmp_path: Path, wrapped: Callable[[Any], Any]) -> None:
+    train(tmp_path, lambda: wrapped(EXACT["in order"]()), STOP)
     for make, words in (
         (lambda: DataLoader(NUMBERS, batch_size=8), "samples a step was 4, is 8"),
         (lambda: DataLoader(foreign.Numbers(24), BATCH), "samples was 22, is 24"),
@@ -91,7 +123,7 @@ def test_an_epoch_that_is_cut_otherwise_is_refused(tmp_path: Path) -> None:
         trainer = foreign.trainer_of(tmp_path, max_steps=STOP + 2)
         start = foreign.newest(trainer)
         with pytest.raises(CheckpointError, match=f"in the middle of an epoch of a loader that has changed: .*{words}"):
-            trainer.fit(foreign.Plain(), make(), ckpt_path=start)
+            trainer.fit(First(), wrapped(make()), ckpt_path=start)
 
 
 class Odd(Sampler[int]):
@@ -141,13 +173,6 @@ TOLD: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "several": (lambda: [DataLoader(NUMBERS, BATCH), DataLoader(NUMBERS, BATCH)], "several loaders side by side"),
 }
-
-
-class First(foreign.Plain):
-    """Takes the first of several loaders' batches."""
-
-    def loss(self, batch: Any) -> Any:
-        return super().loss(batch[0] if isinstance(batch[0], list) else batch)
 
 
 @pytest.mark.parametrize("name", TOLD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,17 @@ class Split(Batches):
         self.num_replicas, self.rank = num_replicas, rank
 
 
+class Halved(foreign.Stream):
+    """An iterable dataset that splits itself, and says so."""
+
+    def __init__(self, num_replicas: int, rank: int) -> None:
+        super().__init__()
+        self.num_replicas, self.rank = num_replicas, rank
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(super().__iter__(), self.rank, None, self.num_replicas)
+
+
 class InModule(foreign.Evaluated):
     def train_dataloader(self) -> Any:
         return DataLoader(NUMBERS, batch_size=4)
@@ -80,6 +92,7 @@ def refused(rank: int) -> Iterator[tuple[str, tuple[Any, ...], str]]:
     yield "fit", (DataLoader(_Arrow(), batch_size=4),), SPLIT
     yield "fit", (DataLoader(foreign.Stream(), batch_size=4),), f"DataLoader over the iterable Stream, {SPLIT}"
     yield "fit", (Batches(3),), f"the train loader, a Batches, {SPLIT}"
+    yield "fit", (DataLoader(Halved(2, 0), batch_size=4),), "gives part 0 of 2 on rank 1"
     yield "fit", (webdataset.WebLoader(foreign.Stream(), batch_size=4),), SPLIT
     yield "fit", (CombinedLoader([split, plain]),), SPLIT
     yield "fit", ({"a": split, "b": plain},), SPLIT
@@ -113,7 +126,9 @@ def refuse_in(folder: str) -> None:
         assert words in every[-1], f"{loop}, {loaders}: {every[-1]}"
         if words == SPLIT:
             assert "ShardedDataModule" in every[-1]
-            assert "DistributedSampler(dataset, num_replicas=2" in every[-1]
+            iterable = "over the iterable" in every[-1]
+            how = "its attributes num_replicas (2) and rank (0 to 1)" if iterable else "DistributedSampler(dataset, num"
+            assert how in every[-1], every[-1]
 
 
 def accept_in(folder: str) -> None:
@@ -121,7 +136,11 @@ def accept_in(folder: str) -> None:
     rank = foreign.trainer_of(Path(folder)).global_rank
     inner = BatchSampler(sampler(rank, shuffle=False), 4, drop_last=False)
     for number, batches in enumerate(
-        (DataLoader(NUMBERS, batch_size=4, sampler=sampler(rank)), DataLoader(NUMBERS, batch_sampler=inner))
+        (
+            DataLoader(NUMBERS, batch_size=4, sampler=sampler(rank)),
+            DataLoader(NUMBERS, batch_sampler=inner),
+            DataLoader(Halved(2, rank), batch_size=4),
+        )
     ):
         trainer = foreign.trainer_of(Path(folder) / str(number), max_epochs=1)
         module = foreign.Plain()
