@@ -117,6 +117,11 @@ def _rebuild(kind: type[DisttrainError], what: str, mend: str) -> DisttrainError
     return kind(what, mend=mend)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or what kind of error it is."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Words for an error message: the nearest known name, or all of them when none is near."""
     names = sorted(known)

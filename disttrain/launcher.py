@@ -1,6 +1,6 @@
 """The torchrun that started this process, and an end where that has died before the ranks have met.
 
-Ranks that wait for each other or for a store would otherwise wait on for half an hour, since nobody is left who ends
+Ranks that wait for each other or for a store would otherwise wait on for half an hour, since nothing is left to end
 them. Once they have met, a lost store or peer ends them. Linux only; elsewhere, and under other launchers, whose ranks
 may outlive what has started them, nothing is watched. Cost: a few files of ``/proc`` at the import, and one file
 descriptor and a sleeping thread while the ranks meet.

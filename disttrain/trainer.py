@@ -30,12 +30,12 @@ from disttrain.callbacks.micro_batch_size import MicroBatchSearch
 from disttrain.callbacks.preemption import Preemption
 from disttrain.callbacks.progress import StepProgress
 from disttrain.callbacks.randomness import KeyedRandomness
+from disttrain.callbacks.reduction_check import ReductionCheck
 from disttrain.callbacks.rehearsal import Rehearsal
 from disttrain.callbacks.run_record import RunRecord
 from disttrain.callbacks.settings import SettingsNotes
 from disttrain.callbacks.step_log import StepLog
 from disttrain.callbacks.stragglers import Stragglers
-from disttrain.callbacks.trained import TrainedCheck
 from disttrain.callbacks.watchdog import Watchdog
 from disttrain.data.workers import refuse_second_run
 from disttrain.ending import EndingFitLoop
@@ -161,7 +161,7 @@ class Trainer(pl.Trainer):
             self.record,
             MicroBatchSearch(self.record),
             SettingsNotes(self.record.tell),
-            TrainedCheck(),
+            ReductionCheck(),
             LoaderRecord(),
         ]
         if parallel.compile != "none":

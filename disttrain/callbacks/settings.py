@@ -1,7 +1,8 @@
 """What a resumed run sets otherwise than the run that made the checkpoint: said, in a line each, before it goes on.
 
 Two kinds. Most settings count from the resume on; a line says which ones changed. Learning rates and the settings of a
-module's own schedules come back with the checkpoint; a line says what the module asks for in vain. A schedule that
+module's own schedules come back with the checkpoint; a line says which of the module's settings
+the checkpoint overrides. A schedule that
 would end before the run does is refused before the first step. What a checkpoint holds are the settings as they were
 configured, in short texts and numbers. No cost in a step.
 """

@@ -36,7 +36,7 @@ from disttrain.checkpoint.marker import (
     newer_format,
     remove,
 )
-from disttrain.errors import CheckpointError, nearest
+from disttrain.errors import CheckpointError, first_line, nearest
 from disttrain.parallel.agree import raise_together
 
 __all__ = [
@@ -193,7 +193,7 @@ def cause(error: BaseException) -> str:
     if isinstance(error, pickle.UnpicklingError) and "eights only" in str(error):  # torch's advice is to trust it
         found = re.search(r"(?:GLOBAL|global:?|class|function) <?(?:built-in function )?([\w.]{3,})", str(error))
         return f"it would need {found[1]}" if found else "it is damaged, or no file of PyTorch's"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def _compare(path: Path, metadata: Metadata, into: Tensors) -> None:

@@ -29,7 +29,7 @@ from disttrain.doctor.finding import Finding, failure, ok, worst
 from disttrain.doctor.folders import Folders, SharedSign, examine_folders
 from disttrain.doctor.machine import examine_device, examine_machine, gpu_link, system_facts
 from disttrain.endings import in_time
-from disttrain.errors import DisttrainError
+from disttrain.errors import DisttrainError, first_line
 from disttrain.meeting import Meeting, find_meeting
 from disttrain.parallel.alike import package_checksum, versions
 from disttrain.parallel.store import meet
@@ -255,7 +255,7 @@ class _Together:
                     told["speeds"] = speed.exchange_speeds(device)
             except RuntimeError as error:
                 mend = "see the other lines; NCCL_DEBUG=INFO, or TORCH_DISTRIBUTED_DEBUG=DETAIL for gloo, tell more"
-                found.append(failure("collectives", f"{str(error).splitlines()[0]:.300}", mend))
+                found.append(failure("collectives", f"{first_line(error):.300}", mend))
             finally:
                 if dist.is_initialized():
                     dist.destroy_process_group()

@@ -112,7 +112,7 @@ class BaseStrategy(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMi
             reshard(self.model)
         return super().optimizer_state(optimizer)
 
-    def check_trained(self, optimizer: Optimizer) -> None:
+    def check_reduced(self, optimizer: Optimizer) -> None:
         """Before an optimizer steps: refuse what would let the ranks drift apart.
 
         Raises:

@@ -103,7 +103,12 @@ def ordered_gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 def norm_of(strategy: object) -> Callable[[Iterable[nn.Parameter]], Tensor]:
     """The norm that goes with a strategy's sums: with ``reduction: tree`` the one whose bits no layout changes."""
-    return ordered_gradient_norm if getattr(strategy, "reduction", "fast") == "tree" else gradient_norm
+    return ordered_gradient_norm if adds_in_tree(strategy) else gradient_norm
+
+
+def adds_in_tree(strategy: object) -> bool:
+    """Whether a strategy, which may be Lightning's, adds gradients with ``reduction: tree``."""
+    return bool(getattr(strategy, "reduction", "fast") == "tree")
 
 
 def clip_gradient_norm(parameters: Iterable[nn.Parameter], max_norm: float, *, ordered: bool = False) -> Tensor:

@@ -35,7 +35,7 @@ def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
             _broadcast(bucket)
 
 
-def check_trained(module: nn.Module, *, sharded: bool) -> None:
+def check_types(module: nn.Module, *, sharded: bool) -> None:
     """Refuse parameters that cannot be trained on several ranks, before PyTorch does in the midst of a step.
 
     Args:

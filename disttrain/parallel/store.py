@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
-from disttrain.errors import JoinError
+from disttrain.errors import JoinError, first_line
 from disttrain.meeting import Meeting, announce, hear
 from disttrain.world import World
 
@@ -50,15 +50,11 @@ def _agents_store(meeting: Meeting, timeout: timedelta) -> TCPStore:
         store = _client(host, port, min(timeout, _AGENT_TIMEOUT))
     except dist.DistNetworkError as error:
         raise JoinError(
-            f"the store of torchrun's agent at {host}:{port} cannot be reached: {_first_line(error)}",
+            f"the store of torchrun's agent at {host}:{port} cannot be reached: {first_line(error):.300}",
             mend="see whether torchrun still runs on the first node, and whether this node reaches that address",
         ) from None
     store.set_timeout(timeout)
     return store
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _client(host: str, port: int, timeout: timedelta) -> TCPStore:

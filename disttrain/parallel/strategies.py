@@ -42,7 +42,7 @@ from disttrain.parallel.fsdp_internals import (
 from disttrain.parallel.initialize import initialize, starts_on_meta
 from disttrain.parallel.module_tensors import (
     broadcast_tensors,
-    check_trained,
+    check_types,
     check_units,
     leave_out_of_ddp,
     odd_names,
@@ -92,7 +92,7 @@ class DDP(BaseStrategy):
             initialize(module, self.root_device, seed=self.seed)
             self._filled = True
         if fitting:
-            check_trained(module, sharded=False)
+            check_types(module, sharded=False)
         settle_layout(module, sharded=False)
         super().model_to_device()
 
@@ -260,7 +260,7 @@ class FSDP(BaseStrategy):
         if not empty:
             self.model_to_device()
         if not sharded:
-            check_trained(module, sharded=True)
+            check_types(module, sharded=True)
             settle_layout(module, sharded=True)
             if not empty:
                 broadcast_tensors((*module.parameters(), *module.buffers()))

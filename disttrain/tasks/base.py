@@ -35,6 +35,7 @@ from disttrain.optim import OptimizerConfig, ScheduleConfig, build_optimizer, bu
 from disttrain.parallel.agree import gather
 from disttrain.parallel.collectives import all_gather_single
 from disttrain.parallel.gradients import (
+    adds_in_tree,
     clip_gradient_norm,
     clip_gradient_value,
     norm_of,
@@ -155,7 +156,7 @@ class Task(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the whole gradient under every strategy, and keep its norm before that for the log."""
-        bound, ordered = float(gradient_clip_val or 0), getattr(self.trainer.strategy, "reduction", "fast") == "tree"
+        bound, ordered = float(gradient_clip_val or 0), adds_in_tree(self.trainer.strategy)
         if bound and gradient_clip_algorithm == "value":
             self.grad_norm = clip_gradient_value(self.parameters(), bound, ordered=ordered)
         elif bound:

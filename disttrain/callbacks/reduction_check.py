@@ -7,13 +7,13 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
 
-class TrainedCheck(Callback):
+class ReductionCheck(Callback):
     """Asks the strategy, before an optimizer steps, whether what it steps was reduced. Cost: a few comparisons."""
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """The gradients are complete."""
-        check = getattr(trainer.strategy, "check_trained", None)
+        check = getattr(trainer.strategy, "check_reduced", None)
         if check is not None:
             check(optimizer)
