@@ -247,6 +247,11 @@ class EvaluationLoader(_Loader):
         self.num_ranks, self.rank = num_ranks, rank
         self._ids, self._counts = evaluation_ids(len(self.reader.index), micro_batch_size, num_ranks, rank)
 
+    @property
+    def pads(self) -> bool:
+        """Whether micro batches of any rank are filled up."""
+        return len(self.reader.index) != len(self._ids) * self.micro_batch_size * self.num_ranks
+
     def __len__(self) -> int:
         return len(self._ids)
 

@@ -2,7 +2,8 @@
 
 The last micro batches of an evaluation are filled up, so that all ranks run the same number of forward passes; real
 samples stand first. A ``Task`` cuts its own outputs. Of any other module each value is cut along its first dimension,
-or refused if that is not possible without a guess. Cost: nothing, except where a micro batch holds padding.
+or refused if that is not possible without a guess, at the first micro batch already. Cost: nothing, except where a
+micro batch holds padding.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from disttrain.data.batches import COUNT, WEIGHT
 from disttrain.errors import ConfigError
+from disttrain.parallel.trained import class_name
 
 
 class Rows(NamedTuple):
@@ -42,7 +44,7 @@ def rows_of(batch: Any) -> Rows | None:
     return None
 
 
-def real_outputs(outputs: Any, rows: Rows | None, module: object) -> Any:
+def real_outputs(outputs: Any, rows: Rows | None, module: nn.Module, *, check: bool = False) -> Any:
     """What a module returned for the real samples of a micro batch.
 
     Args:
@@ -50,20 +52,22 @@ def real_outputs(outputs: Any, rows: Rows | None, module: object) -> Any:
             these; None is returned as it is.
         rows: those of the micro batch; None where it is not one of disttrain's.
         module: whose outputs they are, for the message.
+        check: look at those of a micro batch without padding, too: a later one will have some.
 
     Raises:
         ConfigError: a value has neither a row for each sample of the micro batch nor one for each real one.
     """
-    if rows is None or rows.real == rows.size:
+    if rows is None or (rows.real == rows.size and not check):
         return outputs
     try:
-        return _cut(outputs, rows)
+        cut = _cut(outputs, rows)
     except _UnclearError as unclear:
         raise ConfigError(
-            f"predict_step of {type(module).__name__} returned {unclear} for a micro batch of {rows.size}, of which"
-            f" {rows.real} are samples and the rest is padding, which cannot be cut off",
+            f"predict_step of {class_name(module)} returned {unclear} for a micro batch of {rows.size}, from which the"
+            " padding of the last micro batches cannot be cut off",
             mend='return one row a sample, or cut by batch["__count__"] in predict_step',
         ) from None
+    return outputs if rows.real == rows.size else cut
 
 
 def real_rows(value: Any, rows: Rows) -> Any:

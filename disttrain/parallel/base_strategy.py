@@ -70,13 +70,15 @@ class BaseStrategy(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMi
         if isinstance(module, Task):
             return outputs
         rows = rows_of(args[0]) or self._rows
-        if rows is None and isinstance(self._trainer().predict_dataloaders, EvaluationLoader):
+        loop, loader = self._trainer().predict_loop, self._trainer().predict_dataloaders
+        if rows is None and isinstance(loader, EvaluationLoader):
             raise ConfigError(
                 f"on_before_batch_transfer of {class_name(module)} takes __count__ out of the batch, which says how"
                 " many samples are real",
                 mend="change the batch in on_after_batch_transfer, or leave __count__ and __weight__ in it",
             )
-        return real_outputs(outputs, rows, module)
+        pads = isinstance(loader, EvaluationLoader) and loader.pads
+        return real_outputs(outputs, rows, module, check=pads and loop.batch_progress.current.ready == 1)
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Run a backward pass, and note that one ran."""

@@ -15,6 +15,8 @@ from disttrain.parallel.config import ParallelConfig
 _WHOLE: Final = (torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.Muon, torch.optim.Rprop, torch.optim.SparseAdam)
 """Optimizers that look at more than one element of a parameter, or that PyTorch cannot run on a part of one."""
 
+_EMBEDDINGS: Final = (nn.Embedding, nn.EmbeddingBag)
+
 
 def check_optimizers(
     optimizers: Sequence[Optimizer], module: nn.Module, config: ParallelConfig, *, ranks: int, accumulation: int
@@ -39,7 +41,8 @@ def check_optimizers(
                 f" has of the global batch: there are {ranks} ranks with {accumulation} micro batches a step",
                 mend="train on one rank with micro_batch_size equal to global_batch_size, or use another optimizer",
             )
-    sparse = [name for name, inner in module.named_modules() if getattr(inner, "sparse", False) is True]
+    layers = [(name, inner) for name, inner in module.named_modules() if isinstance(inner, _EMBEDDINGS)]
+    sparse = [name for name, inner in layers if inner.sparse]
     wrong = _no_sparse(config, module)
     if sparse and wrong:
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from disttrain.data.padding import Rows, real_outputs
 from disttrain.errors import ConfigError
 
-ROWS = Rows(4, 3)
+ROWS, MODULE = Rows(4, 3), torch.nn.Linear(1, 1)
 
 
 class Pair(NamedTuple):
@@ -25,6 +25,14 @@ class Pair(NamedTuple):
 class Out:
     logits: Any
     names: list[str]
+
+
+@dataclass
+class Both(OrderedDict[str, Any]):
+    """A dataclass and a mapping, as transformers' outputs are."""
+
+    logits: Any
+    loss: Any = None
 
 
 def rows(size: int) -> torch.Tensor:
@@ -42,25 +50,26 @@ def rows(size: int) -> torch.Tensor:
         ([rows(4), {"deep": torch.arange(4)}], [rows(3), {"deep": torch.arange(3)}]),
         (Pair(rows(4), None), Pair(rows(3), None)),
         (Out(rows(4), ["a", "b", "c", "d"]), Out(rows(3), ["a", "b", "c"])),
+        (Both(rows(4)), Both(rows(3))),
         ([0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3]),
         (None, None),
     ],
 )
 def test_rows_of_padding_are_cut(given: Any, cut: Any) -> None:
-    found = real_outputs(given, ROWS, None)
+    found = real_outputs(given, ROWS, MODULE)
     assert type(found) is type(cut)
     assert repr(found) == repr(cut)
-    assert real_outputs(given, Rows(4, 4), None) is given
-    assert real_outputs(given, None, None) is given
+    assert real_outputs(given, Rows(4, 4), MODULE) is given
+    assert real_outputs(given, None, MODULE) is given
 
 
 def test_a_dictionary_keeps_its_kind() -> None:
-    found = real_outputs(defaultdict(list, logits=rows(4)), ROWS, None)
+    found = real_outputs(defaultdict(list, logits=rows(4)), ROWS, MODULE)
     assert (type(found), found["logits"].shape, found["other"]) == (defaultdict, (3, 2), [])
 
 
 def test_padding_alone_leaves_nothing() -> None:
-    assert real_outputs({"logits": rows(4)}, Rows(4, 0), None)["logits"].shape == (0, 2)
+    assert real_outputs({"logits": rows(4)}, Rows(4, 0), MODULE)["logits"].shape == (0, 2)
 
 
 @pytest.mark.parametrize(
@@ -77,5 +86,8 @@ def test_padding_alone_leaves_nothing() -> None:
     ],
 )
 def test_what_cannot_be_cut_is_refused(given: Any, words: str) -> None:
-    with pytest.raises(ConfigError, match=f"returned {words}.* for a micro batch of 4, of which 3 are samples"):
-        real_outputs(given, ROWS, object())
+    three = "tuple of 3" in words  # may only be a row of each of the three samples
+    for rows, check in ((ROWS, False),) if three else ((ROWS, False), (Rows(4, 4), True)):
+        with pytest.raises(ConfigError, match=f"of Linear returned {words}.* for a micro batch of 4, from which"):
+            real_outputs(given, rows, MODULE, check=check)
+    assert real_outputs(given, Rows(4, 4), MODULE) is given

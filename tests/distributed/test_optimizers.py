@@ -242,6 +242,9 @@ def test_what_a_layout_cannot_train_is_refused() -> None:
         with pytest.raises(ConfigError, match="LBFGS runs the batch of a step several times"):
             check_optimizers([lbfgs], module, ddp, **layout)
     check_optimizers([], sparse, ddp, **many)
+    gate = nn.Linear(3, 3)
+    gate.sparse = True  # type: ignore[assignment]  # a word of its author's
+    check_optimizers([], gate, fsdp, **many)
     tree = ParallelConfig(strategy="ddp", reduction="tree")
     narrow = ParallelConfig(strategy="ddp", reduce_dtype="bf16")
     for config, words in ((fsdp, "strategy fsdp"), (tree, "reduction tree"), (narrow, "reduce_dtype bf16")):
