@@ -1,6 +1,6 @@
 """Lightning's settings, callbacks and advice that do not apply here, in disttrain's words.
 
-Who comes from Lightning tries its names first. What has another name here, or is done by disttrain itself, is refused
+Users coming from Lightning try its names first. What has another name here, or is done by disttrain itself, is refused
 when the trainer is made or a run begins, with the name to use. Errors in which Lightning advises settings of its own
 trainer are raised as what is wrong and what to set here. No cost in a step.
 """
@@ -13,7 +13,17 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+    OnExceptionCheckpoint,
+    ProgressBar,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 
 from disttrain.errors import ConfigError, nearest
 from disttrain.parallel.ranks import data_ranks
@@ -40,6 +50,45 @@ _ELSEWHERE: Final = {
 }
 """What to use in place of an argument of Lightning's trainer."""
 
+_TUNER: Final = "is of lightning's Tuner, which cannot work with disttrain's checkpoints and steps"
+_REFUSED: Final[dict[type[Callback], tuple[str, str]]] = {
+    ModelCheckpoint: (
+        "keeps checkpoints, which disttrain does itself",
+        'use disttrain.Checkpointing(monitor="val/loss", keep_best=1, keep_last=1) in its place; with a monitor,'
+        " ckpt_path='best' finds its best one",
+    ),
+    LearningRateFinder: (
+        _TUNER,
+        "compare short runs: Trainer(max_steps=100, run_dir=...) with a few rates, and disttrain report",
+    ),
+    BatchSizeFinder: (_TUNER, "use ShardedDataModule(micro_batch_size='auto')"),
+    StochasticWeightAveraging: (
+        "averages weights in its own copy of the module and replaces the optimizer's schedule, neither of which a"
+        " checkpoint holds",
+        "use disttrain.EMA, whose averages are saved and sharded",
+    ),
+    WeightAveraging: (
+        "puts its averages in the place of the weights in a checkpoint",
+        "use disttrain.EMA, whose averages are saved beside the weights and sharded",
+    ),
+    ModelPruning: (
+        "gives the module other parameters in mid-run (weight_orig, weight_mask), which a new process lacks when it"
+        " loads a checkpoint",
+        "prune after training: disttrain checkpoints export, then torch.nn.utils.prune; or mask the weights in"
+        " forward() by a buffer",
+    ),
+    OnExceptionCheckpoint: (
+        "saves on the ranks that failed, in the midst of a step",
+        "leave it out: a run that failed resumes from its last checkpoint (checkpoint.every_steps, every_minutes)",
+    ),
+}
+"""Callbacks that do what disttrain does itself, cannot work with it, or change a run as no resume can repeat."""
+
+_NO_BEST: Final = (
+    "ckpt_path is 'best', and no checkpoint of this run is the best one",
+    'give disttrain.Checkpointing a monitor, such as monitor="val/loss", and train with it; or name a checkpoint by its'
+    " path",
+)
 _UNUSED: Final = "Expected to have finished reduction in the prior iteration"
 
 
@@ -55,27 +104,28 @@ def refuse_arguments(trainer: type, unknown: Iterable[str]) -> None:
 
 
 def refuse_callbacks(callbacks: Iterable[Callback]) -> None:
-    """Refuse callbacks of Lightning's that do what disttrain does itself, or that cannot work with it.
+    """Refuse callbacks of Lightning's that do not go with disttrain.
 
     Raises:
         ConfigError: there is one.
     """
     for callback in callbacks:
-        name = type(callback).__name__
-        if isinstance(callback, ModelCheckpoint):
-            raise ConfigError(
-                f"callback {name}: disttrain keeps the checkpoints itself",
-                mend='use disttrain.Checkpointing(monitor="val/loss", keep_best=1, keep_last=1) in its place; with a'
-                " monitor, ckpt_path='best' finds its best one",
-            )
-        if isinstance(callback, LearningRateFinder | BatchSizeFinder):
-            rate = isinstance(callback, LearningRateFinder)
-            raise ConfigError(
-                f"callback {name}, which lightning's Tuner uses, cannot work with disttrain's checkpoints and steps",
-                mend="compare short runs: Trainer(max_steps=100, run_dir=...) with a few rates, and disttrain report"
-                if rate
-                else "use ShardedDataModule(micro_batch_size='auto')",
-            )
+        for kind, (what, mend) in _REFUSED.items():
+            if isinstance(callback, kind):
+                raise ConfigError(f"callback {type(callback).__name__} {what}", mend=mend)
+
+
+def refuse_best(_: str) -> None:
+    """Refuse ``ckpt_path='best'``: no checkpoint holds a metric."""
+    raise ConfigError(_NO_BEST[0], mend=_NO_BEST[1])
+
+
+def refuse_named_start(which: str) -> None:
+    """Refuse ``fit(ckpt_path='last')`` and ``'best'``, for which Lightning may start anew."""
+    raise ConfigError(
+        f"ckpt_path is {which!r}, which fit does not take",
+        mend='resume by fit(..., ckpt_path=trainer.find_start("auto").checkpoint)',
+    )
 
 
 def wants_progress(progress_bar: bool, callbacks: Iterable[Callback]) -> bool:
@@ -142,10 +192,5 @@ _WORDS: Final[tuple[tuple[Callable[[str], bool], str, str], ...]] = (
         "freeze them (requires_grad=False) or use them in every step; else set parallel.find_unused_parameters to true,"
         " which also modules need that optimize by hand with several optimizers",
     ),
-    (
-        lambda text: '(ckpt_path="best")`' in text,
-        "ckpt_path is 'best', and no checkpoint of this run is the best one",
-        'give disttrain.Checkpointing a monitor, such as monitor="val/loss", and train with it; or name a checkpoint'
-        " by its path",
-    ),
+    (lambda text: '(ckpt_path="best")`' in text, *_NO_BEST),
 )

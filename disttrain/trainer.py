@@ -9,6 +9,7 @@ before every batch are taken out.
 from __future__ import annotations
 
 import gc
+import inspect
 import sys
 import warnings
 from contextlib import nullcontext
@@ -46,7 +47,9 @@ from disttrain.lightning_advice import (
     check_by_hand,
     in_our_words,
     refuse_arguments,
+    refuse_best,
     refuse_callbacks,
+    refuse_named_start,
     wants_progress,
 )
 from disttrain.metrics_log import EventsLog, MetricsLog
@@ -58,7 +61,7 @@ from disttrain.parallel.determinism import use_deterministic_convolutions, use_d
 from disttrain.parallel.joining import LoneEnvironment, WorldEnvironment
 from disttrain.parallel.precision import ScaledPrecision, use_tensor_cores
 from disttrain.parallel.strategies import build_strategy
-from disttrain.runs import Start, find_start, last_begun, stopped_by_request
+from disttrain.runs import Start, best_checkpoint, find_start, last_begun, stopped_by_request
 from disttrain.stepping import SteppingEpochLoop
 from disttrain.terminal import tell
 from disttrain.world import detect_world
@@ -258,20 +261,40 @@ class Trainer(pl.Trainer):
             return
         super().save_checkpoint(filepath, weights_only, storage_options)
 
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's; ``ckpt_path`` is a path."""
+        return self._call(super().fit, *args, **kwargs)
+
     def validate(self, *args: Any, **kwargs: Any) -> Any:
-        """Lightning's."""
-        with in_our_words():
-            return super().validate(*args, **kwargs)
+        """Lightning's; ``ckpt_path`` may be ``best`` or ``last``, of those in the run's folder."""
+        return self._call(super().validate, *args, **kwargs)
 
     def test(self, *args: Any, **kwargs: Any) -> Any:
-        """Lightning's."""
-        with in_our_words():
-            return super().test(*args, **kwargs)
+        """Lightning's; ``ckpt_path`` as for :meth:`validate`."""
+        return self._call(super().test, *args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Lightning's; of padding nothing is returned."""
+        """Lightning's; ``ckpt_path`` as for :meth:`validate`, and of padding nothing is returned."""
+        return self._call(super().predict, *args, **kwargs)
+
+    def _call(self, method: Any, *args: Any, **kwargs: Any) -> Any:
         with in_our_words():
-            return super().predict(*args, **kwargs)
+            given = inspect.signature(method).bind(*args, **kwargs)
+            which = given.arguments.get("ckpt_path")
+            if which in ("best", "last"):
+                if method.__name__ == "fit":
+                    refuse_named_start(which)
+                given.arguments["ckpt_path"] = self._checkpoint_of_run(which)
+            return method(*given.args, **given.kwargs)
+
+    def _checkpoint_of_run(self, which: str) -> str:
+        """The best or the last checkpoint in the run's folder. A collective."""
+        self.connect()
+        path = ""
+        with raise_together():
+            if self.is_global_zero:
+                path = str(best_checkpoint(self.run_dir, which, tell=refuse_best).absolute())
+        return str(self.strategy.broadcast(path))
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         # The whole of a fit, from its set-up on; an evaluation has nothing to save.

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import BatchSizeFinder, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import BatchSizeFinder, ModelCheckpoint, StochasticWeightAveraging, TQDMProgressBar
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
@@ -36,6 +36,7 @@ NUMBERS = foreign.Numbers(16)
         ({"max_epoch": 3}, "did you mean 'max_epochs'"),
         ({"callbacks": [ModelCheckpoint()]}, r"callback ModelCheckpoint.*\n.*disttrain.Checkpointing\(monitor"),
         ({"callbacks": [BatchSizeFinder()]}, "callback BatchSizeFinder.*\n.*micro_batch_size='auto'"),
+        ({"callbacks": [StochasticWeightAveraging(0.1)]}, "callback StochasticWeightAveraging averages.*\n.*EMA"),
         ({"callbacks": [TQDMProgressBar()], "progress_bar": False}, "progress_bar is false.* TQDMProgressBar"),
     ],
 )
@@ -58,7 +59,7 @@ class LearningRate(foreign.Plain):
 
 def test_the_tuner_is_refused(tmp_path: Path) -> None:
     trainer = foreign.trainer_of(tmp_path, max_steps=2)
-    with pytest.raises(ConfigError, match="callback LearningRateFinder, which lightning's Tuner uses"):
+    with pytest.raises(ConfigError, match="callback LearningRateFinder is of lightning's Tuner"):
         Tuner(trainer).lr_find(LearningRate(), DataLoader(NUMBERS, batch_size=4))
 
 
@@ -68,6 +69,15 @@ def test_without_a_best_checkpoint_the_monitor_is_named(tmp_path: Path) -> None:
     trainer.fit(module, batches, batches)
     with pytest.raises(ConfigError, match=r"no checkpoint of this run is the best one\n.*Checkpointing a monitor"):
         trainer.test(module, batches, ckpt_path="best", verbose=False)
+    for which in ("best", "last"):
+        with pytest.raises(ConfigError, match=rf"ckpt_path is '{which}', which fit .*\n.*find_start\(\"auto\"\)"):
+            trainer.fit(module, batches, batches, ckpt_path=which)
+    weights = foreign.whole(module)
+    fresh, untrained = foreign.trainer_of(tmp_path), foreign.Evaluated()
+    fresh.test(untrained, batches, "last", verbose=False)
+    assert torch.equal(foreign.whole(untrained), weights)
+    with pytest.raises(CheckpointError, match="holds no committed checkpoint"):
+        foreign.trainer_of(tmp_path / "none").test(untrained, batches, ckpt_path="last", verbose=False)
     (folder,) = (tmp_path / "checkpoints").glob("step-*")
     with pytest.raises(CheckpointError, match=r"is a folder\n.*disttrain checkpoints export"):
         ClassificationTask.load_from_checkpoint(folder)
@@ -130,6 +140,16 @@ class Digits(pl.LightningModule):
         return logits.argmax(dim=1), {"logits": logits}
 
 
+class Mean(Digits):
+    """Predicts one value for a batch."""
+
+    calls = 0
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        self.calls += 1
+        return self.layer(batch[0]).mean()
+
+
 @pytest.mark.filterwarnings("ignore:You have overridden:UserWarning")  # Lightning says whose hook it calls
 def test_predictions_are_of_samples_alone(tmp_path: Path, digits: Path) -> None:
     fields: Any = {"image": "image.npy", "label": "cls"}
@@ -141,3 +161,7 @@ def test_predictions_are_of_samples_alone(tmp_path: Path, digits: Path) -> None:
     assert sum(len(part[0]) for part in parts) == samples  # type: ignore[arg-type]
     assert sum(len(part[1]["logits"]) for part in parts) == samples  # type: ignore[call-overload]
     assert Checkpointing().best_model_path == ""
+    module = Mean()
+    with pytest.raises(ConfigError, match=r"predict_step of Mean returned a tensor of shape \(\) for a micro batch"):
+        foreign.trainer_of(tmp_path).predict(module, data)
+    assert module.calls == 1, "it is refused at the end alone"

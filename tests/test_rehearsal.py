@@ -158,7 +158,7 @@ def test_what_cannot_be_saved_or_resumed_is_found_before_the_first_step(
         fit(make_and_keep, *callbacks)
     for word in words:
         assert word in str(caught.value), str(caught.value)
-    assert made[0].steps == 0
+    assert not made or made[0].steps == 0  # some callbacks are refused with the trainer
     assert not committed(tmp_path / "run" / "checkpoints")[0]
 
 
