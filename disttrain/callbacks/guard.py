@@ -52,6 +52,7 @@ from disttrain.optim import can_skip_on_device
 from disttrain.parallel.agree import is_distributed, raise_together
 from disttrain.parallel.gradients import norm_of
 from disttrain.parallel.ranks import data_ranks
+from disttrain.parallel.trained import class_name
 from disttrain.tasks.base import Task
 from disttrain.terminal import tell
 
@@ -131,7 +132,7 @@ class UpdateGuard(Callback):
         if trainer.precision == "16-mixed":
             why, mend = "16-mixed leaves steps out by a rule of its own", "another trainer.precision"
         elif not pl_module.automatic_optimization:
-            why = f"{type(pl_module).__name__} optimizes by hand (automatic_optimization is False)"
+            why = f"{class_name(pl_module)} optimizes by hand (automatic_optimization is False)"
             mend = "automatic optimization"
             if trainer.is_global_zero and not self.spikes:
                 tell(f"the guard is off: {why}; losses that are not finite spoil the weights")

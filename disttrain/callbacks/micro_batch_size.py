@@ -27,6 +27,7 @@ from disttrain.errors import ConfigError, RankError
 from disttrain.parallel.lockstep import DDPLockstep, FSDPLockstep
 from disttrain.parallel.out_of_memory import OPTIMIZER, PHASES, MemoryGuard, StepThrownAway, is_out_of_memory
 from disttrain.parallel.strategies import FSDP, strategy_of
+from disttrain.parallel.trained import class_name
 from disttrain.tasks.base import Task
 from disttrain.terminal import tell
 
@@ -81,7 +82,7 @@ class MicroBatchSearch(Callback):
         before = checkpoint.get(type(data).__qualname__, {}).get(MICRO_BATCHES_OF)
         if before not in (None, data.micro_batch_size) and trainer.is_global_zero:
             warnings.warn(
-                f"data.micro_batch_size was {before} and is {data.micro_batch_size}: {type(pl_module).__name__} is no"
+                f"data.micro_batch_size was {before} and is {data.micro_batch_size}: {class_name(pl_module)} is no"
                 " disttrain.Task, so a loss that it averages over unequal weights has another gradient from here on",
                 stacklevel=2,
             )

@@ -26,6 +26,7 @@ from disttrain.data.module import sharded_data
 from disttrain.errors import DataError
 from disttrain.parallel.agree import gather, raise_together
 from disttrain.parallel.ranks import data_ranks
+from disttrain.parallel.trained import class_name
 
 
 class _Told(NamedTuple):
@@ -104,7 +105,7 @@ class PredictionWriter(Callback):
         if any(one >= two for one, two in zip([self._last, *ids], ids, strict=False)):
             raise DataError(f"sample {ids[0]} comes after sample {self._last}", mend="predict in the plain order")
         self._first, self._last = (ids[0] if self._first < 0 else self._first), ids[-1]
-        columns = _columns(outputs, batch[KEY], count, type(pl_module).__name__)
+        columns = _columns(outputs, batch[KEY], count, class_name(pl_module))
         begin = 0
         for number, group in groupby(ids, self.output.file_of):
             here = slice(begin, begin + len(list(group)))

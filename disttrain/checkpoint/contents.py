@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from disttrain.checkpoint.store import Tensors, leaves
 from disttrain.errors import CheckpointError
+from disttrain.parallel.trained import class_name
 
 _HYPER_PARAMETERS: Final = ("hyper_parameters", "datamodule_hyper_parameters")
 _BASE: Final = "lightning.pytorch.callbacks.callback"
@@ -129,7 +130,7 @@ def check_hooks(given: Mapping[str, Any], saved: Mapping[str, Any], *, partly: b
 def savers(module: Any, callbacks: Iterable[Any], base: type) -> list[str]:
     """The module and callbacks that change checkpoints by a hook, by the names of their classes."""
     own = type(module).on_save_checkpoint is not base.on_save_checkpoint  # type: ignore[attr-defined]
-    named = [type(module).__name__] if own else []
+    named = [class_name(module)] if own else []
     for callback in callbacks:
         hook = inspect.getattr_static(type(callback), "on_save_checkpoint", None)
         # Those of disttrain's callbacks keep to their own state.

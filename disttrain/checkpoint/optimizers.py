@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from disttrain.checkpoint.groups import parameters_by_name
 from disttrain.checkpoint.plain import check_plain, divide
 from disttrain.errors import CheckpointError
+from disttrain.parallel.trained import class_name
 
 EXECUTION: Final = ("fused", "foreach", "capturable", "differentiable")
 """Settings that choose a kernel, not a result: those of this run count, never the checkpoint's."""
@@ -62,7 +63,7 @@ def named_state(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
             if id(parameter) not in names:
                 raise CheckpointError(
                     f"{kind} holds a parameter of shape {tuple(parameter.shape)} that is not one of"
-                    f" {type(module).__name__}",
+                    f" {class_name(module)}",
                     mend="register it in the module, so that it is saved, moved and reduced like all others",
                 )
             numbered[number] = names[id(parameter)]

@@ -38,6 +38,7 @@ from disttrain.parallel.agree import raise_together
 from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.module_tensors import broadcast_tensors
 from disttrain.parallel.optimizers import check_optimizers
+from disttrain.parallel.trained import class_name
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import DDPStrategy as _Base
@@ -238,7 +239,7 @@ class CheckpointMixin(_Base):
         tensors = [name for name, value in {**loaded, **now}.items() if isinstance(value, Tensor)]
         if changed := [name for name in tensors if loaded.get(name) is not now.get(name)]:
             raise CheckpointError(
-                f"on_load_checkpoint() of {type(self._module()).__name__} changes {changed[0]} of the checkpoint's"
+                f"on_load_checkpoint() of {class_name(self._module())} changes {changed[0]} of the checkpoint's"
                 " state_dict, whose weights have been loaded by then",
                 mend="change the weights in place there, or convert a checkpoint's (disttrain checkpoints export) and"
                 " begin a new run with --initialize_from",

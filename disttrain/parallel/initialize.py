@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from disttrain.errors import ConfigError
 from disttrain.parallel.randomness import mix, seed_generators
+from disttrain.parallel.trained import class_name
 
 _INITIALIZERS: Final = ("reset_parameters", "_reset_parameters", "init_weights")
 
@@ -42,13 +43,13 @@ def starts_on_meta(module: nn.Module, *, wanted: bool, fitting: bool) -> bool:
     meta = [name for name, _, _, tensor in tensors if tensor.is_meta]
     if meta and not wanted:
         raise ConfigError(
-            f"{meta[0]} of {type(module).__name__} is on the meta device, and parallel.meta_init is false",
+            f"{meta[0]} of {class_name(module)} is on the meta device, and parallel.meta_init is false",
             mend="set parallel.meta_init to true, or build the model on the CPU",
         )
     given = [name for name, kind, _, tensor in tensors if kind == "parameter" and not tensor.is_meta]
     if wanted and given and (meta or fitting):
         raise ConfigError(
-            f"parallel.meta_init is true, and {given[0]} of {type(module).__name__} is not on the meta device",
+            f"parallel.meta_init is true, and {given[0]} of {class_name(module)} is not on the meta device",
             mend='build the model under torch.device("meta"), or set parallel.meta_init to false',
         )
     return bool(meta)
@@ -202,7 +203,7 @@ def _refuse_lost_tensors(module: nn.Module) -> None:
         for key, value in vars(inner).items():
             if isinstance(value, Tensor) and value.is_meta:
                 raise ConfigError(
-                    f"parallel.meta_init is true, and {f'{name}.' if name else ''}{key} of {type(module).__name__} is a"
+                    f"parallel.meta_init is true, and {f'{name}.' if name else ''}{key} of {class_name(module)} is a"
                     " tensor on the meta device that is neither a parameter nor a buffer: its value is lost",
                     mend='build it with device="cpu", or later, as Task.build_metrics does for metrics',
                 )
@@ -217,7 +218,7 @@ def leave_meta(module: nn.Module) -> None:
 def _no_value(module: nn.Module, tensor: str) -> ConfigError:
     kind = type(module.get_submodule(tensor.rpartition(".")[0])).__name__
     return ConfigError(
-        f"parallel.meta_init is true, and nothing gives {tensor} of {type(module).__name__} an initial value",
+        f"parallel.meta_init is true, and nothing gives {tensor} of {class_name(module)} an initial value",
         mend=f"give {kind} a method reset_parameters() that fills all of its parameters and buffers (a buffer that is"
         ' built with device="cpu" keeps its value), or set meta_init to false',
     )

@@ -24,6 +24,7 @@ from disttrain.parallel.gradients import scale_gradients
 from disttrain.parallel.out_of_memory import MemoryGuard
 from disttrain.parallel.ranks import data_ranks
 from disttrain.parallel.reduction import PartialSums
+from disttrain.parallel.trained import class_name
 from disttrain.parallel.tree import plan_tree
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class SummationMixin(_Base):
         assert module is not None
         if not module.automatic_optimization:
             raise ConfigError(
-                f"parallel.reduction is tree, and {type(module).__name__} steps its optimizers by itself",
+                f"parallel.reduction is tree, and {class_name(module)} steps its optimizers by itself",
                 mend="set parallel.reduction to fast, or leave automatic_optimization on",
             )
         if trainer.precision in ("16-mixed", "bf16-true", "16-true"):

@@ -42,6 +42,7 @@ from disttrain.parallel.gradients import (
     scale_gradients,
 )
 from disttrain.parallel.ranks import data_ranks
+from disttrain.parallel.trained import class_name
 from disttrain.tasks.metrics import WeightedMean
 from disttrain.terminal import tell
 
@@ -88,11 +89,11 @@ class Task(pl.LightningModule):
 
     def forward(self, batch: Batch) -> Any:
         """The model's outputs for a micro batch."""
-        raise NotImplementedError(f"{type(self).__name__} must define forward(batch)")
+        raise NotImplementedError(f"{class_name(self)} must define forward(batch)")
 
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
         """The unreduced losses: shape (samples,), or (samples, tokens)."""
-        raise NotImplementedError(f"{type(self).__name__} must define losses(outputs, batch)")
+        raise NotImplementedError(f"{class_name(self)} must define losses(outputs, batch)")
 
     def loss_weights(self, batch: Batch) -> Tensor | None:
         """Weights of the losses, shape of the losses or (samples,); None weighs all alike.
@@ -222,7 +223,7 @@ class Task(pl.LightningModule):
         """Predictions for the real samples of a micro batch, with their keys."""
         outputs, batch = self._real(self(check_batch(batch, self)), batch)
         found = self.predict(outputs, batch)
-        check_names(found, where=f"what {type(self).__name__}.predict() returns")
+        check_names(found, where=f"what {class_name(self)}.predict() returns")
         return {KEY: batch[KEY], **found}
 
     def on_validation_epoch_start(self) -> None:
@@ -265,7 +266,7 @@ class Task(pl.LightningModule):
         if isinstance(losses, Tensor) and losses.ndim and losses.shape[0] == size:
             return
         raise ConfigError(
-            f"{type(self).__name__}.losses() returned {_shape(losses)}, for a micro batch of {size} samples; expected"
+            f"{class_name(self)}.losses() returned {_shape(losses)}, for a micro batch of {size} samples; expected"
             f" is one loss a sample, shape ({size},), or ({size}, tokens) for losses of tokens",
             mend="return the losses as they are, neither averaged, summed nor flattened (reduction='none'); the task"
             " weighs, masks and averages them over the global batch",
@@ -277,7 +278,7 @@ class Task(pl.LightningModule):
             if all(fits):
                 return
         raise ConfigError(
-            f"{type(self).__name__}.loss_weights() returned {_shape(weights)}, and losses() {_shape(losses)}",
+            f"{class_name(self)}.loss_weights() returned {_shape(weights)}, and losses() {_shape(losses)}",
             mend=f"return weights of shape ({losses.shape[0]},), one a sample, or of the losses' shape, or None",
         )
 
@@ -309,7 +310,7 @@ class Task(pl.LightningModule):
             own = self.build_metrics()
             if LOSS in own:
                 raise ConfigError(
-                    f"{type(self).__name__}.build_metrics() has a metric {LOSS!r}, which is that of losses()",
+                    f"{class_name(self)}.build_metrics() has a metric {LOSS!r}, which is that of losses()",
                     mend="give it another name",
                 )
             metrics = {LOSS: WeightedMean(), **own}
