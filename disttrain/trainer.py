@@ -38,6 +38,7 @@ from disttrain.callbacks.settings import SettingsNotes
 from disttrain.callbacks.step_log import StepLog
 from disttrain.callbacks.stragglers import Stragglers
 from disttrain.callbacks.watchdog import Watchdog
+from disttrain.data.user_loaders import give_back
 from disttrain.data.workers import refuse_second_run
 from disttrain.ending import EndingFitLoop
 from disttrain.endings import ends_within
@@ -314,6 +315,7 @@ class Trainer(pl.Trainer):
         # Moves the module to the CPU, which after an error of this rank alone waits for kernels that wait for others.
         with ends_within(sys.exception() if self.world_size > 1 else None):
             super()._teardown()
+        give_back(self)
 
     def _quieten(self) -> None:
         # What Lightning warns of that does not hold here: its own use of a deprecated name, loaders without

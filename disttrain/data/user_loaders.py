@@ -78,8 +78,7 @@ def accept(loader: Any, trainer: pl.Trainer, *, seed: int) -> Any:
     Raises:
         ConfigError: the ranks would not share its samples, or the loader does not follow the trainer; on all ranks.
     """
-    if isinstance(loader, ResumableLoader):  # of an earlier fit: Lightning puts it into the user's CombinedLoader
-        loader = loader._loader
+    loader = _unwrapped(loader)  # it may be evaluated within a fit
     stage = trainer.state.stage
     assert stage is not None
     name = _NAMES.get(stage, stage.value)
@@ -92,6 +91,17 @@ def accept(loader: Any, trainer: pl.Trainer, *, seed: int) -> Any:
     elif name == "train":
         return ResumableLoader(loader, trainer, seed=seed)
     return loader
+
+
+def give_back(trainer: pl.Trainer) -> None:
+    """Let a ``CombinedLoader``, in which Lightning puts what is accepted, hold its user's own loaders after a fit."""
+    combined = trainer.fit_loop._combined_loader
+    if combined is not None:
+        combined.flattened = [_unwrapped(loader) for loader in combined.flattened]
+
+
+def _unwrapped(loader: Any) -> Any:
+    return loader._loader if isinstance(loader, ResumableLoader) else loader
 
 
 _NAMES: Final = {RunningStage.TRAINING: "train", RunningStage.VALIDATING: "val", RunningStage.SANITY_CHECKING: "val"}

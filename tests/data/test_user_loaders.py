@@ -110,6 +110,7 @@ def test_a_loader_may_be_used_in_several_fits(tmp_path: Path) -> None:
     seen = [train(tmp_path / str(run), lambda: loaders, 7) for run in range(2)]
     assert len(seen[0]) == 7
     assert seen[0] == seen[1]
+    assert len(list(loaders)) == 5, "after a fit the loader is not its user's again"
 
 
 @pytest.mark.parametrize("wrapped", [lambda loader: loader, lambda loader: [loader]], ids=["alone", "in a list"])
