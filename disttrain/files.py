@@ -20,6 +20,9 @@ from typing import Any, Final
 
 from disttrain.errors import ConfigError
 
+METRICS: Final = "metrics.csv"
+EVENT_LOG: Final = "events.jsonl"
+"""The records of a run that are appended to, beside those of its ranks."""
 _UNSYNCABLE: Final = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
 """What a file system says that cannot sync a folder, or where one may write but not look."""
 _held: Final[dict[Path, tuple[int, int]]] = {}
@@ -184,12 +187,14 @@ def append_lines(path: Path, text: str) -> None:
 def sync_records(run_dir: Path, rank: int) -> None:
     """Have a run's records written to the disk: rank 0's those of the run, every rank's those of its own.
 
+    Files that are replaced as a whole have been synced by then, and others may be no concern of ours.
+
     Raises:
         OSError: one of them cannot be.
     """
     found = list(run_dir.glob(f"*/rank-{rank:05d}.jsonl"))
     if rank == 0:
-        found += [path for path in run_dir.iterdir() if not path.name.startswith(".") and path.is_file()]
+        found += [run_dir / name for name in (METRICS, EVENT_LOG) if (run_dir / name).is_file()]
     for path in found:
         with suppress(FileNotFoundError), open(path, "rb") as file:
             os.fsync(file.fileno())

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from disttrain.errors import ConfigError, DataError
-from disttrain.files import check_held, make_folder, publish, remove_leftovers
+from disttrain.files import METRICS, check_held, make_folder, publish, remove_leftovers
 from disttrain.reading import ReadError, read_lines
 
-FILE_NAME: Final = "metrics.csv"
+FILE_NAME: Final = METRICS
 _BLOCK_BYTES: Final = 64 * 1024
 FIRST_COLUMNS: Final = ("step", "epoch", "time")
 

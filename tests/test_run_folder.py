@@ -13,8 +13,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
 
+from disttrain import Trainer
 from disttrain.checkpoint import write
 from disttrain.errors import ConfigError
 from disttrain.files import (
@@ -29,9 +33,11 @@ from disttrain.files import (
 )
 from disttrain.metrics_file import MetricsFile
 from disttrain.metrics_log import EventsLog
+from disttrain.runs import read_run
 from tests.commands.test_complete import fit, tree
 from tests.support.power import Disk
 from tests.support.ranks import run_ranks
+from tests.support.tasks import PlainFeatures
 
 
 def test_nothing_is_written_to_a_folder_that_took_the_place_of_a_runs(tmp_path: Path) -> None:
@@ -130,6 +136,34 @@ def test_a_path_with_a_dollar_that_exists_is_taken_as_it_is(tmp_path: Path) -> N
     assert expand_path(f"{tmp_path}/a$b", name="x") == tmp_path / "a$b"
     with pytest.raises(ConfigError, match="the environment variable c_ is not set"):
         expand_path(f"{tmp_path}/a$c_", name="x")
+
+
+def test_a_save_leaves_the_files_of_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def guarded(path: Path, *arguments: Any) -> Any:
+        opened.append(path.name)
+        if path.name == "a-colleagues":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open(path, *arguments)
+
+    for name in ("a-colleagues", "events.jsonl", "metrics.csv"):
+        (tmp_path / name).touch()
+    append_lines(tmp_path / "quarantine" / "rank-00000.jsonl", "{}\n")
+    monkeypatch.setattr("disttrain.files.open", guarded, raising=False)
+    sync_records(tmp_path, 0)
+    assert sorted(opened) == ["events.jsonl", "metrics.csv", "rank-00000.jsonl"]
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_record_that_lacks_entries_is_gone_on_with(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"format": 1, "events": [{"text": "of no kind"}]}')
+    trainer = Trainer(run_dir=tmp_path, max_steps=1, progress_bar=False, accelerator="cpu")
+    trainer.fit(PlainFeatures(), DataLoader([{"features": torch.ones(6), "label": 0}]))  # type: ignore[arg-type]
+    dist.destroy_process_group()
+    record = read_run(tmp_path)
+    assert (record["status"], record["attempts"][0]["to_step"]) == ("completed", 1)
+    assert record["events"][0]["text"] == "of no kind"
 
 
 def test_a_power_cut_leaves_an_old_or_a_new_file(tmp_path: Path) -> None:

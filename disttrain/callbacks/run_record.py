@@ -29,7 +29,7 @@ from disttrain.checkpoint.fence import guard
 from disttrain.data.mixture import Mixture
 from disttrain.data.module import sharded_data
 from disttrain.errors import DisttrainError
-from disttrain.files import append_lines, hold, make_folder, release, remove_leftovers, sync_records, to_json
+from disttrain.files import EVENT_LOG, append_lines, hold, make_folder, release, remove_leftovers, sync_records, to_json
 from disttrain.metrics_log import MetricsLog
 from disttrain.output import dropped_output
 from disttrain.parallel.agree import raise_together
@@ -39,7 +39,6 @@ from disttrain.slurm.requeue import job_of
 from disttrain.terminal import tell
 from disttrain.version import __version__
 
-EVENT_LOG: Final = "events.jsonl"
 _MOST_ATTEMPTS: Final = 50
 _MOST_EVENTS: Final = {"start": 50, "stop": 50}  # one or more of each an attempt
 _MOST_OTHERS: Final = 500
@@ -78,13 +77,16 @@ class RunRecord(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the record, or go on with it, and begin an attempt; after a rollback, the attempt goes on."""
         hold(self.run_dir)
-        for logger in trainer.loggers:
-            if isinstance(logger, MetricsLog):
-                logger.truncate_after(trainer.global_step)
-        if not self._rolled_back:
-            # Before the record says that this attempt trains: a restart goes by what the folder holds then.
-            notes = self._checkpoints.leave_behind(trainer) if self._checkpoints is not None else []
-            if trainer.is_global_zero:
+        notes: list[str] = []
+        if not self._rolled_back and self._checkpoints is not None:
+            # Before the record says that this attempt trains: a restart goes by what the folder holds then. And before
+            # rows are dropped: a newer attempt, which it looks for, may have logged them.
+            notes = self._checkpoints.leave_behind(trainer)
+        with raise_together():
+            for logger in trainer.loggers:
+                if isinstance(logger, MetricsLog):
+                    logger.truncate_after(trainer.global_step)
+            if not self._rolled_back and trainer.is_global_zero:
                 self._begin_attempt(trainer, notes)
         self._rolled_back = False
 
@@ -96,12 +98,8 @@ class RunRecord(Callback):
         now, self._began = time.time(), time.monotonic()
         make_folder(self.run_dir)
         remove_leftovers(self.run_dir / RUN_FILE)
-        self.record = read_run(self.run_dir) or {
-            "format": 1,
-            "name": self.run_dir.name,
-            "command": "fit",
-            "created": now,
-        }
+        self.record = {"format": 1, "name": self.run_dir.name, "command": "fit", "created": now}
+        self.record |= {"attempts": [], "events": [], **read_run(self.run_dir)}  # whose file may lack any of these
         checkpoints = find_callback(trainer, Checkpointing)
         if checkpoints is not None and checkpoints.attempt is not None:
             self.record["id"] = checkpoints.attempt.run

@@ -58,3 +58,20 @@ def test_a_rank_that_cannot_free_its_device_ends_with_its_error(tmp_path: Path, 
     assert "mine alone" in outcome.outputs[1]
     assert ("ValueError: mine alone" in outcome.outputs[1]) == (where == "teardown")
     assert "rank 1 ends by force, 0.5 s after its error" in outcome.outputs[1]
+
+
+def begin(run_dir: Path) -> None:
+    """Train on two ranks, with a file in the way of the metrics."""
+    trainer = Trainer(run_dir=run_dir, max_steps=1, progress_bar=False)
+    batches = MicroBatches(trainer.global_rank, 1, micro_batches=2, steps=1)
+    trainer.fit(MLPTask(OptimizerConfig(name="sgd", lr=0.1)), train_dataloaders=batches)
+
+
+def test_a_record_that_rank_0_cannot_begin_ends_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.csv").write_text("mine,yours\n")
+    outcome = run_ranks(2, begin, tmp_path / "run", folder=tmp_path / "logs")
+    assert outcome.codes == [1, 1], outcome.text
+    assert "DataError" in outcome.outputs[0]
+    assert "RankError: rank 0 failed" in outcome.outputs[1], outcome.text
+    assert (tmp_path / "run" / "metrics.csv").read_text() == "mine,yours\n"
