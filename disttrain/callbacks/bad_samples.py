@@ -1,11 +1,11 @@
 """What becomes known of skipped samples: a quarantine file, a count, and an end when there are too many.
 
 Each rank writes the bad samples that it meets to ``<run_dir>/quarantine/rank-00000.jsonl``, each once. How many
-all ranks have met in one pass over a split (an epoch, a validation, a test) is summed on the logging interval
-and at the end of the pass; more than ``data.max_bad_samples`` ends the run on every rank at the same step. Samples
+all ranks have met in one pass over a split (an epoch, a validation, a test) is summed on the logging interval, in a
+save and at the end of the pass; more than ``data.max_bad_samples`` ends the run on every rank at the same step. Samples
 that a transform left out because they are not wanted are counted beside them, and end nothing. A module that is not a
 Task is warned that it has to weigh its losses.
-Cost: nothing where no sample can be left out; else one sum of two numbers on the logging interval.
+Cost: nothing where no sample can be left out; else one sum of two numbers on the logging interval, and one a save.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Callback
 
 from disttrain.data.bad_samples import BadSample
 from disttrain.data.batches import BAD, FILTERED, WEIGHT
-from disttrain.data.module import sharded_data
+from disttrain.data.module import ShardedDataModule, sharded_data
 from disttrain.errors import DataError
 from disttrain.files import append_lines, to_json
 from disttrain.parallel.agree import raise_together
@@ -46,7 +46,7 @@ class BadSamples(Callback):
         """Skipped samples of all ranks in training so far, each time one came up."""
         self.filtered = 0
         """Samples of all ranks in training so far that the transform left out, each time one came up."""
-        self._epoch = -1
+        self._epoch = self._summed_step = -1
         self._of_pass: dict[str, int] = {}  # of all ranks, by split
         self._unsummed: dict[str, tuple[int, int]] = {}  # of this rank, since the last sum: bad and filtered ones
         self._seen: set[tuple[str, str]] = set()
@@ -68,11 +68,25 @@ class BadSamples(Callback):
         self.filtered = state_dict.get("filtered", 0)
         self._of_pass["train"] = state_dict["train"]
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """No step is to be summed yet."""
+        self._summed_step = trainer.global_step
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn a module whose losses would not be weighed."""
+        """Warn a module whose losses would not be weighed; steps up to a checkpoint that was loaded are summed."""
+        self._summed_step = trainer.global_step
         data = sharded_data(trainer)
         if data is not None and (data.hooks.weight or data.skip_bad):
             self._warn_of_weights(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Have the counts of a checkpoint hold what the ranks have met since the last sum. A collective."""
+        # A rehearsal sums nothing, as no step is done by then: a rank whose hook fails would leave the others waiting.
+        if trainer.global_step != self._summed_step:
+            self._add_up(trainer, "train")
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A new pass begins with nothing against it."""
@@ -180,10 +194,21 @@ class BadSamples(Callback):
 
     def _sum_up(self, trainer: pl.Trainer, split: str) -> None:
         """Add what the ranks have met since the last sum; too many end the run. A collective."""
+        data = self._add_up(trainer, split)
+        if data is not None and self._of_pass[split] > data.max_bad_samples:
+            with raise_together():
+                raise DataError(
+                    f"{self._of_pass[split]} bad samples in one pass over data.{split}, more than"
+                    f" data.max_bad_samples {data.max_bad_samples}",
+                    mend=f"repair the samples that {self.run_dir / FOLDER} lists, or raise data.max_bad_samples",
+                )
+
+    def _add_up(self, trainer: pl.Trainer, split: str) -> ShardedDataModule | None:
+        """Add what the ranks have met since the last sum; returns the data where samples can be left out."""
         data = sharded_data(trainer)
         # How much of the data Lightning's sanity check sees depends on the ranks, so nothing is decided by it.
         if data is None or trainer.sanity_checking or not (data.skip_bad or data.hooks.transform is not None):
-            return
+            return None
         mine = torch.tensor(self._unsummed.get(split, (0, 0)), device=trainer.strategy.root_device)
         new, filtered = trainer.strategy.reduce(mine, reduce_op="sum").tolist()
         if filtered:
@@ -192,13 +217,8 @@ class BadSamples(Callback):
         self._of_pass[split] = self._of_pass.get(split, 0) + new
         if split == "train":
             self.total, self.filtered = self.total + new, self.filtered + filtered
-        if self._of_pass[split] > data.max_bad_samples:
-            with raise_together():
-                raise DataError(
-                    f"{self._of_pass[split]} bad samples in one pass over data.{split}, more than"
-                    f" data.max_bad_samples {data.max_bad_samples}",
-                    mend=f"repair the samples that {self.run_dir / FOLDER} lists, or raise data.max_bad_samples",
-                )
+            self._summed_step = trainer.global_step
+        return data
 
     def _warn_of_weights(self, trainer: pl.Trainer) -> None:
         module = trainer.lightning_module

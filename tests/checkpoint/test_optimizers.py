@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from disttrain.checkpoint.plain import split_off_extra
 from torch import nn
 
 from disttrain.checkpoint.optimizers import Filling, agreed_groups, named_state, restore_groups, split
-from disttrain.checkpoint.plain import split_off_extra
 from disttrain.errors import CheckpointError
 from tests.support.optimizers import Fates, Odd, checkpoint, data, fit
 from tests.support.ranks import run_ranks

@@ -10,10 +10,20 @@ import pytest
 import torch
 from webdataset.writer import TarWriter
 
-from disttrain import ClassificationTask, HooksConfig, OptimizerConfig, ParallelConfig, ShardedDataModule, Trainer
+from disttrain import (
+    Checkpointing,
+    ClassificationTask,
+    HooksConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ShardedDataModule,
+    Trainer,
+)
 from disttrain.callbacks.bad_samples import quarantined
 from disttrain.models import MLP
 from disttrain.report import write_report
+from disttrain.runs import read_run
+from tests.support.callbacks import KillAt
 from tests.support.features import write_features
 from tests.support.hooks import weigh_and_filter
 from tests.support.ranks import run_ranks
@@ -46,8 +56,12 @@ def train(
     run_dir: str,
     budget: int,
     hooks: HooksConfig | None = None,
+    kill: int = 0,
 ) -> None:
-    """Two epochs, each of a single step over all samples, by plain SGD; then a test. Rank 0 saves the weights."""
+    """Two epochs by plain SGD, then a test. Rank 0 saves the weights.
+
+    With ``kill`` it ends there, sums seldom, saves every fourth step and resumes.
+    """
     torch.manual_seed(0)
     task = ClassificationTask(
         MLP(6, hidden=[8], out_features=3, dropout=0.0),
@@ -67,8 +81,16 @@ def train(
         hooks=hooks,
     )
     parallel = ParallelConfig(strategy=strategy)  # type: ignore[arg-type]
-    trainer = Trainer(run_dir=run_dir, max_epochs=2, log_every_steps=1, progress_bar=False, parallel=parallel)
-    trainer.fit(task, datamodule=data)
+    trainer = Trainer(
+        run_dir=run_dir,
+        max_epochs=2,
+        log_every_steps=50 if kill else 1,
+        progress_bar=False,
+        parallel=parallel,
+        callbacks=[Checkpointing(every_steps=4, save="sync"), KillAt(kill)] if kill else [],
+    )
+    start = trainer.find_start("auto")
+    trainer.fit(task, datamodule=data, ckpt_path=str(start.checkpoint) if start.checkpoint else None)
     weights = {
         name: value.full_tensor() if hasattr(value, "full_tensor") else value
         for name, value in task.state_dict().items()
@@ -155,3 +177,14 @@ def test_weighted_and_filtered_samples_train_as_their_weighted_mean(
     record = json.loads((run_dir / "run.json").read_text())
     assert record["filtered_samples"] == 2 * 5, "each epoch meets them once"
     assert "bad_samples" not in record
+
+
+def test_samples_that_were_filtered_before_a_checkpoint_count_after_a_resume(tmp_path: Path) -> None:
+    shard = write_features(tmp_path, "whole", TOTAL)
+    hooks = HooksConfig(weigh_and_filter, weight="weight")
+    for kill in (6, 99):
+        arguments = (shard, 2, 1, "ddp", str(tmp_path / "run"), 0, hooks, kill)
+        outcome = run_ranks(2, train, *arguments, folder=tmp_path / f"logs-{kill}")
+        assert outcome.codes == ([-9, -9] if kill == 6 else [0, 0]), outcome.text
+    assert read_run(tmp_path / "run")["attempts"][-1]["from_step"] == 4
+    assert read_run(tmp_path / "run")["filtered_samples"] == 2 * 5
