@@ -90,13 +90,13 @@ class MetricsLog(Logger):
             self._metrics_file.append(values, step=step, epoch=None if epoch is None else int(epoch))
         except OSError as error:  # a full disk, say: whether that ends the run is for its checkpoints to decide
             if not self._missing:
-                _say(
+                tell(
                     f"{self._metrics_file.path} cannot be written: {error.strerror}; its rows are left out until it can"
                 )
             self._missing += 1
             return
         if self._missing:
-            _say(f"{self._metrics_file.path} is written again; {self._missing} rows are missing")
+            tell(f"{self._metrics_file.path} is written again; {self._missing} rows are missing")
             self._missing = 0
 
     @rank_zero_only
@@ -172,9 +172,5 @@ class EventsLog(TensorBoardLogger):
             if not isinstance(first, OSError):
                 raise
             if not self._lost:
-                _say(f"no more events for TensorBoard in {self.log_dir}: {first.strerror}")
+                tell(f"no more events for TensorBoard in {self.log_dir}: {first.strerror}")
             self._lost = True
-
-
-def _say(text: str) -> None:
-    tell(text)

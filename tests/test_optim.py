@@ -391,5 +391,4 @@ def test_checkpoints_from_before_groups_had_names_are_accepted() -> None:
     ):
         with pytest.raises(CheckpointError, match=words):
             agreed_groups(Path("c"), "AdamW", wrong, now)
-    with pytest.warns(UserWarning, match=r"settings are kept: initial_lr 0.2 \(the configuration says 0.1\)"):
-        agreed_groups(Path("c"), "AdamW", [{**old[0], "initial_lr": 0.2}], now)
+    assert agreed_groups(Path("c"), "AdamW", [{**old[0], "initial_lr": 0.2}], now)[0]["initial_lr"] == 0.2

@@ -145,9 +145,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(["data.padding", "parallel.trained"], 2),
     **dict.fromkeys(["ending", "stepping", "parallel.joining", "parallel.store", "parallel.votes"], 2),
     **dict.fromkeys(["parallel.ranks", "parallel.reduction", "parallel.summation", "parallel.tensor"], 2),
-    **dict.fromkeys(
-        [f"checkpoint.{name}" for name in ("store", "groups", "plain", "optimizers", "progress", "state")], 2
-    ),
+    **dict.fromkeys([f"checkpoint.{name}" for name in ("store", "groups", "optimizers", "progress", "state")], 2),
     **dict.fromkeys(
         [f"checkpoint.{name}" for name in ("mirroring", "saver", "staging", "verify", "weights", "write")], 2
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, SequentialLR, StepLR
+from torch.utils.data import DataLoader
 
 from disttrain import EMA, Checkpointing, ShardedDataModule, Trainer
 from disttrain.errors import ConfigError
@@ -24,15 +26,15 @@ Schedule = Callable[[Optimizer], Any]
 class Scheduled(PlainFeatures):
     """Plain features with a learning rate and a schedule of its own."""
 
-    def __init__(self, lr: float = 0.1, schedule: Schedule | None = None) -> None:
+    def __init__(self, lr: float = 0.1, schedule: Schedule | None = None, momentum: float = 0) -> None:
         super().__init__()
-        self.lr, self.schedule = lr, schedule
+        self.lr, self.schedule, self.momentum = lr, schedule, momentum
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         pass
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr)
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=self.momentum)
         if self.schedule is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step"}}
@@ -71,6 +73,7 @@ SAYS = "the configuration says"
         ({}, {}, {}, None),
         ({}, {"lr": 0.01}, {}, f"{KEPT}: lr of group 0 of optimizer 0: 0.1 ({SAYS} 0.01);"),
         ({}, {}, {"precision": "bf16-true"}, f"{CHANGED}: trainer.precision was 32-true, is bf16-true"),
+        ({}, {"momentum": 0.9}, {}, f"{KEPT}: momentum of group 0 of optimizer 0: 0 ({SAYS} 0.9);"),
         (
             {},
             {},
@@ -125,3 +128,13 @@ def test_a_cycle_that_ends_before_the_run_is_refused_at_its_start(tmp_path: Path
         resume = str(run)
     with pytest.raises(ConfigError, match=f"OneCycleLR ends after {cycle} steps .* this run would take {steps}"):
         fit(run, Scheduled(schedule=one_cycle(steps if cycle == 4 else cycle)), steps=steps, resume=resume)
+
+
+@pytest.mark.filterwarnings("ignore:.*(many workers|no `val_dataloader`)")
+def test_a_cycle_is_compared_with_the_epochs_of_a_custom_loader(tmp_path: Path) -> None:
+    batches = DataLoader([{"features": torch.ones(6), "label": 0}] * 12, batch_size=4)  # type: ignore[arg-type]
+    for cycle in (6, 5):
+        trainer = Trainer(run_dir=tmp_path / str(cycle), max_epochs=2, progress_bar=False)
+        with pytest.raises(ConfigError, match=r"after 5 .* would take 6") if cycle == 5 else nullcontext():
+            trainer.fit(Scheduled(schedule=one_cycle(cycle)), batches)
+        dist.destroy_process_group()

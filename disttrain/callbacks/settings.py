@@ -10,14 +10,17 @@ configured, in short texts and numbers. No cost in a step.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from torch.optim.lr_scheduler import OneCycleLR
 
 from disttrain.callbacks.ema import EMA
+from disttrain.checkpoint.optimizers import NOT_COMPARED
 from disttrain.errors import ConfigError
 from disttrain.tasks.base import run_steps
 from disttrain.terminal import redacted, tell
@@ -87,7 +90,7 @@ class SettingsNotes(Callback):
         Raises:
             ConfigError: a one-cycle schedule ends before the run does.
         """
-        _check_length(trainer)
+        _check_length(trainer, trainer.num_training_batches)
         saved, self._saved = self._saved, None
         if not saved or not trainer.is_global_zero:
             return
@@ -146,8 +149,10 @@ def _overridden(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:
     """Settings that a checkpoint overrides, as the module makes them."""
     for number, optimizer in enumerate(trainer.optimizers):
         for place, group in enumerate(optimizer.param_groups):
-            if "initial_lr" not in group:  # else it is compared with the checkpoint's group
-                yield f"lr of group {group.get('name', place)} of optimizer {number}", _short(group["lr"])
+            for name, value in group.items():
+                # A schedule's warm-up may depend on the length of the run; what it starts from is told.
+                if name != "params" and name not in NOT_COMPARED and (name != "lr" or "initial_lr" not in group):
+                    yield f"{name} of group {group.get('name', place)} of optimizer {number}", _short(value)
     for number, config in enumerate(trainer.lr_scheduler_configs):
         yield from _schedule(config.scheduler, f"of {type(config.scheduler).__name__} {number}")
 
@@ -164,8 +169,12 @@ def _schedule(scheduler: Any, where: str) -> Iterator[tuple[str, Any]]:
             yield f"{name} {where}", _short(value)
 
 
-def _check_length(trainer: pl.Trainer) -> None:
+def _check_length(trainer: pl.Trainer, batches: float = math.inf) -> None:
+    """Refuse a one-cycle schedule that is too short; a custom loader's ``batches`` are known when training starts."""
     steps = run_steps(trainer)
+    if trainer.max_epochs is not None and trainer.max_epochs > 0 and not math.isinf(batches):
+        of_epochs = trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches)
+        steps = of_epochs if steps is None else min(steps, of_epochs)
     for config in trainer.lr_scheduler_configs:
         scheduler = config.scheduler
         if not isinstance(scheduler, OneCycleLR):
@@ -183,6 +192,7 @@ def _check_length(trainer: pl.Trainer) -> None:
 
 
 def _short(value: Any) -> Any:
+    value = value.tolist() if isinstance(value, torch.Tensor) else value
     if value is None or isinstance(value, bool | int | float):
         return value
     text = redacted(str(value))

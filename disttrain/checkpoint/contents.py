@@ -3,8 +3,8 @@
 Two rules. What a resume gives back (``state_dict()``, ``on_save_checkpoint()``) is changed only where what comes back
 equals it: NumPy's numbers become Python's, subclasses of plain types their base. Hyper-parameters are a record that
 nobody loads, so they take any plain form: a path its text, an Enum its value, a dataclass or Namespace a dictionary, a
-class, function or module its name. Whatever has no such form is refused, by its dotted name and type. No tensor is
-copied.
+class, function or module its name, a NumPy array a list, or a tensor if it has more than a thousand numbers. Whatever
+has no such form is refused, by its dotted name and type. No tensor is copied.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ import inspect
 import types
 import uuid
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import suppress
 from pathlib import PurePath
 from typing import Any, Final
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -34,9 +36,12 @@ from disttrain.errors import CheckpointError
 from disttrain.parallel.trained import class_name
 
 _HYPER_PARAMETERS: Final = ("hyper_parameters", "datamodule_hyper_parameters")
+_HYPER_PARAMETER_TYPES: Final = ("hparams_type", "datamodule_hparams_type")
+"""OmegaConf's classes: what they held are dictionaries here."""
 _BASE: Final = "lightning.pytorch.callbacks.callback"
 _SHOWN: Final = 5
-_DEEPEST: Final = 64
+_LONGEST_LIST: Final = 1000
+DEEPEST: Final = 64
 _AS_THEY_ARE: Final = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 _BASES: Final[tuple[tuple[type, Callable[[Any], Any]], ...]] = (
     (bool, bool),
@@ -61,11 +66,10 @@ def plain_contents(contents: Mapping[str, Any]) -> dict[str, Any]:
     found = {
         name: _plain(value, name, faults, lenient=name in _HYPER_PARAMETERS)
         for name, value in contents.items()
-        if name != "hparams_type"  # OmegaConf's class: what it held is a dictionary here
+        if name not in _HYPER_PARAMETER_TYPES
     }
     if faults:
         shown = ", ".join(f"{name} (of type {kind})" for name, kind in faults[:_SHOWN])
-        more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         hints = []
         if any(name.startswith(_HYPER_PARAMETERS) for name, _ in faults):
             hints.append("leave them out with save_hyperparameters(ignore=[...])")
@@ -74,9 +78,20 @@ def plain_contents(contents: Mapping[str, Any]) -> dict[str, Any]:
                 "keep plain values and tensors in state_dict() and on_save_checkpoint(), and convert them back"
             )
         raise CheckpointError(
-            f"a checkpoint cannot hold {shown}{more}, which could only be unpickled", mend="; ".join(hints)
+            f"a checkpoint cannot hold {shown}{and_more(faults, _SHOWN)}, which could only be unpickled",
+            mend="; ".join(hints),
         )
     return found
+
+
+def split_off_extra(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a module's state dict, and what ``get_extra_state()`` or a hook has added to them.
+
+    Raises:
+        CheckpointError: that has no plain form.
+    """
+    extra = {name: v for name, v in state.items() if name.endswith("_extra_state") or not isinstance(v, Tensor)}
+    return {name: value for name, value in state.items() if name not in extra}, plain_contents(extra)
 
 
 def check_tensors(tensors: Tensors) -> None:
@@ -121,15 +136,15 @@ def check_hooks(given: Mapping[str, Any], saved: Mapping[str, Any], *, partly: b
     removed = [name for name in given if name not in saved]
     if removed and not partly:
         raise CheckpointError(
-            f"on_save_checkpoint() of {who} removes {removed[0]}{_and_more(removed)} from the checkpoint's state_dict:"
+            f"on_save_checkpoint() of {who} removes {removed[0]}{and_more(removed)} from the checkpoint's state_dict:"
             " it could not be resumed",
             mend="set strict_loading = False in the module, if it fills these weights itself",
         )
 
 
-def savers(module: Any, callbacks: Iterable[Any], base: type) -> list[str]:
+def savers(module: pl.LightningModule, callbacks: Iterable[Any]) -> list[str]:
     """The module and callbacks that change checkpoints by a hook, by the names of their classes."""
-    own = type(module).on_save_checkpoint is not base.on_save_checkpoint  # type: ignore[attr-defined]
+    own = type(module).on_save_checkpoint is not pl.LightningModule.on_save_checkpoint
     named = [class_name(module)] if own else []
     for callback in callbacks:
         hook = inspect.getattr_static(type(callback), "on_save_checkpoint", None)
@@ -142,7 +157,7 @@ def savers(module: Any, callbacks: Iterable[Any], base: type) -> list[str]:
 def _plain(value: Any, name: str, faults: list[tuple[str, str]], *, lenient: bool, outer: tuple[int, ...] = ()) -> Any:
     if type(value) in _AS_THEY_ARE:
         return value
-    if len(outer) > _DEEPEST or id(value) in outer:
+    if len(outer) > DEEPEST or id(value) in outer:
         faults.append((name, f"{_kind(value)}, nested without an end"))
         return None
     inner = functools.partial(_plain, faults=faults, lenient=lenient, outer=(*outer, id(value)))
@@ -150,13 +165,19 @@ def _plain(value: Any, name: str, faults: list[tuple[str, str]], *, lenient: boo
         if not isinstance(value, DTensor) and value.layout == torch.strided:
             return value.detach() if type(value) in (Tensor, nn.Parameter) else value.detach().as_subclass(Tensor)
     elif isinstance(value, dict):
-        made = {inner(key, f"{name}.{_shown(key)}"): inner(v, f"{name}.{_shown(key)}") for key, v in value.items()}
+        made = {}
+        for key, entry in value.items():
+            at = f"{name}.{_shown(key)}"
+            made[_hashable(key, inner(key, at), at, faults)] = inner(entry, at)
         return type(value)(made) if type(value) in (collections.OrderedDict, collections.Counter) else made
     elif isinstance(value, list | tuple | set | frozenset):
         if lenient and hasattr(value, "_asdict"):
             return inner(value._asdict(), name)
         kind = next(base for base in (list, tuple, set, frozenset) if isinstance(value, base))
-        return (set if kind is frozenset else kind)(inner(v, f"{name}.{place}") for place, v in enumerate(value))
+        entries = [inner(v, f"{name}.{place}") for place, v in enumerate(value)]
+        if kind in (list, tuple):
+            return kind(entries)
+        return {_hashable(*both, f"{name}.{at}", faults) for at, both in enumerate(zip(value, entries, strict=True))}
     elif isinstance(value, np.generic) and not isinstance(
         value.item(), np.generic | datetime.date | datetime.timedelta
     ):
@@ -168,6 +189,16 @@ def _plain(value: Any, name: str, faults: list[tuple[str, str]], *, lenient: boo
             return inner(described, name)
     faults.append((name, _kind(value)))
     return None
+
+
+def _hashable(value: Any, plain: Any, name: str, faults: list[tuple[str, str]]) -> Any:
+    """The plain form of a key or of a member of a set: a frozenset becomes a set, which cannot be one."""
+    try:
+        hash(plain)
+    except TypeError:
+        faults.append((name, f"{_kind(value)}, as a key or in a set"))
+        return None
+    return plain
 
 
 def _described(value: Any) -> Iterator[Any]:
@@ -185,6 +216,9 @@ def _described(value: Any) -> Iterator[Any]:
     elif isinstance(value, collections.deque):
         yield list(value)
     elif isinstance(value, np.ndarray) and value.dtype.kind in "biufcUS":
+        if value.size > _LONGEST_LIST and value.dtype.kind in "biufc":
+            with suppress(TypeError):  # PyTorch has no such type
+                yield torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))  # of any strides, and writable
         yield value.tolist()
     elif isinstance(value, functools.partial):
         yield {"function": value.func, "arguments": value.args, "keywords": value.keywords}
@@ -207,5 +241,6 @@ def _shown(key: Any) -> str:
     return key if isinstance(key, str) else repr(key)[:80]
 
 
-def _and_more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+def and_more(found: Sized, shown: int = 1) -> str:
+    """How many there are besides those that a message names."""
+    return f" and {len(found) - shown} more" if len(found) > shown else ""

@@ -18,7 +18,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from disttrain.checkpoint.marker import ABANDONED, LATEST, MARKER, TEMPORARY
 from disttrain.errors import CheckpointError
@@ -56,7 +56,7 @@ class Attempt:
 
 def run_of(directory: Path) -> str:
     """Id of the run that a folder of checkpoints belongs to; empty where it is not known."""
-    return str(_read(directory).get("run", ""))
+    return str(read_record(directory / FENCE).get("run", ""))
 
 
 def claim(directory: Path, *, run: str = "", after: int = 0) -> Attempt:
@@ -72,7 +72,7 @@ def claim(directory: Path, *, run: str = "", after: int = 0) -> Attempt:
     """
     try:
         make_folder(directory)
-        was = _read(directory)
+        was = read_record(directory / FENCE)
         number = was.get("number", 0)
         attempt = Attempt(
             run=str(was.get("run") or run or secrets.token_hex(6)),
@@ -141,7 +141,3 @@ def _clear(directory: Path, attempt: Attempt) -> None:
         except FileNotFoundError:
             continue  # its writer was quicker: published before, or cleared by another attempt
         shutil.rmtree(gone, ignore_errors=True)
-
-
-def _read(directory: Path) -> dict[str, Any]:
-    return read_record(directory / FENCE)

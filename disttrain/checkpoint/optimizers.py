@@ -26,15 +26,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from disttrain.checkpoint.contents import DEEPEST, and_more, plain_contents
 from disttrain.checkpoint.groups import parameters_by_name
-from disttrain.checkpoint.plain import check_plain, divide
 from disttrain.errors import CheckpointError
 from disttrain.parallel.trained import class_name
 
 EXECUTION: Final = ("fused", "foreach", "capturable", "differentiable")
 """Settings that choose a kernel, not a result: those of this run count, never the checkpoint's."""
 _LABELS: Final = ("name", "param_names")
-_NOT_COMPARED: Final = frozenset(EXECUTION) | frozenset(_LABELS)
+NOT_COMPARED: Final = frozenset(EXECUTION) | frozenset(_LABELS)
+"""Settings that a resume takes from this run."""
+_PLAIN: Final = (type(None), bool, int, float, str, bytes)
 _OTHER: Final = "~"  # no parameter's name begins with it in practice; a clash is refused
 
 
@@ -100,8 +102,52 @@ def split(state: dict[str, Any], where: str) -> tuple[dict[str, Tensor], dict[st
     for key, value in state.items():
         if key not in ("state", "param_groups"):
             entries.append(("top", key, divide(value, f"{_OTHER}top.{key}", tensors, f"{where}, {key!r}")))
-    groups = [_plain_group(group, where) for group in state["param_groups"]]
-    return tensors, {"entries": entries, "param_groups": groups}
+    groups = {f"{where}, parameter group {place}": group for place, group in enumerate(state["param_groups"])}
+    return tensors, {"entries": entries, "param_groups": list(plain_contents(groups).values())}
+
+
+def divide(value: Any, path: str, tensors: dict[str, Tensor], where: str, depth: int = 0) -> Any:
+    """A value as tagged plain values; its tensors go into ``tensors`` under the paths that lead to them.
+
+    Args:
+        value: what to save.
+        path: dotted name of the value.
+        tensors: receives the tensors; their memory is shared.
+        where: what the value is, for messages.
+        depth: how many values it is nested in.
+
+    Raises:
+        CheckpointError: it holds something that is neither plain nor a tensor, or two tensors have one path.
+    """
+    if isinstance(value, Tensor):
+        if type(value) not in (Tensor, nn.Parameter, DTensor) or value.layout != torch.strided or value.is_quantized:
+            raise _refused(where, f"{type(value).__name__} of layout {value.layout}")
+        if isinstance(value, DTensor) and any(placement.is_partial() for placement in value.placements):
+            raise _refused(where, "DTensor whose parts are not yet added")
+        if path in tensors:
+            raise CheckpointError(f"{where} has the name of another tensor, {path}", mend="give it another key")
+        tensors[path] = value.detach()
+        return ("tensor", value.device.type)
+    if isinstance(value, np.generic):
+        value = value.item()
+    if type(value) in _PLAIN:
+        return ("value", value)
+    if depth > DEEPEST:
+        raise _refused(where, f"{type(value).__name__}, nested without an end")
+    if type(value) is dict:
+        for key in value:
+            if type(key) not in _PLAIN:
+                raise _refused(where, f"dict with a key of type {type(key).__name__}")
+        return (
+            "dict",
+            [(key, divide(v, f"{path}.{key}", tensors, f"{where}[{key!r}]", depth + 1)) for key, v in value.items()],
+        )
+    if type(value) in (list, tuple):
+        return (
+            type(value).__name__,
+            [divide(v, f"{path}.{place}", tensors, f"{where}[{place}]", depth + 1) for place, v in enumerate(value)],
+        )
+    raise _refused(where, type(value).__name__)
 
 
 class Filling:
@@ -255,7 +301,7 @@ def agreed_groups(
     mend = "use the model and the optimizer that it was made with, or start over with --resume never"
     # Groups have had names since they can be configured; those of older checkpoints have none.
     if len(saved) != len(now) or any(
-        set(was) - _NOT_COMPARED != set(is_) - _NOT_COMPARED for was, is_ in zip(saved, now, strict=False)
+        set(was) - NOT_COMPARED != set(is_) - NOT_COMPARED for was, is_ in zip(saved, now, strict=False)
     ):
         raise CheckpointError(
             f"checkpoint {path} holds the state of an optimizer with other settings or parameter groups than this"
@@ -267,31 +313,17 @@ def agreed_groups(
         if moved:
             raise CheckpointError(
                 f"checkpoint {path} has other members of the optimizer's parameter group {is_.get('name', number)!r}:"
-                f" {moved[0]}{f' and {len(moved) - 1} more' if len(moved) > 1 else ''} moved",
+                f" {moved[0]}{and_more(moved)} moved",
                 mend=mend,
             )
-    # The learning rate moves with the schedule; its peak is kept as `initial_lr`.
-    kept = [
-        f"{name} {was[name]} (the configuration says {is_[name]})"
-        for was, is_ in zip(saved, now, strict=True)
-        for name in was
-        if name not in ("params", "lr", *_NOT_COMPARED, *_moved(was)) and _differ(was[name], is_[name])
-    ]
-    if kept:
-        warnings.warn(f"the checkpoint's optimizer settings are kept: {', '.join(dict.fromkeys(kept))}", stacklevel=4)
     return [_agreed(was, is_) for was, is_ in zip(saved, now, strict=True)]
-
-
-def _moved(group: dict[str, Any]) -> tuple[str, ...]:
-    """Settings that a schedule of momentum, OneCycleLR's or CyclicLR's, moves with the learning rate."""
-    return ("momentum", "betas") if "max_momentum" in group or "base_momentum" in group else ()
 
 
 def _agreed(was: dict[str, Any], is_: dict[str, Any]) -> dict[str, Any]:
     """Settings of the checkpoint, in the form that this run has them: a number or a tensor of one."""
     group: dict[str, Any] = {"params": is_["params"]}
     for name, value in is_.items():
-        if name in _NOT_COMPARED or name == "params":
+        if name in NOT_COMPARED or name == "params":
             group[name] = value
         elif isinstance(value, Tensor) and not isinstance(was[name], Tensor):
             group[name] = torch.full_like(value, was[name])
@@ -302,25 +334,9 @@ def _agreed(was: dict[str, Any], is_: dict[str, Any]) -> dict[str, Any]:
     return group
 
 
-def _differ(one: Any, other: Any) -> bool:
-    return bool(
-        one.tolist() != (other.tolist() if isinstance(other, Tensor) else other)
-        if isinstance(one, Tensor)
-        else one != (other.tolist() if isinstance(other, Tensor) else other)
-    )
-
-
 def _names(module: nn.Module) -> dict[int, str]:
     """Each parameter's first name, by its identity."""
     return {id(parameter): name for name, parameter in reversed(list(parameters_by_name(module)))}
-
-
-def _plain_group(group: dict[str, Any], where: str) -> dict[str, Any]:
-    """A parameter group with settings that can be saved."""
-    found = {name: value.item() if isinstance(value, np.generic) else value for name, value in group.items()}
-    for name, value in found.items():
-        check_plain(value, f"{where}, setting {name!r} of a parameter group")
-    return found
 
 
 def _as_saved(saved: Any, loaded: Any, same_type: bool) -> Any:
@@ -333,3 +349,11 @@ def _as_saved(saved: Any, loaded: Any, same_type: bool) -> Any:
     if isinstance(saved, list | tuple) and type(loaded) is type(saved) and len(saved) == len(loaded):
         return type(saved)(_as_saved(*both, same_type) for both in zip(saved, loaded, strict=True))
     return saved if isinstance(saved, str | bytes) else loaded
+
+
+def _refused(where: str, kind: str) -> CheckpointError:
+    return CheckpointError(
+        f"{where} is of type {kind}, which a checkpoint cannot hold",
+        mend="keep tensors, numbers, texts, None, and lists, tuples and dictionaries of these; or convert it where the"
+        " state is given and taken (state_dict() and load_state_dict(), get_extra_state() and set_extra_state())",
+    )

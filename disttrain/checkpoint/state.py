@@ -24,11 +24,10 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.optim import Optimizer
 
 from disttrain.checkpoint import store, verify
-from disttrain.checkpoint.contents import check_hooks, check_tensors, plain_contents, savers
+from disttrain.checkpoint.contents import check_hooks, check_tensors, plain_contents, savers, split_off_extra
 from disttrain.checkpoint.groups import TensorGroup, freeze_as_saved, parameters_by_name
 from disttrain.checkpoint.marker import About
 from disttrain.checkpoint.optimizers import Filling, agreed_groups, named_state, restore_groups, split, with_first_names
-from disttrain.checkpoint.plain import split_off_extra
 from disttrain.checkpoint.progress import Progress, loop_state, plateau_state, progress_of, restore_plateaus
 from disttrain.checkpoint.saver import SaveRequest
 from disttrain.checkpoint.staging import own_part
@@ -130,17 +129,20 @@ class CheckpointMixin(_Base):
             own = own_part(tensors)
             write(path.parent, path.name, tensors=own, meta=meta, global_step=about.global_step, about=about)
 
-    def rehearse(self) -> None:
-        """Gather all that a save would, and look at it: without copying, writing or synchronizing anything.
+    def rehearse(self) -> dict[str, Any]:
+        """Gather all that a save would, without copying, writing or synchronizing anything; for :meth:`examine`."""
+        self._rehearsing = True
+        try:
+            return self._module().trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        finally:
+            self._rehearsing = False
+
+    def examine(self, checkpoint: dict[str, Any]) -> None:
+        """Look at what :meth:`rehearse` has gathered.
 
         Raises:
             CheckpointError: something has no form in a checkpoint, or a hook would make one that cannot be resumed.
         """
-        self._rehearsing = True
-        try:
-            checkpoint = self._module().trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        finally:
-            self._rehearsing = False
         tensors, _ = self._contents(checkpoint)
         check_tensors(tensors)
 
@@ -149,7 +151,7 @@ class CheckpointMixin(_Base):
         module = self._module()
         given, self._given = self._given, None
         if given is not None:
-            suspects = savers(module, module.trainer.callbacks, pl.LightningModule)  # type: ignore[attr-defined]
+            suspects = savers(module, module.trainer.callbacks)  # type: ignore[attr-defined]
             check_hooks(given, checkpoint["state_dict"], partly=not module.strict_loading, suspects=suspects)
         progress = progress_of(module.trainer)
         model, extra = split_off_extra(checkpoint["state_dict"])
@@ -324,7 +326,7 @@ class CheckpointMixin(_Base):
             elif f"model.{name}" in index:
                 shape, dtype = index[f"model.{name}"]
                 weights[name] = read[name] = torch.empty(shape, dtype=dtype)
-            else:
+            elif self._module().strict_loading:  # else its hook has kept it out, too
                 raise CheckpointError(
                     f"checkpoint {path} has no {name}, which get_extra_state() of the model gives now",
                     mend="use the model that the checkpoint was made with",

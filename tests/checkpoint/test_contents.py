@@ -19,7 +19,9 @@ import pytest
 import torch
 from torch import nn
 
+from disttrain.checkpoint import contents
 from disttrain.checkpoint.contents import plain_contents
+from disttrain.checkpoint.optimizers import divide
 from disttrain.errors import CheckpointError
 
 
@@ -37,7 +39,7 @@ class Pair(NamedTuple):
     b: Path
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Settings:
     rate: float = 0.1
     folder: Path = Path("/x")
@@ -95,9 +97,9 @@ REFUSED: list[tuple[Any, str]] = [
 ]
 
 
-def loaded(contents: dict[str, Any]) -> Any:
+def loaded(gathered: dict[str, Any]) -> Any:
     stream = io.BytesIO()
-    torch.save(plain_contents(contents), stream)
+    torch.save(plain_contents(gathered), stream)
     stream.seek(0)
     return torch.load(stream, weights_only=True)
 
@@ -137,11 +139,44 @@ def test_tensors_are_shared_and_parameters_become_tensors() -> None:
     assert found.data_ptr() == weight.data_ptr()
 
 
+@pytest.mark.parametrize("value", [{Pair(1, Path("c")): 3}, {frozenset({1}): 3}, {frozenset({1})}, {Settings(): 1}])
+def test_keys_without_a_hash_in_their_plain_form_are_named(value: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"hyper_parameters\.x\.\S+ .*, as a key or in a set"):
+        plain_contents({"hyper_parameters": {"x": value}})
+
+
+def test_omegaconf_types_are_no_part_of_a_record() -> None:
+    assert plain_contents({"hparams_type": Thing, "datamodule_hparams_type": Thing, "fine": 1}) == {"fine": 1}
+
+
+def test_many_numbers_in_hyper_parameters_are_a_tensor_and_not_walked(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, real = 0, contents._plain
+
+    def counted(*arguments: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(contents, "_plain", counted)
+    every = [np.zeros(10**7, np.uint8), np.arange(4000, dtype=">f8")[::-2], np.arange(2000).reshape(2, -1) > 9]
+    every += [np.arange(1001).astype(kind) for kind in ("uint16", "uint32", ">u8", "float16", "complex64")]
+    for value in every[1:3]:
+        value.flags.writeable = False
+    found = loaded({"hyper_parameters": {"x": every}})["hyper_parameters"]["x"]
+    assert calls < 50
+    for value, there in zip(every, found, strict=True):
+        assert type(there) is torch.Tensor
+        assert np.array_equal(there.numpy(), value)
+        assert there.numpy().dtype == value.dtype.newbyteorder("=")
+
+
 def test_what_holds_itself_and_many_faults_are_one_short_message() -> None:
     endless: list[Any] = []
     endless.append([endless, endless])
     with pytest.raises(CheckpointError, match="nested without an end"):
         plain_contents({"mine": endless})
+    with pytest.raises(CheckpointError, match="nested without an end"):
+        divide(endless, "weight.mine", {}, "state 'mine' of weight")
     with pytest.raises(CheckpointError, match="and 95 more") as caught:
         plain_contents({"mine": [Thing() for _ in range(100)]})
     assert len(str(caught.value)) < 1000

@@ -226,7 +226,7 @@ def test_another_optimizer_is_refused_and_kept_settings_are_told(digits: Path, t
     assert "optimizer with other settings or parameter groups than this run's SGD" in outcome.text
     assert "Traceback" not in outcome.text
     outcome = fit(run_dir, digits, 1, "ddp", "--model.optimizer.lr", "0.001").ok()
-    assert "settings are kept: initial_lr 0.003 (the configuration says 0.001)" in outcome.text
+    assert "kept as the checkpoint has it: initial_lr of group" in outcome.text
 
 
 @pytest.mark.slow
