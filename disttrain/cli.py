@@ -24,6 +24,7 @@ from disttrain.errors import (
     DisttrainError,
     Preempted,
     RankError,
+    first_line,
     nearest,
     passed_through_users_code,
 )
@@ -98,7 +99,7 @@ def _main(arguments: list[str]) -> int:
             raise
         world = detect_world()
         note_ending(RankError.exit_code, follows=True)
-        why = (str(error).splitlines() or [type(error).__name__])[0][:_MOST_LETTERS]
+        why = first_line(error)[:_MOST_LETTERS]
         text = f"rank {world.rank} of {world.size} stops: another rank failed or was killed: {why}"
         tell(text)
         return RankError.exit_code
