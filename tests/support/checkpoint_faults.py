@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from disttrain.checkpoint.marker import FORMAT
 from tests.support.faults import READ_ONLY, SMALL_DISK, Case, Scene, can_mount, scene
 from tests.support.servers import S3, s3_server
 
@@ -82,7 +83,9 @@ def with_marker(change: Callable[[Path], object]) -> Callable[[Path], None]:
 def newer(path: Path) -> None:
     """The marker says that it is of a later version."""
     marker = path / "COMMITTED"
-    marker.write_text(marker.read_text().replace('"format": 2', '"format": 9'))
+    text = marker.read_text().replace(f'"format": {FORMAT}', '"format": 9')
+    assert '"format": 9' in text
+    marker.write_text(text)
 
 
 class _Runs:
