@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -24,9 +25,12 @@ from disttrain.doctor import network, speed
 from disttrain.errors import ConfigError
 from tests.support.ranks import Outcome, run_ranks
 
+COMMON = ("--json", "--shm", tempfile.gettempdir())
+"""In a container, other tests may have all of the real shared memory."""
+
 
 def run_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
-    code = doctor.main(["--json", *arguments])
+    code = doctor.main([*COMMON, *arguments])
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return code, found
 
@@ -168,7 +172,7 @@ def examine(absent: int | None, how: str, arguments: list[str]) -> None:
         stop_at_times(os.getpid())
     if how == "port" and rank == 0:
         keep.append(socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))))
-    sys.exit(doctor.main(["--json", *arguments]))
+    sys.exit(doctor.main([*COMMON, *arguments]))
 
 
 keep: list[socket.socket] = []
