@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         folder = item.path.parent.name
         item.add_marker(pytest.mark.xdist_group("slurm" if folder == "slurm" else f"{folder}/{item.path.stem}"))
+
+
+def pytest_collection_finish() -> None:
+    """Have garbage collections, of which each fit makes some, pass over what is imported by now."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
