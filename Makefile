@@ -13,10 +13,10 @@ train: $(VENV)/installed
 	$(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) -m disttrain fit --config recipes/digits.yaml
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m "slow and not gpu"
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "slow and not gpu"
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .

@@ -12,16 +12,6 @@ from disttrain.commands import shards
 from disttrain.meeting import reserve_port
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of a file share fixtures, and those of SLURM one cluster: one worker runs all of them."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group("slurm" if folder == "slurm" else f"{folder}/{item.path.stem}"))
-
-
 def pytest_collection_finish() -> None:
     """Have garbage collections, of which each fit makes some, pass over what is imported by now."""
     gc.collect()
