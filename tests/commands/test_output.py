@@ -116,7 +116,16 @@ def test_a_training_goes_on_whatever_becomes_of_its_output(digits: Path, tmp_pat
     run_ranks(1, train_all_the_same, tmp_path, digits, folder=tmp_path / "logs", timeout=300).ok()
 
 
-@pytest.mark.parametrize("words", [["shards", "ls"], ["shards", "verify"], ["checkpoints", "ls"], ["jobs"], ["--help"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["shards", "ls"],
+        pytest.param(["shards", "verify"], marks=pytest.mark.slow),
+        ["checkpoints", "ls"],
+        ["jobs"],
+        ["--help"],
+    ],
+)
 def test_other_commands_end_without_a_traceback(digits: Path, tmp_path: Path, words: list[str]) -> None:
     """A reader that has gone is no error; a full disk is an error, told on standard error."""
     place = {"shards": [f"{digits}/train.json"], "checkpoints": [str(tmp_path)], "jobs": [str(tmp_path)]}
