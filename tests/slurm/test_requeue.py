@@ -68,12 +68,13 @@ def test_the_time_limit_requeues_under_both_styles(cluster: Cluster, digits: Pat
         run_dir, go = tmp_path / style, tmp_path / f"go-{style}"
         where = ("--nodes", "2", "--site", str(tmp_path / "site.yaml")) if style == "srun" else ("--nodes", "1")
         options = (*where, "--tasks-per-node", "1", "--style", style, "--requeue")
-        limits = ("--time", "60s", "--signal-seconds", "10")
+        # SLURM may signal half a minute early, and a start takes that long on a slow machine.
+        limits = ("--time", "120s", "--signal-seconds", "10")
         job = queue_job(cluster, run_dir, digits, *options, *limits, more=callbacks(wait_for(6, go)))
         runs[style] = (run_dir, job, go)
     for run_dir, job, go in runs.values():
         log = log_of(run_dir, job)
-        wait_until(partial(says, log, "SIGUSR1: stopping"), 100, cluster.logs)
+        wait_until(partial(says, log, "SIGUSR1: stopping"), 200, cluster.logs)
         go.touch()
     for style, (run_dir, job, _) in runs.items():
         log = log_of(run_dir, job)
