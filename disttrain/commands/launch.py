@@ -91,7 +91,7 @@ def torchrun_command(command: list[str], *, nproc: int, max_restarts: int = 0) -
     options = ["--standalone", "--nproc-per-node", str(nproc), "--signals-to-handle", ",".join(_FORWARDED)]
     if max_restarts:
         options += ["--max-restarts", str(max_restarts)]
-    return [sys.executable, "-m", "torch.distributed.run", *options, *target]
+    return [sys.executable, "-m", "disttrain.commands.torchrun", *options, *target]
 
 
 def count_gpus(env: Mapping[str, str], devices: Path) -> int:
@@ -164,7 +164,7 @@ def _die_with_parent() -> None:
 
 
 def _tell(endings: list[Ending], nproc: int) -> None:
-    """Print the mistakes of ranks, each once, below what torchrun has printed."""
+    """Print the mistakes of ranks, each once, below what torchrun has logged."""
     by_message: dict[str, list[int]] = {}
     for ending in endings:
         if ending.message:

@@ -38,9 +38,6 @@ _CPU_SECONDS = 60
 _SECONDS = 400  # of the clock, on a machine that others use
 _RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029]")
 
-_TORCHRUNS = re.compile(r"^Traceback [^=]*\.ChildFailedError: *\n=+\n.*?^=+$", re.MULTILINE | re.DOTALL)
-"""What torchrun's agent prints of a rank that failed, whose own error `launch` prints below it."""
-
 
 @dataclass(frozen=True)
 class Case:
@@ -66,9 +63,8 @@ class Verdict:
         if self.code < 0:
             hung = self.code == -signal.SIGXCPU or self.seconds >= _SECONDS
             return "hung" if hung else f"died of signal {-self.code}"
-        text = _TORCHRUNS.sub("", self.text)
-        if "Traceback (most recent call last)" in text or "error: unexpected" in text:
-            last = [line for line in text.splitlines() if line and not line.startswith(" ")]
+        if "Traceback (most recent call last)" in self.text or "error: unexpected" in self.text:
+            last = [line for line in self.text.splitlines() if line and not line.startswith(" ")]
             return f"traceback: {last[-1][:200] if last else ''}"
         if raw := _RAW.search(self.text):
             return f"prints {raw.group()!r} raw: {self.text[max(0, raw.start() - 60) : raw.end() + 20]!r}"
