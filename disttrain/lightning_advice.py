@@ -124,7 +124,7 @@ def refuse_named_start(which: str) -> None:
     """Refuse ``fit(ckpt_path='last')`` and ``'best'``, for which Lightning may start anew."""
     raise ConfigError(
         f"ckpt_path is {which!r}, which fit does not take",
-        mend='resume by fit(..., ckpt_path=trainer.find_start("auto").checkpoint)',
+        mend='resume by fit(..., resume="auto")',
     )
 
 

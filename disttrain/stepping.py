@@ -35,6 +35,12 @@ class SteppingEpochLoop(_TrainingEpochLoop):
         counts: Any = self.batch_progress.total
         return int(counts.processed // self.trainer.accumulate_grad_batches)
 
+    def _broadcast_sigterm_tensor(self) -> None:
+        """Nothing: a broadcast a batch, which under rank skew hangs.
+
+        See https://github.com/Lightning-AI/pytorch-lightning/pull/20825.
+        """
+
     def reset(self) -> None:
         """Begin an epoch, or continue one."""
         with warnings.catch_warnings():

@@ -14,6 +14,7 @@ import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -21,6 +22,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
+from disttrain.attempts import AttemptOver, finish
 from disttrain.callbacks.bad_samples import BadSamples
 from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.compilation import CompileReport
@@ -37,6 +39,7 @@ from disttrain.callbacks.run_record import RunRecord
 from disttrain.callbacks.settings import SettingsNotes
 from disttrain.callbacks.step_log import StepLog
 from disttrain.callbacks.stragglers import Stragglers
+from disttrain.callbacks.validation_interval import ValidationInterval
 from disttrain.callbacks.watchdog import Watchdog
 from disttrain.data.user_loaders import give_back
 from disttrain.data.workers import refuse_second_run
@@ -57,10 +60,11 @@ from disttrain.metrics_log import EventsLog, MetricsLog
 from disttrain.output import lossy_output
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.alike import check_alike
+from disttrain.parallel.clipping import check_clipping
 from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.determinism import use_deterministic_convolutions, use_deterministic_kernels
 from disttrain.parallel.joining import LoneEnvironment, WorldEnvironment
-from disttrain.parallel.precision import ScaledPrecision, use_tensor_cores
+from disttrain.parallel.precision import ScaledPrecision, check_precision, device_kind, use_tensor_cores
 from disttrain.parallel.strategies import build_strategy
 from disttrain.runs import Start, best_checkpoint, find_start, last_begun, stopped_by_request
 from disttrain.stepping import SteppingEpochLoop
@@ -131,13 +135,13 @@ class Trainer(pl.Trainer):
                 mend="use at least 1, or null for every epoch",
             )
         parallel = parallel or ParallelConfig()
-        device = _device_kind(accelerator)
+        device = device_kind(accelerator)
         if deterministic:
             use_deterministic_kernels(device)
         elif device == "cuda" and parallel.reduction == "tree":
             use_deterministic_convolutions()
-        _check_precision(precision, device)
-        _check_clipping(gradient_clip_norm, gradient_clip_value)
+        check_precision(precision, device)
+        check_clipping(gradient_clip_norm, gradient_clip_value)
         if device == "cuda":
             use_tensor_cores(tf32)
         world = detect_world()
@@ -151,6 +155,7 @@ class Trainer(pl.Trainer):
         self.settings: dict[str, Any] = {}
         """Settings by dotted name, for :meth:`connect` to compare."""
         self._compared = False
+        self._over: AttemptOver | None = None  # how the attempt before ended, if the next one follows in this process
         self.record = RunRecord(self.run_dir, strategy=parallel.strategy, precision=precision)
         self.step_log = StepLog(log_every_steps)
         self.preemption = Preemption(self.run_dir, stop_after=stop_after)
@@ -158,7 +163,7 @@ class Trainer(pl.Trainer):
         own: list[Callback] = [
             self.watchdog,
             KeyedRandomness(seed),
-            _Intervals(validate_every_steps),
+            ValidationInterval(validate_every_steps),
             BadSamples(self.run_dir, log_every_steps),
             self.step_log,
             Stragglers(),
@@ -200,8 +205,7 @@ class Trainer(pl.Trainer):
             default_root_dir=self.run_dir,
         )
         self._quieten()
-        self.fit_loop.__class__ = EndingFitLoop
-        self.fit_loop.epoch_loop.__class__ = SteppingEpochLoop
+        self._use_own_loops()
 
     @property
     def checkpoint_callbacks(self) -> list[Any]:
@@ -262,9 +266,51 @@ class Trainer(pl.Trainer):
             return
         super().save_checkpoint(filepath, weights_only, storage_options)
 
-    def fit(self, *args: Any, **kwargs: Any) -> Any:
-        """Lightning's; ``ckpt_path`` is a path."""
-        return self._call(super().fit, *args, **kwargs)
+    def fit(
+        self,
+        model: pl.LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: pl.LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+        *,
+        resume: str | Path | None = None,
+    ) -> None:
+        """Train, in one attempt or several.
+
+        A rollback ends an attempt, and the next one resumes from a checkpoint, as if the run had been started again.
+
+        Args:
+            model: what to train.
+            train_dataloaders: Lightning's.
+            val_dataloaders: Lightning's.
+            datamodule: the data.
+            ckpt_path: a checkpoint to resume from, such as :meth:`find_start` finds.
+            weights_only: Lightning's.
+            resume: what :meth:`find_start` takes: ``auto``, ``never``, or a path. None starts a new run in the folder,
+                or resumes from ``ckpt_path``.
+
+        Raises:
+            ConfigError: both ``resume`` and ``ckpt_path`` are given.
+            CheckpointError: see :meth:`find_start`.
+            Preempted: the run was stopped from outside.
+        """
+        if resume is not None:
+            if ckpt_path is not None:
+                raise ConfigError("fit() is given both resume and ckpt_path", mend='give one; resume="auto" does both')
+            start = self.find_start(str(resume))
+            for note in start.notes if self.is_global_zero else ():
+                tell(note)
+            ckpt_path = start.checkpoint
+        data = (train_dataloaders, val_dataloaders, datamodule)
+        self._over = None
+        while True:
+            self._call(super().fit, model, *data, ckpt_path=ckpt_path, weights_only=weights_only)
+            if self._over is None:
+                return
+            ckpt_path = self._over.checkpoint
+            self._use_own_loops()  # Lightning's second fit would count on from where the first ended
 
     def validate(self, *args: Any, **kwargs: Any) -> Any:
         """Lightning's; ``ckpt_path`` may be ``best`` or ``last``, of those in the run's folder."""
@@ -298,8 +344,10 @@ class Trainer(pl.Trainer):
         return str(self.strategy.broadcast(path))
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
+        self.record.goes_on, self._over = self._over is not None, None
         # The whole of a fit, from its set-up on; an evaluation has nothing to save.
-        noting = self.preemption.noting() if self.state.fn == TrainerFn.FITTING else nullcontext()
+        fitting = self.state.fn == TrainerFn.FITTING
+        noting = self.preemption.noting(goes_on=self.record.goes_on) if fitting else nullcontext()
         with in_our_words(), lossy_output(), noting:
             if self.state.fn == TrainerFn.FITTING and last_begun() is not None:
                 # Earlier trainers of this process are cycles, which hold shards open until they are collected.
@@ -309,7 +357,13 @@ class Trainer(pl.Trainer):
                 refuse_callbacks(self.callbacks)  # type: ignore[attr-defined]  # Lightning's Tuner adds its own now
                 check_by_hand(self)
             self.watchdog.begin(self, "set-up")
-            return super()._run(*args, **kwargs)
+            try:
+                return super()._run(*args, **kwargs)
+            except AttemptOver as over:
+                self._over = over.with_traceback(None)
+            # Outside of the handler: the traceback holds the batch and the loops' frames.
+            finish(self)
+            return None
 
     def _teardown(self) -> None:
         # Moves the module to the CPU, which after an error of this rank alone waits for kernels that wait for others.
@@ -317,62 +371,21 @@ class Trainer(pl.Trainer):
             super()._teardown()
         give_back(self)
 
+    def _use_own_loops(self) -> None:
+        """Give the trainer loops that count from 0; a checkpoint that is loaded sets them."""
+        old, steps = self.fit_loop, self.fit_loop.epoch_loop
+        self.fit_loop = EndingFitLoop(self, min_epochs=old.min_epochs, max_epochs=old.max_epochs)
+        self.fit_loop.epoch_loop = SteppingEpochLoop(self, min_steps=steps.min_steps, max_steps=steps.max_steps)
+
     def _quieten(self) -> None:
         # What Lightning warns of that does not hold here: its own use of a deprecated name, loaders without
         # worker processes (disttrain's have threads), and an `srun` that is installed but not used.
         unfit = (".*LeafSpec", ".*does not have many workers", ".*`srun` command is")
         for message in unfit:
             warnings.filterwarnings("ignore", message=message)
-        # A broadcast before every batch (https://github.com/Lightning-AI/pytorch-lightning/pull/20825) and
-        # handlers that broadcast: under rank skew they hang, and without it they cost a collective a step.
-        self.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+        # Handlers that broadcast: under rank skew they hang.
         self._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
-
-
-class _Intervals(Callback):
-    """Turns the validation interval, in steps, into Lightning's micro batches once these are known."""
-
-    def __init__(self, validate_every_steps: int | None) -> None:
-        self._every = validate_every_steps
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """The data module has set the accumulation by now."""
-        if stage == "fit":
-            check_by_hand(trainer)
-        if self._every is not None and stage == "fit":
-            trainer.val_check_interval = self._every * trainer.accumulate_grad_batches
-            trainer.check_val_every_n_epoch = None
 
 
 def _nothing() -> None:
     pass
-
-
-def _device_kind(accelerator: str) -> str:
-    available = torch.cuda.is_available()
-    if accelerator == "cuda" and not available:
-        raise ConfigError("trainer.accelerator is cuda, but PyTorch sees no CUDA device", mend="use auto or cpu")
-    return "cuda" if accelerator != "cpu" and available else "cpu"
-
-
-def _check_precision(precision: str, device: str) -> None:
-    if precision == "16-mixed" and device == "cpu":
-        raise ConfigError(
-            "trainer.precision is 16-mixed, which needs a CUDA device", mend="use bf16-mixed or 32-true on the CPU"
-        )
-    if "bf16" in precision and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ConfigError(
-            f"trainer.precision is {precision}, which {torch.cuda.get_device_name()} cannot do",
-            mend="use 16-mixed or 32-true",
-        )
-
-
-def _check_clipping(norm: float | None, value: float | None) -> None:
-    if norm is not None and value is not None:
-        raise ConfigError(
-            f"trainer.gradient_clip_norm is {norm} and gradient_clip_value {value}", mend="set one of them to null"
-        )
-    # Lightning does not clip by 0; gradient_clip_norm: 0 has meant that from the start.
-    if (norm is not None and not norm >= 0) or (value is not None and not value > 0):
-        name, bound = ("norm", norm) if value is None else ("value", value)
-        raise ConfigError(f"trainer.gradient_clip_{name} is {bound}", mend="use a positive number, or null for none")

@@ -79,7 +79,7 @@ def weights_after(folder: Path, optimizer: str, bad: tuple[int, ...], *, fused: 
 def test_the_first_steps_and_a_later_one_are_left_out(
     optimizer: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(disttrain.trainer, "_check_precision", lambda precision, device: None)
+    monkeypatch.setattr(disttrain.trainer, "check_precision", lambda precision, device: None)
     run = partial(weights_after, tmp_path, optimizer, (0, 1, 3), precision=precision)
     fused, whole = run(fused=True), run(fused=False)
     assert all(bool(value.isfinite().all()) for value in fused.values()), "memory that nothing has written was used"

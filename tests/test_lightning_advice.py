@@ -70,7 +70,7 @@ def test_without_a_best_checkpoint_the_monitor_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no checkpoint of this run is the best one\n.*Checkpointing a monitor"):
         trainer.test(module, batches, ckpt_path="best", verbose=False)
     for which in ("best", "last"):
-        with pytest.raises(ConfigError, match=rf"ckpt_path is '{which}', which fit .*\n.*find_start\(\"auto\"\)"):
+        with pytest.raises(ConfigError, match=rf"ckpt_path is '{which}', which fit .*\n.*resume=.auto."):
             trainer.fit(module, batches, batches, ckpt_path=which)
     weights = foreign.whole(module)
     fresh, untrained = foreign.trainer_of(tmp_path), foreign.Evaluated()

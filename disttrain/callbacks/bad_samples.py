@@ -69,8 +69,12 @@ class BadSamples(Callback):
         self._of_pass["train"] = state_dict["train"]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """No step is to be summed yet."""
+        """No step is to be summed yet; a checkpoint that is resumed has the sums."""
         self._summed_step = trainer.global_step
+        if stage == "fit":
+            self._under_way.clear()
+            self._unsummed.clear()
+            self._of_pass.clear()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn a module whose losses would not be weighed; steps up to a checkpoint that was loaded are summed."""
@@ -116,12 +120,6 @@ class BadSamples(Callback):
     def on_step_thrown_away(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget a step that was not done; it will come up again."""
         self._under_way.clear()
-
-    def on_roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget what comes up again; the checkpoint that is loaded next has the sums."""
-        self._under_way.clear()
-        self._unsummed.clear()
-        self._of_pass.clear()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sum up the rest of an epoch."""

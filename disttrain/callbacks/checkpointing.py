@@ -126,6 +126,9 @@ class Checkpointing(Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find the run's folder; to train, become the one attempt that may write there."""
         self.directory = self.directory or Path(trainer.default_root_dir) / "checkpoints"
+        if stage == "fit" and trainer.ckpt_path:  # which says what was best; an earlier attempt here may know too much
+            self._best.clear()
+            self._saved_step, self.newest = -1, None
         if stage == "fit" and self.attempt is None:
             with raise_together():
                 if trainer.is_global_zero:
@@ -135,6 +138,8 @@ class Checkpointing(Checkpoint):
             with raise_together():
                 if trainer.local_rank == 0 and not trainer.is_global_zero:  # does this node reach it, too?
                     self.mirror.guard(self.attempt)
+            if self._mirroring is not None:
+                self._mirroring.release()
             self._mirroring = Mirroring(self.mirror, self.attempt)
 
     def leave_behind(self, trainer: pl.Trainer) -> list[str]:
@@ -296,13 +301,6 @@ class Checkpointing(Checkpoint):
             return False
         names = [name for _, _, name in callbacks.get(self.state_key, {}).get("best", [])]
         return all((path.parent / name / store.MARKER).exists() for name in names)
-
-    def on_roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget what was saved; the checkpoint that is loaded next says what was best."""
-        self._best.clear()
-        self._saved_step, self.newest = -1, None
-        if self._mirroring is not None:
-            self._mirroring.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """Which checkpoints are the best."""

@@ -25,7 +25,6 @@ left alone.
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any, Final
@@ -38,14 +37,15 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from disttrain.attempts import AttemptOver
 from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.find import find_callback
-from disttrain.callbacks.rollback import find_target, read_rollbacks, restore, write_rollbacks
+from disttrain.callbacks.rollback import find_target, read_rollbacks, write_rollbacks
 from disttrain.callbacks.run_record import RunRecord
 from disttrain.callbacks.streak import Guarded, Rollback, Streak, merged, planned_steps, roll_back
 from disttrain.callbacks.usual import Usual
 from disttrain.data.batches import KEY
-from disttrain.ending import EndingFitLoop, GoBack
+from disttrain.ending import EndingFitLoop
 from disttrain.errors import ConfigError, DisttrainError
 from disttrain.files import append_lines
 from disttrain.optim import can_skip_on_device
@@ -113,7 +113,7 @@ class UpdateGuard(Callback):
         self._fused: Optimizer | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Have the checkpoints kept that the run may have to go back to.
+        """Have the checkpoints kept that the run may have to roll back to; forget steps that an earlier attempt judged.
 
         Raises:
             ConfigError: ``spikes`` are asked for where no step can be watched.
@@ -121,6 +121,9 @@ class UpdateGuard(Callback):
         checkpoints = find_callback(trainer, Checkpointing)
         if stage != "fit":
             return
+        self._judged = self._loss = self._fused = None
+        self._unseen.clear()
+        self._keys.clear()
         watches = self.enabled and self._can_watch(trainer, pl_module)
         if checkpoints is not None:
             goes_back = self.max_rollbacks and isinstance(trainer.fit_loop, EndingFitLoop)
@@ -204,13 +207,11 @@ class UpdateGuard(Callback):
             loss = loss / dist.get_world_size()
         self._judge(optimizer, loss, norm_of(trainer.strategy)(pl_module.parameters()))
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Learn from a step that is done, and look back at the last ones where that is due."""
-        loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate() or self._trainer is None:
+        if self._trainer is None:
             return
+        loop = trainer.fit_loop.epoch_loop
         self._learn()
         # A validation may end the run; and what follows a streak is not worth validating.
         validates = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
@@ -221,11 +222,6 @@ class UpdateGuard(Callback):
         """Forget a step that was not done."""
         self._judged = self._loss = None
         self._keys.pop(trainer.global_step + 1, None)
-
-    def on_roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget what was learned since; the checkpoint that is loaded next says what is usual."""
-        self._judged = self._loss = None
-        self._unseen.clear()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell of the rest, where something else than this run's limits ended it."""
@@ -292,12 +288,16 @@ class UpdateGuard(Callback):
             return
         if self.max_rollbacks and isinstance(trainer.fit_loop, EndingFitLoop):
             if len(self.rollbacks) < self.max_rollbacks:
-                raise GoBack(functools.partial(self._go_back, trainer))
+                self._roll_back(trainer)
             self._give_up(trainer, f"; the run has gone back {_times(len(self.rollbacks))} already")
         self._give_up(trainer, "")
 
-    def _go_back(self, trainer: pl.Trainer) -> None:
-        """Return to a checkpoint from before the streak. A collective, outside of Lightning's loops."""
+    def _roll_back(self, trainer: pl.Trainer) -> None:
+        """End this attempt, and have the next one resume from a checkpoint from before the streak. A collective.
+
+        Raises:
+            AttemptOver: always, unless there is nothing to roll back to.
+        """
         checkpoints, step, number = find_callback(trainer, Checkpointing), trainer.global_step, len(self._streak.bad)
         if checkpoints is None:
             self._give_up(trainer, "; the run keeps no checkpoints to go back to")
@@ -322,7 +322,7 @@ class UpdateGuard(Callback):
             )
             tell(text)
             record.tell(step, "rollback", text, **made.as_dict())
-        restore(trainer, target.path)
+        raise AttemptOver(target.path)
 
     def _give_up(self, trainer: pl.Trainer, why: str) -> None:
         """End the run on all ranks. A collective.

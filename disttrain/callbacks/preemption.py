@@ -64,9 +64,15 @@ class Preemption(Checkpoint):  # Lightning calls its checkpoint callbacks last
         self._validation_due = False
 
     @contextmanager
-    def noting(self) -> Iterator[None]:
-        """Note signals while training is set up and runs; before and after, they do what they did."""
+    def noting(self, *, goes_on: bool) -> Iterator[None]:
+        """Note signals while training is set up and runs; before and after, they do what they did.
+
+        Args:
+            goes_on: whether what the attempt before has noted still counts, since this one follows it by itself.
+        """
+        noted = self._signals.noted if goes_on else None
         with self._signals:
+            self._signals.noted = self._signals.noted or noted
             yield
 
     def state_dict(self) -> dict[str, Any]:
@@ -107,10 +113,6 @@ class Preemption(Checkpoint):  # Lightning calls its checkpoint callbacks last
         self._validation_due = trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
         self._stop(trainer, agreed)
 
-    def on_roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """End the vote of the step that is gone back from; who wants to stop says so again before the next one."""
-        self._result()
-
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
@@ -137,8 +139,13 @@ class Preemption(Checkpoint):  # Lightning calls its checkpoint callbacks last
         self._vote_now(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """End the votes' group."""
+        """End the votes' group.
+
+        A rollback ends an attempt in the midst of a vote. What asks the run to stop is noted still, and counts in the
+        next attempt's first vote.
+        """
         if stage == "fit" and self._votes is not None:
+            self._votes.result()
             self._votes.close()
             self._votes = None
 

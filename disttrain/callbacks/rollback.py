@@ -1,24 +1,22 @@
-"""Going back to a checkpoint within a process, so that a kill at any moment changes nothing.
+"""Rolling back to a checkpoint so that a kill at any moment changes nothing.
 
 The order is what makes it safe. The save under way is waited for. The checkpoints of later steps are deleted, newest
 first: a run killed meanwhile resumes from what is left, comes to the same streak by the same steps, and decides the
 same. The record of the rollback, ``skipped/rollbacks.json``, is written through to the disk: a run killed from then on
-resumes from the checkpoint that was chosen, with it. Only then is the state loaded, by the same code and in the
-same order as in a resume: weights, optimizer, averages, schedules, callbacks, counters. Costs what a resume costs,
-without the start of processes.
+resumes from the checkpoint that was chosen, with it. Only then does the attempt end, and the next one resumes from
+that checkpoint in the same process (:mod:`disttrain.attempts`). Costs what a resume costs, without the start of
+processes.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import lightning.pytorch as pl
-from lightning.pytorch.loops.utilities import _reset_progress
 
 from disttrain.callbacks.checkpointing import Checkpointing
-from disttrain.callbacks.find import find_callback
 from disttrain.callbacks.streak import Rollback, Streak, targets
 from disttrain.checkpoint import store, verify
 from disttrain.checkpoint.write import from_lead
@@ -97,37 +95,3 @@ def _choose(checkpoints: Checkpointing, streak: Streak, margin: int, faulty: set
     # What an older one names as the best may have been replaced and deleted since.
     newest = max(candidates, key=lambda entry: entry.global_step, default=None)
     return next((entry for entry in candidates if entry is newest or checkpoints.has_best_of(entry.path)), None)
-
-
-def restore(trainer: pl.Trainer, path: Path) -> None:
-    """Put a trainer that trains back to a checkpoint, outside of its loops. A collective.
-
-    Callbacks, and the module, may define ``on_roll_back(trainer, pl_module)`` to drop what they keep in memory of steps
-    that will be done again. After that they are asked to ``load_state_dict``, and ``on_train_start`` follows.
-
-    Args:
-        trainer: it stands at a step boundary.
-        path: a sound checkpoint.
-    """
-    fit, module = trainer.fit_loop, trainer.lightning_module
-    for listener in (*trainer.callbacks, module):  # type: ignore[attr-defined]
-        if hasattr(listener, "on_roll_back"):
-            listener.on_roll_back(trainer, module)
-    checkpoints = find_callback(trainer, Checkpointing)
-    if checkpoints is not None:
-        checkpoints.newest = path
-    if fit._data_fetcher is not None:
-        fit._data_fetcher.teardown()  # ends the threads that read ahead
-    fit._data_fetcher = fit._combined_loader = None
-    module._current_fx_name = None  # Lightning resets it only where a hook returns
-    module.zero_grad()
-    trainer.should_stop = False
-    loop: Any = fit.epoch_loop
-    _reset_progress(fit)
-    loop._skip_next_val = loop.val_loop._has_run = False
-    trainer._logger_connector.reset_results()
-    trainer._logger_connector.reset_metrics()
-    connector = trainer._checkpoint_connector
-    connector._restore_modules_and_callbacks(path)
-    connector.restore_training_state()
-    connector.resume_end()

@@ -62,7 +62,8 @@ class RunRecord(Callback):
         self._checkpoints: Checkpointing | None = None
         self.awaits_result = False
         """Whether the run is complete only once :meth:`add_result` was called."""
-        self._rolled_back = False
+        self.goes_on = False
+        """Whether an attempt that starts now continues the one before in this process: the record holds them as one."""
         self._began = 0.0
         self._complaints: set[tuple[str, int | None]] = set()
 
@@ -75,10 +76,10 @@ class RunRecord(Callback):
             self._checkpoints.tell, self._checkpoints.log_event = self.tell, self.log_event
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open the record, or go on with it, and begin an attempt; after a rollback, the attempt goes on."""
+        """Open the record, or go on with it, and begin an attempt, unless this continues one."""
         hold(self.run_dir)
         notes: list[str] = []
-        if not self._rolled_back and self._checkpoints is not None:
+        if not self.goes_on and self._checkpoints is not None:
             # Before the record says that this attempt trains: a restart goes by what the folder holds then. And before
             # rows are dropped: a newer attempt, which it looks for, may have logged them.
             notes = self._checkpoints.leave_behind(trainer)
@@ -86,13 +87,8 @@ class RunRecord(Callback):
             for logger in trainer.loggers:
                 if isinstance(logger, MetricsLog):
                     logger.truncate_after(trainer.global_step)
-            if not self._rolled_back and trainer.is_global_zero:
+            if not self.goes_on and trainer.is_global_zero:
                 self._begin_attempt(trainer, notes)
-        self._rolled_back = False
-
-    def on_roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Training starts once more in this attempt."""
-        self._rolled_back = True
 
     def _begin_attempt(self, trainer: pl.Trainer, notes: Sequence[str] = ()) -> None:
         now, self._began = time.time(), time.monotonic()

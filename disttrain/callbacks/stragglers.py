@@ -58,6 +58,10 @@ class Stragglers(Callback):
         self._spent = [0.0] * len(_PARTS)  # in this step
         self._told: set[int] = set()
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The first step of an attempt is not counted."""
+        self._since = None
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -104,10 +108,6 @@ class Stragglers(Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The step after a validation is not counted: it holds the validation."""
-        self._since = None
-
-    def on_roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Nor is the one that holds the loading of a checkpoint."""
         self._since = None
 
     def on_save_checkpoint(

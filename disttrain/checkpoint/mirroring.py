@@ -102,10 +102,6 @@ class Mirroring:
         if not self._saver.busy:
             self._next()
 
-    def forget(self) -> None:
-        """Copy nothing that waits; no copy may be under way."""
-        self._waiting.clear()
-
     def release(self) -> None:
         """End the group of the copies, once none is under way."""
         self._saver.release()

@@ -97,7 +97,7 @@ class TrainingCLI(LightningCLI):
         """The subcommands; none of the Trainer's own arguments, which the data module and --resume replace."""
         loaders = {"model", "datamodule", "ckpt_path", "weights_only"}
         return {
-            "fit": loaders | {"train_dataloaders", "val_dataloaders"},
+            "fit": loaders | {"train_dataloaders", "val_dataloaders", "resume"},
             "validate": loaders | {"dataloaders", "verbose"},
             "test": loaders | {"dataloaders", "verbose"},
             "predict": loaders | {"dataloaders", "return_predictions"},

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from disttrain.errors import ConfigError
 from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.gradients import clip_gradient_norm, clip_gradient_value
 
@@ -44,3 +45,19 @@ class ClippingMixin(_Base):
             self.grad_norm = clip(parameters, float(clip_val), ordered=self.config.reduction == "tree")
 
         return clip_gradients
+
+
+def check_clipping(norm: float | None, value: float | None) -> None:
+    """Refuse bounds of the gradient that cannot be.
+
+    Raises:
+        ConfigError: both are given, or one is not positive.
+    """
+    if norm is not None and value is not None:
+        raise ConfigError(
+            f"trainer.gradient_clip_norm is {norm} and gradient_clip_value {value}", mend="set one of them to null"
+        )
+    # Lightning does not clip by 0; gradient_clip_norm: 0 has meant that from the start.
+    if (norm is not None and not norm >= 0) or (value is not None and not value > 0):
+        name, bound = ("norm", norm) if value is None else ("value", value)
+        raise ConfigError(f"trainer.gradient_clip_{name} is {bound}", mend="use a positive number, or null for none")

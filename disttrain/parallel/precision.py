@@ -23,6 +23,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from disttrain.errors import ConfigError
 from disttrain.optim import can_skip_on_device
 from disttrain.parallel.agree import is_distributed
 from disttrain.parallel.config import ReduceTypeName
@@ -103,3 +104,32 @@ def use_tensor_cores(allowed: bool) -> None:
     """Let CUDA round the factors of float32 products to TF32's ten bits, or not. For the whole process."""
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     torch.backends.cudnn.allow_tf32 = allowed
+
+
+def device_kind(accelerator: str) -> str:
+    """The device that ``trainer.accelerator`` names: ``cuda`` or ``cpu``.
+
+    Raises:
+        ConfigError: there is no CUDA device.
+    """
+    available = torch.cuda.is_available()
+    if accelerator == "cuda" and not available:
+        raise ConfigError("trainer.accelerator is cuda, but PyTorch sees no CUDA device", mend="use auto or cpu")
+    return "cuda" if accelerator != "cpu" and available else "cpu"
+
+
+def check_precision(precision: str, device: str) -> None:
+    """Refuse a precision that a device does not have.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if precision == "16-mixed" and device == "cpu":
+        raise ConfigError(
+            "trainer.precision is 16-mixed, which needs a CUDA device", mend="use bf16-mixed or 32-true on the CPU"
+        )
+    if "bf16" in precision and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(
+            f"trainer.precision is {precision}, which {torch.cuda.get_device_name()} cannot do",
+            mend="use 16-mixed or 32-true",
+        )

@@ -74,7 +74,7 @@ class Watch(Callback):
 
 def train_in(run_dir: str, parallel: ParallelConfig, precision: Literal["16-mixed", "32-true"], fused: bool) -> None:
     """Train some steps, one of which overflows; check on every rank."""
-    disttrain.trainer._check_precision = lambda precision, device: None
+    disttrain.trainer.check_precision = lambda precision, device: None
     watch = Watch()
     trainer = make(run_dir, parallel, [watch], steps=STEPS)
     ranks, rank = trainer.world_size, trainer.global_rank
@@ -135,7 +135,7 @@ def test_an_infinity_on_one_rank_is_skipped_by_all(
 
 def resume_in(run_dir: str) -> None:
     """Train past the overflow, save, and go on in another trainer."""
-    disttrain.trainer._check_precision = lambda precision, device: None
+    disttrain.trainer.check_precision = lambda precision, device: None
     parallel = ParallelConfig(strategy="fsdp")
     scales = []
     for steps in (2, 3):

@@ -343,9 +343,12 @@ class KillInRollback(Callback):
         self.place, self.step, self.rolled_back = place, step, False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Set the trap."""
+        """Set the trap; or die here, when the attempt after the rollback is set up."""
         if stage != "fit":
             return
+        self.rolled_back = (Path(trainer.default_root_dir) / guard.FOLDER / "rollbacks.json").exists()
+        if self.rolled_back and self.place == "restore":
+            os.kill(os.getpid(), signal.SIGKILL)
         if self.place == "deleted":
             folder.remove = self._trap(folder.remove, before=False)
         elif self.place in ("before-record", "recorded"):
@@ -358,12 +361,6 @@ class KillInRollback(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
         return trapped
-
-    def on_roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Die here."""
-        self.rolled_back = True
-        if self.place == "restore":
-            os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
