@@ -155,7 +155,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(["parallel.strategies", "data.loader", "data.module", "data.splits", "tasks.*"], 3),
     **dict.fromkeys(["checkpoint.contents", "parallel.module_tensors"], 2),
     **dict.fromkeys(["parallel.base_strategy", "data.user_loaders"], 3),
-    "callbacks.*": 4,
+    **dict.fromkeys(["attempts", "callbacks.*"], 4),
     "lightning_advice": 4,
     **dict.fromkeys(["doctor.*", "parity.*"], 4),
     **dict.fromkeys(["trainer", "commands.*"], 5),
