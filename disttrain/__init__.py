@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from disttrain.data.order import Order, OrderConfig
     from disttrain.data.splits import SourceConfig
     from disttrain.errors import DisttrainError, Preempted
+    from disttrain.lightning.callback import Callback
     from disttrain.optim import OptimizerConfig, ScheduleConfig
     from disttrain.parallel.config import BatchPlan, ParallelConfig
     from disttrain.parallel.strategies import DDP, FSDP
@@ -39,6 +40,7 @@ _HOMES = {
     "RandomResizedCrop": "disttrain.data.images",
     "BatchPlan": "disttrain.parallel.config",
     "CacheConfig": "disttrain.data.cache",
+    "Callback": "disttrain.lightning.callback",
     "Checkpointing": "disttrain.callbacks",
     "ClassificationTask": "disttrain.tasks",
     "DDP": "disttrain.parallel.strategies",
@@ -76,6 +78,7 @@ __all__ = [
     "BadSampleError",
     "BatchPlan",
     "CacheConfig",
+    "Callback",
     "Checkpointing",
     "ClassificationTask",
     "DisttrainError",

@@ -10,10 +10,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lightning.pytorch as pl
-from lightning.pytorch.trainer import call
-from lightning.pytorch.trainer.states import TrainerStatus
-
 
 class AttemptOver(Exception):  # noqa: N818 - not a failure: the next attempt follows
     """Ends an attempt on all ranks; the next one starts from a checkpoint.
@@ -25,14 +21,3 @@ class AttemptOver(Exception):  # noqa: N818 - not a failure: the next attempt fo
     def __init__(self, checkpoint: Path) -> None:
         super().__init__(f"the next attempt resumes from {checkpoint}")
         self.checkpoint = checkpoint
-
-
-def finish(trainer: pl.Trainer) -> None:
-    """End a fit in the midst of it, in the order in which Lightning ends one that is done. A collective.
-
-    Lightning's own way out of an exception calls ``on_exception`` and marks the loggers' runs as failed; this one has
-    not failed.
-    """
-    trainer._teardown()
-    call._call_teardown_hook(trainer)
-    trainer.state.status, trainer.state.stage = TrainerStatus.FINISHED, None

@@ -12,6 +12,7 @@ import gc
 import inspect
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +23,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
-from disttrain.attempts import AttemptOver, finish
+from disttrain.attempts import AttemptOver
 from disttrain.callbacks.bad_samples import BadSamples
 from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.compilation import CompileReport
-from disttrain.callbacks.find import find_callback
 from disttrain.callbacks.guard import UpdateGuard
+from disttrain.callbacks.introductions import Introductions
 from disttrain.callbacks.loader_record import LoaderRecord
 from disttrain.callbacks.micro_batch_size import MicroBatchSearch
 from disttrain.callbacks.preemption import Preemption
@@ -43,10 +44,12 @@ from disttrain.callbacks.validation_interval import ValidationInterval
 from disttrain.callbacks.watchdog import Watchdog
 from disttrain.data.user_loaders import give_back
 from disttrain.data.workers import refuse_second_run
-from disttrain.ending import EndingFitLoop
 from disttrain.endings import ends_within
 from disttrain.errors import ConfigError, Preempted
 from disttrain.files import place, resolve_path
+from disttrain.lightning.bases import TrainerBase
+from disttrain.lightning.internals import end_midway, without_signal_handlers
+from disttrain.lightning.loops import use_own_loops
 from disttrain.lightning_advice import (
     check_by_hand,
     in_our_words,
@@ -67,14 +70,13 @@ from disttrain.parallel.joining import LoneEnvironment, WorldEnvironment
 from disttrain.parallel.precision import ScaledPrecision, check_precision, device_kind, use_tensor_cores
 from disttrain.parallel.strategies import build_strategy
 from disttrain.runs import Start, best_checkpoint, find_start, last_begun, stopped_by_request
-from disttrain.stepping import SteppingEpochLoop
 from disttrain.terminal import tell
 from disttrain.world import detect_world
 
 PrecisionName = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
 
 
-class Trainer(pl.Trainer):
+class Trainer(TrainerBase):
     """Trains, evaluates and predicts on the ranks that the launcher gives.
 
     Args:
@@ -156,17 +158,20 @@ class Trainer(pl.Trainer):
         """Settings by dotted name, for :meth:`connect` to compare."""
         self._compared = False
         self._over: AttemptOver | None = None  # how the attempt before ended, if the next one follows in this process
-        self.record = RunRecord(self.run_dir, strategy=parallel.strategy, precision=precision)
-        self.step_log = StepLog(log_every_steps)
-        self.preemption = Preemption(self.run_dir, stop_after=stop_after)
+        bad_samples = BadSamples(self.run_dir, log_every_steps)
+        self.record = RunRecord(self.run_dir, bad_samples, strategy=parallel.strategy, precision=precision)
+        self.step_log = StepLog(log_every_steps, bad_samples)
+        self._introductions = Introductions(self.record, self.step_log)
+        self.preemption = Preemption(self.run_dir, self.record, stop_after=stop_after)
         self.watchdog = Watchdog(self.run_dir, hang_timeout=hang_timeout)
         own: list[Callback] = [
+            self._introductions,
             self.watchdog,
             KeyedRandomness(seed),
             ValidationInterval(validate_every_steps),
-            BadSamples(self.run_dir, log_every_steps),
+            bad_samples,
             self.step_log,
-            Stragglers(),
+            Stragglers(self.record),
             self.record,
             MicroBatchSearch(self.record),
             SettingsNotes(self.record.tell),
@@ -205,7 +210,14 @@ class Trainer(pl.Trainer):
             default_root_dir=self.run_dir,
         )
         self._quieten()
-        self._use_own_loops()
+        self._introductions.introduce(self.callbacks)  # type: ignore[attr-defined]
+        use_own_loops(self)
+        without_signal_handlers(self)
+
+    @property
+    def checkpoints(self) -> Checkpointing | None:
+        """The callback that saves."""
+        return self._introductions.checkpoints
 
     @property
     def checkpoint_callbacks(self) -> list[Any]:
@@ -242,7 +254,7 @@ class Trainer(pl.Trainer):
             stopped = stopped_by_request(self.run_dir) if self.is_global_zero else ""
         if stopped := self.strategy.broadcast(stopped):
             raise Preempted(f"not started again: this launch was {stopped}")
-        checkpoints = find_callback(self, Checkpointing)
+        checkpoints = self.checkpoints
         with self.watchdog.watching(self, "search for a checkpoint"):
             start = find_start(
                 self.run_dir,
@@ -310,7 +322,7 @@ class Trainer(pl.Trainer):
             if self._over is None:
                 return
             ckpt_path = self._over.checkpoint
-            self._use_own_loops()  # Lightning's second fit would count on from where the first ended
+            use_own_loops(self)  # Lightning's second fit would count on from where the first ended
 
     def validate(self, *args: Any, **kwargs: Any) -> Any:
         """Lightning's; ``ckpt_path`` may be ``best`` or ``last``, of those in the run's folder."""
@@ -343,7 +355,8 @@ class Trainer(pl.Trainer):
                 path = str(best_checkpoint(self.run_dir, which, tell=refuse_best).absolute())
         return str(self.strategy.broadcast(path))
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
+    def around_run(self, run: Callable[[], Any]) -> Any:
+        """Set up, run and tear down, with what belongs to all of it around."""
         self.record.goes_on, self._over = self._over is not None, None
         # The whole of a fit, from its set-up on; an evaluation has nothing to save.
         fitting = self.state.fn == TrainerFn.FITTING
@@ -358,24 +371,19 @@ class Trainer(pl.Trainer):
                 check_by_hand(self)
             self.watchdog.begin(self, "set-up")
             try:
-                return super()._run(*args, **kwargs)
+                return run()
             except AttemptOver as over:
                 self._over = over.with_traceback(None)
             # Outside of the handler: the traceback holds the batch and the loops' frames.
-            finish(self)
+            end_midway(self)
             return None
 
-    def _teardown(self) -> None:
+    def around_teardown(self, teardown: Callable[[], None]) -> None:
+        """Release what the run has held."""
         # Moves the module to the CPU, which after an error of this rank alone waits for kernels that wait for others.
         with ends_within(sys.exception() if self.world_size > 1 else None):
-            super()._teardown()
+            teardown()
         give_back(self)
-
-    def _use_own_loops(self) -> None:
-        """Give the trainer loops that count from 0; a checkpoint that is loaded sets them."""
-        old, steps = self.fit_loop, self.fit_loop.epoch_loop
-        self.fit_loop = EndingFitLoop(self, min_epochs=old.min_epochs, max_epochs=old.max_epochs)
-        self.fit_loop.epoch_loop = SteppingEpochLoop(self, min_steps=steps.min_steps, max_steps=steps.max_steps)
 
     def _quieten(self) -> None:
         # What Lightning warns of that does not hold here: its own use of a deprecated name, loaders without
@@ -383,9 +391,3 @@ class Trainer(pl.Trainer):
         unfit = (".*LeafSpec", ".*does not have many workers", ".*`srun` command is")
         for message in unfit:
             warnings.filterwarnings("ignore", message=message)
-        # Handlers that broadcast: under rank skew they hang.
-        self._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
-
-
-def _nothing() -> None:
-    pass

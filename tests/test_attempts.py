@@ -11,13 +11,11 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from disttrain import Checkpointing
+from disttrain import Callback, Checkpointing, Trainer
 from disttrain.attempts import AttemptOver
-from disttrain.callbacks.find import find_callback
 from disttrain.errors import ConfigError
 from disttrain.metrics_file import read_rows
 from disttrain.reading import read_run
@@ -43,7 +41,8 @@ class OverAt(Callback):
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == self.step and not self.hooks["over"]:
             self.hooks["over"] += 1
-            checkpoints = find_callback(trainer, Checkpointing)
+            assert isinstance(trainer, Trainer)
+            checkpoints = trainer.checkpoints
             assert checkpoints is not None
             checkpoints.settle(trainer)
             assert checkpoints.newest is not None

@@ -23,6 +23,7 @@ PUBLIC = [
     "BadSampleError",
     "BatchPlan",
     "CacheConfig",
+    "Callback",
     "Checkpointing",
     "ClassificationTask",
     "DisttrainError",
@@ -143,9 +144,9 @@ LAYERS: dict[str, int] = {
         2,
     ),
     **dict.fromkeys(["data.padding", "parallel.trained"], 2),
-    **dict.fromkeys(["ending", "stepping", "parallel.joining", "parallel.store", "parallel.votes"], 2),
+    **dict.fromkeys(["lightning.*", "parallel.joining", "parallel.store", "parallel.votes"], 2),
     **dict.fromkeys(["parallel.ranks", "parallel.reduction", "parallel.summation", "parallel.tensor"], 2),
-    **dict.fromkeys([f"checkpoint.{name}" for name in ("store", "groups", "optimizers", "progress", "state")], 2),
+    **dict.fromkeys([f"checkpoint.{name}" for name in ("store", "groups", "optimizers", "state")], 2),
     **dict.fromkeys(
         [f"checkpoint.{name}" for name in ("mirroring", "saver", "staging", "verify", "weights", "write")], 2
     ),

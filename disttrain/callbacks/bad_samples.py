@@ -17,13 +17,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 
 from disttrain.data.bad_samples import BadSample
 from disttrain.data.batches import BAD, FILTERED, WEIGHT
 from disttrain.data.module import ShardedDataModule, sharded_data
 from disttrain.errors import DataError
 from disttrain.files import append_lines, to_json
+from disttrain.lightning.callback import Callback
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.ranks import data_ranks
 from disttrain.reading import read_json_lines
@@ -106,15 +106,12 @@ class BadSamples(Callback):
             skipped = {name: batch[name] for name in (BAD, FILTERED) if name in batch}
             self._under_way.append((skipped, trainer.global_step))
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record what was skipped in a step, and sum up where a log line is due."""
-        if not trainer.fit_loop.epoch_loop._should_accumulate():
-            for skipped, step in self._under_way:
-                self._note(trainer, "train", skipped, step)
-            self._under_way.clear()
-        if not trainer.fit_loop.epoch_loop._should_accumulate() and trainer.global_step % self._every_steps == 0:
+        for skipped, step in self._under_way:
+            self._note(trainer, "train", skipped, step)
+        self._under_way.clear()
+        if trainer.global_step % self._every_steps == 0:
             self._sum_up(trainer, "train")
 
     def on_step_thrown_away(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -33,6 +33,8 @@ from disttrain.checkpoint.prune import Keep
 from disttrain.checkpoint.saver import Outcome, Saver, SaveRequest
 from disttrain.checkpoint.write import SpoiltError
 from disttrain.errors import CheckpointError, ConfigError
+from disttrain.lightning.callback import Callback
+from disttrain.lightning.internals import validation_follows
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.strategies import strategy_of
 from disttrain.terminal import tell
@@ -41,7 +43,7 @@ _GRACE_SECONDS = 60.0
 """How long a run that fails waits for the save that is under way."""
 
 
-class Checkpointing(Checkpoint):
+class Checkpointing(Callback, Checkpoint):
     """Saves checkpoints to ``<run_dir>/checkpoints``.
 
     Args:
@@ -188,8 +190,7 @@ class Checkpointing(Checkpoint):
         if self._mirroring is not None:
             self._hear(trainer, self._mirroring.poll())
         self.save_seconds += time.perf_counter() - started
-        loop = trainer.fit_loop
-        if self._due(trainer) and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
+        if self._due(trainer) and not validation_follows(trainer):
             self._save(trainer, value=None)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -201,8 +202,7 @@ class Checkpointing(Checkpoint):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         value = self.monitor.value(trainer) if self.monitor is not None else None
-        among_best = self.monitor is not None and value is not None and self._best.admits(value, self.monitor)
-        if self._due(trainer) or among_best:
+        if self._due(trainer) or (self.monitor and value is not None and self._best.admits(value, self.monitor)):
             self._save(trainer, value)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -15,7 +15,6 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from disttrain.callbacks.checkpointing import Checkpointing
-from disttrain.callbacks.find import find_callback
 from disttrain.callbacks.monitor import Mode, Monitor, begin_validation, expect
 from disttrain.errors import ConfigError
 from disttrain.terminal import tell
@@ -50,6 +49,8 @@ class EarlyStopping(Callback):
         self.best_step = 0
         self.waited = 0
         self.stop_reason = ""
+        self.checkpoints: Checkpointing | None = None
+        """What keeps the best weights; the Trainer says it."""
         self._told = False  # of a validation without the metric
 
     @property
@@ -59,7 +60,7 @@ class EarlyStopping(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Have the best checkpoints kept by this metric, unless another was chosen for them."""
-        checkpoints = find_callback(trainer, Checkpointing)
+        checkpoints = self.checkpoints
         if checkpoints is not None and checkpoints.monitor is None and checkpoints.keep_best:
             checkpoints.monitor = self.monitor and Monitor(self.monitor.name, self.monitor.mode)
 
@@ -104,9 +105,8 @@ class EarlyStopping(Callback):
     def _tell(self, trainer: pl.Trainer, text: str) -> None:
         if trainer.is_global_zero:
             tell(text)
-            checkpoints = find_callback(trainer, Checkpointing)
-            if checkpoints is not None:
-                checkpoints.tell(trainer.global_step, "monitor", text)
+            if self.checkpoints is not None:
+                self.checkpoints.tell(trainer.global_step, "monitor", text)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note which metrics there are, to know the new ones from them."""
@@ -136,7 +136,7 @@ class EarlyStopping(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last state, then go back to the best weights."""
-        checkpoints = find_callback(trainer, Checkpointing)
+        checkpoints = self.checkpoints
         if checkpoints is None or not (self.restore_best and self.has_best):
             return
         checkpoints.save_if_new(trainer)

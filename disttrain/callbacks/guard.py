@@ -32,22 +32,22 @@ from typing import Any, Final
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from disttrain.attempts import AttemptOver
 from disttrain.callbacks.checkpointing import Checkpointing
-from disttrain.callbacks.find import find_callback
 from disttrain.callbacks.rollback import find_target, read_rollbacks, write_rollbacks
 from disttrain.callbacks.run_record import RunRecord
 from disttrain.callbacks.streak import Guarded, Rollback, Streak, merged, planned_steps, roll_back
 from disttrain.callbacks.usual import Usual
 from disttrain.data.batches import KEY
-from disttrain.ending import EndingFitLoop
 from disttrain.errors import ConfigError, DisttrainError
 from disttrain.files import append_lines
+from disttrain.lightning.callback import Callback
+from disttrain.lightning.internals import ends_training, validation_follows
+from disttrain.lightning.loops import FitLoop
 from disttrain.optim import can_skip_on_device
 from disttrain.parallel.agree import is_distributed, raise_together
 from disttrain.parallel.gradients import norm_of
@@ -101,6 +101,9 @@ class UpdateGuard(Callback):
         """Updates left out in the run so far, as of the last look."""
         self.rollbacks: list[Rollback] = []
         """Those of the run so far."""
+        self.checkpoints: Checkpointing | None = None
+        """What keeps the checkpoints to go back to; the Trainer says it, and the record."""
+        self.record: RunRecord | None = None
         self._planned: set[int] = set()  # steps that they leave out
         self._streak = Streak(patience)
         self._usual = Usual(window)
@@ -118,17 +121,16 @@ class UpdateGuard(Callback):
         Raises:
             ConfigError: ``spikes`` are asked for where no step can be watched.
         """
-        checkpoints = find_callback(trainer, Checkpointing)
         if stage != "fit":
             return
         self._judged = self._loss = self._fused = None
         self._unseen.clear()
         self._keys.clear()
         watches = self.enabled and self._can_watch(trainer, pl_module)
-        if checkpoints is not None:
-            goes_back = self.max_rollbacks and isinstance(trainer.fit_loop, EndingFitLoop)
+        if self.checkpoints is not None:
+            goes_back = self.max_rollbacks and isinstance(trainer.fit_loop, FitLoop)
             guarded = Guarded(self._streak_begins, self.margin if goes_back else None)
-            checkpoints.guarded = guarded if watches else None
+            self.checkpoints.guarded = guarded if watches else None
 
     def _can_watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Whether updates can be left out here; says so where that may surprise."""
@@ -211,11 +213,10 @@ class UpdateGuard(Callback):
         """Learn from a step that is done, and look back at the last ones where that is due."""
         if self._trainer is None:
             return
-        loop = trainer.fit_loop.epoch_loop
         self._learn()
         # A validation may end the run; and what follows a streak is not worth validating.
-        validates = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
-        if trainer.global_step % _LOOK_EVERY == 0 or validates or loop._is_training_done:
+        validates = validation_follows(trainer)
+        if trainer.global_step % _LOOK_EVERY == 0 or validates or ends_training(trainer):
             self._look(trainer)
 
     def on_step_thrown_away(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -286,7 +287,7 @@ class UpdateGuard(Callback):
         self._tell(trainer)
         if not self._streak.too_long:
             return
-        if self.max_rollbacks and isinstance(trainer.fit_loop, EndingFitLoop):
+        if self.max_rollbacks and isinstance(trainer.fit_loop, FitLoop):
             if len(self.rollbacks) < self.max_rollbacks:
                 self._roll_back(trainer)
             self._give_up(trainer, f"; the run has gone back {_times(len(self.rollbacks))} already")
@@ -298,7 +299,7 @@ class UpdateGuard(Callback):
         Raises:
             AttemptOver: always, unless there is nothing to roll back to.
         """
-        checkpoints, step, number = find_callback(trainer, Checkpointing), trainer.global_step, len(self._streak.bad)
+        checkpoints, step, number = self.checkpoints, trainer.global_step, len(self._streak.bad)
         if checkpoints is None:
             self._give_up(trainer, "; the run keeps no checkpoints to go back to")
         assert checkpoints is not None
@@ -314,7 +315,7 @@ class UpdateGuard(Callback):
                 checkpoints.forget_after(made.to_step)
                 write_rollbacks(_folder(trainer), rollbacks)
         self._plan(rollbacks)
-        record = find_callback(trainer, RunRecord)
+        record = self.record
         if trainer.is_global_zero and record is not None:
             text = (
                 f"step {step}: {number} updates in a row were left out; going back to {target.path.name}, from where"
@@ -364,7 +365,7 @@ class UpdateGuard(Callback):
                 lines.append(json.dumps({**place, **planned, "keys": self._keys.get(step, [])}) + "\n")
             append_lines(folder / f"rank-{trainer.global_rank:05d}.jsonl", "".join(lines))
         self._keys.clear()
-        record = find_callback(trainer, RunRecord)
+        record = self.record
         if trainer.is_global_zero and record is not None:
             for step, _, loss, norm in found:
                 if step in self._planned:  # the rollback has told

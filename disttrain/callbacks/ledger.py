@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 
 from disttrain.data.batches import KEY
 from disttrain.files import append_lines
+from disttrain.lightning.callback import Callback
 from disttrain.parallel.ranks import data_ranks
 from disttrain.reading import read_json_lines
 
@@ -55,14 +55,11 @@ class SampleLedger(Callback):
         }
         self._under_way.append(json.dumps(line) + "\n")
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write a step that is done."""
-        if not trainer.fit_loop.epoch_loop._should_accumulate():
-            if self._file is not None:
-                self._file.writelines(self._under_way)
-            self._under_way.clear()
+        if self._file is not None:
+            self._file.writelines(self._under_way)
+        self._under_way.clear()
 
     def on_step_thrown_away(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget a step that was not done."""

@@ -22,13 +22,13 @@ from typing import Any, Final
 import lightning.pytorch as pl
 import psutil
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loops.utilities import _reset_progress
 
 from disttrain.callbacks.checkpointing import Checkpointing
-from disttrain.callbacks.find import find_callback
 from disttrain.callbacks.run_record import RunRecord
 from disttrain.durations import parse_duration
 from disttrain.errors import Preempted
+from disttrain.lightning.callback import Callback
+from disttrain.lightning.internals import ends_step, run_validation, validation_follows
 from disttrain.parallel.votes import Votes
 from disttrain.runs import launch_id
 from disttrain.signals import NotedSignals
@@ -44,17 +44,20 @@ _RANK_BITS: Final = 32
 _LOOK_SECONDS: Final = 1.0  # between two looks for the stop file
 
 
-class Preemption(Checkpoint):  # Lightning calls its checkpoint callbacks last
+class Preemption(Callback, Checkpoint):  # Lightning calls its checkpoint callbacks last
     """Ends training at a step boundary when any rank is asked to.
 
     Args:
         run_dir: the run's folder.
+        record: the run's record.
         stop_after: duration, such as ``3h50m``, after which to stop, by rank 0's clock, counted from the start
             of the launcher or, without one, of the process.
     """
 
-    def __init__(self, run_dir: Path, *, stop_after: str | None = None) -> None:
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path, record: RunRecord, *, stop_after: str | None = None) -> None:
+        self.run_dir, self.record = run_dir, record
+        self.checkpoints: Checkpointing | None = None
+        """What saves; the Trainer says it."""
         seconds = parse_duration(stop_after, "trainer.stop_after") if stop_after is not None else 0.0
         self._deadline = time.monotonic() - _age_seconds() + seconds if seconds else None
         self._signals = NotedSignals(speaks=detect_world().rank == 0)
@@ -97,20 +100,21 @@ class Preemption(Checkpoint):  # Lightning calls its checkpoint callbacks last
         self._from_step = trainer.global_step
         self._vote_now(trainer)
         if self._validation_due:
-            self._validate(trainer)
+            self._validation_due = False
+            run_validation(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin a step's vote at its last micro batch."""
-        if not trainer.fit_loop._should_accumulate():
+        if ends_step(trainer):
             self._begin(trainer)
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the vote at the step boundary."""
         if not (agreed := self._result()):
             return
-        self._validation_due = trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+        self._validation_due = validation_follows(trainer)
         self._stop(trainer, agreed)
 
     def on_validation_batch_start(
@@ -182,48 +186,30 @@ class Preemption(Checkpoint):  # Lightning calls its checkpoint callbacks last
         if number in _SIGNALS.values() and trainer.world_size > 1:
             cause += f" on rank {rank}"
         # At the step that this attempt started from, nothing is new: what it started from serves again.
-        if self._from_step is not None and trainer.global_step > self._from_step:
-            checkpoints = find_callback(trainer, Checkpointing)
-            if checkpoints is not None:
-                checkpoints.save_if_new(trainer)
+        is_new = self._from_step is not None and trainer.global_step > self._from_step
+        if is_new and self.checkpoints is not None:
+            self.checkpoints.save_if_new(trainer)
         message = f"stopped at step {trainer.global_step} by {cause}; {self._kept(trainer)}"
         if trainer.is_global_zero:
-            record = find_callback(trainer, RunRecord)
-            if record is not None:
-                record.stopped(trainer, f"preempted by {cause}")
+            self.record.stopped(trainer, f"preempted by {cause}")
             (self.run_dir / STOP_FILE).unlink(missing_ok=True)
             if number in _REQUEUE and is_to_be_requeued():
                 tell(message)  # SLURM may leave no time for it later
                 message = ask_to_requeue(self.run_dir)
-                if record is not None:
-                    record.tell(trainer.global_step, "requeue", message)
+                self.record.tell(trainer.global_step, "requeue", message)
         # A launcher ends all ranks with the first that ends: none does before rank 0 is done.
         assert self._votes is not None, "the callback is not set up"
         self._votes.now(0)
         raise Preempted(message)
 
     def _kept(self, trainer: pl.Trainer) -> str:
-        checkpoints, record = find_callback(trainer, Checkpointing), find_callback(trainer, RunRecord)
-        saved = checkpoints.newest if checkpoints is not None else None
+        saved = self.checkpoints.newest if self.checkpoints is not None else None
         if saved is not None:
-            again = record is None or record.start.resume == "auto"
+            again = self.record.start.resume == "auto"
             return f"{'the same command' if again else '--resume auto'} goes on from checkpoint {saved}"
         if trainer.ckpt_path:
             return f"the same command goes on from checkpoint {trainer.ckpt_path}"
         return "nothing was to be saved yet; the same command starts again"
-
-    def _validate(self, trainer: pl.Trainer) -> None:
-        """The validation that the run was stopped in or before, as Lightning runs it after a step."""
-        self._validation_due = False
-        loop, logger = trainer.fit_loop.epoch_loop, trainer._logger_connector
-        first, restarting = logger._first_loop_iter, loop.val_loop.restarting
-        loop.val_loop.restarting = False
-        trainer.validating = True
-        loop.val_loop.run()
-        trainer.training = True
-        logger._first_loop_iter = first
-        _reset_progress(loop.val_loop)
-        loop.val_loop._has_run, loop.val_loop.restarting = False, restarting
 
 
 def _age_seconds() -> float:

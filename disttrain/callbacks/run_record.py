@@ -24,7 +24,6 @@ from lightning.pytorch.callbacks import Callback
 from disttrain.callbacks.bad_samples import FOLDER, BadSamples
 from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.early_stopping import EarlyStopping
-from disttrain.callbacks.find import find_callback
 from disttrain.checkpoint.fence import guard
 from disttrain.data.mixture import Mixture
 from disttrain.data.module import sharded_data
@@ -49,17 +48,20 @@ class RunRecord(Callback):
 
     Args:
         run_dir: the run's folder.
+        bad_samples: the count of those that were skipped.
         strategy: name of the strategy, for the record.
         precision: numbers' precision, for the record.
     """
 
-    def __init__(self, run_dir: Path, *, strategy: str, precision: str) -> None:
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path, bad_samples: BadSamples, *, strategy: str, precision: str) -> None:
+        self.run_dir, self.bad_samples = run_dir, bad_samples
         self._layout = {"strategy": strategy, "precision": precision}
         self.start = Start(None)
         """What was decided before the run started; its notes become events."""
         self.record: dict[str, Any] = {}
-        self._checkpoints: Checkpointing | None = None
+        self.checkpoints: Checkpointing | None = None
+        """What saves; the Trainer says it, and what may stop the run."""
+        self.stopping: EarlyStopping | None = None
         self.awaits_result = False
         """Whether the run is complete only once :meth:`add_result` was called."""
         self.goes_on = False
@@ -71,18 +73,17 @@ class RunRecord(Callback):
         """Hear of checkpoints that could not be written."""
         if stage == "fit":
             release(self.run_dir)
-        self._checkpoints = find_callback(trainer, Checkpointing)
-        if self._checkpoints is not None:
-            self._checkpoints.tell, self._checkpoints.log_event = self.tell, self.log_event
+        if self.checkpoints is not None:
+            self.checkpoints.tell, self.checkpoints.log_event = self.tell, self.log_event
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the record, or go on with it, and begin an attempt, unless this continues one."""
         hold(self.run_dir)
         notes: list[str] = []
-        if not self.goes_on and self._checkpoints is not None:
+        if not self.goes_on and self.checkpoints is not None:
             # Before the record says that this attempt trains: a restart goes by what the folder holds then. And before
             # rows are dropped: a newer attempt, which it looks for, may have logged them.
-            notes = self._checkpoints.leave_behind(trainer)
+            notes = self.checkpoints.leave_behind(trainer)
         with raise_together():
             for logger in trainer.loggers:
                 if isinstance(logger, MetricsLog):
@@ -96,7 +97,7 @@ class RunRecord(Callback):
         remove_leftovers(self.run_dir / RUN_FILE)
         self.record = {"format": 1, "name": self.run_dir.name, "command": "fit", "created": now}
         self.record |= {"attempts": [], "events": [], **read_run(self.run_dir)}  # whose file may lack any of these
-        checkpoints = find_callback(trainer, Checkpointing)
+        checkpoints = self.checkpoints
         if checkpoints is not None and checkpoints.attempt is not None:
             self.record["id"] = checkpoints.attempt.run
         attempt = {
@@ -153,21 +154,20 @@ class RunRecord(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say why training stopped and what was best, once the end of the run is safe."""
-        checkpoints = find_callback(trainer, Checkpointing)
-        if checkpoints is not None:
-            checkpoints.finish(trainer)
+        if self.checkpoints is not None:
+            self.checkpoints.finish(trainer)
         with raise_together():
             if trainer.is_global_zero:
                 self._end(trainer)
 
     def _end(self, trainer: pl.Trainer) -> None:
         now = time.time()
-        reason = stop_reason(trainer)
+        reason = stop_reason(trainer, self.stopping)
         self.record["attempts"][-1] |= {"ended": now, "to_step": trainer.global_step, "stop_reason": reason}
         self._note_seconds()
         status = "trained" if self.awaits_result else COMPLETED
         self.record |= {"status": status, "ended": now, "stop_reason": reason, **_samples_seen(trainer)}
-        stopping = find_callback(trainer, EarlyStopping)
+        stopping = self.stopping
         if stopping is not None and stopping.monitor is not None and stopping.has_best:
             monitor = stopping.monitor
             self.record["best"] = {
@@ -180,12 +180,12 @@ class RunRecord(Callback):
         if data is not None and isinstance(data.order, Mixture):
             counts, epochs = data.order.counts_of(trainer.global_step), data.order.epochs_of(trainer.global_step)
             self.record["sources"] = {name: {"samples": counts[name], "epochs": epochs[name]} for name in counts}
-        bad = find_callback(trainer, BadSamples)
-        if bad is not None and bad.total:
+        bad = self.bad_samples
+        if bad.total:
             self.record["bad_samples"] = bad.total
             text = f"bad samples were met and skipped {bad.total} times; {self.run_dir / FOLDER} lists them"
             self.event(trainer.global_step, "data", text)
-        if bad is not None and bad.filtered:
+        if bad.filtered:
             self.record["filtered_samples"] = bad.filtered
         self.event(trainer.global_step, "stop", reason)
         self._write(must=True)
@@ -231,10 +231,10 @@ class RunRecord(Callback):
     def _write(self, *, must: bool = False) -> None:
         if dropped := dropped_output():
             self.record["dropped_output"] = dropped
-        if self._checkpoints is not None and self._checkpoints.directory is not None:
+        if self.checkpoints is not None and self.checkpoints.directory is not None:
             # A process whose run goes on elsewhere, of which this node did not hear, leaves the record alone too.
             with suppress(OSError):  # who cannot tell writes on
-                guard(self._checkpoints.directory, self._checkpoints.attempt)
+                guard(self.checkpoints.directory, self.checkpoints.attempt)
         try:
             if must:  # it says that the run is complete: so is what it was made from
                 sync_records(self.run_dir, 0)
@@ -285,9 +285,8 @@ def _samples_seen(trainer: pl.Trainer) -> dict[str, int]:
     return {} if data is None else {"samples_seen": trainer.global_step * data.global_batch_size}
 
 
-def stop_reason(trainer: pl.Trainer) -> str:
+def stop_reason(trainer: pl.Trainer, stopping: EarlyStopping | None) -> str:
     """Why a trainer's fit has come to its end."""
-    stopping = find_callback(trainer, EarlyStopping)
     if stopping is not None and stopping.stop_reason:
         return stopping.stop_reason
     if 0 < trainer.max_steps <= trainer.global_step:

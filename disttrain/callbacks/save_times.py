@@ -8,12 +8,12 @@ handful of broadcasts, whatever its length, and no step costs more than a compar
 from __future__ import annotations
 
 import time
-from typing import cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.loops.progress import _ProcessedTracker
 
 from disttrain.errors import ConfigError
+from disttrain.lightning.internals import ends_epoch
+from disttrain.lightning.position import epochs_done
 
 
 class SaveTimes:
@@ -62,11 +62,10 @@ class SaveTimes:
 
     def due(self, trainer: pl.Trainer) -> bool:
         """Whether one is due at this step boundary; the same on all ranks, which all have to ask."""
-        step, loop = trainer.global_step, trainer.fit_loop
+        step = trainer.global_step
         due = any(every is not None and step % every == 0 for every in (self.every_steps, self.keep_every_steps))
-        if self.every_epochs is not None and loop.epoch_loop._num_ready_batches_reached():
-            epochs = cast(_ProcessedTracker, loop.epoch_progress.current)
-            due = due or (epochs.processed + 1) % self.every_epochs == 0
+        if self.every_epochs is not None and ends_epoch(trainer):
+            due = due or (epochs_done(trainer) + 1) % self.every_epochs == 0
         return self._due_by_clock(trainer) or due
 
     def _due_by_clock(self, trainer: pl.Trainer) -> bool:

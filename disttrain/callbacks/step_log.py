@@ -12,14 +12,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 from disttrain.callbacks.bad_samples import BadSamples
 from disttrain.callbacks.checkpointing import Checkpointing
-from disttrain.callbacks.find import find_callback
 from disttrain.data.loader import TrainLoader
 from disttrain.data.module import sharded_data
 from disttrain.errors import ConfigError
+from disttrain.lightning.callback import Callback
 from disttrain.tasks.base import Task
 
 
@@ -28,12 +28,15 @@ class StepLog(Callback):
 
     Args:
         every_steps: optimizer steps between two lines.
+        bad_samples: the count of those that were skipped.
     """
 
-    def __init__(self, every_steps: int) -> None:
+    def __init__(self, every_steps: int, bad_samples: BadSamples) -> None:
         if every_steps < 1:
             raise ConfigError(f"trainer.log_every_steps is {every_steps}", mend="use at least 1")
-        self.every_steps = every_steps
+        self.every_steps, self.bad_samples = every_steps, bad_samples
+        self.checkpoints: Checkpointing | None = None
+        """What saves, whose time does not count; the Trainer says it."""
         self.latest: dict[str, float] = {}
         """The last values logged, by name."""
         self.samples = 0
@@ -45,6 +48,7 @@ class StepLog(Callback):
         self._wait = 0.0
         self._saving = 0.0
         self._task: Task | None = None  # while it trains
+        self._loss: Tensor | None = None
         self._resumed_sums: list[float] | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -59,7 +63,7 @@ class StepLog(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock; the loss is that of the steps from here on, and of those that a checkpoint has summed."""
         self._since, self._wait, self._steps = time.perf_counter(), _waited(trainer), 0
-        self._saving = _saving_seconds(trainer)
+        self._saving = self._saving_seconds()
         if isinstance(pl_module, Task):
             sums, self._resumed_sums = self._resumed_sums, None
             self._task = pl_module
@@ -70,12 +74,14 @@ class StepLog(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Keep the loss of a module that does not sum its own: that of the last micro batch before a line."""
+        self._loss = outputs.get("loss") if isinstance(outputs, dict) and self._task is None else None
+
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count a step, and log where one is due."""
-        if trainer.fit_loop.epoch_loop._should_accumulate():
-            return
         self._steps += 1
         if trainer.global_step % self.every_steps == 0:
-            self._log(trainer, pl_module, outputs)
+            self._log(trainer, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock."""
@@ -89,7 +95,7 @@ class StepLog(Callback):
         if isinstance(pl_module, Task):
             self._send(trainer, pl_module.last_evaluation)
         # Checkpoints of this validation are still to come; what they take is subtracted.
-        self._since, self._saving = time.perf_counter(), _saving_seconds(trainer)
+        self._since, self._saving = time.perf_counter(), self._saving_seconds()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Account for the steps since the last line."""
@@ -97,7 +103,7 @@ class StepLog(Callback):
 
     def _stop_clock(self, trainer: pl.Trainer) -> None:
         """Add the time since the clock was started; leave it at now."""
-        now, saving = time.perf_counter(), _saving_seconds(trainer)
+        now, saving = time.perf_counter(), self._saving_seconds()
         self.seconds += now - self._since - (saving - self._saving)
         self._since, self._saving = now, saving
         loaded = sharded_data(trainer)
@@ -105,14 +111,14 @@ class StepLog(Callback):
             self.samples += self._steps * loaded.global_batch_size
         self._steps = 0
 
-    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any) -> None:
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         values: dict[str, float] = {}
         if isinstance(pl_module, Task):
             loss = pl_module.take_train_loss()
             if loss is not None:
                 values["train/loss"] = float(loss)
-        elif isinstance(outputs, dict) and "loss" in outputs:
-            values["train/loss"] = float(trainer.strategy.reduce(outputs["loss"] * trainer.accumulate_grad_batches))
+        elif self._loss is not None:
+            values["train/loss"] = float(trainer.strategy.reduce(self._loss * trainer.accumulate_grad_batches))
         norm = getattr(pl_module if isinstance(pl_module, Task) else trainer.strategy, "grad_norm", None)
         if norm is not None:
             values["train/grad_norm"] = float(norm)
@@ -124,20 +130,18 @@ class StepLog(Callback):
             values["samples_per_second"] = (self.samples - samples) / elapsed
         values["data_wait"] = min(1.0, max(0.0, waited - self._wait) / elapsed)
         self._wait = waited
-        loaded, bad = sharded_data(trainer), find_callback(trainer, BadSamples)
-        if loaded is not None and loaded.skip_bad and bad is not None:
-            values["train/bad_samples"] = bad.total
+        loaded = sharded_data(trainer)
+        if loaded is not None and loaded.skip_bad:
+            values["train/bad_samples"] = self.bad_samples.total
         self._send(trainer, values)
+
+    def _saving_seconds(self) -> float:
+        return self.checkpoints.save_seconds if self.checkpoints is not None else 0.0
 
     def _send(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
         self.latest.update(values)
         for logger in trainer.loggers:
             logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=trainer.global_step)
-
-
-def _saving_seconds(trainer: pl.Trainer) -> float:
-    checkpoints = find_callback(trainer, Checkpointing)
-    return checkpoints.save_seconds if checkpoints is not None else 0.0
 
 
 def _waited(trainer: pl.Trainer) -> float:

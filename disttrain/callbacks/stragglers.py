@@ -25,12 +25,11 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from disttrain.callbacks.find import find_callback
 from disttrain.callbacks.run_record import RunRecord
 from disttrain.data.loader import TrainLoader
+from disttrain.lightning.callback import Callback
 from disttrain.parallel.agree import is_distributed
 from disttrain.parallel.strategies import DDP
 
@@ -46,9 +45,14 @@ and 95 % quantiles of its parts in seconds."""
 
 
 class Stragglers(Callback):
-    """Compares the ranks."""
+    """Compares the ranks.
 
-    def __init__(self) -> None:
+    Args:
+        record: the run's record.
+    """
+
+    def __init__(self, record: RunRecord) -> None:
+        self._record = record
         self._steps: deque[tuple[float, ...]] = deque(maxlen=WINDOW)
         """Seconds: of the whole, of the data wait, and of the parts of a micro batch, summed over a step."""
         self._since: float | None = None
@@ -92,12 +96,8 @@ class Stragglers(Callback):
                 self._spent[part] += _seconds(begin, end)
         self._marks = self._marks[-1:]  # a module that optimizes by hand may go on
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Count a step where one has ended, and compare the ranks where it is time."""
-        if trainer.fit_loop.epoch_loop._should_accumulate():
-            return
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count a step, and compare the ranks where it is time."""
         now, loader = time.perf_counter(), trainer.train_dataloader
         waited = loader.wait_seconds if isinstance(loader, TrainLoader) else 0.0
         if self._since is not None:
@@ -131,14 +131,13 @@ class Stragglers(Callback):
             every = [None] * dist.get_world_size()
             dist.all_gather_object(every, own)
         ranks = [each for each in every if each]
-        record = find_callback(trainer, RunRecord)
-        if not trainer.is_global_zero or record is None or len(ranks) < len(every):
+        if not trainer.is_global_zero or len(ranks) < len(every):
             return
         slow = find_slow(ranks)
         for rank in slow.keys() - self._told:
-            record.event(trainer.global_step, "slow rank", slow[rank])
+            self._record.event(trainer.global_step, "slow rank", slow[rank])
         self._told |= slow.keys()
-        record.set_ranks(ranks)
+        self._record.set_ranks(ranks)
 
 
 def find_slow(ranks: list[Quantiles]) -> dict[int, str]:

@@ -21,15 +21,15 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from disttrain.callbacks.find import find_callback
 from disttrain.callbacks.step_log import StepLog
 from disttrain.data.module import sharded_data
 from disttrain.files import append_lines, make_folder, to_json, write_atomically
+from disttrain.lightning.callback import Callback
+from disttrain.lightning.internals import begins_step
 from disttrain.parallel.gradients import norm_of
 from disttrain.tasks.base import Task
 
@@ -47,6 +47,8 @@ class StepTrace(Callback):
 
     def __init__(self, stop_at: int = -1, kill_at: int = -1) -> None:
         self._stop_at, self._kill_at = stop_at, kill_at
+        self.step_log: StepLog | None = None
+        """What knows the loss of a task's step; the Trainer says it."""
         self._folder = Path()
         self._drawn: set[str] = set()
         self._before: dict[str, str] = {}
@@ -76,9 +78,9 @@ class StepTrace(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Look at the generators before a micro batch; die where that was asked for."""
-        boundary = batch_idx % trainer.accumulate_grad_batches == 0
         marker = self._folder / "killed"
-        if boundary and trainer.is_global_zero and trainer.global_step == self._kill_at and not marker.exists():
+        dies = trainer.global_step == self._kill_at and begins_step(trainer) and trainer.is_global_zero
+        if dies and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         self._before = _generators(pl_module)
@@ -87,7 +89,7 @@ class StepTrace(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Record a step where one has ended."""
+        """Look at the generators after a micro batch, and add up its loss."""
         after = _generators(pl_module)
         fresh = {name for name, state in after.items() if self._before.get(name) not in (None, state)} - self._drawn
         if fresh:
@@ -100,8 +102,9 @@ class StepTrace(Callback):
         if isinstance(outputs, dict) and isinstance(outputs.get("loss"), Tensor):
             loss = outputs["loss"].detach().double()
             self._loss = loss if self._loss is None else self._loss + loss
-        if trainer.fit_loop.epoch_loop._should_accumulate():
-            return
+
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Record a step."""
         norm = norm_of(trainer.strategy)(pl_module.parameters())
         line = {"step": trainer.global_step, "loss": self._step_loss(trainer, pl_module), "grad_norm": float(norm)}
         self._write_weights(trainer, pl_module)
@@ -120,9 +123,8 @@ class StepTrace(Callback):
     def _step_loss(self, trainer: pl.Trainer, module: pl.LightningModule) -> float:
         """The loss of a step over all ranks; of a module that is no task, the mean over its micro batches."""
         local, self._loss = self._loss, None
-        log = find_callback(trainer, StepLog)
-        if isinstance(module, Task) and log is not None:
-            return log.latest.get("train/loss", float("nan"))
+        if isinstance(module, Task) and self.step_log is not None:
+            return self.step_log.latest.get("train/loss", float("nan"))
         if local is None:
             return float("nan")
         return float(trainer.strategy.reduce(local, reduce_op="mean"))

@@ -28,11 +28,12 @@ from disttrain.checkpoint.contents import check_hooks, check_tensors, plain_cont
 from disttrain.checkpoint.groups import TensorGroup, freeze_as_saved, parameters_by_name
 from disttrain.checkpoint.marker import About
 from disttrain.checkpoint.optimizers import Filling, agreed_groups, named_state, restore_groups, split, with_first_names
-from disttrain.checkpoint.progress import Progress, loop_state, plateau_state, progress_of, restore_plateaus
 from disttrain.checkpoint.saver import SaveRequest
 from disttrain.checkpoint.staging import own_part
 from disttrain.checkpoint.write import write
 from disttrain.errors import CheckpointError
+from disttrain.lightning.internals import checkpoint_of
+from disttrain.lightning.position import Progress, loop_state, plateau_state, progress_of, restore_plateaus
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.module_tensors import broadcast_tensors
@@ -133,7 +134,7 @@ class CheckpointMixin(_Base):
         """Gather all that a save would, without copying, writing or synchronizing anything; for :meth:`examine`."""
         self._rehearsing = True
         try:
-            return self._module().trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            return checkpoint_of(self._module().trainer)
         finally:
             self._rehearsing = False
 
@@ -342,7 +343,7 @@ class CheckpointMixin(_Base):
 
 
 def _bare(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
-    return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+    return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
 def _in_place_of_parameters(

@@ -51,14 +51,10 @@ class Checked:
 
 
 class _Reader(TrainingCLI):
-    def _set_seed(self) -> None:
-        pass
+    runs = False
 
     def instantiate_classes(self) -> None:
         """Make nothing."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
 
     def checked(self) -> Checked:
         get = self.config.fit.get

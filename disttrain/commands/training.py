@@ -19,7 +19,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -39,6 +39,7 @@ from disttrain.data.remote import is_remote, shown
 from disttrain.endings import ends_within
 from disttrain.errors import ConfigError, DisttrainError, passed_through_users_code
 from disttrain.files import make_folder, place, resolve_path, write_atomically
+from disttrain.lightning.cli import CLIBase
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.strategies import strategy_of
 from disttrain.runs import CHECKPOINTS, Start, best_checkpoint, finished_by_this_job
@@ -69,7 +70,7 @@ class _Parser(LightningArgumentParser):
         raise explain(str(message), _settings(self)) from None
 
 
-class TrainingCLI(LightningCLI):
+class TrainingCLI(CLIBase):
     """Parses the configuration and runs the subcommand."""
 
     trainer: Trainer
@@ -111,10 +112,12 @@ class TrainingCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "trainer.seed", compute_fn=int)
 
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        if subcommand != self._chosen:
-            return self.init_parser(**kwargs)  # a fifth of a second is saved for each that is not filled
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+    def fills(self, subcommand: str) -> bool:
+        """Whether it is the one that was chosen."""
+        return subcommand == self._chosen
+
+    def add_subcommand_arguments(self, parser: LightningArgumentParser, subcommand: str) -> None:
+        """Where to start from, and what to write."""
         if subcommand == "fit":
             parser.add_argument(
                 "--resume",
@@ -150,7 +153,6 @@ class TrainingCLI(LightningCLI):
                 parser.add_argument(f"--{name}", help=SUPPRESS)
         if subcommand == "predict":
             _add_output_arguments(parser)
-        return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments given, whatever ``sys.argv`` holds."""
@@ -164,7 +166,7 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Make trainer, model and data; a setting that these refuse is an error of disttrain's."""
-        parallel = self._get(self.config, "trainer.parallel")
+        parallel = self.given("trainer.parallel")
         if parallel is not None and parallel.meta_init:
             with warnings.catch_warnings():
                 # Version 4.50 prefers an argument of a call that Lightning makes; versions below know this alone.
@@ -180,9 +182,6 @@ class TrainingCLI(LightningCLI):
         config = self.config[self.subcommand]
         self.trainer.settings = vars(config.as_flat()) if isinstance(config, Namespace) else {}
 
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        return {}  # the methods below take what they need from the configuration
-
     def fit(self) -> None:
         """Train, then test and report."""
         trainer, data = self.trainer, self.datamodule
@@ -192,7 +191,7 @@ class TrainingCLI(LightningCLI):
         if trainer.strategy.broadcast(complete):
             return
         trainer.record.awaits_result = True
-        start = trainer.find_start(self._get(self.config, "resume"))
+        start = trainer.find_start(self.given("resume"))
         if start.checkpoint is None:  # a resumed run has its own weights
             try:
                 self._initialize(start)
@@ -213,20 +212,20 @@ class TrainingCLI(LightningCLI):
             log = trainer.step_log
             ranks = "1 rank" if trainer.world_size == 1 else f"{trainer.world_size} ranks"
             rate = f"{log.samples / log.seconds:,.0f} on {ranks}" if log.samples and log.seconds > 0 else ""
-            report = self._get(self.config, "report")
+            report = self.given("report")
             show_result(trainer.run_dir, trainer.record.record, rate=rate, report=report)
             trainer.record.note_output()
 
     def _is_complete(self) -> bool:
         """Whether the run has come to its end and is not to be trained anew; then its result is shown. Rank 0 only."""
         run_dir = self.trainer.run_dir
-        again = self._get(self.config, "resume") == "auto" or finished_by_this_job(run_dir)
-        text, report = redacted(self._config_text), self._get(self.config, "report")
+        again = self.given("resume") == "auto" or finished_by_this_job(run_dir)
+        text, report = redacted(self._config_text), self.given("report")
         return again and show_complete(run_dir, text, tests=bool(self.datamodule.specs["test"]), report=report)
 
     def _initialize(self, start: Start) -> None:
         """Begin with the weights that were asked for."""
-        source, strict = (self._get(self.config, name) for name in ("initialize_from", "initialize_strict"))
+        source, strict = (self.given(name) for name in ("initialize_from", "initialize_strict"))
         if source is None:
             return
         with raise_together():
@@ -254,7 +253,7 @@ class TrainingCLI(LightningCLI):
     def predict(self) -> None:
         """Write one result a sample, in order."""
         names = ("output", "format", "samples_per_file", "overwrite")
-        path, format, samples_per_file, overwrite = (self._get(self.config, name) for name in names)
+        path, format, samples_per_file, overwrite = (self.given(name) for name in names)
         output = Output.choose(
             self.trainer.run_dir, path=path, format=format, samples_per_file=samples_per_file, overwrite=overwrite
         )
@@ -287,7 +286,7 @@ class TrainingCLI(LightningCLI):
     def _checkpoint(self) -> str:
         self.trainer.connect()
         notes: list[str] = []
-        which = place(self._get(self.config, "checkpoint_path"), name="--checkpoint_path")
+        which = place(self.given("checkpoint_path"), name="--checkpoint_path")
         path = best_checkpoint(self.trainer.run_dir, which, tell=notes.append)
         if self.trainer.is_global_zero:
             _say(notes)

@@ -30,6 +30,7 @@ from disttrain.data.reader import Reader
 from disttrain.data.splits import Shards, SourceConfig, open_sources, order_of
 from disttrain.data.workers import WorkerPool
 from disttrain.errors import CheckpointError, ConfigError, DataError, DisttrainError
+from disttrain.lightning.position import steps_into_epoch
 from disttrain.parallel.agree import raise_together
 from disttrain.parallel.config import BatchPlan, divisors, usual_micro_batch_size
 from disttrain.parallel.ranks import data_ranks
@@ -372,9 +373,7 @@ class ShardedDataModule(pl.LightningDataModule):
         """Epoch and step from the trainer's counters; the start where there is no trainer."""
         if self.trainer is None:
             return 0, 0
-        assert self.plan is not None
-        micro_batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return self.trainer.current_epoch, micro_batches // self.plan.accumulation
+        return self.trainer.current_epoch, steps_into_epoch(self.trainer)
 
     def _num_ranks(self) -> int:
         return data_ranks(self.trainer).size if self.trainer is not None else detect_world().size

@@ -36,6 +36,8 @@ from torch.utils.data import (
 
 from disttrain.data.loader import EvaluationLoader, TrainLoader
 from disttrain.errors import ConfigError
+from disttrain.lightning.internals import train_loaders
+from disttrain.lightning.position import micro_batches_into_epoch
 from disttrain.parallel.agree import gather, raise_together
 from disttrain.parallel.randomness import mix
 from disttrain.parallel.ranks import data_ranks
@@ -95,7 +97,7 @@ def accept(loader: Any, trainer: pl.Trainer, *, seed: int) -> Any:
 
 def give_back(trainer: pl.Trainer) -> None:
     """Let a ``CombinedLoader``, in which Lightning puts what is accepted, hold its user's own loaders after a fit."""
-    combined = trainer.fit_loop._combined_loader
+    combined = train_loaders(trainer)
     if combined is not None:
         combined.flattened = [_unwrapped(loader) for loader in combined.flattened]
 
@@ -262,7 +264,7 @@ def _why_not_resumable(loader: Any) -> str:
 
 def _warn_of_resume(trainer: pl.Trainer, total: int | None, why: str) -> None:
     """Say what a resume in mid-epoch reads twice, and what never."""
-    done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    done = micro_batches_into_epoch(trainer)
     if not done or not trainer.is_global_zero or (total is not None and done >= total):
         return
     if total is None:
@@ -314,7 +316,7 @@ class ResumableLoader:
                 _warn_of_resume(trainer, total, "of several loaders side by side the shorter ones begin again")
             yield from loader
             return
-        epoch, done = trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        epoch, done = trainer.current_epoch, micro_batches_into_epoch(trainer)
         for sampler in _samplers(loader):
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)

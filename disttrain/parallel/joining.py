@@ -18,11 +18,11 @@ from typing import Any, Final
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from disttrain.errors import JoinError
 from disttrain.launcher import ends_with_launcher
+from disttrain.lightning.bases import StrategyBase
 from disttrain.meeting import find_meeting
 from disttrain.parallel.agree import PYTORCHS_TIMEOUT
 from disttrain.parallel.store import meet
@@ -92,7 +92,7 @@ class WorldEnvironment(ClusterEnvironment):
         return self._world.node
 
 
-class JoiningMixin(DDPStrategy):
+class JoiningMixin(StrategyBase):
     """Joins the ranks of this attempt; to be mixed into a Lightning strategy, before its base."""
 
     def setup_distributed(self) -> None:
@@ -100,11 +100,11 @@ class JoiningMixin(DDPStrategy):
         world = detect_world()
         self.set_world_ranks()
         if world.size == self.world_size and not dist.is_initialized():
-            timeout = self._timeout or PYTORCHS_TIMEOUT
+            timeout = self.timeout or PYTORCHS_TIMEOUT
             options: dict[str, Any] = {} if self.root_device.type == "cpu" else {"device_id": self.root_device}
             with ends_with_launcher():
                 dist.init_process_group(
-                    self._get_process_group_backend(),
+                    self.backend_name(),
                     # A rank alone meets nobody: it needs no port, which another program could take meanwhile.
                     store=join(world, min(timeout, PYTORCHS_TIMEOUT)) if world.size > 1 else dist.HashStore(),  # type: ignore[attr-defined]
                     rank=world.rank,

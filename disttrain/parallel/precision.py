@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.types import Optimizable
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from disttrain.errors import ConfigError
+from disttrain.lightning.bases import PrecisionBase
 from disttrain.optim import can_skip_on_device
 from disttrain.parallel.agree import is_distributed
 from disttrain.parallel.config import ReduceTypeName
@@ -51,7 +52,7 @@ class ShardedScaler(torch.amp.GradScaler):
         return found
 
 
-class ScaledPrecision(MixedPrecision):
+class ScaledPrecision(PrecisionBase):
     """Lightning's ``16-mixed`` that unscales first, whatever the optimizer.
 
     Args:
@@ -69,10 +70,10 @@ class ScaledPrecision(MixedPrecision):
         """Run the backward passes, unscale, weigh and clip, and step unless an infinity was found."""
         result = closure()
         if result is None and model.automatic_optimization:
-            self._after_closure(model, optimizer)
+            self.before_step(model, optimizer)
             return result
         self.scaler.unscale_(optimizer)  # type: ignore[arg-type]
-        self._after_closure(model, optimizer)
+        self.before_step(model, optimizer)
         assert isinstance(optimizer, Optimizer)
         out = None
         if can_skip_on_device(optimizer) or not self._found_infinity(optimizer):

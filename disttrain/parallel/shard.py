@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Final
 
+import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
 )
 
 from disttrain.errors import ConfigError
+from disttrain.lightning.internals import set_device
 
 _MIN_UNIT_PARAMETERS: Final = 500_000
 
@@ -136,8 +137,8 @@ def move_all_but_shards(module: nn.Module, device: torch.device) -> None:
         for name, buffer in inner._buffers.items():
             if buffer is not None:
                 inner._buffers[name] = buffer.to(device)
-        if isinstance(inner, _DeviceDtypeModuleMixin):
-            inner._device = device  # what a LightningModule says its device is
+        if isinstance(inner, pl.LightningModule):
+            set_device(inner, device)  # what a LightningModule says its device is
 
 
 def without_tensor(mesh: DeviceMesh) -> DeviceMesh:

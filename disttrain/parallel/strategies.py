@@ -17,7 +17,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed as dist
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.checkpoint.state import CheckpointMixin
+from disttrain.lightning.internals import begins_step, move_optimizers
 from disttrain.parallel.agree import PYTORCHS_TIMEOUT, new_group, set_timeout, timeout_of
 from disttrain.parallel.base_strategy import BaseStrategy
 from disttrain.parallel.buckets import BucketHook, settle_buckets
@@ -112,7 +112,7 @@ class DDP(BaseStrategy):
         """Build DDP again if layers were frozen or thawed since: it waits for what was trained then. A collective."""
         trainer = self._trainer()
         # Within a step gradients are on their way; check_reduced refuses a change there.
-        if not self._changed() or trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches:
+        if not self._changed() or not begins_step(trainer):
             return
         if self._hook is not None:
             self._hook.close()
@@ -158,11 +158,6 @@ class DDP(BaseStrategy):
             install_narrow_hook(self.model)
         elif module.trainer.precision == "bf16-true":
             install_wide_hook(self.model)
-
-    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        # On the stream that trains: Lightning 2.6.6 wraps on another one, which the nodes that gather gradients then
-        # stay on, and every backward pass waits for it (https://github.com/Lightning-AI/pytorch-lightning/pull/21746).
-        return DistributedDataParallel(model, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -233,10 +228,11 @@ class FSDP(BaseStrategy):
         self._looks = 0
         super().__init__(timeout=timeout)
 
-    def _get_process_group_backend(self) -> str:
+    def backend_name(self) -> str:
+        """NCCL with CUDA and gloo without; both, if shards are in the CPU's memory."""
         if self.config.offload and self.root_device.type == "cuda":
             return "cpu:gloo,cuda:nccl"  # norms of gradients in the CPU's memory are summed there
-        return str(super()._get_process_group_backend())
+        return super().backend_name()
 
     def setup_environment(self) -> None:
         """Join the other ranks, and find this rank's place on the mesh."""
@@ -250,8 +246,8 @@ class FSDP(BaseStrategy):
         assert self.model is not None
         self.accelerator.setup(trainer)
         fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting and self._layer_sync:
-            self.model = self._layer_sync.apply(self.model)
+        if fitting:
+            self.synchronize_layers()
         self.model = self.precision_plugin.convert_module(self.model)
         module = self.lightning_module
         assert module is not None
@@ -292,7 +288,7 @@ class FSDP(BaseStrategy):
             self._manual = None if module.automatic_optimization else self._drive_backward()
         self.setup_precision_plugin()
         if fitting and not self.config.offload:
-            _optimizers_to_device(self.optimizers, self.root_device)
+            move_optimizers(self.optimizers, self.root_device)
 
     def model_to_device(self) -> None:
         """Move the module; shards that live on the CPU stay there."""

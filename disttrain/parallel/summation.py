@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from disttrain.errors import ConfigError
+from disttrain.lightning.internals import ends_step
 from disttrain.parallel.config import ParallelConfig, ReductionName
 from disttrain.parallel.determinism import check_ordered_sums
 from disttrain.parallel.gradients import scale_gradients
@@ -102,7 +103,7 @@ class SummationMixin(_Base):
         if sums is None:
             return
         parameters = self._of_step
-        if self._trainer().fit_loop._should_accumulate():
+        if not ends_step(self._trainer()):
             sums.add([self._taken(name, parameter) for name, parameter in parameters])
             return
         if sums.count != sums.plan.accumulation - 1:

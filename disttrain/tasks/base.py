@@ -31,6 +31,7 @@ from disttrain.data.checks import Allowed, check_names
 from disttrain.data.module import sharded_data
 from disttrain.data.padding import Rows, real_rows
 from disttrain.errors import ConfigError, DataError, nearest
+from disttrain.lightning.internals import ends_step
 from disttrain.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule, fit_warmup
 from disttrain.parallel.agree import gather
 from disttrain.parallel.collectives import all_gather_single
@@ -129,7 +130,7 @@ class Task(pl.LightningModule):
         total, weight = self._weighted(outputs, batch)
         self._nominal = self._nominal_weight(batch)
         self._step_sums.append(torch.stack((total.detach().double(), weight.double())))
-        if not self.trainer.fit_loop._should_accumulate():
+        if ends_step(self.trainer):
             self._gather_sums()
         # Lightning divides by the accumulation and the strategies by the ranks; a nominal weight keeps the
         # scale of the gradients near that of a mean until the true weight is known.
@@ -177,7 +178,7 @@ class Task(pl.LightningModule):
             return  # it had come so far
         while len(self._step_sums) <= batch_idx % self.trainer.accumulate_grad_batches:
             self._step_sums.append(torch.zeros(2, dtype=torch.float64, device=self.device))
-        if not self.trainer.fit_loop._should_accumulate():
+        if ends_step(self.trainer):
             self._gather_sums()
 
     def forget_step(self) -> None:

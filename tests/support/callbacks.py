@@ -18,7 +18,6 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from disttrain.callbacks import guard
-from disttrain.callbacks.find import find_callback
 from disttrain.checkpoint import checksum, folder, staging, write
 from disttrain.checkpoint.mirror import Mirror
 from disttrain.tasks.base import Task
@@ -391,7 +390,7 @@ class SkewedNorm(Callback):
         if trainer.global_step + 1 == self.step:
             pl_module.judge = lambda optimizer, loss, norm: judge(optimizer, loss, norm * 1e9)
         elif trainer.global_step == self.step:
-            pl_module.judge = find_callback(trainer, guard.UpdateGuard)._judge  # type: ignore[union-attr]
+            pl_module.judge = next(one for one in trainer.callbacks if isinstance(one, guard.UpdateGuard))._judge  # type: ignore[attr-defined]
 
 
 class OutOfMemoryAt(Callback):

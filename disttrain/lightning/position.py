@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loops.progress import _ProcessedTracker
 
 from disttrain.errors import CheckpointError
 
@@ -37,6 +36,22 @@ class Progress:
         return asdict(self)
 
 
+def epochs_done(trainer: pl.Trainer) -> int:
+    """Epochs that the trainer has completed, without the one under way."""
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    return int(epochs.processed)
+
+
+def steps_into_epoch(trainer: pl.Trainer) -> int:
+    """Optimizer steps begun in the epoch that is under way."""
+    return micro_batches_into_epoch(trainer) // trainer.accumulate_grad_batches
+
+
+def micro_batches_into_epoch(trainer: pl.Trainer) -> int:
+    """Micro batches begun in the epoch that is under way."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+
 def progress_of(trainer: pl.Trainer) -> Progress:
     """Where a trainer stands.
 
@@ -45,7 +60,7 @@ def progress_of(trainer: pl.Trainer) -> Progress:
     """
     loop = trainer.fit_loop
     micro, accumulation = loop.epoch_loop.batch_progress.current.ready, trainer.accumulate_grad_batches
-    epochs = cast(_ProcessedTracker, loop.epoch_progress.current)
+    epochs: Any = loop.epoch_progress.current
     if epochs.started == epochs.processed:  # between two epochs: the counters of the last one still stand
         if micro and not loop.epoch_loop.batch_progress.is_last_batch:  # the run's end was not the epoch's
             return Progress(epochs.processed - 1, micro // accumulation, trainer.global_step)
@@ -54,7 +69,7 @@ def progress_of(trainer: pl.Trainer) -> Progress:
         raise CheckpointError(
             f"a checkpoint was asked for after micro batch {micro % accumulation} of {accumulation} of step"
             f" {trainer.global_step}, whose gradients it would lose",
-            mend="save where trainer.fit_loop.epoch_loop._should_accumulate() is False",
+            mend="save in on_step_end of a disttrain.Callback",
         )
     return Progress(epochs.processed, -(-micro // accumulation), trainer.global_step)
 

@@ -1,0 +1,44 @@
+"""Hands callbacks those that they work with, so that none looks for another."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from disttrain.callbacks.checkpointing import Checkpointing
+from disttrain.callbacks.early_stopping import EarlyStopping
+from disttrain.callbacks.guard import UpdateGuard
+from disttrain.callbacks.preemption import Preemption
+from disttrain.callbacks.run_record import RunRecord
+from disttrain.callbacks.step_log import StepLog
+from disttrain.callbacks.trace import StepTrace
+
+
+class Introductions(Callback):
+    """Introduces the Trainer's callbacks and those of the user to each other; the first of a trainer's callbacks.
+
+    Args:
+        record: the run's record.
+        step_log: what logs the loss.
+    """
+
+    def __init__(self, record: RunRecord, step_log: StepLog) -> None:
+        self._record, self._step_log = record, step_log
+        self.checkpoints: Checkpointing | None = None
+        """The callback that saves: the user's or the Trainer's own."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Introduce those that the module has added by ``configure_callbacks``, too."""
+        self.introduce(trainer.callbacks)  # type: ignore[attr-defined]
+
+    def introduce(self, callbacks: list[Callback]) -> None:
+        """Hand each of them what it works with."""
+        self.checkpoints = next((one for one in callbacks if isinstance(one, Checkpointing)), None)
+        self._record.stopping = next((one for one in callbacks if isinstance(one, EarlyStopping)), None)
+        for one in callbacks:
+            if isinstance(one, EarlyStopping | Preemption | RunRecord | StepLog | UpdateGuard):
+                one.checkpoints = self.checkpoints
+            if isinstance(one, UpdateGuard):
+                one.record = self._record
+            elif isinstance(one, StepTrace):
+                one.step_log = self._step_log

@@ -1,0 +1,111 @@
+"""What disttrain asks of Lightning's protected parts, in disttrain's words.
+
+Lightning moved its loops and connectors behind underscores to be free to change them. So nothing outside of this
+package names a protected part, and each function below has a contract test (``tests/lightning/test_internals.py``) that
+says what has moved when it fails. The loops themselves are in :mod:`disttrain.lightning.loops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.loops.utilities import _reset_progress
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerStatus
+from torch.optim import Optimizer
+
+
+def begins_step(trainer: pl.Trainer) -> bool:
+    """Whether the micro batch under way is the first of its optimizer step."""
+    return trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches == 0
+
+
+def ends_step(trainer: pl.Trainer) -> bool:
+    """Whether the micro batch under way, or the one just done, is the last of its optimizer step.
+
+    Lightning steps early on the last micro batch of an epoch, so this is more than counting.
+    """
+    return not trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def ends_epoch(trainer: pl.Trainer) -> bool:
+    """Whether the micro batch under way, or the one just done, is the last of its epoch."""
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+
+def ends_training(trainer: pl.Trainer) -> bool:
+    """Whether the step just done is the last of its epoch, or of the run by its limit in steps."""
+    return trainer.fit_loop.epoch_loop._is_training_done
+
+
+def validation_follows(trainer: pl.Trainer) -> bool:
+    """Whether Lightning validates after the micro batch that is just done."""
+    loop = trainer.fit_loop
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]  # set while it trains
+
+
+def run_validation(trainer: pl.Trainer) -> None:
+    """Validate before the first step, as Lightning does after one, and leave its loops as if nothing had run."""
+    loop, logger = trainer.fit_loop.epoch_loop, trainer._logger_connector
+    first, restarting = logger._first_loop_iter, loop.val_loop.restarting
+    loop.val_loop.restarting = False
+    trainer.validating = True  # by which Lightning finds the loop that self.log() belongs to
+    loop.val_loop.run()
+    trainer.training = True
+    logger._first_loop_iter = first
+    # Or the loop would take the validation that follows the first step for one that it has to end.
+    _reset_progress(loop.val_loop)
+    loop.val_loop._has_run, loop.val_loop.restarting = False, restarting
+
+
+def end_midway(trainer: pl.Trainer) -> None:
+    """End a fit in the midst of it, in the order in which Lightning ends one that is done. A collective.
+
+    Lightning's own way out of an exception calls ``on_exception`` and marks the loggers' runs as failed; this one has
+    not failed.
+    """
+    trainer._teardown()
+    call._call_teardown_hook(trainer)
+    trainer.state.status, trainer.state.stage = TrainerStatus.FINISHED, None
+
+
+def forget_hook(module: pl.LightningModule) -> None:
+    """Let a module know that no hook is running: Lightning does so only if the hook returns."""
+    module._current_fx_name = None
+
+
+def without_signal_handlers(trainer: pl.Trainer) -> None:
+    """Keep Lightning from handling signals: its handlers broadcast and save, which hangs while ranks are apart."""
+    trainer._signal_connector = _NoSignals(trainer)
+
+
+class _NoSignals(_SignalConnector):
+    """Handles nothing, and so has nothing to undo; the trainer's ``received_sigterm`` stays False."""
+
+    def register_signal_handlers(self) -> None:
+        """Leave the process's handlers alone."""
+
+
+def checkpoint_of(trainer: pl.Trainer) -> dict[str, Any]:
+    """What Lightning would save now: loops, callbacks, data module, optimizers, weights, and what hooks add."""
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+
+
+def train_loaders(trainer: pl.Trainer) -> Any:
+    """The ``CombinedLoader`` in which Lightning keeps the train loaders; None before they are set up."""
+    return trainer.fit_loop._combined_loader
+
+
+def set_device(module: pl.LightningModule, device: torch.device) -> None:
+    """Set what a module says its device is, without moving it."""
+    module._device = device
+
+
+def move_optimizers(optimizers: Iterable[Optimizer], device: torch.device) -> None:
+    """Move the state of optimizers to a device, in place."""
+    _optimizers_to_device(optimizers, device)
