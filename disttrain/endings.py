@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from disttrain.errors import HUNG_CODE, PREEMPTED_CODE, DisttrainError, RankError
+from disttrain.errors import HUNG_CODE, OUT_OF_MEMORY_CODE, PREEMPTED_CODE, DisttrainError, RankError
 from disttrain.files import write_atomically
 from disttrain.reading import read_record
 from disttrain.terminal import tell
@@ -29,7 +29,7 @@ VARIABLE: Final = "DISTTRAIN_ENDINGS"
 """The environment variable that names the folder."""
 TEARDOWN_SECONDS: Final = 60.0
 """How long a rank that has failed may take to free its device and its process groups."""
-_BY_WEIGHT: Final = (HUNG_CODE, 1, PREEMPTED_CODE, 2, 130)
+_BY_WEIGHT: Final = (OUT_OF_MEMORY_CODE, HUNG_CODE, 1, PREEMPTED_CODE, 2, 130)
 """Which of several codes is that of the run: ranks that do not end the same way follow the first of these."""
 
 

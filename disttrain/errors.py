@@ -24,6 +24,8 @@ PREEMPTED_CODE: Final = 75
 """Exit code of a run that was stopped from outside and goes on when it is started again (``EX_TEMPFAIL``)."""
 HUNG_CODE: Final = 76
 """Exit code of a run in which nothing moved any more; a launcher that restarts is to restart it."""
+OUT_OF_MEMORY_CODE: Final = 77
+"""Exit code of a rank that ran out of memory for a micro batch, of which the next attempt takes a smaller one."""
 
 
 class DisttrainError(Exception):
@@ -71,6 +73,12 @@ class CheckpointError(DisttrainError):
 
 class RankError(DisttrainError):
     """A failure on some ranks that every rank is told of, so that all stop together."""
+
+
+class OutOfMemoryError(DisttrainError):
+    """A rank ran out of memory; the next attempt takes a smaller micro batch (``data.micro_batch_size: auto``)."""
+
+    exit_code = OUT_OF_MEMORY_CODE
 
 
 class JoinError(DisttrainError):

@@ -8,6 +8,7 @@ trainer are raised as what is wrong and what to set here. No cost in a step.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -194,3 +195,13 @@ _WORDS: Final[tuple[tuple[Callable[[str], bool], str, str], ...]] = (
     ),
     (lambda text: '(ckpt_path="best")`' in text, *_NO_BEST),
 )
+
+
+def quieten() -> None:
+    """Silence what Lightning warns of that does not hold here.
+
+    Its own use of a deprecated name, loaders without worker processes (disttrain's have threads), and an ``srun`` that
+    is installed but not used.
+    """
+    for message in (".*LeafSpec", ".*does not have many workers", ".*`srun` command is"):
+        warnings.filterwarnings("ignore", message=message)

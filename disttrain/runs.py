@@ -29,6 +29,7 @@ from disttrain.checkpoint.mirroring import fetch
 from disttrain.checkpoint.prune import best_of
 from disttrain.checkpoint.write import from_lead
 from disttrain.data.remote import is_remote, shown
+from disttrain.endings import VARIABLE
 from disttrain.errors import CheckpointError
 from disttrain.files import release, sync_directory, to_json, write_atomically
 from disttrain.parallel.agree import is_distributed, raise_together
@@ -239,12 +240,19 @@ def best_checkpoint(run_dir: Path, which: str, *, tell: Callable[[str], object] 
 
 
 def launch_id() -> str:
-    """What the attempts that one torchrun starts have in common; empty without torchrun."""
+    """What the attempts that one torchrun, or one ``disttrain launch``, starts have in common; empty without."""
     if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
         return ""
-    launcher = psutil.Process(os.getppid())
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    launcher = launcher_process()
+    run_id = "" if VARIABLE in os.environ else os.environ.get("TORCHELASTIC_RUN_ID", "")  # launch makes some torchruns
     return f"{run_id}@{platform.node()}:{launcher.pid}:{launcher.create_time():.2f}"
+
+
+def launcher_process() -> psutil.Process:
+    """What has started this rank, the first time too: torchrun, or the ``disttrain launch`` that has started that."""
+    torchrun = psutil.Process(os.getppid())
+    above = torchrun.parent() if VARIABLE in os.environ else None
+    return above or torchrun
 
 
 def stopped_by_request(run_dir: Path) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import inspect
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -23,7 +22,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
-from disttrain.attempts import AttemptOver
+from disttrain.attempts import AttemptOver, free_frames, modes_of, put_right
 from disttrain.callbacks.bad_samples import BadSamples
 from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.compilation import CompileReport
@@ -53,6 +52,7 @@ from disttrain.lightning.loops import use_own_loops
 from disttrain.lightning_advice import (
     check_by_hand,
     in_our_words,
+    quieten,
     refuse_arguments,
     refuse_best,
     refuse_callbacks,
@@ -157,6 +157,7 @@ class Trainer(TrainerBase):
         self.settings: dict[str, Any] = {}
         """Settings by dotted name, for :meth:`connect` to compare."""
         self._compared = False
+        self._loads: str | Path | None = None  # the checkpoint that fit, validate, test or predict is given
         self._over: AttemptOver | None = None  # how the attempt before ended, if the next one follows in this process
         bad_samples = BadSamples(self.run_dir, log_every_steps)
         self.record = RunRecord(self.run_dir, bad_samples, strategy=parallel.strategy, precision=precision)
@@ -164,6 +165,7 @@ class Trainer(TrainerBase):
         self._introductions = Introductions(self.record, self.step_log)
         self.preemption = Preemption(self.run_dir, self.record, stop_after=stop_after)
         self.watchdog = Watchdog(self.run_dir, hang_timeout=hang_timeout)
+        self.search = MicroBatchSearch(self.record)
         own: list[Callback] = [
             self._introductions,
             self.watchdog,
@@ -173,7 +175,7 @@ class Trainer(TrainerBase):
             self.step_log,
             Stragglers(self.record),
             self.record,
-            MicroBatchSearch(self.record),
+            self.search,
             SettingsNotes(self.record.tell),
             ReductionCheck(),
             LoaderRecord(),
@@ -209,7 +211,7 @@ class Trainer(TrainerBase):
             enable_autolog_hparams=False,
             default_root_dir=self.run_dir,
         )
-        self._quieten()
+        quieten()
         self._introductions.introduce(self.callbacks)  # type: ignore[attr-defined]
         use_own_loops(self)
         without_signal_handlers(self)
@@ -291,7 +293,8 @@ class Trainer(TrainerBase):
     ) -> None:
         """Train, in one attempt or several.
 
-        A rollback ends an attempt, and the next one resumes from a checkpoint, as if the run had been started again.
+        A rollback ends an attempt, and so does lack of memory on one rank alone where the micro batch size is to be
+        found. The next one resumes from a checkpoint, as if the run had been started again.
 
         Args:
             model: what to train.
@@ -307,6 +310,7 @@ class Trainer(TrainerBase):
             ConfigError: both ``resume`` and ``ckpt_path`` are given.
             CheckpointError: see :meth:`find_start`.
             Preempted: the run was stopped from outside.
+            OutOfMemoryError: ranks have to be started again, for a smaller micro batch.
         """
         if resume is not None:
             if ckpt_path is not None:
@@ -339,11 +343,11 @@ class Trainer(TrainerBase):
     def _call(self, method: Any, *args: Any, **kwargs: Any) -> Any:
         with in_our_words():
             given = inspect.signature(method).bind(*args, **kwargs)
-            which = given.arguments.get("ckpt_path")
+            which = self._loads = given.arguments.get("ckpt_path")
             if which in ("best", "last"):
                 if method.__name__ == "fit":
                     refuse_named_start(which)
-                given.arguments["ckpt_path"] = self._checkpoint_of_run(which)
+                given.arguments["ckpt_path"] = self._loads = self._checkpoint_of_run(which)
             return method(*given.args, **given.kwargs)
 
     def _checkpoint_of_run(self, which: str) -> str:
@@ -357,9 +361,10 @@ class Trainer(TrainerBase):
 
     def around_run(self, run: Callable[[], Any]) -> Any:
         """Set up, run and tear down, with what belongs to all of it around."""
+        fitting = self.state.fn == TrainerFn.FITTING
+        modes = modes_of(self.lightning_module) if fitting else ()
         self.record.goes_on, self._over = self._over is not None, None
         # The whole of a fit, from its set-up on; an evaluation has nothing to save.
-        fitting = self.state.fn == TrainerFn.FITTING
         noting = self.preemption.noting(goes_on=self.record.goes_on) if fitting else nullcontext()
         with in_our_words(), lossy_output(), noting:
             if self.state.fn == TrainerFn.FITTING and last_begun() is not None:
@@ -370,11 +375,17 @@ class Trainer(TrainerBase):
                 refuse_callbacks(self.callbacks)  # type: ignore[attr-defined]  # Lightning's Tuner adds its own now
                 check_by_hand(self)
             self.watchdog.begin(self, "set-up")
+            self.search.choose(self, self._loads)
             try:
                 return run()
-            except AttemptOver as over:
+            except Exception as error:
+                over = error if isinstance(error, AttemptOver) else self.search.next_attempt(self, error)
+                if over is None:
+                    raise
                 self._over = over.with_traceback(None)
-            # Outside of the handler: the traceback holds the batch and the loops' frames.
+                free_frames(error)
+            # Outside of the handler, which holds what the loops' frames hold.
+            put_right(self.lightning_module, modes)
             end_midway(self)
             return None
 
@@ -384,10 +395,3 @@ class Trainer(TrainerBase):
         with ends_within(sys.exception() if self.world_size > 1 else None):
             teardown()
         give_back(self)
-
-    def _quieten(self) -> None:
-        # What Lightning warns of that does not hold here: its own use of a deprecated name, loaders without
-        # worker processes (disttrain's have threads), and an `srun` that is installed but not used.
-        unfit = (".*LeafSpec", ".*does not have many workers", ".*`srun` command is")
-        for message in unfit:
-            warnings.filterwarnings("ignore", message=message)

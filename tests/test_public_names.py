@@ -150,9 +150,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(
         [f"checkpoint.{name}" for name in ("mirroring", "saver", "staging", "verify", "weights", "write")], 2
     ),
-    **dict.fromkeys(
-        ["parallel.backup", "parallel.buckets", "parallel.clipping", "parallel.lockstep", "parallel.out_of_memory"], 2
-    ),
+    **dict.fromkeys(["parallel.buckets", "parallel.clipping", "parallel.memory_errors"], 2),
     **dict.fromkeys(["parallel.strategies", "data.loader", "data.module", "data.splits", "tasks.*"], 3),
     **dict.fromkeys(["checkpoint.contents", "parallel.module_tensors"], 2),
     **dict.fromkeys(["parallel.base_strategy", "data.user_loaders"], 3),

@@ -114,10 +114,6 @@ class BadSamples(Callback):
         if trainer.global_step % self._every_steps == 0:
             self._sum_up(trainer, "train")
 
-    def on_step_thrown_away(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget a step that was not done; it will come up again."""
-        self._under_way.clear()
-
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sum up the rest of an epoch."""
         self._sum_up(trainer, "train")

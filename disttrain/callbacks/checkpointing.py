@@ -109,6 +109,8 @@ class Checkpointing(Callback, Checkpoint):
         """Told of step, kind and text of events worth recording; and of each checkpoint. On rank 0."""
         self.guarded: Guarded | None = None
         """What a guard needs, which may have to go back; where there is one, only finite weights are committed."""
+        self.saves_start = False
+        """Whether to save a new run before its first step, too, for attempts in this process that start over."""
         self._ending, self._saver = False, Saver()
         self._mirroring: Mirroring | None = None
         self._best = BestList(keep_best)
@@ -128,9 +130,6 @@ class Checkpointing(Callback, Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find the run's folder; to train, become the one attempt that may write there."""
         self.directory = self.directory or Path(trainer.default_root_dir) / "checkpoints"
-        if stage == "fit" and trainer.ckpt_path:  # which says what was best; an earlier attempt here may know too much
-            self._best.clear()
-            self._saved_step, self.newest = -1, None
         if stage == "fit" and self.attempt is None:
             with raise_together():
                 if trainer.is_global_zero:
@@ -182,6 +181,8 @@ class Checkpointing(Callback, Checkpoint):
             self._saved_step, self.newest = step, path
             if uncopied and self._mirroring is not None:
                 self._mirroring.offer(path, step, self._keep(step))
+        elif self.saves_start and not trainer.ckpt_path:
+            self._save(trainer, value=None)
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hear how the last save ended; save where one is due and no validation follows, which changes the state."""
@@ -308,6 +309,7 @@ class Checkpointing(Callback, Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Know the best ones again, also those that are in another folder: nothing worse takes their place."""
+        self._saved_step, self.newest = -1, None  # an earlier attempt in this process has set them
         if self.monitor is not None and state_dict["monitor"] == self.monitor.name:
             self._best.load(state_dict["best"])
 

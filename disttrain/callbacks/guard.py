@@ -219,11 +219,6 @@ class UpdateGuard(Callback):
         if trainer.global_step % _LOOK_EVERY == 0 or validates or ends_training(trainer):
             self._look(trainer)
 
-    def on_step_thrown_away(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget a step that was not done."""
-        self._judged = self._loss = None
-        self._keys.pop(trainer.global_step + 1, None)
-
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell of the rest, where something else than this run's limits ended it."""
         if self._trainer is not None:

@@ -61,12 +61,9 @@ class SampleLedger(Callback):
             self._file.writelines(self._under_way)
         self._under_way.clear()
 
-    def on_step_thrown_away(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget a step that was not done."""
-        self._under_way.clear()
-
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Close the file."""
+        """Close the file; a step that was not done will come up again."""
+        self._under_way.clear()
         if self._file is not None:
             self._file.close()
             self._file = None

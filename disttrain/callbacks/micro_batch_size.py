@@ -1,76 +1,129 @@
 """``data.micro_batch_size: auto``: the largest micro batch that fits into the memory of every rank.
 
-Training begins with all samples that a rank takes of a global batch. Where any rank runs out of memory, all ranks
-throw the step away, take the largest size of at most half the samples that divides their share, and do the same step
-again: samples, dropout, weights and statistics are those of a run that began with the smaller size. The size goes into
-checkpoints, so that a resumed run begins with it, and into ``run.json``. A resume with another number than before is
-told where the gradient may depend on it, since the module is no ``Task``.
+Training begins with all samples that a rank takes of a global batch. A rank that runs out of memory writes down where
+and with which size, in ``<run_dir>/memory``, and the attempt ends. The next attempt takes the largest size of at most
+half the samples that divides a rank's share, and resumes from the last checkpoint, or starts over where there is none:
+to the bit, it is a run that was started from there with the smaller size. One rank alone starts the next attempt in its
+own process, for which it saves a checkpoint before the first step. Of several, the one that has failed ends with exit
+code 77, and the others by the lost connection, since they may wait for it in any collective; their launcher starts them
+again, or a person does.
 
-A callback or module that keeps something of a micro batch may define ``on_step_thrown_away(trainer, pl_module)``.
-Cost: see :mod:`disttrain.parallel.out_of_memory`; nothing where the size is a number.
+The size goes into checkpoints too, so that a run that is resumed elsewhere begins with it, and into ``run.json``. A
+resume with another size than before is told where the gradient may depend on it, since the module is no ``Task``. Cost:
+a checkpoint before the first step on one rank; nothing in a step.
 """
 
 from __future__ import annotations
 
-import functools
+import os
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor
+from torch.optim import Optimizer
 
+from disttrain.attempts import AttemptOver
 from disttrain.callbacks.run_record import RunRecord
-from disttrain.data.module import MICRO_BATCHES_OF, ShardedDataModule, sharded_data
-from disttrain.errors import ConfigError, RankError
-from disttrain.parallel.lockstep import DDPLockstep, FSDPLockstep
-from disttrain.parallel.out_of_memory import OPTIMIZER, PHASES, MemoryGuard, StepThrownAway, is_out_of_memory
-from disttrain.parallel.strategies import FSDP, strategy_of
+from disttrain.checkpoint.store import read_meta
+from disttrain.data.module import MICRO_BATCHES_OF, sharded_data
+from disttrain.endings import VARIABLE, note_ending
+from disttrain.errors import CheckpointError, ConfigError, DisttrainError, OutOfMemoryError
+from disttrain.files import make_folder, to_json, write_atomically
+from disttrain.parallel.agree import raise_together
+from disttrain.parallel.fsdp_internals import can_abandon_pass
+from disttrain.parallel.memory_errors import is_out_of_memory
 from disttrain.parallel.trained import class_name
+from disttrain.reading import read_record
+from disttrain.slurm.requeue import have_script_requeue, is_to_be_requeued
 from disttrain.tasks.base import Task
 from disttrain.terminal import tell
 
+FOLDER: Final = "memory"
+_SMALLER: Final = (
+    "use parallel.strategy: fsdp and more ranks, parallel.activation_checkpointing: blocks, a narrower precision, or a"
+    " smaller model"
+)
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """Where a rank ran out of memory.
+
+    Attributes:
+        rank: which one.
+        step: optimizer steps done before.
+        phase: in what, in words.
+        size: samples of the micro batch.
+    """
+
+    rank: int
+    step: int
+    phase: str
+    size: int
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step}: out of memory on rank {self.rank} in the {self.phase} with micro_batch_size {self.size}"
+        )
+
 
 class MicroBatchSearch(Callback):
-    """Goes down with the micro batch size where memory asks for it.
+    """Chooses the micro batch size of an attempt, and ends one in which memory did not suffice for it.
 
     Args:
-        record: where to note it.
+        record: the run's record.
     """
 
     def __init__(self, record: RunRecord) -> None:
         self._record = record
-        self._guard: MemoryGuard | None = None
-        self._data: ShardedDataModule | None = None
-        self._copy: Any = None
-        self._started = False
+        self._shortages: list[Shortage] = []  # of the attempts before; rank 0's
+        self._phase = ""  # of the training under way; empty before it has begun
+
+    def choose(self, trainer: pl.Trainer, checkpoint: str | Path | None) -> None:
+        """Limit the size to what has not failed in this run, before the data are set up. A collective.
+
+        Args:
+            trainer: its data module is attached, and its ranks have met.
+            checkpoint: what is loaded next; its run may have found a size elsewhere.
+        """
+        self._phase, data = "", sharded_data(trainer)
+        if data is None or not data.finds_micro_batch_size:
+            return
+        limits: list[int] = []
+        with raise_together():
+            if trainer.is_global_zero:
+                self._shortages = read_shortages(self._record.run_dir / FOLDER)
+                limits = [max(1, shortage.size // 2) for shortage in self._shortages]
+                with suppress(CheckpointError):  # whoever loads it says what is wrong
+                    saved = read_meta(Path(checkpoint))["trainer"] if checkpoint else {}
+                    limits += [int(saved.get(type(data).__qualname__, {}).get("micro_batch_size", 0))]
+        limits = [limit for limit in trainer.strategy.broadcast(limits) if limit]
+        if limits:
+            data.limit_micro_batch_size(min(limits))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Guard a training whose micro batch size is to be found. A collective there.
+        """Have one rank alone save what it starts from: nothing else in its process is as it was then.
 
         Raises:
-            ConfigError: a rank without memory could not keep step with the others.
+            ConfigError: a smaller micro batch would be another step to the module.
         """
-        data = sharded_data(trainer)
+        data, checkpoints = sharded_data(trainer), self._record.checkpoints
         if stage != "fit" or data is None or not data.finds_micro_batch_size:
             return
-        _check(trainer, pl_module)
-        assert isinstance(pl_module, Task)
-        strategy = strategy_of(trainer)
-        sharded = isinstance(strategy, FSDP)
-        self._guard = strategy.memory_guard = MemoryGuard(
-            pl_module,
-            rank=trainer.global_rank,
-            lockstep=FSDPLockstep(pl_module) if sharded else DDPLockstep(strategy, pl_module),
-            skip=pl_module.skip_micro_batch,
-            can_retry=sharded,
-        )
-        self._data, self._copy = data, data.transfer_batch_to_device
-        data.transfer_batch_to_device = self._transfer(trainer)  # type: ignore[method-assign]
-        loop: Any = trainer.fit_loop.epoch_loop
-        if "advance" not in vars(loop):
-            loop.advance = functools.partial(_advance, trainer, loop.advance)
+        if not pl_module.automatic_optimization:
+            raise ConfigError(
+                f"data.micro_batch_size is auto, and {class_name(pl_module)} steps its optimizers by itself",
+                mend="leave automatic_optimization on, or set data.micro_batch_size to a number",
+            )
+        if checkpoints is not None:
+            checkpoints.saves_start = trainer.world_size == 1 and data.micro_batch_size > 1
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -79,7 +132,8 @@ class MicroBatchSearch(Callback):
         data = sharded_data(trainer)
         if data is None or isinstance(pl_module, Task) or trainer.state.fn != TrainerFn.FITTING:
             return
-        before = checkpoint.get(type(data).__qualname__, {}).get(MICRO_BATCHES_OF)
+        saved = checkpoint.get(type(data).__qualname__, {})
+        before = saved.get(MICRO_BATCHES_OF, saved.get("micro_batch_size"))
         if before not in (None, data.micro_batch_size) and trainer.is_global_zero:
             warnings.warn(
                 f"data.micro_batch_size was {before} and is {data.micro_batch_size}: {class_name(pl_module)} is no"
@@ -88,157 +142,125 @@ class MicroBatchSearch(Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The module is wrapped by now."""
-        if self._guard is not None:
-            assert self._data is not None
-            if not self._started:  # training may start once more, after a rollback
-                self._guard.start()
-                self._started = True
-            if trainer.is_global_zero:
-                self._record.note_micro_batch_size(self._data.micro_batch_size)
+        """Record the size, and the shortages that led to it."""
+        data = sharded_data(trainer)
+        if data is None or not data.finds_micro_batch_size:
+            return
+        self._phase = "start of training"
+        if not trainer.is_global_zero:
+            return
+        known = {event.get("text") for event in self._record.record.get("events", [])}
+        for shortage in self._shortages:
+            # Later ones may have taken it further down since.
+            told = f"{shortage}; the next attempt takes at most {max(1, shortage.size // 2)}"
+            if told not in known:
+                tell(told)
+                self._record.event(trainer.global_step, "memory", told)
+        self._record.note_micro_batch_size(data.micro_batch_size)
 
-    def on_micro_batch_size(self, trainer: pl.Trainer, text: str) -> None:
-        """Tell of a smaller size."""
-        assert self._data is not None
-        if trainer.is_global_zero:
-            tell(text)
-            self._record.event(trainer.global_step, "memory", text)
-            self._record.note_micro_batch_size(self._data.micro_batch_size)
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """A forward pass follows."""
+        self._enter("forward pass")
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """A backward pass follows."""
+        self._enter("backward pass")
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Clipping and an optimizer's step follow."""
+        self._enter("optimizer step")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs, saves and the next batch follow."""
+        self._enter("time between two micro batches")
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Micro batches of an evaluation follow."""
+        self._enter("validation")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Say what an evaluation wants, which cannot be done again with a smaller size."""
+        """Say what an evaluation wants that no training tries again with a smaller size."""
         data = sharded_data(trainer)
-        if data is None or not data.finds_micro_batch_size or not is_out_of_memory(exception) or trainer.training:
-            return
-        tell(
-            f"rank {trainer.global_rank} ran out of memory in an evaluation, whose micro batches have"
-            f" {data.evaluation_batch_size} samples\n  mend: set data.micro_batch_size to a smaller number"
+        evaluates = not self._phase and (trainer.evaluating or trainer.predicting)
+        if data is not None and data.finds_micro_batch_size and evaluates and is_out_of_memory(exception):
+            tell(
+                f"rank {trainer.global_rank} ran out of memory in an evaluation, whose micro batches have"
+                f" {data.evaluation_batch_size} samples\n  mend: set data.micro_batch_size to a smaller number"
+            )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What follows has no micro batches."""
+        self._phase = ""
+
+    def next_attempt(self, trainer: pl.Trainer, error: Exception) -> AttemptOver | None:
+        """What follows an error in training: another attempt, or None where memory is not what it lacked.
+
+        Args:
+            trainer: it trains; this rank alone may have failed.
+            error: what its loops have raised.
+
+        Raises:
+            OutOfMemoryError: the ranks have to be started again.
+            DisttrainError: no size is left to try.
+        """
+        data = sharded_data(trainer)
+        if not self._phase or data is None or not is_out_of_memory(error):
+            return None
+        size = data.evaluation_batch_size if self._phase == "validation" else data.micro_batch_size
+        shortage = Shortage(trainer.global_rank, trainer.global_step, self._phase, size)
+        if size == 1:
+            raise DisttrainError(str(shortage), mend=_SMALLER) from error
+        _write(self._record.run_dir / FOLDER, shortage)
+        checkpoints = self._record.checkpoints
+        if trainer.world_size == 1 and checkpoints is not None and can_abandon_pass(trainer.lightning_module):
+            checkpoints.settle(trainer)
+            if target := checkpoints.newest or trainer.ckpt_path:
+                return AttemptOver(Path(target))
+        raise self._restart(shortage) from error
+
+    def _restart(self, shortage: Shortage) -> OutOfMemoryError:
+        """What ends this rank, and says who starts the run again."""
+        note_ending(OutOfMemoryError.exit_code, message=str(shortage))
+        if is_to_be_requeued():
+            return OutOfMemoryError(f"{shortage}; {have_script_requeue(self._record.run_dir)}")
+        if VARIABLE in os.environ or _restarts_left():
+            return OutOfMemoryError(f"{shortage}; the launcher starts all ranks again, with at most half of that")
+        flag = " with --resume auto" if self._record.start.resume != "auto" else ""
+        return OutOfMemoryError(
+            str(shortage),
+            mend=f"start the same command again{flag}: it takes at most half of that by itself, and resumes from the"
+            " last checkpoint if there is one; `disttrain launch` and `torchrun --max-restarts 9` do so by themselves",
         )
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Guard no more."""
-        if self._guard is None or stage != "fit":
-            return
-        self._guard.close()
-        self._started = False
-        strategy_of(trainer).memory_guard = self._guard = None
-        data: Any = self._data
-        vars(data).pop("transfer_batch_to_device", None)
-        loop: Any = trainer.fit_loop.epoch_loop
-        vars(loop).pop("advance", None)
-
-    def _transfer(self, trainer: pl.Trainer) -> Any:
-        guard, copy = self._guard, self._copy
-        assert guard is not None
-
-        @functools.wraps(copy)
-        def transfer_batch_to_device(batch: Any, device: Any, dataloader_idx: int) -> Any:
-            def run() -> Any:
-                return copy(batch, device, dataloader_idx)
-
-            return guard.batch_to_device(run, batch) if trainer.training else run()
-
-        return transfer_batch_to_device
+    def _enter(self, phase: str) -> None:
+        if self._phase:
+            self._phase = phase
 
 
-def _advance(trainer: pl.Trainer, advance: Any, data_fetcher: Any) -> None:
-    """One micro batch of the training loop, or the first one of a step that is done again."""
-    while True:
-        try:
-            return advance(data_fetcher)  # type: ignore[no-any-return]
-        except StepThrownAway as error:
-            thrown = error.with_traceback(None)
-        _go_down(trainer, thrown)
-        _stand_at_step(trainer, data_fetcher)
+def read_shortages(folder: Path) -> list[Shortage]:
+    """What the ranks of a run have written down, by rank. What cannot be read is passed over."""
+    return sorted(_read(folder), key=lambda shortage: (shortage.rank, -shortage.size))
 
 
-def _go_down(trainer: pl.Trainer, thrown: StepThrownAway) -> None:
-    """Undo the step, take a smaller size, and tell.
-
-    Raises:
-        RankError: there is none, or the step cannot be undone. On all ranks.
-    """
-    data, module, guard = sharded_data(trainer), trainer.lightning_module, strategy_of(trainer).memory_guard
-    assert data is not None
-    assert isinstance(module, Task)
-    size, step = data.micro_batch_size, trainer.global_step
-    what = (
-        f"step {step}: out of memory on rank {thrown.rank} in the {PHASES[thrown.phase]} with micro_batch_size {size}"
-    )
-    if size == 1:
-        raise RankError(
-            what,
-            mend="use parallel.strategy: fsdp and more ranks, parallel.activation_checkpointing: blocks, a narrower"
-            " precision, or a smaller model",
-        )
-    if not guard.undo(thrown):
-        assert thrown.phase == OPTIMIZER
-        raise RankError(
-            f"{what}, which had served before and on which that memory does not depend",
-            mend="resume from the last checkpoint (--resume auto); if it happens again use parallel.strategy: fsdp and"
-            " more ranks, or an optimizer with less state",
-        )
-    module.forget_step()
-    module._current_fx_name = None  # Lightning resets it only where a hook returns
-    for listener in (*trainer.callbacks, module):  # type: ignore[attr-defined]
-        if hasattr(listener, "on_step_thrown_away"):
-            listener.on_step_thrown_away(trainer, module)
-    data.limit_micro_batch_size(size // 2)
-    text = f"{what}; going on with {data.micro_batch_size}"
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, MicroBatchSearch):
-            callback.on_micro_batch_size(trainer, text)
+def _read(folder: Path) -> Iterator[Shortage]:
+    for path in folder.glob("rank-*.json"):
+        with suppress(OSError, ValueError, TypeError):
+            yield Shortage(**read_record(path))
 
 
-def _stand_at_step(trainer: pl.Trainer, data_fetcher: Any) -> None:
-    """Let the training loop stand before the step again, with the accumulation and the loader of its new size."""
-    data, fit = sharded_data(trainer), trainer.fit_loop
-    assert data is not None
-    loop, accumulation = fit.epoch_loop, trainer.accumulate_grad_batches
-    step_in_epoch = loop.automatic_optimization.optim_progress.optimizer.step.current.completed
-    for scope, steps in (("total", trainer.global_step), ("current", step_in_epoch)):
-        counts = getattr(loop.batch_progress, scope)
-        for name in ("ready", "started", "processed", "completed"):
-            setattr(counts, name, steps * accumulation)
-    loop.batch_progress.is_last_batch = False
-    optimizer = loop.automatic_optimization.optim_progress.optimizer
-    for progress in (optimizer.step, optimizer.zero_grad):
-        for scope, steps in (("total", trainer.global_step), ("current", step_in_epoch)):
-            counts = getattr(progress, scope)
-            for name in ("ready", "started", "completed"):
-                if hasattr(counts, name):
-                    setattr(counts, name, steps)
-    loop.restarting = False
-    data_fetcher.teardown()  # ends the threads that read ahead
-    fit._combined_loader = None
-    fit.setup_data()
-    assert fit._data_fetcher is not None
-    data_fetcher.setup(fit._data_fetcher.combined_loader)
-    iter(data_fetcher)
-    data_fetcher.fetched += loop.batch_progress.current.ready
-    fit._data_fetcher = data_fetcher  # the one that the loop under way holds
-    loop.val_loop._combined_loader = None  # its micro batches are to be no larger
+def _write(folder: Path, shortage: Shortage) -> None:
+    """Write down a shortage, each in a file of its own."""
+    make_folder(folder)
+    write_atomically(folder / f"rank-{shortage.rank:05d}-size-{shortage.size}.json", to_json(asdict(shortage)) + "\n")
 
 
-def _check(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Refuse what a rank without memory cannot keep step in."""
-    what = "data.micro_batch_size is auto, and "
-    mend = "set data.micro_batch_size to a number"
-    if not isinstance(module, Task):
-        raise ConfigError(f"{what}{type(module).__name__} is no disttrain.Task", mend=f"derive it from Task, or {mend}")
-    if not module.automatic_optimization:
-        raise ConfigError(
-            f"{what}{type(module).__name__} steps its optimizers by itself",
-            mend=f"leave automatic_optimization on, or {mend}",
-        )
-    if any(isinstance(inner, nn.SyncBatchNorm) for inner in module.modules()):
-        raise ConfigError(
-            f"{what}{type(module).__name__} has a SyncBatchNorm, which waits for all ranks in the middle of a block",
-            mend=f"use other norms, or {mend}",
-        )
-    config = strategy_of(trainer).config
-    for name in ("find_unused_parameters", "static_graph", "sync_batchnorm"):
-        if getattr(config, name):
-            raise ConfigError(f"{what}parallel.{name} is true", mend=f"set {name} to false, or {mend}")
-    if config.tensor != 1:
-        raise ConfigError(f"{what}parallel.tensor is {config.tensor}", mend=f"set parallel.tensor to 1, or {mend}")
+def _restarts_left() -> bool:
+    """Whether torchrun starts ranks again that fail now."""
+    done, most = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return done.isdigit() and most.isdigit() and int(done) < int(most)

@@ -11,7 +11,6 @@ stopped. Cost: one vote a step and a validation batch, in the background (:mod:`
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ from disttrain.errors import Preempted
 from disttrain.lightning.callback import Callback
 from disttrain.lightning.internals import ends_step, run_validation, validation_follows
 from disttrain.parallel.votes import Votes
-from disttrain.runs import launch_id
+from disttrain.runs import launch_id, launcher_process
 from disttrain.signals import NotedSignals
 from disttrain.slurm.requeue import ask_to_requeue, is_to_be_requeued
 from disttrain.terminal import tell
@@ -214,6 +213,6 @@ class Preemption(Callback, Checkpoint):  # Lightning calls its checkpoint callba
 
 def _age_seconds() -> float:
     """Seconds since the launcher was started that restarts this process, or else since this process was."""
-    pid = os.getppid() if launch_id() else os.getpid()
-    started: float = psutil.Process(pid).create_time()
+    process = launcher_process() if launch_id() else psutil.Process()
+    started: float = process.create_time()
     return max(0.0, time.time() - started)

@@ -59,6 +59,7 @@ class StepTrace(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the weights that the run starts from."""
         self._folder = Path(trainer.default_root_dir) / FOLDER
+        self._loss = None  # of a step that an earlier attempt broke off
         make_folder(self._folder)
         self._write_weights(trainer, pl_module)
         if trainer.is_global_zero:
@@ -112,10 +113,6 @@ class StepTrace(Callback):
             append_lines(self._folder / "steps.jsonl", to_json(line) + "\n")
         if 0 < self._stop_at <= trainer.global_step:
             trainer.should_stop = True  # on every rank, at the same step
-
-    def on_step_thrown_away(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget a step that was not done."""
-        self._loss = None
 
     def _write_about(self) -> None:
         write_atomically(self._folder / "about.json", to_json(self._about))

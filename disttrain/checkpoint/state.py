@@ -190,9 +190,6 @@ class CheckpointMixin(_Base):
         verify.ensure(path)
         meta = store.read_meta(path)
         trainer = self._module().trainer
-        data: Any = getattr(trainer, "datamodule", None)
-        if hasattr(data, "adopt"):  # it may set the accumulation, which the counters below are made of
-            data.adopt(meta["trainer"].get(type(data).__qualname__, {}))
         checkpoint: dict[str, Any] = dict(meta["trainer"])
         if trainer.state.fn == TrainerFn.FITTING:
             self._fill(path, meta)

@@ -2,7 +2,8 @@
 
 It counts the GPUs, prints the torchrun command and runs it, with a port that torchrun itself is given by the system, so
 that launches beside each other do not clash. Signals go on to torchrun and so to the ranks, and the exit code is that
-of the ranks (75 preempted, 76 hung, 2 a mistake), where torchrun's own is always 1. Loads no torch itself.
+of the ranks (75 preempted, 76 hung, 77 out of memory, 2 a mistake), where torchrun's own is always 1. Where a rank has
+run out of memory for a micro batch, all are started again, with one of at most half the size. Loads no torch itself.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from types import FrameType
 from typing import Final
 
 from disttrain.endings import VARIABLE, Ending, code_of, read_endings
-from disttrain.errors import ConfigError, nearest
+from disttrain.errors import OUT_OF_MEMORY_CODE, ConfigError, nearest
 from disttrain.terminal import Parser, tell
 from disttrain.world import detect_world
 
@@ -65,8 +66,10 @@ def main(argv: list[str], subcommands: Collection[str]) -> int:
     tell(shown)
     folder = Path(tempfile.mkdtemp(prefix="disttrain-launch-"))
     try:
-        code = _run(command, {**os.environ, **threads, VARIABLE: str(folder)})
-        endings = read_endings(folder)
+        code, endings, asked = _run(command, {**os.environ, **threads}, folder)
+        while code and not asked and any(ending.code == OUT_OF_MEMORY_CODE for ending in endings):
+            _tell(endings, nproc, again=True)
+            code, endings, asked = _run(command, {**os.environ, **threads}, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     _tell(endings, nproc)
@@ -125,12 +128,25 @@ def _check_outside(env: Mapping[str, str]) -> None:
         )
 
 
-def _run(command: list[str], env: dict[str, str]) -> int:
-    """Run torchrun and pass signals on to it; returns its exit code."""
+def _run(command: list[str], env: dict[str, str], folder: Path) -> tuple[int, list[Ending], bool]:
+    """Run torchrun and pass signals on to it.
+
+    Args:
+        command: of torchrun.
+        env: its environment.
+        folder: where the ranks leave how they ended.
+
+    Returns:
+        its exit code, how the ranks ended, and whether a signal has asked to stop.
+    """
     process: subprocess.Popen[bytes] | None = None
     early: list[int] = []
+    passed_on: list[int] = []
+    for path in folder.iterdir():
+        path.unlink()
 
     def forward(number: int, frame: FrameType | None) -> None:
+        passed_on.append(number)
         if process is None:
             early.append(number)
         elif process.poll() is None:
@@ -145,13 +161,14 @@ def _run(command: list[str], env: dict[str, str]) -> int:
         # In a session of its own, so that Ctrl-C on a terminal reaches it once, through here.
         process = subprocess.Popen(
             command,
-            env=env,
+            env={**env, VARIABLE: str(folder)},
             start_new_session=True,
             preexec_fn=_die_with_parent,  # noqa: PLW1509 - there is one thread
         )
         for number in early:
             process.send_signal(number)
-        return process.wait()
+        code = process.wait()
+        return code, read_endings(folder), bool(passed_on)
     finally:
         for name, handler in before.items():
             signal.signal(signal.Signals[name], handler)
@@ -163,15 +180,15 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _tell(endings: list[Ending], nproc: int) -> None:
-    """Print the mistakes of ranks, each once, below what torchrun has logged."""
+def _tell(endings: list[Ending], nproc: int, *, again: bool = False) -> None:
+    """Print the mistakes of ranks, each once, below what torchrun has logged; or why they are started again."""
     by_message: dict[str, list[int]] = {}
     for ending in endings:
         if ending.message:
             by_message.setdefault(ending.message, []).append(ending.rank)
     for message, ranks in by_message.items():
         where = f" (rank {', '.join(map(str, ranks))} of {nproc})" if nproc > 1 else ""
-        tell(f"error{where}: {message}")
+        tell(f"{message}; all ranks are started again" if again else f"error{where}: {message}")
 
 
 def _parser() -> argparse.ArgumentParser:

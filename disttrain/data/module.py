@@ -69,8 +69,8 @@ class ShardedDataModule(pl.LightningDataModule):
             default every extension of the first shard, under its own name.
         global_batch_size: samples per optimizer step over all ranks.
         micro_batch_size: samples per rank per forward pass, in training and evaluation; by default the largest divisor
-            of ``global_batch_size`` up to 32; ``auto`` begins with all that a rank takes of a global batch, and goes
-            down as any rank runs out of memory.
+            of ``global_batch_size`` up to 32; ``auto`` begins with all that a rank takes of a global batch, and takes
+            at most half of that in the next attempt where any rank runs out of memory.
         seed: seed of the training order.
         shuffle: how training samples are shuffled.
         loader: how batches are read ahead.
@@ -125,6 +125,7 @@ class ShardedDataModule(pl.LightningDataModule):
         )
         """Samples per rank per forward pass; 0 where it is to be found and training has not been set up."""
         self._largest_micro_batch: int | None = None
+        self._accumulation = 1  # what the last set-up has told the trainer
         shuffle = shuffle or ShuffleConfig()
         self.order_config = OrderConfig(global_batch_size, seed=seed, lanes=shuffle.lanes, window=shuffle.window)
         self.loader_config = loader or LoaderConfig()
@@ -185,36 +186,16 @@ class ShardedDataModule(pl.LightningDataModule):
     def limit_micro_batch_size(self, limit: int) -> None:
         """Take the largest micro batch size up to a limit that the ranks' samples can be cut into.
 
-        Nothing where the size is not to be found. A trainer's accumulation and validation interval follow.
+        Before :meth:`setup`, which tells the trainer of it; nothing where the size is not to be found.
 
         Args:
             limit: the largest size, in samples.
         """
         if not self.finds_micro_batch_size:
             return
-        self._largest_micro_batch = limit
-        if self.plan is None:
-            self.micro_batch_size = limit
-            return
-        older, self.plan = self.plan.accumulation, self._plan()
-        if self.trainer is not None:
-            self.trainer.accumulate_grad_batches = self.plan.accumulation
-            if isinstance(self.trainer.val_check_interval, int):
-                steps = self.trainer.val_check_interval // older
-                self.trainer.val_check_interval = steps * self.plan.accumulation
-
-    def adopt(self, state_dict: dict[str, Any]) -> None:
-        """Begin with the micro batch size that the run of a checkpoint had found, as far as it fits the ranks.
-
-        To be called before the trainer's counters are made from the checkpoint.
-
-        Args:
-            state_dict: what :meth:`state_dict` gave when it was made.
-        """
-        if "micro_batch_size" in state_dict:
-            saved = int(state_dict["micro_batch_size"])
-            # A run that is rolled back may have come to a smaller one since.
-            self.limit_micro_batch_size(min(saved, self.micro_batch_size or saved))
+        self._largest_micro_batch = self.micro_batch_size = limit
+        if self.plan is not None:
+            self.plan = self._plan()
 
     def train_dataloader(self) -> TrainLoader:
         """The training micro batches of this rank, from where the trainer stands."""
@@ -381,15 +362,14 @@ class ShardedDataModule(pl.LightningDataModule):
     def _rank(self) -> int:
         return data_ranks(self.trainer).rank if self.trainer is not None else detect_world().rank
 
-    @staticmethod
-    def _set_accumulation(trainer: pl.Trainer, accumulation: int) -> None:
-        if trainer.accumulate_grad_batches not in (1, accumulation):
+    def _set_accumulation(self, trainer: pl.Trainer, accumulation: int) -> None:
+        if trainer.accumulate_grad_batches not in (1, accumulation, self._accumulation):
             raise ConfigError(
                 f"accumulate_grad_batches is {trainer.accumulate_grad_batches}, but global_batch_size and"
                 f" micro_batch_size on {data_ranks(trainer).size} ranks make it {accumulation}",
                 mend="leave accumulate_grad_batches out; it is derived",
             )
-        trainer.accumulate_grad_batches = accumulation
+        trainer.accumulate_grad_batches = self._accumulation = accumulation
 
 
 def sharded_data(trainer: pl.Trainer) -> ShardedDataModule | None:

@@ -30,7 +30,6 @@ from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.fsdp_internals import BackwardInside, reshard
 from disttrain.parallel.initialize import leave_meta
 from disttrain.parallel.joining import JoiningMixin
-from disttrain.parallel.out_of_memory import MemoryGuardMixin
 from disttrain.parallel.recompute import checkpoint_blocks
 from disttrain.parallel.summation import SummationMixin
 from disttrain.parallel.synced_norm import sync_batch_norms
@@ -38,7 +37,7 @@ from disttrain.parallel.trained import check_members, class_name
 from disttrain.tasks.base import Task
 
 
-class BaseStrategy(CheckpointMixin, MemoryGuardMixin, SummationMixin, ClippingMixin, JoiningMixin):
+class BaseStrategy(CheckpointMixin, SummationMixin, ClippingMixin, JoiningMixin):
     """What both strategies do at the places that Lightning gives them."""
 
     config: ParallelConfig

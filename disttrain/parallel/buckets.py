@@ -1,16 +1,13 @@
 """DDP's buckets of gradients, summed in the tree of ``reduction: tree`` while the backward pass runs.
 
-Guarantee: all ranks go through the buckets in one order, whatever happens to one of them. Where memory does not suffice
-for a bucket, and the run is to survive that (:mod:`disttrain.parallel.out_of_memory`), this bucket and those after it
-wait until the backward pass is over; then, with its activations gone, the rank takes part in their exchange with zeros,
-and the step is thrown away by all.
+Guarantee: all ranks go through the buckets in one order.
 
 Cost: see :mod:`disttrain.parallel.reduction`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future as FutureOfThread
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,8 +16,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
-from disttrain.parallel.out_of_memory import no_way_back
-from disttrain.parallel.reduction import EXCHANGING, Exchange, PartialSums, Tensors
+from disttrain.parallel.reduction import Exchange, PartialSums, Tensors
 
 _Future = torch.futures.Future[Tensor]
 
@@ -35,22 +31,14 @@ class BucketHook:
         sums: the partial sums of the earlier micro batches.
         parameters: the parameters in the order of those sums.
         exchange: over a group that nothing else uses, since its collectives come from another thread.
-        lacks_memory: told of an error; whether the step will be thrown away for it, so that any sums will do.
     """
 
-    def __init__(
-        self,
-        sums: PartialSums,
-        parameters: Sequence[nn.Parameter],
-        exchange: Exchange,
-        lacks_memory: Callable[[Exception], bool],
-    ) -> None:
-        self.sums, self._exchange, self._lacks_memory = sums, exchange, lacks_memory
+    def __init__(self, sums: PartialSums, parameters: Sequence[nn.Parameter], exchange: Exchange) -> None:
+        self.sums, self._exchange = sums, exchange
         self._number = {id(parameter): number for number, parameter in enumerate(parameters)}
         self._held: list[object] = []  # what a side stream still reads
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tree-reduction")
         self._stream: torch.cuda.Stream | None = None
-        self._late: list[tuple[Tensor, _Future]] = []  # buckets that memory did not suffice for, and those after them
         self._last: FutureOfThread[None] | None = None  # of what the thread was given
         self._error: Exception | None = None  # of the thread
 
@@ -64,13 +52,14 @@ class BucketHook:
 
     def __call__(self, bucket: GradBucket) -> _Future:
         """Called by DDP in the backward pass of the last micro batch; all ranks go through buckets in one order."""
-        # Runs when the backward pass is over, before DDP's own callback waits for the buckets.
-        torch.autograd.Variable._execution_engine.queue_callback(self._catch_up)
+        # Runs when the backward pass is over, before DDP's own callback waits for the buckets: after an error of the
+        # thread that would be for ever.
+        torch.autograd.Variable._execution_engine.queue_callback(self._wait)
         buffer, flat = bucket.buffer(), self._laid_out(bucket)
         if buffer.is_cuda:
             future: _Future = torch.futures.Future(devices=[buffer.device])
             with torch.cuda.stream(self._side_stream(buffer)):
-                self._run(flat, buffer, future)
+                future.set_result(self._reduce([*flat, buffer]))
             return future
         future = torch.futures.Future()
         self._last = self._worker.submit(self._run_aside, flat, buffer, future)
@@ -78,24 +67,19 @@ class BucketHook:
 
     def release(self) -> None:
         """After the backward pass: let go of what the collectives read."""
-        self._catch_up()
+        self._wait()
         self._held.clear()
 
     def close(self) -> None:
         """End the thread."""
         self._worker.shutdown()
 
-    def _laid_out(self, bucket: GradBucket) -> Tensors | None:
-        """The partial sums of a bucket that are sent by themselves; None where there is no memory for them."""
+    def _laid_out(self, bucket: GradBucket) -> Tensors:
+        """The partial sums of a bucket that are sent by themselves."""
         buffer, gradients = bucket.buffer(), bucket.gradients()
-        try:
-            with torch.no_grad():
-                older = self.sums.finish([self._number[id(p)] for p in bucket.parameters()], gradients)
-            flat = [_like_bucket(self._exchange, buffer, gradients, partial) for partial in older]
-        except Exception as error:
-            if not self._lacks_memory(error):
-                raise
-            return None
+        with torch.no_grad():
+            older = self.sums.finish([self._number[id(p)] for p in bucket.parameters()], gradients)
+        flat = [_like_bucket(buffer, gradients, partial) for partial in older]
         if buffer.is_cuda:
             self._held += [flat, older]
         return flat
@@ -105,45 +89,20 @@ class BucketHook:
         self._stream.wait_stream(torch.cuda.current_stream(buffer.device))
         return self._stream
 
-    def _run(self, flat: Tensors | None, buffer: Tensor, future: _Future) -> None:
-        """Sum a bucket now, or leave it for later where there is no memory, or where an earlier one was left."""
-        if flat is not None and not self._late:
-            try:
-                future.set_result(self._reduce([*flat, buffer]))
-                return
-            except Exception as error:
-                if not self._lacks_memory(error):
-                    raise
-        self._late.append((buffer, future))
-
-    def _run_aside(self, flat: Tensors | None, buffer: Tensor, future: _Future) -> None:
+    def _run_aside(self, flat: Tensors, buffer: Tensor, future: _Future) -> None:
         try:
             if self._error is None:
-                self._run(flat, buffer, future)
+                future.set_result(self._reduce([*flat, buffer]))
         except Exception as error:
             self._error = error
 
-    def _catch_up(self) -> None:
-        """Take part, with zeros, in the exchange of the buckets that were left; raise what the thread met."""
+    def _wait(self) -> None:
+        """Wait for the thread; raise what it met."""
         if self._last is not None:
             self._last.result()
             self._last = None
         if self._error is not None:
             raise self._error
-        if not self._late:
-            return
-        if self._stream is not None:
-            self._stream.synchronize()
-        self._held.clear()
-        self.sums.forget()
-        late, self._late = self._late, []
-        if late[0][0].is_cuda:
-            torch.cuda.empty_cache()
-        for buffer, future in late:
-            with no_way_back(EXCHANGING):
-                flat = self._exchange.empty(buffer, (self.sums.num_sent - 1) * buffer.numel()).zero_()
-                pieces = list(flat.view(self.sums.num_sent - 1, buffer.numel()))
-                future.set_result(self._reduce([*pieces, buffer]))
 
     @torch.no_grad()
     def _reduce(self, flat: Tensors) -> Tensor:
@@ -153,20 +112,15 @@ class BucketHook:
         sizes = [each + (owner < more) for owner in range(plan.num_ranks)]
         by_owner = [torch.split(partial, sizes) for partial in flat]
         parts = (
-            buffer
-            if len(flat) == 1
-            else torch.cat(
-                [part for owned in zip(*by_owner, strict=True) for part in owned],
-                out=self._exchange.empty(buffer, len(flat) * buffer.numel()),
-            )
+            buffer if len(flat) == 1 else torch.cat([part for owned in zip(*by_owner, strict=True) for part in owned])
         )
         self._exchange.gather(by_owner[-1], self._exchange.add(parts, sizes, plan))
         return buffer
 
 
-def _like_bucket(exchange: Exchange, buffer: Tensor, gradients: Tensors, partial: Tensors) -> Tensor:
+def _like_bucket(buffer: Tensor, gradients: Tensors, partial: Tensors) -> Tensor:
     """A partial sum laid out as the gradients of a bucket are."""
-    flat = exchange.empty(buffer, buffer.numel()).zero_()
+    flat = buffer.new_zeros(buffer.numel())
     offset = int(buffer.storage_offset())
     views = [flat.as_strided(g.size(), g.stride(), g.storage_offset() - offset) for g in gradients]
     torch._foreach_copy_(views, partial)

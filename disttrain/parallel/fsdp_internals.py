@@ -1,23 +1,18 @@
 """The parts of FSDP2 that have no public name, in one place.
 
 FSDP2 keeps the gradient of a micro batch that is not reduced in the parameter groups of its modules; nothing public
-hands it out. Nor can its hooks be run without the modules (:class:`UnitDriver`). Written for PyTorch 2.11 to 2.13:
-groups moved from one a module to a list.
+hands it out. Written for PyTorch 2.11 to 2.13: groups moved from one a module to a list.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
-
-from disttrain.parallel.out_of_memory import no_way_back
 
 
 def fsdp_modules(module: nn.Module) -> list[FSDPModule]:
@@ -32,6 +27,24 @@ def reshard(module: nn.Module) -> None:
     """
     for unit in fsdp_modules(module):
         unit.reshard()
+
+
+def can_abandon_pass(module: nn.Module) -> bool:
+    """Whether :func:`abandon_pass` can put a module right; before PyTorch 2.13, not a sharded one."""
+    return not isinstance(module, FSDPModule) or hasattr(module, "reset_iter_state")
+
+
+def abandon_pass(module: nn.Module) -> None:
+    """Let a module begin a forward pass after an error in the midst of another one, or of its backward pass."""
+    if not isinstance(module, FSDPModule) or not can_abandon_pass(module):
+        return
+    module.reset_iter_state()  # new in PyTorch 2.13
+    for unit in fsdp_modules(module):  # it leaves gradients in gathered parameters, which zero_grad() does not reach
+        for group in _groups(unit):
+            for record in group.fsdp_params:
+                record.unsharded_accumulated_grad = None
+                if hasattr(record, "_unsharded_param"):
+                    record._unsharded_param.grad = None
 
 
 def trained_parameters(module: FSDPModule) -> list[Any]:
@@ -54,129 +67,6 @@ def take_unreduced(record: Any) -> Tensor | None:
     # Of a tensor group's parameter, this rank's part, summed over the group where that is still to be done.
     inner: Tensor | None = None if gradient is None else record._get_grad_inner_tensor(gradient)
     return inner
-
-
-class _Noting(ReduceScatter):
-    """A reduce-scatter that notes whether it was done."""
-
-    def __init__(self, inner: ReduceScatter) -> None:
-        self.inner, self.done = inner, False
-
-    def allocate(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.inner.allocate(*args, **kwargs)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        result = self.inner(*args, **kwargs)
-        self.done = True
-        return result
-
-
-class UnitDriver:
-    """Runs what FSDP2 does around sharded units without the units themselves.
-
-    A unit stands for its parameter groups. Every collective of FSDP2 is called here as its hooks would call it.
-
-    Args:
-        units: all units of a module, itself included.
-    """
-
-    def __init__(self, units: Sequence[FSDPModule]) -> None:
-        self.reduced: set[FSDPModule] = set()
-        """Units whose backward pass in this micro batch is over, gradients and all."""
-        self._first = 0
-        self._unit_of = {id(group): unit for unit in units for group in _groups(unit)}
-        self._watched = [group for unit in units for group in _groups(unit)]
-        for unit in units:
-            for group in _groups(unit):
-                self._watch(unit, group)
-
-    def close(self) -> None:
-        """Leave FSDP2 as it was."""
-        for group in self._watched:
-            vars(group).pop("post_backward", None)
-            if isinstance(group._reduce_scatter_comm, _Noting):
-                group._reduce_scatter_comm = group._reduce_scatter_comm.inner
-
-    def begin(self, root: FSDPModule) -> None:
-        """A micro batch begins: the root's parameters are gathered."""
-        self.reduced.clear()
-        # An evaluation leaves its passes there, which the next backward pass clears.
-        self._first = len(_state(root)._comm_ctx.post_forward_order)
-
-    def ran(self, root: FSDPModule) -> list[FSDPModule]:
-        """The units whose forward pass in this micro batch is over, in order."""
-        return [
-            self._unit_of[id(group)]
-            for group in _state(root)._comm_ctx.post_forward_order[self._first :]
-            if getattr(group, "_param_group_index", 0) == 0
-        ]
-
-    def is_trained(self, unit: FSDPModule) -> bool:
-        """Whether any of a unit's parameters gets a gradient."""
-        return bool(trained_parameters(unit))
-
-    def pass_by(self, unit: FSDPModule) -> None:
-        """A unit's forward pass, all but the unit's own."""
-        state = _state(unit)
-        state._pre_forward(unit, (), {})
-        state._post_forward(unit, (), None)
-
-    def queue_callback(self, root: FSDPModule) -> None:
-        """Have FSDP2 end the backward pass that is under way."""
-        _state(root)._register_root_post_backward_final_callback()
-
-    def forget_callback(self, root: FSDPModule) -> None:
-        """A backward pass has failed, and its end will not come."""
-        _state(root)._state_ctx.post_backward_final_callback_queued = False
-
-    def begin_gathering(self, unit: FSDPModule) -> None:
-        """Gather a unit's parameters for the backward pass ahead of their use, unless that was begun."""
-        for group in _groups(unit):
-            if group._training_state != TrainingState.POST_BACKWARD:
-                with group.use_training_state(TrainingState.PRE_BACKWARD):
-                    group.unshard(group.unshard_async_op)
-
-    def gather(self, unit: FSDPModule) -> None:
-        """Gather a unit's parameters for the backward pass, unless they are there."""
-        for group in _groups(unit):
-            # A unit whose reduction failed has been gathered, and has let go of it.
-            if group._training_state != TrainingState.POST_BACKWARD:
-                group._training_state = TrainingState.PRE_BACKWARD
-                group.unshard(group.unshard_async_op)
-                group.wait_for_unshard()
-
-    def give_zeros(self, unit: FSDPModule, *, reduce: bool) -> None:
-        """Put zeros where gradients are missing.
-
-        Args:
-            unit: to which unit.
-            reduce: end its backward pass; otherwise FSDP2 does so at the end of the whole.
-        """
-        for group in _groups(unit):
-            for record in group.fsdp_params if group.reduce_grads else ():
-                whole = record._unsharded_param
-                if whole.requires_grad and whole.grad is None and record.unsharded_accumulated_grad is None:
-                    whole.grad = torch.zeros_like(whole)
-            group._training_state = TrainingState.PRE_BACKWARD
-            if reduce:
-                group.post_backward()
-
-    def _watch(self, unit: FSDPModule, group: Any) -> None:
-        original = group.post_backward
-        scatter = group._reduce_scatter_comm = _Noting(group._reduce_scatter_comm)
-
-        def post_backward(*unused: Any) -> None:
-            scatter.done = False
-            try:
-                original(*unused)
-            except Exception:
-                if not scatter.done:
-                    raise  # to be called once more
-                with no_way_back("after the others had its gradients of a sharded block, which they want once"):
-                    raise
-            self.reduced.add(unit)
-
-        group.post_backward = post_backward
 
 
 class BackwardInside:

@@ -19,10 +19,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.parallel.collectives import reduce_scatter_single
-from disttrain.parallel.out_of_memory import no_way_back
 
 _NARROW: Final = torch.bfloat16
-_BUCKETS: Final = "for a bucket of gradients in another type, in whose reduction the others wait for it"
 
 
 def install_wide_hook(model: DistributedDataParallel) -> None:
@@ -30,8 +28,7 @@ def install_wide_hook(model: DistributedDataParallel) -> None:
 
     def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
         buffer = bucket.buffer()
-        with no_way_back(_BUCKETS):
-            wide = buffer.float().div_(dist.get_world_size())
+        wide = buffer.float().div_(dist.get_world_size())
         work = dist.all_reduce(wide, async_op=True)
         return work.get_future().then(lambda _: buffer.copy_(wide))
 
@@ -43,8 +40,7 @@ def install_narrow_hook(model: DistributedDataParallel) -> None:
 
     def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
         buffer = bucket.buffer()
-        with no_way_back(_BUCKETS):
-            narrow = (buffer / dist.get_world_size()).to(_NARROW)
+        narrow = (buffer / dist.get_world_size()).to(_NARROW)
         work = dist.all_reduce(narrow, async_op=True)
         return work.get_future().then(lambda _: buffer.copy_(narrow))
 

@@ -7,9 +7,6 @@ gathers the parts (:class:`BucketHook`); under FSDP a reduce-scatter does, and t
 (:class:`TreeReduceScatter`). Only single pairs of numbers are ever added, in their own precision, so the sums have
 the same bits wherever a bucket or a shard begins.
 
-All buffers are allocated before a collective. Where memory does not suffice for them, and the run is to survive that
-(:mod:`disttrain.parallel.out_of_memory`), the step is lost, and the rank takes part in it with zeros.
-
 Cost: as many bytes as a ring all-reduce or reduce-scatter where accumulation is a power of two, a few times that
 where not; memory for ``log2(accumulation) + 1`` gradients while a step accumulates.
 """
@@ -17,19 +14,15 @@ where not; memory for ``log2(accumulation) + 1`` gradients while a step accumula
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
-from disttrain.parallel.out_of_memory import is_out_of_memory, no_way_back
 from disttrain.parallel.tree import TreePlan, plan_tree
 
 Tensors = list[Tensor]
-
-EXCHANGING: Final = "in the exchange of gradients, in which the others wait for it"
 
 
 class PartialSums:
@@ -43,25 +36,13 @@ class PartialSums:
         self.plan = plan_tree(rank + 1, 1)
         self.count = 0
         """Micro batches of this step whose gradients were added."""
-        self.forgotten = False
-        """Whether they were thrown away, so that zeros take their place."""
         self._rank = rank
         self._stack: list[Tensors] = []
 
     def start(self, plan: TreePlan) -> None:
         """Begin a step; what an interrupted one left is forgotten."""
-        self.plan, self.count, self.forgotten = plan, 0, False
+        self.plan, self.count = plan, 0
         self._stack.clear()
-
-    def forget(self) -> None:
-        """Let go of what was kept, since the step is lost; the others still wait for this rank's sums."""
-        self._stack.clear()
-        self.forgotten = True
-
-    @property
-    def num_sent(self) -> int:
-        """Partial sums that this rank ends with."""
-        return self.plan.sent[self._rank]
 
     def add(self, gradients: Tensors) -> None:
         """Take the gradients of a micro batch that is not the last. They are kept and changed."""
@@ -116,15 +97,14 @@ class Exchange:
             The sum of this rank's part over all ranks, shape (elements,), valid until the next call.
         """
         elements = sizes[self._rank]
-        received = self._buffer(parts, sum(plan.sent) * elements)  # the last that is allocated
-        with no_way_back(EXCHANGING):
-            dist.all_to_all_single(
-                received,
-                parts,
-                output_split_sizes=[count * elements for count in plan.sent],
-                input_split_sizes=[plan.sent[self._rank] * size for size in sizes],
-                group=self._group,
-            )
+        received = self._buffer(parts, sum(plan.sent) * elements)
+        dist.all_to_all_single(
+            received,
+            parts,
+            output_split_sizes=[count * elements for count in plan.sent],
+            input_split_sizes=[plan.sent[self._rank] * size for size in sizes],
+            group=self._group,
+        )
         stack: Tensors = []
         for partial, count in zip(
             received.view(len(plan.joint_merges), elements).unbind(), plan.joint_merges, strict=True
@@ -137,14 +117,6 @@ class Exchange:
 
     def gather(self, parts: Sequence[Tensor], own: Tensor) -> None:
         """Fill all ranks' parts, the last of them with what each owns. A collective of the group."""
-        with no_way_back(EXCHANGING):
-            self._gather(parts, own)
-
-    def empty(self, like: Tensor, elements: int) -> Tensor:
-        """A buffer of so many elements, one dimension."""
-        return like.new_empty(elements)
-
-    def _gather(self, parts: Sequence[Tensor], own: Tensor) -> None:
         if dist.get_backend(self._group) != "gloo":
             dist.all_gather(list(parts), own, group=self._group)
             return
@@ -162,7 +134,7 @@ class Exchange:
         if kept is None or kept.numel() < elements:
             self._buffers.pop(like.dtype, None)
             del kept
-            kept = self._buffers[like.dtype] = self.empty(like, elements)
+            kept = self._buffers[like.dtype] = like.new_empty(elements)
         return kept[:elements]
 
 
@@ -211,13 +183,7 @@ class TreeReduceScatter(ReduceScatter):
         plan, replicas = self._sums.plan, self._replicas
         elements = output_tensor.numel()
         piece = -(-elements // replicas)
-        try:
-            parts = self._parts(input_tensor, elements, piece)
-            own = self._exchange.add(parts, [piece] * plan.num_ranks, plan)
-        except Exception as error:
-            if is_out_of_memory(error):
-                self._sums.forget()  # the guard of the memory, where there is one, will call again
-            raise
+        own = self._exchange.add(self._parts(input_tensor, elements, piece), [piece] * plan.num_ranks, plan)
         if replicas > 1:
             output_tensor.zero_()
         first = self._replica * piece
@@ -231,9 +197,7 @@ class TreeReduceScatter(ReduceScatter):
 
     def _parts(self, newest: Tensor, elements: int, piece: int) -> Tensor:
         """This rank's partial sums by owner, each owner's part in ``piece`` elements."""
-        sums, shards, replicas = self._sums, self._shards, self._replicas
-        if sums.forgotten:
-            return self._exchange.empty(newest, sums.num_sent * shards * replicas * piece).zero_()
+        shards, replicas = self._shards, self._replicas
         flat = [*self._older(newest), newest]
         parts = (newest if len(flat) == 1 else torch.stack(flat)).view(len(flat), shards, elements)
         if piece * replicas != elements:
@@ -246,7 +210,7 @@ class TreeReduceScatter(ReduceScatter):
         rows = newest.view(self._shards, -1)
 
         def laid_out(partial: Tensors) -> Tensor:
-            out = self._exchange.empty(rows, rows.numel()).view_as(rows)
+            out = torch.empty_like(rows)
             torch._chunk_cat(partial, dim=0, num_chunks=self._shards, out=out)
             return out.view(-1)
 

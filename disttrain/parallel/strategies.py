@@ -147,7 +147,7 @@ class DDP(BaseStrategy):
             # The hook's collectives come from a thread of their own, so they have a group of their own.
             exchange = Exchange(new_group(), self.global_rank)
             trained = [parameter for _, parameter in self._trained()]
-            self._hook = BucketHook(sums, trained, exchange, self._lacks_memory)
+            self._hook = BucketHook(sums, trained, exchange)
             self._hook.install(self.model)
             return
         if not self.config.find_unused_parameters and not self.config.static_graph:
@@ -190,9 +190,6 @@ class DDP(BaseStrategy):
     def _unreduced(self) -> str:
         # DDP reduces nothing at all while one that it waits for is frozen.
         return next((name for name, p in self._changed() if not p.requires_grad or p.grad is not None), "")
-
-    def _lacks_memory(self, error: Exception) -> bool:
-        return self.memory_guard is not None and self.memory_guard.lacks_memory(error)
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self._module().named_parameters() if p.requires_grad]

@@ -22,7 +22,6 @@ from disttrain.lightning.internals import ends_step
 from disttrain.parallel.config import ParallelConfig, ReductionName
 from disttrain.parallel.determinism import check_ordered_sums
 from disttrain.parallel.gradients import scale_gradients
-from disttrain.parallel.out_of_memory import MemoryGuard
 from disttrain.parallel.ranks import data_ranks
 from disttrain.parallel.reduction import PartialSums
 from disttrain.parallel.trained import class_name
@@ -38,7 +37,6 @@ class SummationMixin(_Base):
     """Adds gradients as the configuration says; to be mixed into a Lightning strategy, before its base."""
 
     config: ParallelConfig
-    memory_guard: MemoryGuard | None = None
     _sums: PartialSums | None = None
     _of_step: list[tuple[str, Any]]  # the parameters that get gradients in the step under way
     _looked: bool = False  # at the kernels of the first micro batch
@@ -104,7 +102,7 @@ class SummationMixin(_Base):
             return
         parameters = self._of_step
         if not ends_step(self._trainer()):
-            sums.add([self._taken(name, parameter) for name, parameter in parameters])
+            sums.add([_present(name, self._take(parameter)) for name, parameter in parameters])
             return
         if sums.count != sums.plan.accumulation - 1:
             raise ConfigError(
@@ -112,8 +110,7 @@ class SummationMixin(_Base):
                 f" {sums.plan.accumulation}: the loader's length is no multiple of the accumulation",
                 mend="use disttrain's data module or drop the rest, or set parallel.reduction to fast",
             )
-        if self.world_size > 1 or not self._is_empty_handed():
-            self._reduced(parameters)
+        self._reduced(parameters)
         plan = sums.plan
         sums.start(plan)
         if plan.num_leaves != 2**plan.scale_exponent:
@@ -127,16 +124,6 @@ class SummationMixin(_Base):
         found = [_present(name, gradient) for name, gradient in gradients]
         with torch.no_grad():
             self._sums.finish(range(len(found)), found)
-
-    def _taken(self, name: str, parameter: Any) -> Tensor:
-        """A parameter's gradient of this micro batch; zeros on a rank that only keeps step with the others."""
-        gradient = self._take(parameter)
-        if self._is_empty_handed():
-            return torch.zeros_like(getattr(parameter, "_unsharded_param", parameter))
-        return _present(name, gradient)
-
-    def _is_empty_handed(self) -> bool:
-        return self.memory_guard is not None and self.memory_guard.failed is not None
 
     def _trainer(self) -> pl.Trainer:
         assert self.lightning_module is not None

@@ -75,7 +75,6 @@ class Task(pl.LightningModule):
         self.train_sums: Tensor | None = None
         """Sum of the weighted losses and sum of the weights over all ranks and the steps since the last log, float64 of
         shape (2,); None where there was no step. Part of a checkpoint."""
-        self._train_sums_before: Tensor | None = None  # as they were before this step
         self._step_loss: Tensor | None = None
         self._pending: dist.Work | None = None
         self._nominal = 0.0  # not known yet
@@ -126,6 +125,8 @@ class Task(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Weighted sum of a micro batch's losses, scaled so that the reduced gradient is a fixed multiple."""
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._step_sums.clear()  # an attempt that was broken off in a step has left some
         outputs = self(check_batch(batch, self))
         total, weight = self._weighted(outputs, batch)
         self._nominal = self._nominal_weight(batch)
@@ -167,27 +168,6 @@ class Task(pl.LightningModule):
             self.grad_norm = norm_of(self.trainer.strategy)(self.parameters())
         if self.judge is not None and self._step_loss is not None and self.grad_norm is not None:
             self.judge(optimizer, self._step_loss, self.grad_norm)
-
-    def skip_micro_batch(self, batch_idx: int) -> None:
-        """Take part in what the ranks gather of a micro batch that this rank could not run.
-
-        Args:
-            batch_idx: its number.
-        """
-        if self._all_sums is not None:
-            return  # it had come so far
-        while len(self._step_sums) <= batch_idx % self.trainer.accumulate_grad_batches:
-            self._step_sums.append(torch.zeros(2, dtype=torch.float64, device=self.device))
-        if ends_step(self.trainer):
-            self._gather_sums()
-
-    def forget_step(self) -> None:
-        """Forget the micro batches of a step that is thrown away."""
-        if self._pending is not None:
-            self._pending.wait()
-        self._pending, self._all_sums = None, None
-        self._step_sums.clear()
-        self.train_sums = self._train_sums_before
 
     def take_train_loss(self) -> Tensor | None:
         """The loss over the global batches since this was last called; float64 scalar, the same on all ranks."""
@@ -303,7 +283,7 @@ class Task(pl.LightningModule):
         if ranks.size > 1:
             gathered = own.new_empty(own.shape[0] * ranks.size, 2)
             self._pending = all_gather_single(gathered, own, group=ranks.group, async_op=True)
-        self._all_sums, self._train_sums_before = gathered, self.train_sums
+        self._all_sums = gathered
         self._step_sums.clear()
 
     def _reset(self, split: str) -> None:

@@ -1,23 +1,64 @@
-"""``micro_batch_size: auto``: a run that ran out of memory is the run that began with the smaller size, to the bit."""
+"""``micro_batch_size: auto``: after a lack of memory a run is the one that began with the smaller size, to the bit."""
 
 from __future__ import annotations
 
+import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from disttrain import ParallelConfig
+from disttrain import EMA, Checkpointing, ParallelConfig, SampleLedger, ShardedDataModule, Trainer
+from disttrain.callbacks.ledger import read_ledger
+from disttrain.checkpoint.store import committed
+from disttrain.errors import OUT_OF_MEMORY_CODE
 from disttrain.reading import read_run
-from tests.support.memory import Run, Shortage, assert_same, make
-from tests.support.weights import distance, final_weights
+from tests.support.features import write_features
+from tests.support.launching import launched
+from tests.support.memory import NormedTask, Shortage
+from tests.support.ranks import Outcome, run_cli, run_ranks
+from tests.support.weights import differing, final_weights
 
-LAYOUTS = [("ddp", "fast"), ("ddp", "tree"), ("fsdp", "fast"), ("fsdp", "tree")]
+GLOBAL, STEPS = 16, 6
 
 
-def config(strategy: str, reduction: str = "fast", **more: Any) -> ParallelConfig:
-    return ParallelConfig(strategy=strategy, reduction=reduction, **more)  # type: ignore[arg-type]
+def fit(runs: dict[str, tuple[Any, Shortage | None]], parallel: dict[str, Any], folder: str, **more: Any) -> None:
+    """Train in this process, or on this rank, each with its micro batch size and its lack of memory."""
+    shards = {name: write_features(Path(folder) / "data", name, size) for name, size in (("train", 70), ("val", 21))}
+    for name, (size, shortage) in runs.items():
+        data = ShardedDataModule(
+            **shards,  # type: ignore[arg-type]
+            fields={"features": "features.npy", "label": "cls"},
+            global_batch_size=GLOBAL,
+            micro_batch_size=size,
+        )
+        trainer = Trainer(
+            run_dir=f"{folder}/{name}",
+            max_steps=STEPS,
+            log_every_steps=1,
+            validate_every_steps=2,
+            gradient_clip_norm=1.0,
+            parallel=ParallelConfig(**parallel),
+            callbacks=[
+                SampleLedger(),
+                EMA(),
+                Checkpointing(every_steps=2, keep_last=9),
+                *([shortage] if shortage else []),
+            ],
+            progress_bar=False,
+            **more,
+        )
+        trainer.fit(NormedTask(), datamodule=data, resume="auto")
+        assert trainer.global_step == STEPS
+
+
+def losses(run_dir: Path) -> list[dict[str, str]]:
+    """What a run has logged, without what depends on the clock."""
+    with open(run_dir / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    return [{n: v for n, v in row.items() if n not in ("time", "samples_per_second", "data_wait")} for row in rows]
 
 
 def events(run_dir: Path) -> list[str]:
@@ -25,225 +66,127 @@ def events(run_dir: Path) -> list[str]:
     return [event["text"] for event in read_run(run_dir)["events"] if event["kind"] == "memory"]
 
 
-@pytest.mark.parametrize(
-    ("strategy", "reduction"), [("ddp", "fast"), pytest.param("fsdp", "tree", marks=pytest.mark.slow)]
-)
-def test_a_rank_that_runs_out_takes_the_others_down_with_it(tmp_path: Path, strategy: str, reduction: str) -> None:
-    """In the middle of a step, and in its very first micro batch, where the order of the blocks is not known yet."""
-    parallel = config(strategy, reduction)
-    runs = [
-        Run("wanted", 4, parallel, steps=3),
-        Run("forward", "auto", parallel, Shortage(1, "forward", 4, micro_batch=2), start=8, steps=3),
-        Run("backward", "auto", parallel, Shortage(0, "backward", 4), start=8, steps=3),
+def assert_same(one: Path, other: Path) -> None:
+    """Two runs have the same weights, running statistics, losses and samples, to the bit."""
+    assert not differing(final_weights(one), final_weights(other)), f"{one.name} and {other.name}"
+    assert losses(one) == losses(other)
+    assert read_ledger(one / "ledger") == read_ledger(other / "ledger")
+
+
+@pytest.mark.parametrize("parallel", [{"reduction": "tree"}, {"strategy": "fsdp"}], ids=str)
+def test_a_lone_rank_starts_over_in_its_process(tmp_path: Path, parallel: dict[str, Any]) -> None:
+    """In every phase of the first step, where the weights of the start are needed, down twice, and in a validation."""
+    phases = ("copy", "forward", "backward", "optimizer")
+    runs: dict[str, tuple[Any, Shortage | None]] = {"8": (8, None), "4": (4, None)}
+    runs |= {phase: ("auto", Shortage(phase, 8)) for phase in phases}
+    runs |= {"twice": ("auto", Shortage("backward", 4, step=1)), "validation": ("auto", Shortage("validation", 4))}
+    run_ranks(1, fit, runs, parallel, str(tmp_path), folder=tmp_path / "logs", timeout=240).ok()
+    for phase in phases:
+        assert_same(tmp_path / "8", tmp_path / phase)
+        assert len(events(tmp_path / phase)) == 1
+    assert_same(tmp_path / "4", tmp_path / "twice")
+    assert_same(tmp_path / "4", tmp_path / "validation")
+    told = "step 1: out of memory on rank 0 in the backward pass with micro_batch_size"
+    assert events(tmp_path / "twice") == [
+        f"{told} {size}; the next attempt takes at most {size // 2}" for size in (16, 8)
     ]
-    thawed = [
-        Run("thawed wanted", 8, parallel, then=4, after=2, steps=3, task={"thaws": True}),
-        Run("thawed", "auto", parallel, Shortage(1, "backward", 4, step=2), start=8, steps=3, task={"thaws": True}),
+    attempts = read_run(tmp_path / "twice")["attempts"]
+    assert [attempt["micro_batch_size"] for attempt in attempts] == [4]
+    assert [entry.global_step for entry in committed(tmp_path / "twice" / "checkpoints")[0]] == [0, 2, 4, 6]
+
+
+def test_a_lone_rank_resumes_from_its_last_checkpoint(tmp_path: Path) -> None:
+    """The steps before it stay those of the larger size; the next start takes what was found, also on other ranks."""
+    late: dict[str, tuple[Any, Shortage | None]] = {"late": ("auto", Shortage("forward", 8, step=5))}
+    run_ranks(1, fit, late, {}, str(tmp_path), folder=tmp_path / "logs").ok()
+    lines = (tmp_path / "late" / "ledger" / "rank-00000.jsonl").read_text().splitlines()
+    assert [len(json.loads(line)["keys"]) for line in lines] == [16] * 5 + [8] * 4, "from step 4 on"
+    assert events(tmp_path / "late")[0].startswith("step 5: out of memory on rank 0 in the forward pass")
+
+
+def command(run_dir: Path, data: Path, *more: str) -> list[str]:
+    """A training whose ranks 1 run out of memory."""
+    write_features(data, "train", 70, classes=2)
+    flag = "--trainer.callbacks"
+    return [
+        *("fit", "--model", "tests.support.tasks.PlainFeatures", "--data.train", f"{data}/train.tar"),
+        *("--data.fields", "{features: features.npy, label: cls}", "--data.global_batch_size", str(GLOBAL)),
+        *("--data.micro_batch_size", "auto", "--trainer.max_steps", str(STEPS), "--trainer.run_dir", str(run_dir)),
+        *("--trainer.progress_bar", "false", "--checkpoint.every_steps", "2", "--report", "false"),
+        *(f"{flag}+=tests.support.memory.Shortage", f"{flag}.phase=backward", f"{flag}.limit=2", f"{flag}.rank=1"),
+        *more,
     ]
-    make(2, [*runs, *thawed], tmp_path).ok()
-    assert_same(tmp_path / "thawed wanted", tmp_path / "thawed")
-    for run in runs[1:]:
-        assert_same(tmp_path / "wanted", tmp_path / run.name)
-        for rank in range(2):  # what was thrown away has left no line
-            lines = (tmp_path / run.name / "ledger" / f"rank-{rank:05d}.jsonl").read_text().splitlines()
-            assert [len(json.loads(line)["keys"]) for line in lines] == [4] * 8 * run.steps
-        record = read_run(tmp_path / run.name)
-        assert record["attempts"][0]["micro_batch_size"] == 4
-    assert events(tmp_path / "forward") == [
-        "step 0: out of memory on rank 1 in the forward pass with micro_batch_size 8; going on with 4"
-    ]
 
 
-def test_an_optimizer_step_that_was_half_done_is_undone(tmp_path: Path) -> None:
-    parallel = config("ddp")
-    runs = [
-        Run("wanted", 16, parallel, then=8, after=1, steps=3),
-        Run("first", 8, parallel, steps=3),
-        Run("optimizer", "auto", parallel, Shortage(0, "optimizer", 8, step=1), start=16, steps=3),
-        Run("new_state", "auto", parallel, Shortage(0, "optimizer", 8), start=16, steps=3),
-    ]
-    make(2, runs, tmp_path).ok()
-    assert_same(tmp_path / "wanted", tmp_path / "optimizer")
-    assert_same(tmp_path / "first", tmp_path / "new_state")
+def reference(tmp_path: Path, *more: str) -> Path:
+    """The run that began with the size that is found."""
+    arguments = command(tmp_path / "wanted", tmp_path / "data", "--data.micro_batch_size", "2", *more)
+    run_cli(2, arguments, folder=tmp_path / "wanted-logs").ok()
+    return tmp_path / "wanted"
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_in_the_exchange_of_the_tree(tmp_path: Path, strategy: str) -> None:
-    """With partial sums that are sent by themselves; in a later step DDP has several buckets."""
-    parallel = config(strategy, "tree", **({"bucket_mib": 1} if strategy == "ddp" else {}))
-    how: dict[str, Any] = {"steps": 2, "samples": 48, "task": {"width": 330}}
-    runs = [Run("step 0", 4, parallel, **how), Run("step 1", 8, parallel, then=4, after=1, **how)]
-    for step, number in ((0, 3), (1, 1), (1, 4)):
-        short = Shortage(1, "exchange", 4, place=str(number), step=step)
-        runs.append(Run(f"step {step}, allocation {number}", "auto", parallel, short, start=8, **how))
-    make(2, runs, tmp_path).ok()
-    for run in runs[2:]:
-        wanted = run.name.split(",")[0]
-        told = f"{wanted}: out of memory on rank 1 in the backward pass with micro_batch_size 8; going on with 4"
-        assert events(tmp_path / run.name) == [told], run.name
-        assert_same(tmp_path / wanted, tmp_path / run.name)
+def test_several_ranks_end_and_the_same_command_takes_less(tmp_path: Path) -> None:
+    """Any module, and before the first checkpoint: nothing of the first attempts is left."""
+    wanted = reference(tmp_path)
+    arguments = command(tmp_path / "run", tmp_path / "data")
+
+    def start() -> Outcome:
+        return run_cli(2, arguments, folder=tmp_path / "logs")
+
+    first = start()
+    assert first.codes[1] == OUT_OF_MEMORY_CODE, first.text
+    assert first.codes[0] == 2, "a peer was not ended by the lost connection"
+    text = " ".join(first.text.split())
+    assert "step 0: out of memory on rank 1 in the backward pass with micro_batch_size 8 mend: start the same" in text
+    assert "start the same command again: it takes at most half of that by itself" in text
+    assert "Traceback" not in text
+    assert start().codes[1] == OUT_OF_MEMORY_CODE
+    start().ok()
+    assert not differing(final_weights(wanted), final_weights(tmp_path / "run"))
+    assert [attempt["micro_batch_size"] for attempt in read_run(tmp_path / "run")["attempts"]] == [8, 4, 2]
+    assert len(events(tmp_path / "run")) == 2
 
 
-@pytest.mark.parametrize(
-    ("phase", "words"),
-    [
-        ("clip", "where the ranks cannot agree on a smaller micro batch: in clipping or in a hook"),
-        pytest.param("cast", "after the others had its gradients of a sharded block", marks=pytest.mark.slow),
-    ],
-)
-def test_where_the_others_cannot_be_told_a_rank_ends_and_they_with_it(tmp_path: Path, phase: str, words: str) -> None:
-    """In clipping sharded gradients, where they wait in a sum, and behind a reduce-scatter; nobody hangs."""
-    run = Run("run", "auto", config("fsdp"), Shortage(1, phase, 0, step=1), start=8, steps=3)
-    outcome = make(2, [run], tmp_path)
-    assert outcome.codes == [1, 1], outcome.text  # a rank that waits would be killed: -9
-    assert f"OutOfStepError: rank 1 ran out of memory {words}" in outcome.text
-
-
-def test_a_lone_rank_goes_down_twice(tmp_path: Path) -> None:
-    """As far as its memory asks, here the CPU's own."""
-    parallel = config("ddp")
-    runs = [
-        Run("wanted", 16, parallel, steps=3),
-        Run("twice", "auto", parallel, Shortage(0, "backward", 16, cpu=True), steps=3),
-    ]
-    outcome = make(1, runs, tmp_path).ok()
-    assert_same(tmp_path / "wanted", tmp_path / "twice")
-    assert [text.split("with ", 1)[1] for text in events(tmp_path / "twice")] == [
-        "micro_batch_size 64; going on with 32",
-        "micro_batch_size 32; going on with 16",
-    ]
-    assert outcome.text.count("out of memory on rank 0 in the backward pass") == 2
-
-
-@pytest.mark.parametrize("step", [2, 3])
-def test_at_the_ends_of_an_epoch(tmp_path: Path, step: int) -> None:
-    """Whose last step is the third."""
-    parallel = config("ddp")
-    runs = [
-        Run("wanted", 32, parallel, then=16, after=step),
-        Run("late", "auto", parallel, Shortage(0, "forward", 16, step=step), start=32),
-    ]
-    make(1, runs, tmp_path).ok()
-    assert_same(tmp_path / "wanted", tmp_path / "late")
+@pytest.mark.slow
+def test_launch_starts_the_ranks_again(tmp_path: Path) -> None:
+    """From the last checkpoint, whatever --resume says, under FSDP, without any restart allowed."""
+    fsdp = ("--trainer.parallel.strategy", "fsdp")
+    run_dir, flag = tmp_path / "run", "--trainer.callbacks"
+    arguments = command(run_dir, tmp_path / "data", *fsdp, "--resume", "never", f"{flag}.step=3")
+    with launched(["--nproc", "2", *arguments], tmp_path / "log") as launch:
+        assert launch.process.wait(300) == 0, launch.log.read_text()
+        text = launch.log.read_text()
+    assert text.count("all ranks are started again") == 2
+    attempts = read_run(run_dir)["attempts"]
+    assert [(attempt["from_step"], attempt["micro_batch_size"]) for attempt in attempts] == [(0, 8), (2, 4), (2, 2)]
+    assert not list(tmp_path.glob("run.*")), "the run was begun anew"
 
 
 def test_nothing_smaller_is_left(tmp_path: Path) -> None:
-    run = Run("run", "auto", config("ddp"), Shortage(1, "forward", 0), start=2, steps=3, task={"plain": True})
-    outcome = make(2, [run], tmp_path)
-    assert outcome.codes == [1, 1]
-    for text in outcome.outputs:
-        assert "RankError: step 0: out of memory on rank 1 in the forward pass with micro_batch_size 1" in text
-        assert "mend: use parallel.strategy: fsdp and more ranks" in text
-
-
-def test_an_optimizer_step_that_cannot_be_undone(tmp_path: Path) -> None:
-    run = Run("run", "auto", config("ddp"), Shortage(1, "optimizer", 0, step=4), start=8, steps=6)
-    outcome = make(2, [run], tmp_path)
-    assert outcome.codes == [1, 1]
-    for text in outcome.outputs:
-        assert "step 4: out of memory on rank 1 in the optimizer step with micro_batch_size 8, which had served" in text
-        assert "mend: resume from the last checkpoint" in text
-
-
-@pytest.mark.slow
-def test_a_resumed_run_begins_with_what_was_found(tmp_path: Path) -> None:
-    """On other ranks too, where it is the most; and another size may be given."""
-    parallel, plain = config("ddp"), {"plain": True}
-    make(
-        2,
-        [
-            Run("whole", 8, parallel, task=plain, steps=4),
-            Run("found", "auto", parallel, Shortage(0, "forward", 8), start=16, task=plain, steps=2),
-        ],
-        tmp_path,
-    ).ok()
-    checkpoint = next((tmp_path / "found" / "checkpoints").glob("step-00000002*"))
-    later = [
-        Run("moved", "auto", config("fsdp"), task=plain, steps=4, resume=checkpoint),
-        Run("given", 32, config("ddp"), task=plain, steps=4, resume=checkpoint),
-    ]
-    make(1, later, tmp_path).ok()
-    assert read_run(tmp_path / "moved")["attempts"][0]["micro_batch_size"] == 8
-    for run in later:
-        apart = distance(final_weights(tmp_path / "whole"), final_weights(tmp_path / run.name))
-        assert apart <= 1e-6, f"{run.name}: weights are {apart:.2e} apart"
-
-
-# Each takes a minute: one rank where nothing is sharded, four with the sharded tree, which exchanges the most.
-WHEREVER = [(*layout, 2) for layout in LAYOUTS] + [("ddp", "fast", 1), ("fsdp", "tree", 1), ("fsdp", "tree", 4)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "reduction", "ranks"), WHEREVER)
-def test_wherever_it_happens(tmp_path: Path, strategy: str, reduction: str, ranks: int) -> None:
-    """In any phase and micro batch, before, in and behind the blocks; at once and at a late step."""
-    parallel, start = config(strategy, reduction), {1: 16, 2: 8, 4: 4}[ranks]
-    half, last = start // 2, ranks - 1
-    runs = [Run("early", half, parallel), Run("late", start, parallel, then=half, after=4)]
-    places = {"forward": ("stem", "1", "2"), "backward": ("head", "0", "1")}
-    for phase, where in places.items():
-        for micro_batch, place in zip((0, 1, 3), where, strict=True):
-            for step, name in ((0, "early"), (4, "late")):
-                short = Shortage(last, phase, half, place=place, step=step, micro_batch=micro_batch)
-                runs.append(Run(f"{name}-{phase}-{micro_batch}", "auto", parallel, short, start=start))
-    runs.append(Run("early-optimizer", "auto", parallel, Shortage(0, "optimizer", half), start=start))
-    runs.append(Run("early-all", "auto", parallel, Shortage(-1, "backward", half), start=start))
-    make(ranks, runs, tmp_path, timeout=600).ok()
-    for run in runs[2:]:
-        assert_same(tmp_path / run.name.split("-")[0], tmp_path / run.name)
-        assert len(events(tmp_path / run.name)) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("what", "allocations"), [("gather", 16), ("scatter", 8), ("copy", 2)])
-def test_in_buffers(tmp_path: Path, what: str, allocations: int) -> None:
-    """All that FSDP allocates for the blocks and the root in a step of two micro batches; and the batches."""
-    parallel = config("fsdp")
-    runs = [Run("wanted", 8, parallel, steps=2)]
-    for number in range(1, allocations + 1):
-        short = Shortage(1, what, 8, place=str(number))
-        runs.append(Run(f"allocation-{number}", "auto", parallel, short, start=16, steps=2))
-    make(2, runs, tmp_path, timeout=600).ok()
-    for run in runs[1:]:
-        assert [text[:7] for text in events(tmp_path / run.name)] == ["step 0:"], f"{run.name} did not fail"
-        assert_same(tmp_path / "wanted", tmp_path / run.name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("strategy", "more"),
-    [
-        ("fsdp", {"reshard_after_forward": False}),
-        ("fsdp", {"activation_checkpointing": "blocks"}),
-        ("fsdp", {"replicate": 2}),
-        ("fsdp", {"replicate": 2, "reduction": "tree"}),
-        ("fsdp", {"reduce_dtype": "bf16"}),
-        ("ddp", {"activation_checkpointing": "blocks"}),
-        ("ddp", {"reduce_dtype": "bf16"}),
-    ],
-    ids=str,
-)
-def test_in_other_arrangements(tmp_path: Path, strategy: str, more: dict[str, Any]) -> None:
-    """Also where the first block gets the data, whose gradients FSDP reduces last."""
-    parallel, ranks = config(strategy, **more), 4 if "replicate" in more else 2
-    runs = []
-    for stem in (True, False):
-        task = {"stem": stem}
-        runs.append(Run(f"wanted-{stem}", 4, parallel, task=task, steps=3))
-        for phase, place in (("forward", "0"), ("forward", "head"), ("backward", "1"), ("backward", "0")):
-            short = Shortage(1, phase, 4, place=place)
-            runs.append(Run(f"{phase}-{place}-{stem}", "auto", parallel, short, start=8, task=task, steps=3))
-    make(ranks, runs, tmp_path, timeout=600).ok()
-    for run in runs:
-        assert_same(tmp_path / f"wanted-{run.task['stem']}", tmp_path / run.name)
+    data = ("--data.micro_batch_size", "auto", "--data.global_batch_size", "2", "--trainer.callbacks.limit=0")
+    outcome = run_cli(2, command(tmp_path / "run", tmp_path / "data", *data), folder=tmp_path / "logs")
+    assert outcome.codes == [2, 2], outcome.text
+    text = " ".join(outcome.text.split())
+    assert "step 0: out of memory on rank 1 in the backward pass with micro_batch_size 1 mend: use" in text
+    assert not (tmp_path / "run" / "memory").exists()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_the_memory_of_a_device(tmp_path: Path, strategy: str) -> None:
-    """Real activations that do not fit, with a loss scale, which a thrown-away step must leave as it was."""
-    parallel = config(strategy)
-    runs = [Run(name, size, parallel, steps=3, device_mib=640) for name, size in (("found", "auto"), ("wanted", 16))]
-    make(1, runs, tmp_path, timeout=300).ok()
-    assert read_run(tmp_path / "found")["attempts"][0]["micro_batch_size"] == 16
+    """Real activations that do not fit, with a loss scale."""
+    os.environ["DISTTRAIN_TEST_DEVICE_MIB"] = "640"
+    runs: dict[str, tuple[Any, Shortage | None]] = {"found": ("auto", None), "wanted": (8, None)}
+    more = {"precision": "16-mixed", "accelerator": "cuda"}
+    run_ranks(1, _on_device, runs, strategy, str(tmp_path), more, folder=tmp_path / "logs", timeout=300).ok()
+    assert read_run(tmp_path / "found")["attempts"][0]["micro_batch_size"] == 8
     assert_same(tmp_path / "wanted", tmp_path / "found")
+
+
+def _on_device(runs: dict[str, Any], strategy: str, folder: str, more: dict[str, Any]) -> None:
+    import torch
+
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(640 * 2**20 / total)
+    NormedTask.ballast = 2**21  # 48 MiB a sample: eight fit, sixteen do not
+    fit(runs, {"strategy": strategy}, folder, **more)

@@ -181,8 +181,9 @@ def test_a_run_asked_to_stop_in_the_step_of_a_rollback_stops_after_it(
 
 @pytest.mark.slow
 def test_a_micro_batch_size_that_is_found_survives(poisoned: Path, reference: Path, tmp_path: Path) -> None:
-    more = ("--data.micro_batch_size", "auto", *extra("OutOfMemoryAt", step=17, size=8))
-    fit(tmp_path / "run", poisoned, 2, FSDP, *GUARD, *more).ok()
+    short = ("--trainer.callbacks+=tests.support.memory.Shortage", "--trainer.callbacks.phase=forward")
+    more = ("--data.micro_batch_size", "auto", *short, "--trainer.callbacks.limit=4", "--trainer.callbacks.step=17")
+    fit(tmp_path / "run", poisoned, 1, FSDP, *GUARD, *more).ok()
     assert read_run(tmp_path / "run")["attempts"][0]["micro_batch_size"] == 4
     assert len(rollbacks(tmp_path / "run")) == 1
     assert read_ledger(tmp_path / "run" / "ledger") == read_ledger(reference / "ledger")

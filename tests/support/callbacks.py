@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
-import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
@@ -391,26 +390,3 @@ class SkewedNorm(Callback):
             pl_module.judge = lambda optimizer, loss, norm: judge(optimizer, loss, norm * 1e9)
         elif trainer.global_step == self.step:
             pl_module.judge = next(one for one in trainer.callbacks if isinstance(one, guard.UpdateGuard))._judge  # type: ignore[attr-defined]
-
-
-class OutOfMemoryAt(Callback):
-    """Has a model run out of memory, from a step on, in micro batches of some size or more.
-
-    Args:
-        step: optimizer steps done before.
-        size: samples.
-    """
-
-    def __init__(self, step: int, size: int) -> None:
-        self.step, self.size = step, size
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Watch the model's inputs."""
-
-        def check(model: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            if trainer.training and trainer.global_step >= self.step and len(arguments[0]) >= self.size:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
-
-        model = pl_module.model
-        assert isinstance(model, torch.nn.Module)
-        model.register_forward_pre_hook(check)

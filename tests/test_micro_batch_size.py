@@ -1,7 +1,8 @@
-"""What counts as lack of memory, what is copied to undo a step, and what is refused."""
+"""What counts as lack of memory, which size follows from it, and what is refused."""
 
 from __future__ import annotations
 
+import errno
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from disttrain import Checkpointing, OptimizerConfig, ParallelConfig, ShardedDataModule, Trainer
+from disttrain import Checkpointing, OptimizerConfig, ShardedDataModule, Trainer
 from disttrain.callbacks.ledger import read_ledger
-from disttrain.parallel.backup import BufferBackup, OptimizerBackup
-from disttrain.parallel.out_of_memory import is_out_of_memory
+from disttrain.callbacks.micro_batch_size import Shortage, read_shortages
+from disttrain.errors import ConfigError
+from disttrain.parallel.memory_errors import is_out_of_memory
+from tests.support import foreign
 from tests.support.features import write_features
-from tests.support.memory import ShortTask
 from tests.support.ranks import run_ranks
 from tests.support.sameness import PlainModule
 
@@ -27,104 +29,53 @@ def test_what_counts_as_lack_of_memory() -> None:
     assert is_out_of_memory(real.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
     for text in (
         "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "HIP out of memory. Tried to allocate 1 GiB",
     ):
         assert is_out_of_memory(RuntimeError(text))
         assert is_out_of_memory(torch.AcceleratorError(text))
-    # Its ranks are in a collective already, which nobody can leave.
-    nccl = dist.DistBackendError("NCCL error: unhandled cuda error. Last error: Failed to CUDA calloc 8 bytes")
-    assert not is_out_of_memory(nccl)
+    nccl = "NCCL error: unhandled cuda error. Last error: "
+    assert is_out_of_memory(dist.DistBackendError(f"{nccl}Failed to CUDA calloc 8 bytes"))
+    assert is_out_of_memory(dist.DistBackendError(f"{nccl}Cuda failure 2 'out of memory'"))
+    assert not is_out_of_memory(dist.DistBackendError(f"{nccl}remote process exited"))
     assert not is_out_of_memory(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError("DefaultCPUAllocator: can't allocate memory"))
+    assert not is_out_of_memory(OSError(errno.ENOSPC, "No space left on device"))
 
 
-def steps(optimizer: torch.optim.Optimizer, module: nn.Module, number: int) -> None:
-    for step in range(number):
-        for place, parameter in enumerate(module.parameters()):
-            parameter.grad = torch.full_like(parameter, 0.1 * (step + place + 1))
-        optimizer.step()
+def test_the_cause_of_an_error_counts_unless_it_is_hidden() -> None:
+    """As of what a thread or a compiler has met."""
+    with pytest.raises(ValueError, match="in a thread") as caught:
+        raise ValueError("in a thread") from MemoryError()
+    assert is_out_of_memory(caught.value)
+    hidden = ValueError("another")
+    hidden.__context__, hidden.__suppress_context__ = MemoryError(), True
+    assert not is_out_of_memory(hidden)
 
 
-class Trained(nn.Linear):
-    """A module with as much of a trainer as a backup looks at."""
-
-    trainer: Any = type("FakeTrainer", (), {"precision_plugin": None})
-
-
-@pytest.mark.parametrize("before", [0, 2])
-def test_an_optimizer_goes_back_to_what_it_was(before: int) -> None:
-    wanted, module = Trained(3, 2), Trained(3, 2)
-    module.load_state_dict(wanted.state_dict())
-    one, other = (torch.optim.AdamW(m.parameters(), lr=0.1) for m in (wanted, module))
-    steps(one, wanted, before)
-    steps(other, module, before)
-    backup = OptimizerBackup(module, [other])  # type: ignore[arg-type]
-    steps(other, module, 3)
-    other.param_groups[0]["lr"] = 7.0
-    backup.restore()
-    assert len(other.state) == (2 if before else 0)
-    assert other.param_groups[0]["lr"] == 0.1
-    steps(one, wanted, 2)
-    steps(other, module, 2)
-    for a, b in zip(wanted.parameters(), module.parameters(), strict=True):
-        assert torch.equal(a, b)
+def test_what_cannot_be_read_of_the_notes_is_passed_over(tmp_path: Path) -> None:
+    assert read_shortages(tmp_path / "none") == []
+    (tmp_path / "rank-00000-size-8.json").write_text('{"rank": 0, "step": 3, "phase": "forward pass", "size": 8}')
+    for name, damage in (("1", ""), ("2", "{}"), ("3", "[1]"), ("4", '{"rank": 0, "more": 1}')):
+        (tmp_path / f"rank-{name}-size-4.json").write_text(damage)
+    assert read_shortages(tmp_path) == [Shortage(0, 3, "forward pass", 8)]
 
 
-def test_buffers_go_back_even_if_they_were_replaced() -> None:
-    norm = nn.BatchNorm1d(2)
-    backup = BufferBackup(norm)
-    backup.take()
-    norm(torch.randn(4, 2))
-    norm.running_var = torch.full((2,), 5.0)
-    backup.restore()
-    assert torch.equal(norm.running_mean, torch.zeros(2))  # type: ignore[arg-type]
-    assert torch.equal(norm.running_var, torch.ones(2))
-    assert norm.num_batches_tracked == 0
+class Manual(foreign.ByHand, foreign.Evaluated):
+    """Steps its optimizer by itself."""
 
 
-class SyncedTask(ShortTask):
-    """A task that waits for all ranks in the middle of a block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.extra = nn.SyncBatchNorm(3)
-
-
-class ManualTask(ShortTask):
-    """A task that steps its optimizer by itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        raise AssertionError("it is to be refused first")
-
-
-@pytest.mark.parametrize(
-    ("module", "parallel", "message"),
-    [
-        (PlainModule, {}, "PlainModule is no disttrain.Task"),
-        (SyncedTask, {}, "SyncedTask has a SyncBatchNorm"),
-        (ManualTask, {}, "ManualTask steps its optimizers by itself"),
-        (ShortTask, {"find_unused_parameters": True}, "parallel.find_unused_parameters is true"),
-    ],
-)
-def test_what_cannot_keep_step_is_refused(tmp_path: Path, module: Any, parallel: dict[str, Any], message: str) -> None:
-    outcome = run_ranks(1, _fit, module, parallel, str(tmp_path), folder=tmp_path / "logs")
-    assert outcome.codes == [1]
-    assert f"ConfigError: data.micro_batch_size is auto, and {message}" in outcome.text
-
-
-def _fit(module: Any, parallel: dict[str, Any], folder: str) -> None:
-    shard = write_features(Path(folder), "train", 12)
+def test_a_module_that_optimizes_by_hand_is_refused(tmp_path: Path) -> None:
+    shard = write_features(tmp_path, "train", 12)
     data = ShardedDataModule(train=shard, global_batch_size=4, micro_batch_size="auto")
-    trainer = Trainer(run_dir=folder, max_steps=1, parallel=ParallelConfig(**parallel), progress_bar=False)
-    trainer.fit(module(OptimizerConfig()) if module is PlainModule else module(), datamodule=data)
+    trainer = Trainer(run_dir=str(tmp_path / "run"), max_steps=1, progress_bar=False)
+    with pytest.raises(ConfigError, match="micro_batch_size is auto, and Manual steps its optimizers by itself"):
+        trainer.fit(Manual(), datamodule=data)
 
 
 class FeatureModule(PlainModule):
