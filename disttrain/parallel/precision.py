@@ -64,6 +64,14 @@ class ScaledPrecision(PrecisionBase):
     def __init__(self, device: str) -> None:
         super().__init__("16-mixed", device, ShardedScaler(device))
 
+    def teardown(self) -> None:
+        """Forget a step that was broken off: the scaler keeps it by the identity of an optimizer that is gone."""
+        super().teardown()
+        scale = self.scaler.state_dict()
+        self.scaler = ShardedScaler(self.device)
+        if scale:  # it is empty where the device has none
+            self.scaler.load_state_dict(scale)
+
     def optimizer_step(  # type: ignore[override]
         self, optimizer: Optimizable, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
