@@ -117,6 +117,31 @@ def test_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
         launch.main(["fit"], NAMES)
 
 
+def test_ranks_that_ran_out_of_memory_are_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As often as they ask for it, with the same folder for how they end; other failures end the launch."""
+    folders = tmp_path / "folders"
+    rank = f"""
+import os, sys
+from disttrain.endings import note_ending
+with open({str(folders)!r}, "a") as file:
+    print(os.environ["{VARIABLE}"], len(os.listdir(os.environ["{VARIABLE}"])), file=file)
+with open({str(folders)!r}) as file:
+    note_ending(77 if len(file.readlines()) < 3 else 2, message="step 4: out of memory")
+sys.exit(1)
+"""
+    monkeypatch.setattr(launch, "torchrun_command", lambda *_, **__: [sys.executable, "-c", rank])
+    assert launch.main(["--nproc", "2", "fit"], NAMES) == 2
+    told = folders.read_text().splitlines()
+    assert len(told) == 3
+    assert len(set(told)) == 1, "another folder, or an ending of the launch before in it"
+    assert told[0].endswith(" 0")
+    text = capsys.readouterr().err
+    assert text.count("step 4: out of memory; all ranks are started again") == 2
+    assert text.count("error (rank 0 of 2): step 4: out of memory") == 1
+
+
 def test_help_and_mistakes_load_no_torch() -> None:
     """What is loaded is asserted, never the time: a login node's disk is slow where its processor is not."""
     code = (
