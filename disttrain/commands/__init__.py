@@ -1,1 +1,1 @@
-"""The subcommands of ``disttrain``, one module each with a ``main(argv)``."""
+"""The subcommands of ``disttrain``: one module each, with a ``main(argv)``."""

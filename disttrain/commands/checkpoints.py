@@ -1,8 +1,8 @@
-"""``disttrain checkpoints``: list, verify, export and prune the checkpoints of a run, here or on remote storage.
+"""``disttrain checkpoints``: list, verify, export and prune a run's checkpoints, local or remote.
 
-``ls``, ``verify`` and ``prune`` read markers and files and load no torch; ``export`` reads the tensors, without the
-model's class and without a GPU. What a user can mend is raised as a
-:class:`~disttrain.errors.DisttrainError`, which the caller prints.
+``ls``, ``verify`` and ``prune`` read only markers and files and do not import torch. ``export`` reads the tensors; it
+needs neither the model class nor a GPU. Errors that the user can fix are raised as
+:class:`~disttrain.errors.DisttrainError`; the caller prints them.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def main(argv: list[str]) -> int:
     """Run one subcommand.
 
     Returns:
-        The exit code: 0, or 1 where ``verify`` found faults.
+        The exit code: 0, or 1 if ``verify`` found faults.
 
     Raises:
-        DisttrainError: what the user can mend.
-        SystemExit: argparse's own, for ``--help`` (0) and wrong arguments (2).
+        DisttrainError: an error that the user can fix.
+        SystemExit: from argparse, for ``--help`` (0) and wrong arguments (2).
     """
     arguments = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
@@ -133,7 +133,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _fetched(url: str, which: str, folder: Path) -> tuple[Path, str]:
-    """A copy in a folder of its own, and where it comes from."""
+    """Download a checkpoint into a subfolder of ``folder``; return its path and its source URL."""
     mirror, found, _ = _copies(url)
     if not found:
         raise CheckpointError(f"{mirror.url} holds no committed checkpoint", mend="correct the URL")
@@ -188,7 +188,7 @@ def _prune_copies(arguments: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class _One:
-    """A checkpoint to show: its name, where it is, what its marker says, and what is wrong with its files."""
+    """A checkpoint to show: its name, its location, its marker, and a function that lists faults of its files."""
 
     name: str
     where: str
@@ -197,7 +197,7 @@ class _One:
 
 
 def _copies(url: str) -> tuple[Mirror, list[Stored], list[str]]:
-    """The copies at a URL, or the one that it names."""
+    """List the copies at a URL, or the single copy that it names."""
     folder, name = copy_of(url)
     mirror = Mirror(MirrorConfig(folder))
     found, passed_over = mirror.committed()
@@ -210,7 +210,7 @@ def _copies(url: str) -> tuple[Mirror, list[Stored], list[str]]:
 
 
 def _folder(path: Path) -> Path | None:
-    """The folder of checkpoints of a run folder; None where the path is something else."""
+    """Return the checkpoint folder of a run folder, or None if ``path`` is something else."""
     return path / "checkpoints" if (path / "checkpoints").is_dir() else None
 
 

@@ -1,7 +1,8 @@
-"""A training configuration read as ``disttrain fit`` reads it, but neither made nor run: for checks before a job waits.
+"""Parse a training configuration exactly as ``disttrain fit`` does, without building or running anything.
 
-Everything that parsing finds is found here: unknown settings, wrong types, classes that cannot be imported; and whether
-local data files are there. What only samples, devices or several ranks can show is not. Cost: the imports of training.
+Used to check a configuration before a job waits in a queue. Finds everything that parsing finds (unknown settings,
+wrong types, classes that cannot be imported) and missing local data files. Does not find problems that only samples,
+devices or several ranks can show. Cost: the imports of training.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from disttrain.parallel.config import ParallelConfig, usual_micro_batch_size
 
 @dataclass(frozen=True)
 class Checked:
-    """What a job has to know of a configuration.
+    """The parts of a configuration that a job needs.
 
     Attributes:
-        text: the whole configuration as YAML, defaults included; ``--config`` takes it again.
+        text: the whole configuration as YAML, defaults included; can be passed back to ``--config``.
         run_dir: the run's folder.
-        resume: what ``fit`` is to start from.
+        resume: the ``resume`` setting of ``fit``.
         parallel: how the model is spread over ranks.
-        data: shard patterns and manifests of each split; of several sources, none.
-        global_batch_size: samples of a step.
-        micro_batch_size: samples of a forward pass of a rank.
-        mirroring: callbacks, by their classes, that copy checkpoints to remote storage beside ``checkpoint``.
+        data: shard patterns and manifests of each split; empty for a split with several sources.
+        global_batch_size: samples per step.
+        micro_batch_size: samples per forward pass on one rank.
+        mirroring: class paths of callbacks, other than ``checkpoint``, that copy checkpoints to remote storage.
     """
 
     text: str
@@ -54,7 +55,7 @@ class _Reader(TrainingCLI):
     runs = False
 
     def instantiate_classes(self) -> None:
-        """Make nothing."""
+        """Skip building the model, data and trainer."""
 
     def checked(self) -> Checked:
         get = self.config.fit.get
@@ -64,7 +65,7 @@ class _Reader(TrainingCLI):
         elif size != "auto" and size < 1:
             raise ConfigError(f"data.micro_batch_size is {size}", mend="use at least 1, or auto")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # jsonargparse's, of a keyword that older versions need
+            warnings.simplefilter("ignore")  # hides jsonargparse's warning about a keyword that older versions need
             text = self._config_text
         return Checked(
             text=text,
@@ -79,10 +80,10 @@ class _Reader(TrainingCLI):
 
 
 def check_data(checked: Checked) -> None:
-    """Whether the local files of a configuration's data are there; remote ones are not asked for.
+    """Check that the configuration's local data files exist; remote files are not checked.
 
     Raises:
-        DataError: one is missing, or of another size than its manifest says.
+        DataError: a file is missing, or its size differs from its manifest.
     """
     for name, patterns in checked.data.items():
         for pattern in patterns:
@@ -92,27 +93,27 @@ def check_data(checked: Checked) -> None:
 
 
 def _patterns(spec: object) -> list[str]:
-    """A split's patterns; those of several sources are looked at when the run starts."""
+    """Return a split's patterns; several sources are only checked when the run starts."""
     if isinstance(spec, str):
         return [spec]
     return [one for one in spec if isinstance(one, str)] if isinstance(spec, list | tuple) else []
 
 
 def _mirrors(callback: Namespace) -> bool:
-    """Whether a callback has a mirror of its own."""
+    """Return whether a callback has its own mirror."""
     mirror = (callback.get("init_args") or {}).get("mirror")
     return mirror is not None and mirror.get("url") is not None
 
 
 def read_config(configs: Sequence[str], settings: Sequence[str]) -> Checked:
-    """Read a configuration for ``fit``.
+    """Read a configuration as ``fit`` would.
 
     Args:
-        configs: files, later ones over earlier ones.
-        settings: ``NAME=VALUE``, over all files.
+        configs: files; later ones override earlier ones.
+        settings: ``NAME=VALUE`` pairs, which override all files.
 
     Raises:
-        ConfigError: what ``fit`` would say of it.
+        ConfigError: the error that ``fit`` would raise.
     """
     for one in configs:
         if not Path(one).is_file():
@@ -124,10 +125,10 @@ def read_config(configs: Sequence[str], settings: Sequence[str]) -> Checked:
 
 
 def read_words(words: Sequence[str]) -> Checked:
-    """Read the arguments of ``disttrain``, of which the first is ``fit``.
+    """Parse the arguments of ``disttrain``; the first must be ``fit``.
 
     Raises:
-        ConfigError: what ``fit`` would say of them.
+        ConfigError: the error that ``fit`` would raise.
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

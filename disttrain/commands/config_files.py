@@ -1,7 +1,7 @@
-"""Configuration before jsonargparse reads it: files and values within limits, so that none hangs or ends the parser.
+"""Check configuration files and values before jsonargparse parses them, so that none can hang or crash the parser.
 
-On import, YAML that jsonargparse reads, files and values alike, passes :func:`disttrain.reading.check_yaml`: the parser
-in C recurses, and aliases multiply.
+On import, every piece of YAML that jsonargparse reads, file or value, is routed through
+:func:`disttrain.reading.check_yaml`: the C parser recurses on nested YAML, and aliases can expand exponentially.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from disttrain.errors import ConfigError, passed_through_users_code
 from disttrain.reading import ReadError, check_yaml, read_yaml
 
 _CONFIG: Final = ("-c", "--config")
-_MOST_DIGITS: Final = 300  # no floating-point number has more
+_MOST_DIGITS: Final = 300  # no floating-point number needs more
 
 
 def parse(parser: LightningArgumentParser, args: Sequence[Any]) -> Any:
-    """Parse a command line, of which the first word is the subcommand.
+    """Parse a command line whose first word is the subcommand.
 
     Raises:
-        ConfigError: the parser refuses it, or fails by it.
+        ConfigError: the parser rejects the command line or crashes on it.
     """
     _check_words(args)
     try:
@@ -44,11 +44,11 @@ def parse(parser: LightningArgumentParser, args: Sequence[Any]) -> Any:
 
 
 def _check_words(words: Sequence[Any]) -> None:
-    """Look at the words of a command line, and at the configuration files that they name.
+    """Check the words of a command line and the configuration files that they name.
 
     Raises:
-        ConfigError: a file is not YAML in UTF-8 within the limits, or a value names what cannot be read as a file,
-            such as a FIFO, holds a NUL, or is a number that no setting can take.
+        ConfigError: a file is not UTF-8 YAML within the limits; or a value names something other than a file or folder
+            (such as a FIFO), contains a NUL, or is a number that no setting can hold.
     """
     flag = ""
     for word in map(str, words):
@@ -77,7 +77,7 @@ def _content(file: str) -> Any:
 
 
 def _check(name: str, value: str) -> None:
-    """Refuse a value that would make the parser wait, or fail in its own words."""
+    """Reject a value that would block the parser or crash it with an obscure error."""
     if "\0" in value:
         raise ConfigError(f"{name} is {value!r}, which holds a NUL", mend="take it out")
     if len(value) > _MOST_DIGITS and re.fullmatch(r"[-+]?\d+", value):
@@ -91,7 +91,7 @@ def _check(name: str, value: str) -> None:
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """The texts of a configuration, with their dotted names."""
+    """Yield the strings of a configuration with their dotted names."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _leaves(inner, f"{key}.{name}" if key else str(name))
@@ -103,7 +103,7 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _load(text: str) -> Any:
-    """jsonargparse's own loader, for text within the limits."""
+    """Call jsonargparse's own loader on text within the limits."""
     try:
         check_yaml(text)
         return _THEIRS(text)

@@ -1,8 +1,8 @@
-"""``disttrain doctor``: can this machine, or these ranks, train? Alone, or under ``disttrain launch``, torchrun, srun.
+"""``disttrain doctor``: check whether this machine, or a group of ranks, can train.
 
-Prints a table of versions, devices, network, folders and speeds with what to mend, or JSON. Exit code 0 where all is
-well or there are warnings only, 1 where something would fail a training (or, with ``--strict``, for warnings too), 2
-for a mistake on the command line.
+Runs alone, or under ``disttrain launch``, torchrun or srun. Prints a table of versions, devices, network, folders and
+speeds, with a fix for each problem, or JSON. Exit code 0 if all is well or there are only warnings; 1 if something
+would break a run (with ``--strict``, for warnings too); 2 for a command-line mistake.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from disttrain.terminal import Parser, say
 
 
 def main(argv: list[str]) -> int:
-    """Examine, and print what was found; all ranks end alike.
+    """Run all checks and print the findings; every rank returns the same exit code.
 
     Args:
         argv: the arguments that follow ``disttrain doctor``.
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     if arguments.port is not None and not 0 < arguments.port < 65536:
         raise ConfigError(f"--port is {arguments.port}", mend="use 1024 to 65535")
 
-    # Here: --help and mistakes need no torch.
+    # Imported here: --help and command-line mistakes do not need torch.
     from disttrain.doctor.examine import Options, Report, examine
     from disttrain.doctor.finding import failure, worst
     from disttrain.doctor.folders import folders_of
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     try:
         world = detect_world()
     except ConfigError as error:
-        # What the launchers say contradicts itself: that is a finding, and this node can be looked at all the same.
+        # Contradictory launcher variables are a finding, not a reason to stop: this node can still be checked.
         world, trouble = World(), failure("launcher", error.what, error.mend)
     report = examine(world, options, caught=show)
     if trouble is not None:
@@ -90,6 +90,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _port_of_environment() -> int | None:
-    """``MASTER_PORT``, unless torchrun's own store, or the ranks' meeting, has it."""
+    """Return ``MASTER_PORT``, unless torchrun's store or the ranks' rendezvous already holds that port."""
     text = os.environ.get("MASTER_PORT", "")
     return int(text) if text.isdigit() and "RANK" not in os.environ and "SLURM_PROCID" not in os.environ else None

@@ -1,7 +1,7 @@
-"""``disttrain jobs``: the runs under a folder, with the state of their SLURM jobs, step and last checkpoint.
+"""``disttrain jobs``: list the runs under a folder with SLURM job state, step and last checkpoint.
 
-Reads run folders, asks ``squeue`` once, and ``sacct`` once for jobs that have left the queue where the cluster keeps
-accounts; without SLURM the run folders alone tell. Loads no torch.
+Reads run folders and calls ``squeue`` once; if the cluster keeps accounting, also calls ``sacct`` once for jobs that
+have left the queue. Without SLURM, uses the run folders alone. Does not import torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     """Run the command.
 
     Returns:
-        the exit code.
+        The exit code.
 
     Raises:
         ConfigError: a folder does not exist.

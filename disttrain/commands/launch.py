@@ -1,9 +1,9 @@
-"""``disttrain launch``: a subcommand, or a script, on all GPUs of this machine. A thin front to torchrun.
+"""``disttrain launch``: run a subcommand or a script on all GPUs of this machine, as a thin wrapper around torchrun.
 
-It counts the GPUs, prints the torchrun command and runs it, with a port that torchrun itself is given by the system, so
-that launches beside each other do not clash. Signals go on to torchrun and so to the ranks, and the exit code is that
-of the ranks (75 preempted, 76 hung, 77 out of memory, 2 a mistake), where torchrun's own is always 1. Where a rank has
-run out of memory for a micro batch, all are started again, with one of at most half the size. Loads no torch itself.
+Counts the GPUs, prints the torchrun command and runs it. torchrun picks a free port, so concurrent launches do not
+clash. Signals are forwarded to torchrun and from there to the ranks. The exit code is the ranks' own (75 preempted, 76
+hung, 77 out of memory, 2 usage error), where torchrun alone always returns 1. If a rank ran out of memory for a micro
+batch, all ranks are restarted with at most half its size. Does not import torch itself.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _PR_SET_PDEATHSIG: Final = 1
 
 
 def main(argv: list[str], subcommands: Collection[str]) -> int:
-    """Run it.
+    """Run the command under torchrun.
 
     Args:
         argv: the arguments that follow ``disttrain launch``.
         subcommands: the names of all subcommands.
 
     Returns:
-        The exit code of the ranks, or torchrun's where they have left none.
+        The exit code of the ranks, or torchrun's if they recorded none.
 
     Raises:
-        ConfigError: there is nothing to run or nothing of that name, or this process is a rank itself.
+        ConfigError: no command or an unknown one is given, or this process is itself a rank.
     """
     arguments = _parser().parse_args(argv)
     if not arguments.command:
@@ -77,7 +77,7 @@ def main(argv: list[str], subcommands: Collection[str]) -> int:
 
 
 def _check_command(name: str, subcommands: Collection[str]) -> None:
-    """Refuse what every rank would refuse, before any is started."""
+    """Reject what every rank would reject, before any rank starts."""
     if name.endswith(".py"):
         if not Path(name).is_file():
             raise ConfigError(f"there is no script {name}", mend="name a file, relative to this folder")
@@ -89,7 +89,7 @@ def _check_command(name: str, subcommands: Collection[str]) -> None:
 
 
 def torchrun_command(command: list[str], *, nproc: int, max_restarts: int = 0) -> list[str]:
-    """What runs a subcommand of disttrain, or a script, in some ranks of this machine."""
+    """Return the command that runs a disttrain subcommand or a script in ``nproc`` local ranks."""
     target = command if command[0].endswith(".py") else ["-m", "disttrain", *command]
     options = ["--standalone", "--nproc-per-node", str(nproc), "--signals-to-handle", ",".join(_FORWARDED)]
     if max_restarts:
@@ -98,7 +98,7 @@ def torchrun_command(command: list[str], *, nproc: int, max_restarts: int = 0) -
 
 
 def count_gpus(env: Mapping[str, str], devices: Path) -> int:
-    """How many GPUs a process that is started from here sees, by device files and ``CUDA_VISIBLE_DEVICES``.
+    """Count the GPUs that a child process would see, from device files and ``CUDA_VISIBLE_DEVICES``.
 
     Args:
         env: the environment.
@@ -109,7 +109,7 @@ def count_gpus(env: Mapping[str, str], devices: Path) -> int:
     if visible is None or not there:
         return there
     named = [name.strip() for name in visible.split(",")]
-    # CUDA stops at the first that it does not know.
+    # CUDA hides all devices from the first invalid entry on; -1 is the usual way to hide them.
     known = [name for name in named if not name.isdigit() or int(name) < there]
     return known.index("-1") if "-1" in known else len([name for name in known if name])
 
@@ -129,15 +129,15 @@ def _check_outside(env: Mapping[str, str]) -> None:
 
 
 def _run(command: list[str], env: dict[str, str], folder: Path) -> tuple[int, list[Ending], bool]:
-    """Run torchrun and pass signals on to it.
+    """Run torchrun and forward signals to it.
 
     Args:
-        command: of torchrun.
+        command: the torchrun command.
         env: its environment.
-        folder: where the ranks leave how they ended.
+        folder: where the ranks record how they ended.
 
     Returns:
-        its exit code, how the ranks ended, and whether a signal has asked to stop.
+        torchrun's exit code, how the ranks ended, and whether a signal was forwarded.
     """
     process: subprocess.Popen[bytes] | None = None
     early: list[int] = []
@@ -152,18 +152,18 @@ def _run(command: list[str], env: dict[str, str], folder: Path) -> tuple[int, li
         elif process.poll() is None:
             process.send_signal(number)
 
-    # SIGHUP: the terminal is closed: the ranks train on, and this waits for them.
+    # SIGHUP (terminal closed) is ignored: the ranks keep training and this process waits for them.
     before = {
         name: signal.signal(signal.Signals[name], signal.SIG_IGN if name == "SIGHUP" else forward)
         for name in _FORWARDED
     }
     try:
-        # In a session of its own, so that Ctrl-C on a terminal reaches it once, through here.
+        # In a separate session, so that Ctrl-C reaches torchrun only through forward(), not also from the terminal.
         process = subprocess.Popen(
             command,
             env={**env, VARIABLE: str(folder)},
             start_new_session=True,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 - there is one thread
+            preexec_fn=_die_with_parent,  # noqa: PLW1509 - this process has one thread
         )
         for number in early:
             process.send_signal(number)
@@ -175,13 +175,13 @@ def _run(command: list[str], env: dict[str, str], folder: Path) -> tuple[int, li
 
 
 def _die_with_parent() -> None:
-    """Have torchrun told to stop, as by SIGTERM, when the launcher is killed. Linux only; nothing elsewhere."""
+    """Have the kernel send torchrun SIGTERM when the launcher dies, even by SIGKILL. Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _tell(endings: list[Ending], nproc: int, *, again: bool = False) -> None:
-    """Print the mistakes of ranks, each once, below what torchrun has logged; or why they are started again."""
+    """Print each distinct error of the ranks once, below torchrun's log, or why the ranks are restarted."""
     by_message: dict[str, list[int]] = {}
     for ending in endings:
         if ending.message:

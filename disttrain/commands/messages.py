@@ -1,7 +1,7 @@
-"""What a parse error of the configuration means, in one message.
+"""Turn a configuration parse error into one readable message.
 
-jsonargparse reports a wrong setting as a nest of every type that did not fit; here the one sentence that
-matters is taken out of it: which setting, what was expected, what was given, and the nearest name there is.
+For a wrong setting, jsonargparse reports a nested list of every type that did not match. This module extracts the part
+that matters: which setting, what was expected, what was given, and the nearest valid name.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ SEE_HELP = "see --help for the settings and their types, or --print_config for a
 
 
 def explain(message: str, settings: Iterable[str]) -> DisttrainError:
-    """The error to show for a message of the parser.
+    """Return the error to show for a parser message.
 
     Args:
-        message: what the parser said.
+        message: the parser's message.
         settings: the dotted names of all settings that the parser knows.
     """
     own = re.search(r"(?:^|- )\s*([^\n]+)\n\s+mend: ([^\n]+)", message)
@@ -76,7 +76,7 @@ def explain(message: str, settings: Iterable[str]) -> DisttrainError:
 
 
 def own_error(error: BaseException) -> DisttrainError | None:
-    """disttrain's own error that an error was raised from or while handling, if there is one."""
+    """Return the ``DisttrainError`` in an error's cause or context chain, if any."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, DisttrainError):
@@ -86,7 +86,7 @@ def own_error(error: BaseException) -> DisttrainError | None:
 
 
 def _within(keys: list[str], what: str) -> str:
-    """A nested parser's sentence about a setting, with the setting's whole path."""
+    """Replace the setting name in a nested parser's message with its full path."""
     if not keys:
         return what
     path = ".".join(keys)
@@ -106,7 +106,7 @@ def _keys(text: str) -> list[str]:
 
 
 def _nearest_setting(path: str, settings: set[str]) -> str:
-    """Walk the dotted path to the first part that does not exist, and name what is nearest to it there."""
+    """Find the first part of a dotted path that does not exist and suggest the nearest name at that level."""
     parts = path.split(".")
     for depth, part in enumerate(parts):
         prefix = ".".join(parts[:depth])
@@ -123,7 +123,7 @@ def _child(name: str, prefix: str) -> str:
 
 
 def _vocabulary() -> Iterator[str]:
-    """Names of all settings below the ones that the parser lists: dataclasses and the tasks' arguments."""
+    """Yield setting names that the parser does not list: fields of dataclasses and arguments of tasks."""
     for config in _CONFIGS:
         yield from (field.name for field in dataclasses.fields(config))
     for task in _subclasses(pl.LightningModule):

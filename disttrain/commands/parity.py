@@ -1,8 +1,8 @@
-"""``disttrain parity``: does a recipe train the same in every layout? On this machine, with the recipe's own data.
+"""``disttrain parity``: check on this machine, with a recipe's own data, that it trains the same in every layout.
 
-Runs a few steps of it in each layout, compares samples, losses, gradient norms, weights and metrics with those of the
-first, and prints a table, what differed first and why it may, and two pictures. Exit code 0 where all layouts agree as
-they should, 1 where one does not.
+Runs a few steps in each layout and compares samples, losses, gradient norms, weights and metrics with those of the
+first layout. Prints a table, the first difference and its possible causes, and draws two plots. Exit code 0 if all
+layouts agree within tolerance, 1 otherwise.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
     from disttrain.parity.traces import Trace
 
 _FILES: Final = ("parity.json", "loss.png", "distance.png")
-"""What a comparison writes beside the folders of its runs."""
+"""Files that a comparison writes next to its run folders."""
 _LAYOUTS: Final = "1,2xddp,2xfsdp"
 _TOLERANCE, _TOLERANCE_SGD = 1e-5, 1e-6
-"""By default; optimizers that divide by a gradient's size scale rounding up."""
+"""Default tolerances. Optimizers that divide by the gradient's magnitude amplify rounding errors."""
 _LOOSER: Final = 10
-"""How much more tensor parallelism may round, which cuts the sums inside layers."""
+"""Factor on the tolerance for another tensor-parallel degree, which splits the sums inside layers."""
 
 
 def main(argv: list[str]) -> int:
     """Run the comparison.
 
     Args:
-        argv: the arguments that follow ``disttrain parity``; those it does not know go to ``disttrain fit``.
+        argv: the arguments that follow ``disttrain parity``; unknown ones are passed to ``disttrain fit``.
 
     Returns:
-        0 where all layouts agree, 1 where one differs.
+        0 if all layouts agree, 1 if one differs.
 
     Raises:
-        ConfigError: a layout or a number is none, or the recipe cannot be run in a layout.
+        ConfigError: a layout or a number is invalid, or the recipe cannot run in a layout.
         ParityError: a run failed.
     """
     arguments, more = _parser().parse_known_args(argv)
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     out = resolve_path(arguments.out, name="--out")
     _check(arguments, out)
 
-    from disttrain.commands.config_check import read_words  # here: --help and mistakes need no torch
+    from disttrain.commands.config_check import read_words  # here: --help and command-line mistakes do not need torch
     from disttrain.parity.compare import DIFFERENT, compare
     from disttrain.parity.launch import Runs
     from disttrain.parity.show import draw_pictures, print_comparisons, write_json
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     notes += told
     check_sizes(layouts, recipe.global_batch_size, size)
     for layout in layouts:
-        layout.parallel(recipe.parallel)  # a layout that cannot be is told before the others have run
+        layout.parallel(recipe.parallel)  # reports an impossible layout before any layout runs
     _clear(out)
     runs = Runs(tuple(words), out, arguments.steps, recipe.parallel, size)
     say(f"disttrain parity: {arguments.steps} steps in {len(layouts)} layouts, the first is the reference")
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
             say(f"  {note}")
     others, traces = layouts[1:], []
     if arguments.kill:
-        # The reference itself goes on undisturbed: killed like the others it would hide what a kill changes.
+        # The reference stays undisturbed: if it were killed too, an effect common to all kills would not show.
         others = layouts
         traces.append(_run(runs, layouts[0], name=f"{layouts[0].name}-killed", kill=True))
     traces += [_run(runs, layout, kill=arguments.kill) for layout in layouts[1:]]
@@ -89,11 +89,11 @@ def main(argv: list[str]) -> int:
     tree = recipe.parallel.reduction == "tree"
     compared = []
     for layout, trace in zip(others, traces, strict=True):
-        same_sums = layout.tensor == layouts[0].tensor  # another tensor degree adds other parts of each product
+        same_sums = layout.tensor == layouts[0].tensor  # another degree splits the products' sums differently
         compared.append(_compare(reference, trace, tolerance, same_sums=same_sums, tree=tree))
     again = None
     if any(one.verdict == DIFFERENT for one in compared):
-        # A run that does not even repeat itself differs for another reason than its layout.
+        # If the reference does not reproduce itself, the layout is not the cause.
         again = compare(reference, runs.run(layouts[0], name=f"{layouts[0].name}-again"), tolerance)
     print_comparisons(reference, compared, again)
     say(f"tolerance: {tolerance:g}, {why}" + (", and the same bits where reduction: tree gives them" if tree else ""))
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
 
 
 def _common_size(recipe: Checked, layouts: Sequence[Layout]) -> tuple[int, list[str]]:
-    """The micro batch size of the layouts that name none, and what to tell of it."""
+    """Return the micro batch size for layouts that do not set one, and notes to print about it."""
     from disttrain.parity.layouts import common_size, fitting_size
 
     asked, batch = recipe.micro_batch_size, recipe.global_batch_size
@@ -117,7 +117,7 @@ def _common_size(recipe: Checked, layouts: Sequence[Layout]) -> tuple[int, list[
 
 
 def _compare(reference: Trace, trace: Trace, tolerance: float, *, same_sums: bool, tree: bool) -> Comparison:
-    """Compare by bits where the layouts must have the same, otherwise by what sums may round."""
+    """Compare bit for bit if the layouts must match exactly, otherwise within the rounding tolerance."""
     from disttrain.parity.compare import compare
 
     exact = tree and same_sums and trace.micro_batch_size == reference.micro_batch_size
@@ -125,7 +125,7 @@ def _compare(reference: Trace, trace: Trace, tolerance: float, *, same_sums: boo
 
 
 def _run(runs: Runs, layout: Layout, *, name: str = "", kill: bool = False) -> Trace:
-    """Run the recipe in a layout, and tell."""
+    """Run the recipe in one layout and print a line when done."""
     trace = runs.run(layout, name=name, kill=kill)
     resumed = f", killed and resumed from step {trace.resumed_from}" if kill else ""
     say(f"  {trace.name}: done{resumed}")
@@ -133,7 +133,7 @@ def _run(runs: Runs, layout: Layout, *, name: str = "", kill: bool = False) -> T
 
 
 def _judge(failed: Sequence[Comparison]) -> int:
-    """Tell which layouts differ from the first by more than they may; gives the exit code."""
+    """Print the layouts that differ from the first by more than the tolerance; return the exit code."""
     needs = ("have the same bits" if one.exact else f"differ by at most {one.tolerance:g}" for one in failed)
     if failed:
         say("FAILED: " + ", ".join(f"{one.name} (must {need})" for one, need in zip(failed, needs, strict=True)))
@@ -141,10 +141,10 @@ def _judge(failed: Sequence[Comparison]) -> int:
 
 
 def _another_size(reference: Trace, global_batch_size: int) -> tuple[list[Layout], str]:
-    """A layout that shows whether a gradient depends on the micro batch size, where nothing else does; and a note."""
+    """Return a layout that tests whether the gradient depends on the micro batch size, if needed, and a note."""
     from disttrain.parity.layouts import another_size, parse_layout
 
-    if reference.is_task or reference.micro_batch_size is None:  # a Task's gradient is that of the global batch
+    if reference.is_task or reference.micro_batch_size is None:  # a Task's gradient is always that of the global batch
         return [], ""
     size = another_size(global_batch_size, reference.micro_batch_size)
     followers = ["dropout masks"] * reference.draws + ["batch norms"] * bool(reference.batch_norms)
@@ -156,7 +156,7 @@ def _another_size(reference: Trace, global_batch_size: int) -> tuple[list[Layout
 
 
 def _tolerance(asked: float | None, reference: Trace) -> tuple[float, str]:
-    """What counts as rounding, and why."""
+    """Return the rounding tolerance and the reason for it."""
     names = " and ".join(reference.optimizers) or "an unknown optimizer"
     if asked is not None:
         return asked, "as asked for"
@@ -166,7 +166,7 @@ def _tolerance(asked: float | None, reference: Trace) -> tuple[float, str]:
 
 
 def _check(arguments: argparse.Namespace, out: Path) -> None:
-    """Refuse numbers that are none, a recipe that does not exist, and a folder that holds what is not parity's."""
+    """Reject invalid numbers, a missing recipe, and an output folder that holds anything but a comparison."""
     if arguments.steps < 1:
         raise ConfigError(f"--steps is {arguments.steps}", mend="use at least 1")
     if arguments.kill and arguments.steps < 2:
@@ -184,14 +184,14 @@ def _check(arguments: argparse.Namespace, out: Path) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a comparison has written what is in its folder: a file, or the folder of a run."""
+    """Return whether an entry of the output folder comes from a comparison: one of its files or a run folder."""
     if not path.is_dir():
         return path.name in _FILES
     return (path / "rank-00000.log").is_file() or not any(path.iterdir())
 
 
 def _check_recipe(recipe: Checked) -> None:
-    """Refuse a recipe whose runs would not begin anew, or would write over another run's checkpoints."""
+    """Reject a recipe whose runs would not start from scratch, or would overwrite another run's checkpoints."""
     if recipe.resume not in ("auto", "never"):
         raise ConfigError(
             f"resume is {recipe.resume}, and the runs of a comparison begin anew",
@@ -205,7 +205,7 @@ def _check_recipe(recipe: Checked) -> None:
 
 
 def _clear(out: Path) -> None:
-    """Make an empty folder, in place of an earlier comparison."""
+    """Create an empty output folder, replacing an earlier comparison."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / "parity.json").write_text("{}")

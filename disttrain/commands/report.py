@@ -1,7 +1,7 @@
-"""``disttrain report``: a page on a run, or a comparison of several.
+"""``disttrain report``: write a page about one run, or a comparison of several.
 
-Reads run folders and writes HTML and PNG files; it needs no accelerator, and loads neither torch nor
-Lightning, so it also runs at once on a cluster's login node.
+Reads run folders and writes HTML and PNG files. Needs no accelerator and imports neither torch nor Lightning, so it
+starts fast and runs on a login node.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ def main(argv: list[str]) -> int:
         argv: the arguments that follow ``disttrain report``.
 
     Returns:
-        the exit code.
+        The exit code.
 
     Raises:
         ConfigError: several runs are compared without ``--out``.
-        DataError: a folder is no run folder.
+        DataError: a folder is not a run folder.
     """
     arguments = _parser().parse_args(argv)
-    from disttrain.report import write_report  # here, so that --help does not load Matplotlib
+    from disttrain.report import write_report  # here, so that --help does not import Matplotlib
 
     say(write_report(arguments.run_dirs, arguments.out))
     return 0

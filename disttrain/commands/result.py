@@ -1,6 +1,6 @@
-"""What a run has come to: its table, its report, and whether a complete run is the one that was asked for.
+"""Show the result of a complete run: its table, its report, and whether its settings match the current ones.
 
-Everything is read from the run's folder and record, so a complete run shows the same again without training.
+Everything is read from the run's folder and record, so a complete run can be shown again without training.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _NULL: Final[dict[str, Any]] = {
     "data.shuffle": ShuffleConfig(),
     "data.hooks": HooksConfig(),
 }
-"""Groups of settings that may be null, which stands for these."""
+"""Defaults of groups of settings that may be null."""
 _OF_THE_USER: Final = ("model.", "data.fields.")
-"""Where a name that one configuration alone has is a change; elsewhere it is a setting of another version."""
+"""Under these prefixes a name that only one configuration has is a change; elsewhere it belongs to another version."""
 
 
 def changed_settings(path: Path, text: str) -> list[str]:
-    """Dotted names of settings that differ between a run's ``config.yaml`` and another text; none if unreadable."""
+    """Return dotted names of settings that differ between a ``config.yaml`` and a text; empty if unreadable."""
     try:
-        content = parse_yaml(redacted(read_text(path, limit=CONFIG_BYTES)))  # older runs' is not redacted
+        content = parse_yaml(redacted(read_text(path, limit=CONFIG_BYTES)))  # older versions did not redact the file
     except (OSError, ValueError) as error:
         told = error.strerror if isinstance(error, OSError) else error
         tell(f"whether the run was trained with these settings is not known: {path}: {told}")
@@ -47,7 +47,7 @@ def changed_settings(path: Path, text: str) -> list[str]:
 
 
 def _flat(content: Any, name: str = "") -> dict[str, Any]:
-    """Settings by dotted name; what holds others has an entry of its own, so that a value in its place is a change."""
+    """Flatten settings to dotted names; a group has its own entry too, so replacing it by a value is a change."""
     if content is None and name in _NULL:
         content = asdict(_NULL[name])
     found: dict[str, Any] = {name: "several"}
@@ -61,19 +61,19 @@ def _flat(content: Any, name: str = "") -> dict[str, Any]:
 
 
 def show_complete(run_dir: Path, config: str, *, tests: bool, report: bool = True) -> bool:
-    """Show the result of a run that has come to its end, and make the report that it lacks. Rank 0 only.
+    """Show the result of a complete run and write its report if missing. Call on rank 0 only.
 
     Args:
         run_dir: the run's folder.
         config: the settings of this command, as YAML.
-        tests: whether these have a test split, whose result a complete run holds.
-        report: whether to make one that is missing.
+        tests: whether these settings have a test split, whose result a complete run must hold.
+        report: whether to write a missing report.
 
     Returns:
-        whether the run is complete.
+        Whether the run is complete.
 
     Raises:
-        ConfigError: it is, but was trained with other settings.
+        ConfigError: the run is complete but was trained with other settings.
     """
     record = read_run(run_dir)
     if record.get("status") != COMPLETED or (tests and "result" not in record):
@@ -94,8 +94,8 @@ def show_result(run_dir: Path, record: dict[str, Any], *, rate: str = "", report
 
     Args:
         run_dir: the run's folder.
-        record: what ``run.json`` holds.
-        rate: samples per second, in words.
+        record: the content of ``run.json``.
+        rate: samples per second, as text.
         report: whether to write the report now.
     """
     page = run_dir / "report" / PAGE_NAME
@@ -120,7 +120,7 @@ def show_result(run_dir: Path, record: dict[str, Any], *, rate: str = "", report
     table.add_row("stopped", cell(record.get("stop_reason", "")))
     try:
         kept = best_checkpoint(run_dir, "best")
-    except CheckpointError:  # somebody has cleared them
+    except CheckpointError:  # the checkpoints were removed
         kept = run_dir / CHECKPOINTS
     table.add_row("checkpoint", cell(str(kept)))
     table.add_row("report", cell(where))
@@ -128,7 +128,7 @@ def show_result(run_dir: Path, record: dict[str, Any], *, rate: str = "", report
 
 
 def _report(run_dir: Path) -> str:
-    """Where the report is; the run is complete, so what goes wrong with its report is only told."""
+    """Write the report and return its path. Failures are only logged, because the run itself is complete."""
     try:
         return str(write_report([run_dir]))
     except Exception as error:

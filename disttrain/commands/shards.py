@@ -1,8 +1,9 @@
-"""``disttrain shards``: pack data into tars, index them, check them, and show what they hold.
+"""``disttrain shards``: pack data into tar shards, index them, verify them, and show their content.
 
-The subcommands and their arguments; packing is here, the others are in :mod:`disttrain.commands.shards_check`
-and :mod:`disttrain.commands.shards_show`. Each is one function over the parsed arguments. What a user can mend
-is raised as a :class:`~disttrain.errors.DisttrainError`, which the caller prints.
+Defines the subcommands and their arguments. Packing is implemented here, the rest in
+:mod:`disttrain.commands.shards_check` and :mod:`disttrain.commands.shards_show`; each subcommand is one function of the
+parsed arguments. Errors that the user can fix are raised as :class:`~disttrain.errors.DisttrainError`; the caller
+prints them.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ def main(argv: list[str]) -> int:
     """Run one subcommand.
 
     Returns:
-        The exit code: 0, or 1 where ``verify`` found faults.
+        The exit code: 0, or 1 if ``verify`` found faults.
 
     Raises:
-        DisttrainError: what the user can mend.
-        SystemExit: argparse's own, for ``--help`` (0) and wrong arguments (2).
+        DisttrainError: an error that the user can fix.
+        SystemExit: from argparse, for ``--help`` (0) and wrong arguments (2).
     """
     arguments = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run

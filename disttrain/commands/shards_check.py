@@ -1,7 +1,7 @@
-"""``disttrain shards index`` and ``disttrain shards verify``: several shards at a time, with progress.
+"""``disttrain shards index`` and ``disttrain shards verify``: process several shards at a time, with progress.
 
-``index`` raises the first fault that it meets as an error; ``verify`` prints every one as it is found, then keys
-that several shards hold, and returns 1 where there are faults. PyTorch is imported only where ``verify`` decodes.
+``index`` raises the first fault as an error. ``verify`` prints every fault as it is found, then keys that occur in
+several shards, and returns 1 if there are faults. Imports PyTorch only if ``verify`` decodes samples.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _REPEATS_SHOWN: Final = 5
 
 
 def index(arguments: argparse.Namespace) -> int:
-    """Write sidecars and, if asked, a manifest; returns 0."""
+    """Write sidecars and, on request, a manifest; return 0."""
     manifest: Path | None = arguments.manifest
     if arguments.md5 and manifest is None:
         raise ConfigError("--md5 has no manifest to go into", mend="add --manifest FILE")
@@ -68,7 +68,7 @@ def _told(sidecars: Counter[str], kept: Counter[str]) -> Iterator[str]:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """Print every fault; returns 1 where there is one, else 0."""
+    """Print every fault; return 1 if there are any, else 0."""
     shards = named(arguments.data)
     wanted = [name.strip().partition(":") for name in (arguments.fields or "").split(",") if name.strip()]
     decoders = None if arguments.no_decode else _decoders(wanted)
@@ -92,7 +92,9 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def _print_repeats(keys: Keys) -> None:
-    """Name some keys that several shards hold: no fault, as shards may count from 0 each, but often not meant."""
+    """List some keys that occur in several shards: often a mistake, but not a fault, since shards may each count from
+    0.
+    """
     repeats, total = keys.repeats(_REPEATS_SHOWN)
     for key, first, second in repeats:
         there = "which is named twice" if first.path == second.path else f"and in shard {shown(second.path)}"

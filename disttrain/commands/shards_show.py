@@ -1,6 +1,6 @@
-"""``disttrain shards ls`` and ``disttrain shards stats``: what a data set holds, for people to read.
+"""``disttrain shards ls`` and ``disttrain shards stats``: show the content of a data set.
 
-Nothing is written, but for the tables of remote shards, which are kept locally as ever. Cost: the tables of all
+Writes nothing except the local copies of remote shards' tables, as any reader does. Cost: reads the tables of all
 shards; ``stats --classes`` also reads the classes.
 """
 
@@ -30,7 +30,7 @@ _CLASSES_SHOWN: Final = 40
 
 
 def ls(arguments: argparse.Namespace) -> int:
-    """List shards, or samples; returns 0."""
+    """List shards or samples; return 0."""
     index = ShardIndex.open(arguments.data, write_sidecars=False)
     if arguments.samples:
         for shard, found in _tables(index):
@@ -55,7 +55,7 @@ def ls(arguments: argparse.Namespace) -> int:
 
 
 def stats(arguments: argparse.Namespace) -> int:
-    """Show sizes by field, histograms and classes; returns 0."""
+    """Show sizes by field, histograms and classes; return 0."""
     index = ShardIndex.open(arguments.data, write_sidecars=False)
     numbers = Statistics()
     for shard, found in _tables(index):
@@ -108,7 +108,7 @@ def _classes(console: Console, index: ShardIndex, fields: Sequence[str]) -> None
 
 
 def _bars(console: Console, title: str, rows: Sequence[tuple[str, int]]) -> None:
-    """Numbers with bars, as long as they are large."""
+    """Print labelled numbers with proportional bars."""
     block = "█" if console.encoding.startswith("utf") else "#"
     most = max((number for _, number in rows), default=1)
     table = Table(title=cell(title), title_justify="left", title_style="bold", box=None, show_header=False)
@@ -123,7 +123,7 @@ def _bars(console: Console, title: str, rows: Sequence[tuple[str, int]]) -> None
 
 
 def _tables(index: ShardIndex) -> Iterator[tuple[Shard, ShardTable]]:
-    """Each shard with its table, in order."""
+    """Yield each shard with its table, in order."""
     are_local = not any(shard.is_remote for shard in index.shards)
     tables = together(index.table, range(len(index.shards)), quick=are_local, told="reading tables")
     return zip(index.shards, tables, strict=True)
@@ -135,12 +135,12 @@ def _size(shard: Shard) -> int:
 
 def _console() -> Console:
     console = Console()
-    # A pipe has no width: nothing is folded or cut there.
+    # A pipe has no width, so nothing is folded or cut there.
     return console if console.is_terminal else Console(width=_UNFOLDED)
 
 
 def _bytes(number: float) -> str:
-    """Bytes for people: three digits or so."""
+    """Format a byte count with about three digits."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if number < 1000 or (unit == "B" and number < 10_000):
             return f"{number:,.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.3g} {unit}"
@@ -149,21 +149,21 @@ def _bytes(number: float) -> str:
 
 
 def count(number: int | str, noun: str) -> str:
-    """A number with its noun."""
+    """Format a number with its noun, in the plural where needed."""
     told = number if isinstance(number, str) else f"{number}"
     return f"{told} {noun}" if number == 1 else f"{told} {noun}s"
 
 
 def summary(shards: Sequence[Shard]) -> str:
-    """How many shards and samples."""
+    """Format the numbers of shards and samples."""
     return f"{count(len(shards), 'shard')}, {count(sum(shard.num_samples for shard in shards), 'sample')}"
 
 
 def named(specs: Sequence[str]) -> list[Shard]:
-    """The shards that patterns and manifests name; what only a manifest knows is -1 or empty for the others.
+    """List the shards that patterns and manifests name. Fields that only a manifest knows are -1 or empty for the rest.
 
     Raises:
-        DataError: they name none, or a file that is missing.
+        DataError: no shards are named, or a file is missing.
     """
     shards: list[Shard] = []
     for spec in specs:

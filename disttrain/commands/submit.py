@@ -1,8 +1,8 @@
-"""``disttrain submit``: a training job for SLURM, checked before it is queued.
+"""``disttrain submit``: check a training job, then queue it on SLURM.
 
-Reads the configuration as ``fit`` does, checks it against the ranks asked for, renders the script of the chosen style,
-lets SLURM test it, keeps script, configuration and the state of the code in the run folder, queues it, and says how to
-follow. ``--dry-run`` prints the script and queues nothing; it needs no SLURM.
+Reads the configuration as ``fit`` does, checks it against the requested ranks, renders the script of the chosen style
+and has SLURM test it. Then saves the script, the configuration and the state of the code in the run folder, queues the
+job and prints how to follow it. ``--dry-run`` prints the script without queueing; it does not need SLURM.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def main(argv: list[str]) -> int:
     """Run the command.
 
     Returns:
-        the exit code.
+        The exit code.
 
     Raises:
-        DisttrainError: what the user can mend; nothing was queued then.
-        SystemExit: argparse's own.
+        DisttrainError: an error that the user can fix; nothing was queued.
+        SystemExit: from argparse.
     """
     arguments = _parser().parse_args(argv)
     site_file = find_site(arguments.site)
@@ -54,9 +54,9 @@ def main(argv: list[str]) -> int:
     )
     fixed, by_index = _settings(arguments.set, job)
 
-    from disttrain.commands.config_check import check_data, read_config  # loads torch
+    from disttrain.commands.config_check import check_data, read_config  # imports torch
 
-    # Values that differ by index are checked with the first one's.
+    # Values that differ by array index are checked for the first index only.
     if first := [f"{name}={value.replace(INDEX, str(job.first_index))}" for name, value in by_index.items()]:
         read_config(arguments.config, [*fixed, *first])
     checked = read_config(arguments.config, fixed)
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
 
 
 def _with_options(site: Site, arguments: argparse.Namespace) -> Site:
-    """The site's settings, with those of the command line over them."""
+    """Override the site's settings with those of the command line."""
     given = {name: getattr(arguments, name) for name in ("account", "qos", "cpus_per_task", "memory")}
     options: dict[str, str | None] = dict(site.sbatch)
     for text in arguments.sbatch:
@@ -99,7 +99,7 @@ def _with_options(site: Site, arguments: argparse.Namespace) -> Site:
 
 
 def _settings(given: list[str], job: Job) -> tuple[list[str], dict[str, str]]:
-    """The settings that hold for the whole job, and those that differ by index."""
+    """Split settings into those of the whole job and those that differ by array index."""
     fixed: list[str] = []
     by_index: dict[str, str] = {}
     for text in given:
@@ -124,7 +124,7 @@ def _settings(given: list[str], job: Job) -> tuple[list[str], dict[str, str]]:
 
 
 def _check_folder(script: Script, job: Job, resume: str) -> None:
-    """The run folder has to be one that the job, however often it is started, goes on in."""
+    """Check that the job can resume in its run folder however often it is started."""
     if resume == "never":
         raise ConfigError(
             "resume is never, so each start of the job, after a preemption too, would begin anew",
@@ -154,7 +154,7 @@ def _check_folder(script: Script, job: Job, resume: str) -> None:
 
 
 def _complete(run_dir: Path, job: Job) -> list[int]:
-    """The indices of an array whose runs are complete."""
+    """Return the indices of an array whose runs are complete."""
     if job.array is None or not run_dir.is_dir():
         return []
     there = sorted(int(child.name) for child in run_dir.iterdir() if child.name.isdecimal())
@@ -162,7 +162,7 @@ def _complete(run_dir: Path, job: Job) -> list[int]:
 
 
 def _check_output(script: Script) -> None:
-    """SLURM takes a job whose output cannot be opened, and it fails without a word."""
+    """Check the output folder: SLURM accepts a job whose output cannot be opened, and the job then fails silently."""
     if script.output is not None:
         folder = Path(script.output).parent
         if INDEX not in str(folder) and not folder.is_dir():

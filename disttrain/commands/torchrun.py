@@ -1,8 +1,8 @@
-"""``python -m disttrain.commands.torchrun``: torchrun, without the traceback that it prints when a rank fails.
+"""``python -m disttrain.commands.torchrun``: torchrun without its traceback when a rank fails.
 
-It takes torchrun's own options and does what torchrun does. A failed rank has printed its own error by then, and
-torchrun's traceback of thirty lines, which is about torchrun and not about the run, would push that error off the
-screen. What torchrun logs of each failed rank, its exit code or the signal that killed it, stays.
+Takes torchrun's options and does what torchrun does. A failed rank has already printed its own error, and torchrun's
+30-line traceback is about torchrun, not the run; it would push that error off the screen. torchrun's log line for each
+failed rank, with its exit code or signal, stays.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def main() -> int:
     """Run torchrun with the arguments of this process.
 
     Returns:
-        0, or 1 where a rank failed or a signal ended the ranks, as torchrun itself.
+        0, or 1 if a rank failed or a signal ended the ranks, like torchrun itself.
     """
     try:
         torchrun()

@@ -1,1 +1,1 @@
-"""What ``disttrain doctor`` looks at: one file a subject, each of which returns findings and raises nothing."""
+"""The checks of ``disttrain doctor``: one module per subject, each returning findings instead of raising."""

@@ -1,9 +1,9 @@
-"""The examination: each rank by itself, then all of them together, with a time limit on everything.
+"""Run all checks: each rank on its own, then all ranks together, with a time limit on everything.
 
-Ranks meet in a store before they meet in a process group: what a rank knows of itself is with rank 0 before anything
-can hang, so that rank 0 can tell who did not come, who differs, and who stopped answering. A last guard ends a rank
-that is caught in a call of a library, with what is known by then. The whole takes some seconds; where ranks do not
-come, or hang, a few times the time limit.
+Ranks exchange facts through a store before they create a process group. Rank 0 therefore has each rank's facts before
+anything can hang, and can report which ranks are missing, differ or stopped responding. A watchdog ends a rank that is
+stuck in a library call, after printing what is known so far. The whole run takes a few seconds, or a few times the time
+limit if ranks are missing or hang.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ _LOOK_AT_RANK_0: Final = (
 
 @dataclass(frozen=True)
 class Options:
-    """What to examine.
+    """What to check.
 
     Attributes:
         folders: run folder and data.
-        config: the configuration, whose content ranks compare.
+        config: the configuration file whose content the ranks compare.
         shm: where shared memory is mounted.
-        port: a port that rank 0 is to be able to listen at.
-        timeout: seconds to wait for other ranks, each time.
+        port: a port that rank 0 must be able to listen on.
+        timeout: seconds of each wait for other ranks.
     """
 
     folders: Folders
@@ -65,14 +65,14 @@ class Options:
 
 @dataclass
 class Report:
-    """What is known so far.
+    """The results so far.
 
     Attributes:
-        world: this rank among all.
-        findings: of this rank and, on rank 0, of all.
-        measured: figures by name, in seconds and bytes a second.
-        speaks: whether this rank is the one that prints.
-        stage: what is being done.
+        world: this rank's place among all ranks.
+        findings: of this rank and, on rank 0, of all ranks.
+        measured: measurements by name, in seconds and bytes per second.
+        speaks: whether this rank prints the report.
+        stage: what the rank is currently doing.
     """
 
     world: World
@@ -82,7 +82,7 @@ class Report:
     stage: str = "looking at its own node"
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, for programs."""
+        """Return the whole report as JSON-serializable data."""
         return {
             "status": worst(self.findings),
             "world": asdict(self.world),
@@ -92,12 +92,12 @@ class Report:
 
 
 def examine(world: World, options: Options, *, caught: Callable[[Report], None]) -> Report:
-    """Examine this rank, and all of them where there are several. Every rank calls it.
+    """Check this rank and, if there are several, all of them together. Every rank calls it.
 
     Args:
-        world: this rank among all.
-        options: what to examine.
-        caught: called with what is known, in another thread, before a rank that hangs is ended.
+        world: this rank's place among all ranks.
+        options: what to check.
+        caught: called from another thread with the report so far, before a hung rank is ended.
     """
     report = Report(world, speaks=world.rank == 0)
     start = time.perf_counter()
@@ -151,7 +151,7 @@ def _examine_together(report: Report, options: Options, meeting: Meeting, used: 
         except DisttrainError as error:
             check = "port" if world.rank == 0 else "peers"
             mend = error.mend if world.rank == 0 else _LOOK_AT_RANK_0
-            # Rank 0 does not know of this one; nobody else can tell.
+            # Rank 0 does not know about this rank, so this rank has to print its own report.
             report.speaks = True
             found = network.examine_port(meeting.ports[-1]) if world.rank == 0 else None
             said = found.said if found is not None and found.status == "failure" else error.what
@@ -168,7 +168,7 @@ def _examine_together(report: Report, options: Options, meeting: Meeting, used: 
 
 
 class _Together:
-    """A rank's part of the examination of all."""
+    """One rank's share of the checks that involve all ranks."""
 
     def __init__(self, report: Report, options: Options, meeting: Meeting, store: Store) -> None:
         self.report, self.options, self.meeting, self.store = report, options, meeting, store
@@ -176,7 +176,7 @@ class _Together:
         self.sign = SharedSign(options.folders.run_dir, meeting.name.replace("/", "-"))
 
     def tell_facts(self, address: str, port: int) -> None:
-        """Leave what is known of this rank with rank 0."""
+        """Send this rank's facts to rank 0."""
         if self.world.rank == 0:
             self.sign.leave()
         facts = {
@@ -192,7 +192,7 @@ class _Together:
         self.store.set(f"facts/{self.world.rank}", json.dumps(facts))
 
     def plan(self) -> dict[str, Any] | None:
-        """Who came, decided by rank 0; None where rank 0 went away."""
+        """Return which ranks arrived, as decided by rank 0, or None if rank 0 went away."""
         self.report.stage = "waiting for the other ranks"
         if self.world.rank > 0:
             text = self._read("plan", 2 * self.options.timeout)
@@ -231,7 +231,7 @@ class _Together:
             self.report.findings += judge.compare_facts([facts[rank] for rank in sorted(facts)])
 
     def act(self, plan: dict[str, Any], used: network.Interface | None) -> None:
-        """Reach the others, compute, exchange; leave what was found with rank 0."""
+        """Connect to other ranks, compute, exchange tensors, and send the results to rank 0."""
         found: list[Finding] = []
         told: dict[str, Any] = {"clock": plan["clock"]}
         world, came = self.world, sorted(int(rank) for rank in plan["hosts"])
@@ -265,7 +265,7 @@ class _Together:
         self.store.set(f"result/{world.rank}", json.dumps(told))
 
     def _link(self, num_hosts: int, on_gpus: bool, used: network.Interface | None) -> judge.Link:
-        """What the links between the ranks should carry."""
+        """Return the expected speed of the links between the ranks."""
         if num_hosts > 1:
             infiniband = network.infiniband_speed() if on_gpus else 0.0
             interface = used.megabits * 1e6 / 8 if used else 0.0
@@ -278,7 +278,7 @@ class _Together:
         return judge.Link("one TCP connection inside the node carries", network.loopback_speed(), inside=True)
 
     def _reach(self, plan: Mapping[str, Any], came: list[int]) -> list[Finding]:
-        """Each rank tries some others, at distances of powers of two: all are tried, and few each."""
+        """Connect to the ranks at power-of-two distances, which covers all ranks with few connections each."""
         here, size = came.index(self.world.rank), len(came)
         peers = {came[(here + 2**k) % size] for k in range(size.bit_length()) if 2**k < size}
         places = {rank: (str(plan["places"][str(rank)][0]), int(plan["places"][str(rank)][1])) for rank in peers}
@@ -294,7 +294,7 @@ class _Together:
         ]
 
     def conclude(self, plan: Mapping[str, Any]) -> None:
-        """Rank 0 judges and tells the others what came out; they end as it does."""
+        """Judge the results on rank 0 and send the findings to the other ranks, which return the same exit code."""
         self.report.stage = "waiting for the others' results"
         if self.world.rank > 0:
             text = self._read("verdict", 3 * self.options.timeout + 15)
@@ -305,7 +305,7 @@ class _Together:
                 self.store.add("read", 1)
             return
         came = sorted(int(rank) for rank in plan["hosts"])
-        # A rank may have begun to connect after this one, and then wait as long for one that has gone.
+        # A rank may have started connecting after this one, and then waits a full timeout for a peer that is gone.
         ready = self._wait_for("result", came, 2 * self.options.timeout + 5)
         hosts = {int(rank): str(host) for rank, host in plan["hosts"].items()}
         told = {rank: json.loads(self.store.get(f"result/{rank}")) for rank in ready}
@@ -337,7 +337,7 @@ class _Together:
             report.findings.append(judge.judge_links(told[0]["speeds"], backend=backend, link=link))
 
     def _read(self, key: str, seconds: float) -> str | None:
-        """What a key holds, once it does; None where that takes too long."""
+        """Return the value of a key once it is set, or None after a timeout."""
         try:
             self.store.wait([key], timedelta(seconds=seconds))
             return self.store.get(key).decode()
@@ -345,7 +345,7 @@ class _Together:
             return None
 
     def _wait_for(self, what: str, ranks: Any, seconds: float) -> list[int]:
-        """Which of some ranks have left something in time."""
+        """Return the ranks that set their key in time."""
         deadline, waiting = time.monotonic() + seconds, set(ranks)
         came: list[int] = []
         while waiting:
@@ -369,7 +369,7 @@ def _config_facts(config: Path | None) -> dict[str, str]:
 
 @contextmanager
 def _guarded(report: Report, seconds: float, caught: Callable[[Report], None]) -> Iterator[None]:
-    """End this process if what is inside does not end."""
+    """End this process if the body does not finish in time."""
 
     def end() -> None:
         world, report.speaks = report.world, True

@@ -1,4 +1,4 @@
-"""What an examination finds: a subject, a status, what was found, and how to mend it."""
+"""One result of a check: subject, status, what was found, and how to fix it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Finding:
 
     Attributes:
         check: the subject, such as ``shared memory``.
-        status: ``ok``; ``warning``, it works but not well; ``failure``, a training would fail or hang.
+        status: ``ok``; ``warning`` (works, but not well); ``failure`` (training would fail or hang).
         said: what was found, with figures and units.
-        mend: how to mend it; empty where nothing is to be mended.
-        ranks: whom it concerns; empty for the whole job.
-        host: on which node; empty for the whole job.
+        mend: how to fix it; empty if there is nothing to fix.
+        ranks: the ranks concerned; empty for the whole job.
+        host: the node concerned; empty for the whole job.
     """
 
     check: str
@@ -33,33 +33,33 @@ class Finding:
 
 
 def ok(check: str, said: str) -> Finding:
-    """Nothing to mend."""
+    """Create a finding with nothing to fix."""
     return Finding(check, "ok", said)
 
 
 def warning(check: str, said: str, mend: str) -> Finding:
-    """It works, but not well."""
+    """Create a finding for something that works, but not well."""
     return Finding(check, "warning", said, mend)
 
 
 def failure(check: str, said: str, mend: str) -> Finding:
-    """A training would fail or hang."""
+    """Create a finding for something that would make training fail or hang."""
     return Finding(check, "failure", said, mend)
 
 
 def worst(findings: Iterable[Finding]) -> Status:
-    """The gravest status."""
+    """Return the most severe status."""
     statuses = {finding.status for finding in findings}
     return next((status for status in ("failure", "warning") if status in statuses), "ok")
 
 
 def by_weight(finding: Finding) -> int:
-    """Sorts the gravest last, where a terminal ends."""
+    """Sort key that puts the most severe findings last, nearest to the prompt."""
     return _WEIGHT[finding.status]
 
 
 def size(num_bytes: float) -> str:
-    """A number of bytes in words."""
+    """Format a number of bytes."""
     for unit in ("bytes", "KiB", "MiB"):
         if num_bytes < 1024:
             return f"{num_bytes:.0f} {unit}"

@@ -1,6 +1,6 @@
-"""The folders of a training: can they be written and read, how fast, and do all nodes see the same one.
+"""Check a run's folders: whether they are writable and readable, how fast, and whether all nodes see the same ones.
 
-Each probe is bounded in time and bytes, and leaves nothing behind.
+Each probe is bounded in time and bytes and cleans up after itself.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _SEE_SECONDS: Final = 3.0
 
 @dataclass(frozen=True)
 class Folders:
-    """What a training reads and writes.
+    """The paths that a run reads and writes.
 
     Attributes:
-        run_dir: the run's folder, which need not exist.
-        data: shards, manifests or folders; a pattern stands for its folder.
+        run_dir: the run's folder; need not exist.
+        data: shards, manifests or folders; a pattern is replaced by its folder.
     """
 
     run_dir: Path
@@ -43,10 +43,10 @@ class Folders:
 
 
 def folders_of(config: str | None, run_dir: str | None, data: Sequence[str]) -> Folders:
-    """The folders that a configuration names; what is given besides comes first.
+    """Collect the folders that a configuration names; ``run_dir`` and ``data`` override it.
 
     Raises:
-        ConfigError: the file cannot be read, or is no configuration.
+        ConfigError: the file cannot be read or is not a configuration.
     """
     settings = _settings(config) if config is not None else {}
     trainer, sources = ({} if settings.get(name) is None else settings[name] for name in ("trainer", "data"))
@@ -76,7 +76,7 @@ def _settings(config: str) -> dict[str, Any]:
 
 
 def _texts(source: Any) -> Iterator[str]:
-    """The paths in a setting of data: one, several, or weighted sources by name."""
+    """Yield the paths in a data setting: a single path, several, or weighted sources by name."""
     if isinstance(source, str):
         yield source
     elif isinstance(source, dict):
@@ -90,19 +90,19 @@ def _texts(source: Any) -> Iterator[str]:
 
 def _readable(text: str) -> Path:
     path = Path(text)
-    # A manifest's shards lie beside it; what is missing is to be named as it was given.
+    # A manifest's shards are in its folder. A missing manifest keeps its own name, for the message.
     manifest = path.suffix == ".json" and path.exists()
     return path.parent if manifest or any(sign in path.name for sign in "{*?[") else path
 
 
 def examine_folders(folders: Folders) -> list[Finding]:
-    """Write where checkpoints go and read where data lies; the first rank of each node calls it."""
+    """Test writing to the run folder and reading the data. Called by the first rank of each node."""
     found = [_examine_run_folder(folders.run_dir)]
     return found + [_examine_data(path) for path in folders.data]
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
+    """Return the path, or its nearest existing parent folder."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -135,7 +135,7 @@ def _examine_run_folder(run_dir: Path) -> Finding:
 
 
 def _write(path: Path) -> tuple[float, int]:
-    """Seconds and bytes of a file that is written and synced."""
+    """Write and sync a test file; return seconds and bytes."""
     block, written, start = os.urandom(4 * _MIB), 0, time.perf_counter()
     with open(path, "wb") as file:
         while written < _WRITE_BYTES and time.perf_counter() - start < _SECONDS:
@@ -166,7 +166,7 @@ def _examine_data(path: Path) -> Finding:
 
 
 def _files(path: Path) -> Iterator[tuple[int, Path]]:
-    """Sizes of files, at most a thousand."""
+    """Yield sizes and paths of shard files among the first thousand entries."""
     folder = path if path.is_dir() else path.parent
     with suppress(OSError):
         for number, entry in enumerate(os.scandir(folder)):
@@ -175,7 +175,7 @@ def _files(path: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _read(path: Path) -> tuple[float, int]:
-    """Seconds and bytes of the beginning of a file, which the page cache is asked to forget first."""
+    """Read the start of a file, after asking the kernel to drop it from the page cache; return seconds and bytes."""
     if path.is_dir():
         return 0.0, 0
     with open(path, "rb", buffering=0) as file:
@@ -188,11 +188,11 @@ def _read(path: Path) -> tuple[float, int]:
 
 
 class SharedSign:
-    """A file that rank 0 leaves in the run folder for the other nodes to see.
+    """A marker file that rank 0 writes to the run folder for the other nodes to find.
 
     Args:
         run_dir: the run's folder.
-        name: of this examination.
+        name: unique name of this run of the doctor.
     """
 
     def __init__(self, run_dir: Path, name: str) -> None:
@@ -200,7 +200,7 @@ class SharedSign:
         self.path = _existing(run_dir) / f".disttrain-doctor-{name}"
 
     def leave(self) -> bool:
-        """Rank 0 writes it; whether it could."""
+        """Write the file, on rank 0; return whether that worked."""
         try:
             self.path.write_text("")
         except OSError:
@@ -208,7 +208,7 @@ class SharedSign:
         return True
 
     def seen(self) -> Finding:
-        """Another node looks for it, for a few seconds, since network file systems show new files late."""
+        """Look for the file from another node, for a few seconds, because network file systems show new files late."""
         deadline = time.monotonic() + _SEE_SECONDS
         while not self.path.exists():
             if time.monotonic() > deadline:
@@ -218,11 +218,11 @@ class SharedSign:
                     "set trainer.run_dir to a folder on a file system that all nodes share, by one path",
                 )
             with suppress(OSError):
-                os.listdir(self.path.parent)  # has NFS look again
+                os.listdir(self.path.parent)  # listing the folder makes NFS revalidate its cache
             time.sleep(0.1)
         return ok("run folder", f"{self.run_dir} is rank 0's")
 
     def remove(self) -> None:
-        """Rank 0 takes it away."""
+        """Remove the file, on rank 0."""
         with suppress(OSError):
             self.path.unlink(missing_ok=True)

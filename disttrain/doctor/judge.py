@@ -1,4 +1,4 @@
-"""What only shows when ranks are compared: versions, code, settings, clocks, a slow rank, links. Pure functions."""
+"""Compare ranks by pure functions: versions, code, settings, clocks, speed, links."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _SLOWER: Final = 1.5
 _OF_LINK: Final = 0.25
 _OF_GPUS: Final = 0.1
 _OF_GLOO_INSIDE: Final = 0.02
-"""Of one TCP connection: many ranks share the cores that move the bytes."""
+"""Fraction of one TCP connection's speed; low, because many ranks share the cores that move the bytes."""
 _LEAST: Final = 1e7
 _LATENCY_SECONDS: Final = {"gloo": 0.1, "nccl": 0.01}
 
 
 def compare_facts(facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Versions, code, configuration and environment of the ranks that came, in rank order."""
+    """Compare versions, code, configuration and environment of the ranks that arrived, in rank order."""
     hosts = [each["host"] for each in facts]
     found = []
     for check, key, mend in (
@@ -53,11 +53,11 @@ def compare_facts(facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
 
 
 def compare_clocks(seconds: Mapping[int, float], hosts: Mapping[int, str]) -> Finding:
-    """Clocks, read by all ranks as rank 0 said so.
+    """Compare clocks that all ranks read when rank 0's signal arrived.
 
     Args:
-        seconds: what each rank's clock showed, by rank.
-        hosts: node of each.
+        seconds: each rank's clock reading, by rank.
+        hosts: node of each rank.
     """
     offsets = {rank: each - seconds[0] for rank, each in seconds.items()}
     rank = max(offsets, key=lambda each: abs(offsets[each]))
@@ -71,13 +71,13 @@ def compare_clocks(seconds: Mapping[int, float], hosts: Mapping[int, str]) -> Fi
 
 
 def compare_speeds(seconds: Mapping[int, float], hosts: Mapping[int, str]) -> list[Finding]:
-    """Ranks that need longer than the others for the same work at the same time.
+    """Find ranks that take longer than the others for the same work at the same time.
 
-    The measure is the lower median, so that with two ranks it is the faster one.
+    The reference is the lower median, so with two ranks it is the faster one.
 
     Args:
-        seconds: of the work, by rank.
-        hosts: node of each.
+        seconds: duration of the work, by rank.
+        hosts: node of each rank.
     """
     usual = statistics.median_low(seconds.values())
     slow = {rank: each / usual for rank, each in seconds.items() if each > _SLOWER * usual}
@@ -102,12 +102,12 @@ def compare_speeds(seconds: Mapping[int, float], hosts: Mapping[int, str]) -> li
 
 @dataclass(frozen=True)
 class Link:
-    """What the slowest link between the ranks should carry.
+    """Expected speed of the slowest link between the ranks.
 
     Attributes:
-        name: words that its speed follows.
-        speed: bytes a second; 0 where it is not known.
-        inside: whether it is inside of one node, where processors, or the way between GPUs, take more of it.
+        name: text that precedes the speed in messages.
+        speed: bytes per second; 0 if unknown.
+        inside: whether the link is inside one node, where processors or the path between GPUs reduce the speed further.
     """
 
     name: str
@@ -116,12 +116,12 @@ class Link:
 
 
 def judge_links(speeds: Mapping[str, float], *, backend: str, link: Link) -> Finding:
-    """The slowest link, against what it should carry, and the latency.
+    """Compare the slowest link with its expected speed, and check the latency.
 
     Args:
-        speeds: what :func:`disttrain.doctor.speed.exchange_speeds` returned.
+        speeds: the result of :func:`disttrain.doctor.speed.exchange_speeds`.
         backend: ``gloo`` or ``nccl``.
-        link: what is expected; a link of unknown speed is judged by what no training can live with.
+        link: the expected link; an unknown speed is replaced by the minimum for any training.
     """
     reduce, gather, latency = speeds["all_reduce"], speeds["all_gather"], speeds["latency"]
     said = f"{backend}: all-reduce {_rate(reduce)}, all-gather {_rate(gather)} a link, latency {latency * 1e6:,.0f} us"

@@ -1,4 +1,4 @@
-"""This node by itself: versions, processors, devices, memory, shared memory, limits. Some milliseconds without CUDA."""
+"""Check this node: versions, processors, devices, memory, shared memory, limits. Takes milliseconds without CUDA."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _SMI_SECONDS: Final = 5.0
 
 
 def examine_machine(world: World, *, shm: Path) -> list[Finding]:
-    """What concerns the whole node; its first rank calls it.
+    """Check what concerns the whole node. Called by its first rank.
 
     Args:
-        world: ranks and their number on this node.
+        world: provides the rank and the number of ranks on this node.
         shm: where shared memory is mounted.
     """
     found = [ok("versions", ", ".join(f"{name} {text}" for name, text in versions().items()))]
@@ -72,13 +72,13 @@ def _memory(world: World) -> Finding:
 
 
 def cgroup_left(root: Path = Path("/")) -> int | None:
-    """What the control groups of this process, and those that they are in, leave of memory, in bytes; None if all.
+    """Return the bytes of memory left in this process's cgroups and their parents, or None if unlimited.
 
-    On a bare node the job's limit stands in the job's own group, on the way to the process's; in a container mostly at
-    the top. What is kept of files only is counted as free.
+    On a bare node the limit is set on the job's cgroup, a parent of the process's; in a container mostly at the root.
+    Inactive page cache counts as free.
 
     Args:
-        root: where ``proc`` and ``sys`` are.
+        root: the folder that contains ``proc`` and ``sys``.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -97,7 +97,7 @@ def cgroup_left(root: Path = Path("/")) -> int | None:
         parts = [part for part in own.split("/") if part not in ("", "..")]
         for depth in range(len(parts) + 1):
             folder = top.joinpath(*parts[:depth])
-            with suppress(OSError, ValueError):  # not there, or "max"
+            with suppress(OSError, ValueError):  # missing, or "max"
                 most, used = (int((folder / name).read_text()) for name in names)
                 if most < psutil.virtual_memory().total:
                     left.append(max(0, most - used + _kept(folder / "memory.stat", kept)))
@@ -173,7 +173,7 @@ def _devices(world: World) -> list[Finding]:
 
 
 def examine_device(world: World) -> list[Finding]:
-    """The GPU of this rank: free memory. Every rank calls it."""
+    """Check free memory of this rank's GPU. Every rank calls it."""
     if not torch.cuda.is_available() or world.local_rank >= torch.cuda.device_count():
         return []
     free, total = torch.cuda.mem_get_info(world.local_rank)
@@ -184,7 +184,7 @@ def examine_device(world: World) -> list[Finding]:
 
 
 def system_facts() -> dict[str, str]:
-    """The kernel, and the driver of the GPUs where there is one; without asking a program, which takes seconds."""
+    """Return the kernel and GPU driver versions, read from files because starting a program takes seconds."""
     found = {"kernel": platform.release()}
     with suppress(OSError):
         driver = driver_of(Path("/proc/driver/nvidia/version").read_text())
@@ -193,33 +193,33 @@ def system_facts() -> dict[str, str]:
 
 
 def driver_of(text: str) -> str:
-    """The version in what the driver says of itself; empty where it says none."""
+    """Extract the version from the driver's version file; empty if there is none."""
     found = re.search(r"Kernel Module\b.*?\s(\d{3,}(?:\.\d+)+)\s", text)
     return found[1] if found else ""
 
 
 def gpu_link() -> tuple[str, float]:
-    """How GPUs of this node are joined, and bytes a second of it as nvidia-smi tells; empty and 0 where it does not."""
+    """Return how this node's GPUs are linked and the bytes per second that nvidia-smi reports; 0 if it reports none."""
     if speed := nvlink_speed(_smi("nvlink", "--status", "--id=0")):
         return "NVLink", speed
     return "PCIe", pcie_speed(_smi("--query-gpu=pcie.link.gen.max,pcie.link.width.current", "--format=csv,noheader"))
 
 
 def nvlink_speed(text: str) -> float:
-    """Bytes a second of all links of the first GPU, of ``nvidia-smi nvlink --status``."""
+    """Return the bytes per second of all links of the first GPU, from ``nvidia-smi nvlink --status``."""
     first = text.partition("\nGPU ")[0]
     return sum(float(each) for each in re.findall(r"Link \d+: ([\d.]+) GB/s", first)) * 1e9
 
 
 def pcie_speed(text: str) -> float:
-    """Bytes a second of the first GPU's ``generation, lanes``."""
+    """Return the bytes per second of the first GPU, from its ``generation, lanes``."""
     found = re.match(r"(\d+), (\d+)", text)
-    # From the third generation on, a lane carries 0.985 GB/s, and twice as much in each that follows.
+    # A PCIe 3.0 lane carries 0.985 GB/s; each later generation doubles it.
     return 0.985e9 * 2.0 ** (int(found[1]) - 3) * int(found[2]) if found else 0.0
 
 
 def _smi(*arguments: str) -> str:
-    """What nvidia-smi prints; empty where there is none or it fails."""
+    """Return the output of nvidia-smi; empty if it is missing or fails."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return ""

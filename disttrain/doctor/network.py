@@ -1,4 +1,4 @@
-"""Network of a node: interfaces, which of them the ranks will use, ports, and whether peers can be reached."""
+"""Check a node's network: its interfaces, which one the ranks will use, ports, and whether peers are reachable."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from disttrain.doctor.finding import Finding, failure, ok, warning
 from disttrain.errors import nearest
 
 _ELSEWHERE: Final = "198.51.100.1"
-"""An address of documentation; asking which way leads there sends nothing."""
+"""An address reserved for documentation (TEST-NET-2); looking up its route sends no packets."""
 _REACH_SECONDS: Final = 3.0
 _INFINIBAND: Final = Path("/sys/class/infiniband")
 _STREAM_BYTES: Final = 64 * 2**20
@@ -32,9 +32,9 @@ class Interface:
     """A network interface.
 
     Attributes:
-        name: such as ``eth0``.
-        addresses: those of it, IPv4 first.
-        megabits: its speed a second; 0 where it tells none.
+        name: its name, such as ``eth0``.
+        addresses: its addresses, IPv4 first.
+        megabits: speed in megabits per second; 0 if unknown.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Interface:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether it only leads back to this node."""
+        """Whether it is the loopback interface."""
         return any(ipaddress.ip_address(address).is_loopback for address in self.addresses)
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ class Interface:
 
 
 def interfaces() -> list[Interface]:
-    """Those that are up and have an address."""
+    """List the interfaces that are up and have an address."""
     stats, found = psutil.net_if_stats(), []
     for name, addresses in psutil.net_if_addrs().items():
         known = sorted(
@@ -65,7 +65,7 @@ def interfaces() -> list[Interface]:
 
 
 def towards(host: str) -> str:
-    """The address of this node from which packets to a host leave; empty where no way leads there."""
+    """Return this node's source address for packets to a host; empty if there is no route."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
@@ -76,18 +76,18 @@ def towards(host: str) -> str:
 
 
 def examine_network(env: Mapping[str, str], *, host: str = "") -> tuple[list[Finding], Interface | None]:
-    """The interfaces and the one that will be used.
+    """Check the interfaces and find the one that will be used.
 
     Args:
-        env: the environment, where gloo's and NCCL's choice may stand.
-        host: where the ranks meet; by default, anywhere outside.
+        env: the environment, which may set the interface for gloo and NCCL.
+        host: the rendezvous host; by default, any address outside.
     """
     known = interfaces()
     names = {each.name for each in known}
     found = []
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         wanted = [text.strip("=^") for text in env.get(variable, "").split(",") if text and not text.startswith("^")]
-        # NCCL takes the beginning of a name too.
+        # NCCL also accepts a prefix of the name.
         absent = [text for text in wanted if not any(name.startswith(text) for name in names)]
         if absent:
             mend = f"correct it; {nearest(absent[0], names)}"
@@ -107,7 +107,7 @@ def examine_network(env: Mapping[str, str], *, host: str = "") -> tuple[list[Fin
 
 
 def _gloo_address(env: Mapping[str, str], known: Sequence[Interface]) -> str:
-    """What gloo listens at: the interface that is named, or what the host name stands for."""
+    """Return the address that gloo listens on: that of the named interface, or of the host name."""
     name = env.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     if name:
         return next((each.addresses[0] for each in known if each.name == name), "")
@@ -126,13 +126,13 @@ def _infiniband() -> list[str]:
 
 
 def infiniband_speed() -> float:
-    """Bytes a second of the fastest InfiniBand (or RoCE) port of this node that is active; 0 without any."""
+    """Return bytes per second of this node's fastest active InfiniBand or RoCE port; 0 if it has none."""
     rates = (re.search(r" ACTIVE, (\d+(?:\.\d+)?) Gb/sec", said) for said in _infiniband())
     return max((float(rate[1]) * 1e9 / 8 for rate in rates if rate), default=0.0)
 
 
 def examine_port(port: int) -> Finding:
-    """Whether this node can listen at a port."""
+    """Check whether this node can listen on a port."""
     both = socket.has_dualstack_ipv6()
     try:
         family = socket.AF_INET6 if both else socket.AF_INET
@@ -147,7 +147,7 @@ def examine_port(port: int) -> Finding:
 
 
 def _owner(port: int) -> str:
-    """Which program listens at a port, where this user may know."""
+    """Return the program that listens on a port, if this user may see it."""
     with suppress(psutil.Error, OSError):
         for each in psutil.net_connections(kind="tcp"):
             if each.status == psutil.CONN_LISTEN and each.laddr.port == port and each.pid:
@@ -156,7 +156,7 @@ def _owner(port: int) -> str:
 
 
 class Reached:
-    """Lets other ranks find out whether they can reach this one, at :attr:`port`, until it is closed."""
+    """Accept connections at :attr:`port` until closed, so that other ranks can test whether they reach this one."""
 
     def __init__(self) -> None:
         both = socket.has_dualstack_ipv6()
@@ -175,17 +175,17 @@ class Reached:
                 guest.sendall(b"here\n")
 
     def close(self) -> None:
-        """End it."""
+        """Stop accepting connections."""
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
 
 def reach(peers: Mapping[int, tuple[str, int]]) -> dict[int, str]:
-    """Why peers cannot be reached, by rank; empty if all can.
+    """Return why peers cannot be reached, by rank; empty if all can.
 
     Args:
-        peers: address and port of each, by rank.
+        peers: address and port of each peer, by rank.
     """
     with ThreadPoolExecutor(max(1, min(32, len(peers)))) as pool:
         said = pool.map(_reach, peers.values())
@@ -205,7 +205,7 @@ def _reach(place: tuple[str, int]) -> str:
 
 
 def loopback_speed() -> float:
-    """Bytes a second that one TCP connection carries inside this node: what gloo's is made of here."""
+    """Measure the bytes per second of one TCP connection inside this node, which bounds gloo here."""
     block = bytes(4 * 2**20)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(_REACH_SECONDS)
@@ -232,7 +232,7 @@ def loopback_speed() -> float:
 
 
 def watched_environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Variables that change how ranks compute or talk, and so should be the same on all of them."""
+    """Return variables that affect how ranks compute or communicate, and should be equal on all ranks."""
     begins = ("NCCL_", "GLOO_", "TORCH_NCCL", "TORCH_DISTRIBUTED", "CUBLAS_", "OMP_NUM_THREADS", "MKL_")
     own = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_DEBUG_FILE")  # may differ between nodes
     found = os.environ if env is None else env
@@ -240,7 +240,7 @@ def watched_environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def warn_of_loopback(used: Interface | None, num_hosts: int) -> Finding | None:
-    """Several nodes cannot talk through an interface that leads back to each."""
+    """Warn if several nodes would use the loopback interface, which reaches only the node itself."""
     if num_hosts < 2 or used is None or not used.is_loopback:
         return None
     others = [each.name for each in interfaces() if not each.is_loopback]

@@ -1,4 +1,4 @@
-"""The table of an examination: one line a subject, the gravest last, each with its mend."""
+"""Print the findings as a table: one line per subject, most severe last, each with its fix."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 
 def summary(findings: Iterable[Finding]) -> str:
-    """One line: what came out."""
+    """Summarize the findings in one line."""
     findings = list(findings)
     counts = {status: sum(each.status == status for each in merge(findings)) for status in ("failure", "warning")}
     said = [f"{number} {status}{'' if number == 1 else 's'}" for status, number in counts.items() if number]
@@ -44,7 +44,7 @@ def summary(findings: Iterable[Finding]) -> str:
 
 
 def merge(findings: Iterable[Finding]) -> list[Finding]:
-    """One finding for all nodes or ranks that say the same, and one for all that have nothing to mend."""
+    """Merge equal findings of several nodes or ranks, and all findings of a subject that are ok."""
     groups: dict[tuple[str, ...], list[Finding]] = {}
     for finding in findings:
         same = (finding.check, finding.status) if finding.status == "ok" else (finding.check, finding.said)

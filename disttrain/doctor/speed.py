@@ -1,7 +1,7 @@
-"""How fast a rank computes, and how fast all of them exchange tensors: on the GPU over NCCL, on the CPU over gloo.
+"""Measure how fast a rank computes and how fast all ranks exchange tensors: NCCL on GPUs, gloo on CPUs.
 
-All ranks compute the same at the same time, so that one that is slower than the others shows, whatever the cause: a hot
-or throttled device, a stranger's process, a wrong binding to cores. Bounded to about two seconds in all.
+All ranks do the same work at the same time, so a rank that is slower than the others shows up whatever the cause: a hot
+or throttled device, another process, wrong core binding. Bounded to about two seconds in total.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from disttrain.world import World
 
 _COMPUTE_SECONDS: Final = 0.6
 _PRODUCTS: Final = 30
-"""Of one turn: long enough that a rank that is stopped at times does not slip through between two stops."""
+"""Products per timing; enough that a rank that is paused now and then cannot run a whole timing between two pauses."""
 _EXCHANGE_SECONDS: Final = 0.5
 _LATENCY_ROUNDS: Final = 50
 
 
 def device_of(world: World) -> torch.device:
-    """What a rank computes on."""
+    """Return the device that a rank computes on."""
     if torch.cuda.is_available() and world.local_rank < torch.cuda.device_count():
         return torch.device("cuda", world.local_rank)
     return torch.device("cpu")
 
 
 def compute_seconds(device: torch.device) -> float:
-    """Time of one product of matrices: the median of several turns of the same work."""
+    """Return the seconds of one matrix product: the median over several timings of the same work."""
     length = 4096 if device.type == "cuda" else 384
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     left, right = (torch.full((length, length), 1e-3, dtype=dtype, device=device) for _ in range(2))
-    left @ right  # loads what it needs
+    left @ right  # warm-up: loads libraries and kernels
     times: list[float] = []
     start = time.perf_counter()
     while time.perf_counter() - start < _COMPUTE_SECONDS or len(times) < 3:
@@ -55,17 +55,17 @@ def compute_seconds(device: torch.device) -> float:
 
 
 def join_group(store: Store, world: World, device: torch.device, timeout: timedelta) -> None:
-    """Make the process group. A collective of all ranks."""
+    """Create the process group. A collective of all ranks."""
     options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout, **options)
 
 
 def exchange_speeds(device: torch.device) -> dict[str, float]:
-    """Bytes a second over the slowest link, and latency. A collective of the default group.
+    """Measure the slowest link's bytes per second, and the latency. A collective of the default group.
 
     Returns:
-        ``all_reduce`` and ``all_gather``: bus bandwidth in bytes a second, that is, what each link carries in a ring;
+        ``all_reduce`` and ``all_gather``: bus bandwidth in bytes per second, i.e. what each link carries in a ring;
         ``latency``: seconds of an all-reduce of one number.
     """
     size = dist.get_world_size()
@@ -84,7 +84,7 @@ def exchange_speeds(device: torch.device) -> dict[str, float]:
 
 
 def _median_seconds(act: Callable[[], Any], device: torch.device, *, rounds: int = 0) -> float:
-    """Median time of a collective; rank 0 says how often it is repeated."""
+    """Return the median seconds of a collective; rank 0 decides how often it is repeated."""
 
     def once() -> float:
         start = time.perf_counter()
@@ -105,7 +105,7 @@ def _wait(device: torch.device) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Gloo tells on standard output that it is connected; that is for results."""
+    """Redirect gloo's connection messages from stdout, which is for results, to stderr."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
