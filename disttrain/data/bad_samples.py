@@ -1,9 +1,9 @@
-"""What becomes of a sample that cannot be used: an error, or a mask and a record.
+"""Errors and records for samples that cannot be used.
 
-A bad sample lacks a field, does not decode, or is refused by a transform. Under ``error`` the run stops and
-names it. Under ``skip`` it keeps its place in the global batch with weight 0, so that neither order nor
-accumulation changes and the gradient is that of the good samples; its values are those of the next good
-sample, which is a function of the data alone. How many may be skipped is decided by all ranks together
+A sample is bad if it lacks a field, does not decode, or is rejected by a transform. With ``error`` the run stops and
+names the sample. With ``skip`` the sample keeps its place in the global batch with weight 0, so order and
+accumulation do not change and the gradient is that of the good samples. Its values are copied from the next good
+sample, which depends on the data alone. All ranks decide together how many samples may be skipped
 (:mod:`disttrain.callbacks.bad_samples`).
 """
 
@@ -15,13 +15,13 @@ from disttrain.errors import DataError, DecodeError
 
 
 class BadSampleError(ValueError):
-    """Raised by a transform for a sample that cannot be used; the text says why."""
+    """Raised by a transform for a sample that cannot be used; the message says why."""
 
 
 class FilteredSampleError(Exception):
-    """Raised by a transform for a sample that is not wanted, though nothing is wrong with it.
+    """Raised by a transform for a valid sample that should not be used.
 
-    It keeps its place in the global batch with weight 0. It is counted, but not as a bad sample.
+    The sample keeps its place in the global batch with weight 0. It is counted, but not as a bad sample.
     """
 
 
@@ -31,10 +31,10 @@ class BadSample(NamedTuple):
     Attributes:
         shard: path or URL of its shard.
         key: its key.
-        field: name of the field at fault, empty where a transform refused the sample.
-        offset: where that field's bytes begin in the shard, -1 where the sample lacks it.
+        field: name of the faulty field; empty if a transform rejected the sample.
+        offset: byte offset of that field in the shard, -1 if the sample lacks it.
         reason: what is wrong.
-        mend: how to mend it.
+        mend: hint for the error message.
     """
 
     shard: str
@@ -49,7 +49,7 @@ class BadSample(NamedTuple):
         return f"shard {self.shard}{at}: sample {self.key!r}{self.reason}"
 
     def error(self, others: int = 0) -> DataError:
-        """The error that names it, and says how many others were found with it."""
+        """Return the error for this sample; ``others`` is how many more bad samples the read found."""
         kind = DecodeError if self.offset >= 0 else DataError
         more = f" (and {others} more in this read)" if others else ""
         return kind(f"{self}{more}", mend=f"{self.mend}; or set data.on_bad_sample to skip")

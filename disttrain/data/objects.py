@@ -1,8 +1,8 @@
-"""A folder of objects on remote storage (s3, gs and whatever else fsspec writes to): list, read, write, remove.
+"""List, read, write and delete objects in a folder on remote storage (s3, gs and any other scheme fsspec can write to).
 
-An object is there whole or not at all, and a listing shows what was written before: S3 and Google Cloud Storage
-promise both. There is no renaming. Failed requests are tried again as in :mod:`disttrain.data.remote`. Costs one
-request an object, a few for large ones; reading asks for several parts at once.
+Relies on two guarantees of S3 and Google Cloud Storage: an object appears whole or not at all, and a listing shows
+every earlier write. Object stores have no rename. Failed requests are retried as in :mod:`disttrain.data.remote`.
+Costs one request per object, a few for large ones; large reads request several parts at once.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ _AT_ONCE: Final = 4
 
 @dataclass(frozen=True)
 class ObjectFolder:
-    """Objects by their names below a URL. Safe to use from several threads.
+    """Objects by name below a URL. Thread-safe.
 
     Attributes:
-        url: where they are, without a slash at the end.
-        retry: how long to try.
+        url: URL of the folder, without a trailing slash.
+        retry: retry policy.
     """
 
     url: str
     retry: RetryConfig = DEFAULT_RETRY
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each object, by name.
+        """Return the size of each object in bytes, by name.
 
         Raises:
-            RemoteError: it cannot be listed; of a folder that is not there, some stores say that it is empty.
+            RemoteError: the folder cannot be listed. Some stores list a missing folder as empty instead.
         """
         return self._try(self.url, lambda: transport.listing(self.url, self.retry.timeout_seconds))
 
     def read(self, name: str) -> bytes | None:
-        """A small object's bytes; None where it is not there.
+        """Read a small object; return None if it does not exist.
 
         Raises:
             RemoteError: it cannot be read.
@@ -58,10 +58,10 @@ class ObjectFolder:
             raise
 
     def parts(self, name: str, size: int) -> Iterator[bytes]:
-        """The bytes of an object of known size, in parts.
+        """Yield the bytes of an object of known size, in parts.
 
         Raises:
-            RemoteError: it cannot be read, or has another size.
+            RemoteError: it cannot be read, or its size differs.
         """
         file = RemoteFile(self.at(name), self.retry, size)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -70,7 +70,7 @@ class ObjectFolder:
                 yield from pool.map(lambda start: file.read(start, _PART_BYTES), starts[first : first + _AT_ONCE])
 
     def write(self, name: str, data: bytes) -> None:
-        """Make a small object, or replace it.
+        """Create or replace a small object.
 
         Raises:
             RemoteError: it cannot be written.
@@ -79,7 +79,7 @@ class ObjectFolder:
         self._try(url, lambda: transport.put(url, data, self.retry.timeout_seconds))
 
     def upload(self, name: str, path: Path) -> None:
-        """Make an object of a file.
+        """Upload a file as an object.
 
         Raises:
             RemoteError: it cannot be written.
@@ -90,10 +90,10 @@ class ObjectFolder:
         beat()
 
     def remove(self, names: Iterable[str]) -> None:
-        """Delete objects, several at once; those that are gone already are no error.
+        """Delete objects, several at once; objects that no longer exist are ignored.
 
         Raises:
-            RemoteError: one cannot be deleted.
+            RemoteError: an object cannot be deleted.
         """
 
         def one(name: str) -> None:
@@ -109,7 +109,7 @@ class ObjectFolder:
             list(pool.map(one, names))
 
     def at(self, name: str) -> str:
-        """An object's URL."""
+        """Return the URL of an object."""
         return f"{self.url}/{name}"
 
     def _try(self, url: str, attempt: Callable[[], T]) -> T:

@@ -1,9 +1,9 @@
-"""The shards that this process has open, mapped or as files: a bounded number of descriptors, for all its readers.
+"""Process-wide cache of open shards, mapped or as files, with a bounded number of descriptors.
 
-A mapping holds a descriptor as long as it lives (Python keeps one to ask for the length), so an evicted shard that is
-still being read counts too. The bound is half the soft limit of open files, at most 4,096, which also stays far below
-the kernel's limit of mappings; the soft limit is raised towards the hard one when an index has many shards. Shards
-beyond it cost an ``open`` when they are needed again. Safe to use from several threads.
+A mapping holds a descriptor for as long as it lives (Python keeps one to query the length), so an evicted shard that
+is still being read counts too. The bound is half the soft limit of open files and at most 4,096, which also stays
+far below the kernel's limit on mappings. For an index with many shards, the soft limit is raised towards the hard
+one. A shard beyond the bound costs an ``open`` each time it is needed. Thread-safe.
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
 
-_MOST: Final = (
-    4096  # a window may span more than a thousand shards, and opening one takes long on a network file system
-)
+_MOST: Final = 4096  # a window may span more than a thousand shards, and opening one is slow on a network file system
 _FILES_PER_SHARD: Final = 4
 _NO_ROOM: Final = (errno.EMFILE, errno.ENFILE)
 
 
 class OpenShards:
-    """Open shards by owner and number, the least recently used of which are closed when there are too many.
+    """LRU cache of open shards, keyed by owner and shard number.
 
     Attributes:
         most: how many may be open.
@@ -39,10 +37,13 @@ class OpenShards:
         self._entries: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._holders: weakref.WeakSet[Any] = weakref.WeakSet()
         self._owners = itertools.count()
-        self._lock = RLock()  # an owner may go, and forget its shards, while this thread holds it
+        self._lock = RLock()  # reentrant: garbage collection may run an owner's finalizer while this thread holds it
 
     def owner(self, user: object, num_shards: int) -> int:
-        """A number for a user of shards, whose shards are forgotten with it; makes room for as many as it has."""
+        """Register a user of shards and size the cache for them; return its number.
+
+        The user's shards are dropped when it is garbage-collected.
+        """
         with self._lock:
             number = next(self._owners)
             self.most = min(_MOST, _limit(num_shards) // 2)
@@ -50,7 +51,7 @@ class OpenShards:
         return number
 
     def get(self, owner: int, shard: int) -> Any:
-        """An open shard; None if it is not open."""
+        """Return an open shard; None if it is not open."""
         with self._lock:
             found = self._entries.get((owner, shard))
             if found is not None:
@@ -58,7 +59,7 @@ class OpenShards:
             return found
 
     def has_room(self) -> bool:
-        """Whether another may be opened, after closing what nobody is reading."""
+        """Return whether another shard may be opened, after closing shards that are not being read."""
         with self._lock:
             while len(self._holders) >= self.most and self._entries:
                 self._entries.popitem(last=False)  # closed with its last user
@@ -68,10 +69,10 @@ class OpenShards:
         """Keep a shard open.
 
         Args:
-            owner: whose it is.
+            owner: its owner's number.
             shard: its number.
-            entry: what :meth:`get` gives.
-            holder: what holds the descriptor.
+            entry: what :meth:`get` returns for it.
+            holder: the object that holds the descriptor.
         """
         with self._lock:
             self._holders.add(holder)
@@ -79,12 +80,12 @@ class OpenShards:
         return entry
 
     def drop(self, owner: int, shard: int) -> None:
-        """Forget a shard that is of no use any more."""
+        """Drop a shard that is no longer usable."""
         with self._lock:
             self._entries.pop((owner, shard), None)
 
     def trying(self, open_it: Callable[[], T]) -> T:
-        """Open something; if the process or the machine has no descriptor left, close all that is kept and try again.
+        """Open something; if no descriptor is left in the process or machine, close all cached shards and retry.
 
         Raises:
             OSError: it cannot be opened.
@@ -105,7 +106,7 @@ class OpenShards:
 
 
 def _limit(num_shards: int) -> int:
-    """The soft limit of open files, raised where that helps so many shards."""
+    """Return the soft limit of open files, first raising it if the number of shards calls for it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY
     wanted = _FILES_PER_SHARD * min(_MOST, num_shards)
@@ -118,4 +119,4 @@ def _limit(num_shards: int) -> int:
 
 
 OPEN_SHARDS: Final = OpenShards()
-"""Those of this process."""
+"""The cache of this process."""

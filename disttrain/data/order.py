@@ -1,17 +1,16 @@
 """Which sample goes to which global batch.
 
-The order is a pure function of (shard sizes, seed, epoch, step, global batch size): world size, workers and
+The order is a pure function of (shard sizes, seed, epoch, step, global batch size). World size, workers and
 strategy never enter, so a run resumed on other hardware sees the same samples. An epoch permutes the shards,
-lays them end to end and rotates that sequence by an offset that differs from epoch to epoch. The first
-``T * G`` of its ``N`` samples (``T = N // G`` steps of ``G`` samples) are used, each exactly once; the fewer
-than ``G`` left over are other ones in the next epoch. They are cut into ``L`` lanes of ``T * g`` consecutive
-samples (``g = G / L``), shuffled within windows inside each lane; position ``p`` of step ``t`` is element
-``t * g + p mod g`` of lane ``p // g``. A rank reads a contiguous range of positions, hence a few lanes,
-hence a few shards.
+concatenates them and rotates that sequence by an offset that differs from epoch to epoch. The first ``T * G`` of its
+``N`` samples (``T = N // G`` steps of ``G`` samples) are used, each exactly once; the remainder, fewer than ``G``,
+consists of different samples in the next epoch. The sequence is cut into ``L`` lanes of ``T * g`` consecutive samples
+(``g = G / L``), shuffled within windows inside each lane. Position ``p`` of step ``t`` is element ``t * g + p mod g``
+of lane ``p // g``. A rank reads a contiguous range of positions, hence a few lanes, hence a few shards.
 
-Cost: O(shards) memory, O(window) time to any position, no Python loop over samples. A window is sorted no
-further than its elements are asked for, so a resume does not wait for those that come later. Randomness is
-NumPy's Philox counter generator used by its raw 64-bit stream, which is stable across NumPy versions.
+Cost: O(shards) memory, O(window) time to any position, no Python loop over samples. A window is sorted only as far
+as its elements are requested, so a resume does not wait for later ones. Randomness comes from the raw 64-bit stream
+of NumPy's counter-based Philox generator, which is stable across NumPy versions.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from numpy.typing import NDArray
 from disttrain.errors import ConfigError, DataError
 
 ORDER_VERSION: Final = 1
-"""Raised whenever the same configuration would give another order; stored in checkpoints."""
+"""Incremented whenever the same configuration would give a different order; stored in checkpoints."""
 
 DEFAULT_LANES: Final = 64
 DEFAULT_WINDOW: Final = 16_384
 
-# Purposes of random streams: two streams never share a counter range.
+# Purposes of random streams. The purpose is part of the Philox key, so streams never overlap.
 _SHARDS, _OFFSET, _WINDOWS = 1, 2, 3
 _GOLDEN: Final = 0.6180339887498949
 
@@ -41,12 +40,12 @@ Ids = NDArray[np.int64]
 
 
 class Needs(NamedTuple):
-    """Which shards some reading needs, and when; a shard may stand there several times.
+    """Which shards a reader needs, and when; a shard may appear several times.
 
     Attributes:
-        shards: numbers of shards. shape (needs,)
-        first: the first step that may read it. shape (needs,)
-        last: the last step that may. shape (needs,)
+        shards: shard numbers. shape (needs,)
+        first: the first step that may read the shard. shape (needs,)
+        last: the last step that may read it. shape (needs,)
     """
 
     shards: Ids
@@ -54,12 +53,12 @@ class Needs(NamedTuple):
     last: Ids
 
     def later(self, steps: int) -> Needs:
-        """The same needs, so many steps later."""
+        """Return the same needs, shifted by a number of steps."""
         return Needs(self.shards, self.first + steps, self.last + steps)
 
     @classmethod
     def join(cls, parts: Sequence[Needs]) -> Needs:
-        """All of some needs."""
+        """Concatenate several needs."""
         return cls(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
@@ -70,9 +69,9 @@ class OrderConfig:
     Attributes:
         global_batch_size: samples per optimizer step, ``G``.
         seed: any integer ``0 <= seed < 2**63``.
-        lanes: how many places of the data set a global batch draws from, ``L``; must divide ``G``.
+        lanes: how many places in the data set a global batch draws from, ``L``; must divide ``G``.
             0 takes the largest divisor of ``G`` up to 64.
-        window: samples of a lane that are shuffled among each other.
+        window: number of consecutive samples of a lane that are shuffled together.
 
     Raises:
         ConfigError: a value is out of range, or ``lanes`` does not divide ``global_batch_size``.
@@ -98,7 +97,7 @@ class OrderConfig:
 
     @property
     def num_lanes(self) -> int:
-        """The lanes in force: ``lanes``, or the largest divisor of the global batch size up to 64."""
+        """The number of lanes: ``lanes``, or the largest divisor of the global batch size up to 64."""
         if self.lanes:
             return self.lanes
         bound = min(DEFAULT_LANES, self.global_batch_size)
@@ -109,7 +108,7 @@ class Order:
     """The training order over shards of given sizes.
 
     Args:
-        shard_sizes: number of samples in each shard, in the order of the index. shape (shards,)
+        shard_sizes: number of samples in each shard, in index order. shape (shards,)
         config: what else the order depends on.
 
     Raises:
@@ -127,9 +126,9 @@ class Order:
     def sample_ids(
         self, epoch: int, first_step: int, num_steps: int = 1, positions: tuple[int, int] | None = None
     ) -> Ids:
-        """Ids of the samples of some steps, restricted to a range of positions in the global batch.
+        """Return the sample ids of some steps, restricted to a range of positions in the global batch.
 
-        An id is the place of a sample in the plain order of the index, ``0 <= id < num_samples``.
+        An id is a sample's place in index order, ``0 <= id < num_samples``.
 
         Args:
             epoch: ``>= 0``.
@@ -148,7 +147,7 @@ class Order:
         return self._epoch(epoch).sample_ids(first_step, num_steps, low, high)
 
     def shard_needs(self, epoch: int, positions: tuple[int, int] | None = None) -> Needs:
-        """When an epoch needs which shards, for a range of positions in the global batch; O(shards)."""
+        """Return which shards an epoch needs, and when, for a range of positions; O(shards)."""
         low, high = positions or (0, self.config.global_batch_size)
         begun = self._epoch(epoch)
         found = begun.needs(low // begun.per_step, (high - 1) // begun.per_step + 1)
@@ -156,7 +155,7 @@ class Order:
         return Needs(shards, found.first, found.last)
 
     def fingerprint(self) -> dict[str, int | str]:
-        """What a checkpoint stores to recognize this order: two equal fingerprints give equal orders."""
+        """Return what a checkpoint stores to identify this order: equal fingerprints mean equal orders."""
         return {
             "version": ORDER_VERSION,
             "seed": self.config.seed,
@@ -171,7 +170,7 @@ class Order:
         found = self._epochs.get(epoch)
         if found is None:
             found = self._epochs[epoch] = _Epoch(self._sizes, self._starts, self.config, epoch)
-            while len(self._epochs) > 2:  # the one that ends and the one that prefetching has begun
+            while len(self._epochs) > 2:  # the current epoch, and the next one once prefetching reaches it
                 self._epochs.popitem(last=False)
         return found
 
@@ -192,17 +191,17 @@ class _Epoch:
         self._windows: OrderedDict[tuple[int, int, int], _Window] = OrderedDict()
 
     def _stream(self, purpose: int, index: int = 0, lane: int = 0) -> np.random.Philox:
-        # The lowest counter word runs inside a stream; the others name it.
+        # Philox increments the lowest counter word as it draws; the other words identify the stream.
         return np.random.Philox(
             key=np.array([self.config.seed, purpose], dtype=np.uint64),
             counter=np.array([0, index, lane, self.epoch], dtype=np.uint64),
         )
 
     def _rotation(self) -> int:
-        """An offset that moves by a stride coprime to N from epoch to epoch.
+        """Return this epoch's offset, which moves by a stride coprime to N from epoch to epoch.
 
-        Two epochs in a row never share it, and over one shard every sample is left out equally often: a
-        draw for each epoch would promise neither.
+        Consecutive epochs never share an offset, and with a single shard every sample is skipped equally often. An
+        independent draw per epoch would guarantee neither.
         """
         n = self.num_samples
         first = np.random.Philox(key=np.array([self.config.seed, _OFFSET], dtype=np.uint64)).random_raw()
@@ -233,12 +232,12 @@ class _Epoch:
         return np.asarray(sequence + self._id_shift[shard], dtype=np.int64)
 
     def needs(self, first_lane: int, last_lane: int) -> Needs:
-        """When some lanes need the shards that hold which samples: a shard is given by the id of one of its own."""
+        """Return the needs of some lanes; each shard is given by the id of one of its samples."""
         parts = []
         for lane in range(first_lane, last_lane):
             begin = lane * self.lane_length + self._offset
             end = begin + self.lane_length
-            # What runs over the end of the sequence goes on at its beginning.
+            # A lane that runs past the end of the sequence wraps around to its beginning.
             for shift in (0, self.num_samples):
                 low, high = max(begin, shift), min(end, self.num_samples + shift)
                 if low < high:
@@ -246,7 +245,7 @@ class _Epoch:
         return Needs.join(parts)
 
     def _needs_of(self, low: int, high: int, element: int) -> Needs:
-        """Those of ``[low, high)`` of the sequence, whose first is that element of its lane."""
+        """Return the needs of ``[low, high)`` of the sequence, which starts at ``element`` of its lane."""
         first = int(np.searchsorted(self._sequence_starts, low, side="right")) - 1
         last = int(np.searchsorted(self._sequence_starts, high, side="left"))
         begins = np.maximum(self._sequence_starts[first:last], low)
@@ -254,13 +253,13 @@ class _Epoch:
         ids = begins + self._id_shift[first:last]
         held = ends > begins  # a shard may be empty
         window, g = self.config.window, self.per_step
-        # A window's samples may come at any of its steps.
+        # A window's samples may appear at any of its steps.
         from_ = (begins - low + element) // window * window
         to = np.minimum(((ends - 1 - low + element) // window + 1) * window, self.lane_length) - 1
         return Needs(ids[held], from_[held] // g, to[held] // g)
 
     def _window(self, index: int, first_lane: int, last_lane: int) -> _Window:
-        """The shuffles of one window in some lanes."""
+        """Return the shuffles of one window in some lanes."""
         key = (index, first_lane, last_lane)
         found = self._windows.get(key)
         if found is None:
@@ -273,20 +272,20 @@ class _Epoch:
 
 
 class _Window:
-    """Permutations of one window, one a lane, as :func:`_permutation` gives them, sorted on demand.
+    """Permutations of one window, one per lane, as returned by :func:`_permutation`, sorted on demand.
 
-    What is asked for first is found by a partial sort, which takes a quarter of the time of a whole one; the
-    rest is sorted when the reading goes on.
+    The first request uses a partial sort, which takes a quarter of the time of a full one. The rest is sorted when a
+    later request needs it.
     """
 
     def __init__(self, length: int, streams: Sequence[np.random.Philox]) -> None:
         self._keys = np.empty((len(streams), length), dtype=np.uint64)  # ids: (lane, element)
         for row, stream in zip(self._keys, streams, strict=True):
             row[:] = _random_keys(length, stream)
-        self._low = self._high = 0  # these elements have their final place, and smaller keys stand before them
+        self._low = self._high = 0  # sorted so far: [low, high) is final, and smaller keys come before it
 
     def shuffled(self, low: int, high: int) -> Ids:
-        """Some elements of every lane; shape (lanes, high - low)."""
+        """Return some elements of every lane; shape (lanes, high - low)."""
         keys = self._keys
         if self._low == self._high:
             keys.partition(sorted({low, high - 1}), axis=1)
@@ -302,10 +301,10 @@ class _Window:
 
 
 def steps_in(num_samples: int, global_batch_size: int) -> int:
-    """Whole global batches in an epoch.
+    """Return the number of whole global batches in an epoch.
 
     Raises:
-        DataError: there is not one.
+        DataError: there are fewer samples than one global batch.
     """
     if num_samples < global_batch_size:
         raise DataError(
@@ -316,10 +315,10 @@ def steps_in(num_samples: int, global_batch_size: int) -> int:
 
 
 def _permutation(n: int, stream: np.random.Philox) -> Ids:
-    """A uniform permutation of ``range(n)``: random keys, sorted.
+    """Return a uniform permutation of ``range(n)``: random keys, sorted.
 
-    The index sits in the low bits of its key, so that a plain sort gives the permutation, ties cannot
-    happen, and the result depends on the raw stream alone (NumPy's own shuffles may change with versions).
+    Each key holds its index in the low bits, so a plain sort yields the permutation, ties cannot happen, and the
+    result depends on the raw stream alone (NumPy's own shuffles may change between versions).
     """
     keys = _random_keys(n, stream)
     keys.sort()
@@ -327,7 +326,7 @@ def _permutation(n: int, stream: np.random.Philox) -> Ids:
 
 
 def _random_keys(n: int, stream: np.random.Philox) -> NDArray[np.uint64]:
-    """Random keys with their index in the low bits."""
+    """Return random keys with their index in the low bits."""
     return (stream.random_raw(n) & ~_index_mask(n)) | np.arange(n, dtype=np.uint64)
 
 
@@ -336,17 +335,17 @@ def _indices(keys: NDArray[np.uint64], n: int) -> Ids:
 
 
 def _index_mask(n: int) -> np.uint64:
-    """The low bits of a key, which hold the index of one of ``n`` things."""
+    """Return a mask of the low bits of a key, wide enough for an index below ``n``."""
     return np.uint64((1 << max(1, (n - 1).bit_length())) - 1)
 
 
 def evaluation_ids(num_samples: int, micro_batch_size: int, num_ranks: int, rank: int) -> tuple[Ids, NDArray[np.int64]]:
-    """The plain order 0..N-1 in micro batches that are the same at every world size.
+    """Return the samples 0..N-1 in micro batches that are the same at every world size.
 
-    Rank ``r`` takes a contiguous run of ``ceil(M / R)`` of the ``M = ceil(N / b)`` micro batches; the last
-    micro batch, and ranks that run out, are padded with sample 0, which counts for nothing. Every rank runs
-    the same number of forward passes, and no micro batch mixes other samples when ranks are added, so that
-    what is computed from it does not change in the last bit either.
+    Rank ``r`` takes a contiguous run of ``ceil(M / R)`` of the ``M = ceil(N / b)`` micro batches. The last micro
+    batch, and ranks that run out of samples, are padded with sample 0, which is masked. Every rank runs the same
+    number of forward passes. Adding ranks never changes which samples share a micro batch, so results are
+    bit-identical too.
 
     Returns:
         ids, shape (micro batches of this rank, micro_batch_size), and how many of each row, from the left,

@@ -1,13 +1,13 @@
-"""Packing data into plain WebDataset tars, in splits and shards.
+"""Pack data into plain WebDataset tars, in splits and shards.
 
-The tars are written by webdataset's own ``TarWriter``, with fixed times, owners and modes, so that the same
-source and options give the same bytes anywhere. Each split becomes ``<prefix>-000000.tar`` and so on, a
-sidecar beside every shard, and last a manifest ``<prefix>.json`` with the MD5 of every shard: a split is
-packed once its manifest exists. Every file appears whole (temporary name, then rename). An interrupted
-packing goes on: a journal, ``.pack-<prefix>.jsonl``, holds a fingerprint of source and options and the size
-and MD5 of each finished shard; those still intact are kept, and another fingerprint starts over. A packing
-that is complete is recognized from the manifests alone, without reading the source. Only one packing at a
-time may write to a prefix. Memory: what the source holds, and one sample.
+The tars are written by webdataset's ``TarWriter`` with fixed times, owners and modes, so the same source and options
+give the same bytes anywhere. Each split becomes ``<prefix>-000000.tar`` and so on, with a sidecar beside each shard
+and finally a manifest ``<prefix>.json`` with the MD5 of every shard. A split is packed once its manifest exists.
+Every file is written under a temporary name, then renamed. An interrupted packing resumes: a journal,
+``.pack-<prefix>.jsonl``, holds a fingerprint of source and options, and the size and MD5 of each finished shard.
+Intact shards are kept; a different fingerprint starts over. A complete packing is recognized from the manifests
+alone, without reading the source. Only one process at a time may pack to a prefix. Memory: what the source holds,
+plus one sample.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from disttrain.files import make_folder, sync_directory, write_atomically
 from disttrain.reading import parse_json, read_json, read_text
 
 PACK_VERSION: Final = 1
-"""Raised whenever the same source and options would give other bytes; part of the fingerprint."""
+"""Incremented whenever the same source and options would give different bytes; part of the fingerprint."""
 
 SPLITS: Final = ("train", "val", "test")
 DEFAULT_FRACTIONS: Final = (0.70, 0.15, 0.15)
-_WHOLE: Final = ""  # the name of the only split where there is none
+_WHOLE: Final = ""  # name of the single split when there are no splits
 
 
 @dataclass(frozen=True)
 class PackConfig:
-    """How a source is cut into splits and shards.
+    """How to cut a source into splits and shards.
 
     Attributes:
-        samples_per_shard: at most so many samples in a shard; shards of a split differ by one at most.
-        num_shards: shards of the train split (of all, where nothing is split), instead of
+        samples_per_shard: maximum samples per shard; shard sizes within a split differ by at most one.
+        num_shards: shards of the train split (of everything, if there are no splits), instead of
             ``samples_per_shard``; the other splits get shards of about the same size.
         fractions: of train, val and, if given, test; they sum to 1. Empty: no splits. None: the source's own
-            splits where it has them, else 0.70, 0.15, 0.15.
-        split_seed: chooses the samples of each split and the order in which train is written.
-        prefix: put before the split in file names (``digits-train-000000.tar``); without splits it is the
-            whole name, by default ``data``.
+            splits if it has any, else 0.70, 0.15, 0.15.
+        split_seed: determines the samples of each split and the order in which train is written.
+        prefix: prepended to the split in file names (``digits-train-000000.tar``); without splits it is the
+            whole name, ``data`` by default.
 
     Raises:
         ConfigError: a value is out of range.
@@ -82,14 +82,14 @@ class PackConfig:
             raise ConfigError(f"prefix is {self.prefix!r}", mend="use letters, digits, '_' and '-' only")
 
     def file_prefix(self, split: str) -> str:
-        """What the files of a split are called."""
+        """Return the file name prefix of a split."""
         if split == _WHOLE:
             return self.prefix or "data"
         return f"{self.prefix}-{split}" if self.prefix else split
 
     @property
     def classes_file(self) -> str:
-        """Where the names of the classes go."""
+        """Name of the file for the class names."""
         return f"{self.prefix}-classes.json" if self.prefix else "classes.json"
 
 
@@ -100,7 +100,7 @@ class PackedSplit:
     Attributes:
         manifest: its manifest.
         shards: its shards, with MD5.
-        num_written: how many of the shards were written now; the others were there.
+        num_written: how many of the shards this call wrote; the others already existed.
     """
 
     manifest: Path
@@ -109,13 +109,13 @@ class PackedSplit:
 
     @property
     def num_samples(self) -> int:
-        """Samples in all its shards."""
+        """Total samples over all its shards."""
         return sum(shard.num_samples for shard in self.shards)
 
 
 @dataclass(frozen=True)
 class Packing:
-    """What :func:`pack` made or found: the splits by file prefix, and notes of the source."""
+    """Result of :func:`pack`: the splits by file prefix, and notes about the source."""
 
     splits: Mapping[str, PackedSplit]
     was_complete: bool
@@ -123,18 +123,18 @@ class Packing:
 
 
 def pack(source: Source, *, out_dir: str | Path, config: PackConfig | None = None, progress: bool = False) -> Packing:
-    """Pack a source into a folder, or find that this has been done.
+    """Pack a source into a folder, unless it already contains this packing.
 
     Args:
         source: what to pack.
-        out_dir: where to; made if it is not there.
+        out_dir: target folder; created if missing.
         config: splits and shards.
-        progress: show a bar on standard error if that is a terminal.
+        progress: show a progress bar on standard error if that is a terminal.
 
     Raises:
         ConfigError: the options do not suit the source.
         DataError: the source is faulty or too small, or the folder cannot be written or holds shards of the
-            same name that no packing made.
+            same name that were not written by a packing.
     """
     config = config or PackConfig()
     folder = Path(out_dir)
@@ -160,7 +160,7 @@ def pack(source: Source, *, out_dir: str | Path, config: PackConfig | None = Non
     try:
         make_folder(folder)
         _write_classes(folder / config.classes_file, samples.classes)
-        # Every split is opened before one is written: no old split is ever taken for a part of this packing.
+        # Start every split before writing any, so that an old split is never mistaken for part of this packing.
         kept = {split: job.begin(parts[split]) for split, job in jobs.items()}
         with _bar(sum(map(len, splits.values())), show=progress) as tick:
             for split, job in jobs.items():
@@ -174,10 +174,10 @@ def pack(source: Source, *, out_dir: str | Path, config: PackConfig | None = Non
 
 
 def plan_splits(samples: Samples, config: PackConfig) -> dict[str, Ids]:
-    """The samples of each split in the order in which they are written: train shuffled, the others as they are.
+    """Return the samples of each split in write order: train shuffled, the others unchanged.
 
     Raises:
-        ConfigError: fractions are given, but the source has splits of its own.
+        ConfigError: fractions are given, but the source has its own splits.
         DataError: a split would be empty.
     """
     if len(samples) == 0:
@@ -208,7 +208,7 @@ def plan_splits(samples: Samples, config: PackConfig) -> dict[str, Ids]:
 
 
 def _shard_counts(splits: Mapping[str, Ids], config: PackConfig) -> dict[str, int]:
-    """How many shards each split gets."""
+    """Return how many shards each split gets."""
     sizes = {split: len(ids) for split, ids in splits.items()}
     if not config.num_shards:
         return {split: -(-size // config.samples_per_shard) for split, size in sizes.items()}
@@ -219,7 +219,7 @@ def _shard_counts(splits: Mapping[str, Ids], config: PackConfig) -> dict[str, in
 
 
 def _record(manifest: Path) -> dict[str, Any] | None:
-    """What a packing noted in a manifest; None for one that no packing wrote."""
+    """Return the packing record in a manifest; None if the manifest was not written by a packing."""
     try:
         record = read_json(manifest)["packed_from"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -228,7 +228,7 @@ def _record(manifest: Path) -> dict[str, Any] | None:
 
 
 def _complete(folder: Path, config: PackConfig, fingerprint: str) -> dict[str, PackedSplit] | None:
-    """The splits of this very packing if all of it is there, by sizes (not by MD5: `shards verify` does that)."""
+    """Return the splits of this exact packing if it is complete, judged by sizes (`shards verify` checks MD5)."""
     first = _WHOLE if config.fractions == () else "train"
     record = _record(folder / f"{config.file_prefix(first)}.json")
     if record is None or not (folder / record.get("classes", "")).exists():
@@ -242,14 +242,14 @@ def _complete(folder: Path, config: PackConfig, fingerprint: str) -> dict[str, P
         try:
             found[prefix] = PackedSplit(job.manifest, tuple(read_manifest(job.manifest)))
             for shard in found[prefix].shards:
-                describe_shard(shard.path)  # mends a sidecar that is gone or stale
+                describe_shard(shard.path)  # repairs a missing or stale sidecar
         except DataError:
             return None
     return found or None
 
 
 def _refuse_other_splits(folder: Path, config: PackConfig, splits: Mapping[str, Ids]) -> None:
-    # A test split left from other fractions would share samples with the new train split.
+    # A test split left over from other fractions would share samples with the new train split.
     for split in SPLITS if _WHOLE not in splits else ():
         job = _Job(folder, config.file_prefix(split), "")
         if split not in splits and (job.manifest.exists() or job.journal.exists()):
@@ -277,7 +277,10 @@ class _Job:
         self._temporary = re.compile(rf"\.({name}-\d{{6,}}\.(tar|idx)|{name}\.json|\.pack-{name}\.jsonl)\..+")
 
     def refuse_foreign_shards(self) -> None:
-        """Nothing is overwritten that no packing wrote: with a journal all shards are ours, else those listed."""
+        """Raise if a file here was not written by a packing, so that it is never overwritten.
+
+        With a journal all shards are ours, otherwise only those in the manifest.
+        """
         if self.journal.exists():
             return
         ours = {Path(shard.path).name for shard in self._listed()} if _record(self.manifest) else set()
@@ -293,18 +296,21 @@ class _Job:
             )
 
     def begin(self, parts: list[Ids]) -> dict[str, Shard]:
-        """Open the split: afterwards it has a journal and no manifest, and only the shards returned, which stay."""
+        """Start the split and return the finished shards to keep.
+
+        Afterwards the split has a journal, no manifest, and no shards except the returned ones.
+        """
         finished = self._finished()
         kept = {
             path.name: finished[path.name]
             for path, ids in zip(self._paths(parts), parts, strict=True)
             if path.name in finished and finished[path.name].num_samples == len(ids)
         }
-        # From here on the journal says that all shards of this prefix are ours; only then is one removed.
+        # Write the journal first: it marks all shards of this prefix as ours, so only then may any be removed.
         lines = [json.dumps({"fingerprint": self.fingerprint}), *map(_line, kept.values())]
         write_atomically(self.journal, "\n".join(lines) + "\n")
         self.manifest.unlink(missing_ok=True)
-        sync_directory(self.folder)  # no power cut brings it back, to shards that are gone
+        sync_directory(self.folder)  # otherwise a power failure could restore a manifest whose shards are gone
         for path in list(self.folder.iterdir()):
             stale = self._shard_file.fullmatch(path.name) and path.with_suffix(".tar").name not in kept
             if stale or self._temporary.fullmatch(path.name):
@@ -314,13 +320,13 @@ class _Job:
     def run(
         self, samples: Samples, parts: list[Ids], kept: Mapping[str, Shard], record: dict[str, Any], tick: Tick
     ) -> PackedSplit:
-        """Write what is missing, then the manifest."""
+        """Write the missing shards, then the manifest."""
         shards = []
         with open(self.journal, "a", encoding="utf-8") as journal:
             for path, ids in zip(self._paths(parts), parts, strict=True):
                 if path.name in kept:
                     shards.append(kept[path.name])
-                    describe_shard(str(path))  # writes its sidecar if that is what was missing
+                    describe_shard(str(path))  # writes its sidecar if it is missing
                     tick(len(ids))
                     continue
                 shards.append(write_shard(samples, ids, path, tick))
@@ -347,16 +353,16 @@ class _Job:
         return Shard(path, int(entry["nsamples"]), int(entry["filesize"]), str(entry["md5sum"]))
 
     def _finished(self) -> dict[str, Shard]:
-        """Shards of this very packing that an earlier run finished and that are still what it wrote."""
+        """Return the shards of this exact packing that an earlier run finished and that are still intact."""
         shards = []
         if self.journal.exists():
             try:
-                # A line without its end was cut off by a kill: its shard is written again.
+                # A line without a newline was cut off when the process died; rewrite its shard.
                 head, *lines = read_text(self.journal).split("\n")[:-1]
                 if parse_json(head)["fingerprint"] == self.fingerprint:
                     shards = [self._shard(parse_json(line)) for line in lines]
             except (OSError, ValueError, KeyError, TypeError):
-                return {}  # damaged, as a power failure may leave it: start over
+                return {}  # damaged, for example by a power failure: start over
         elif (_record(self.manifest) or {}).get("fingerprint") == self.fingerprint:
             shards = self._listed()
         return {Path(shard.path).name: shard for shard in shards if md5_of(shard.path, shard.size_bytes) == shard.md5}
@@ -369,7 +375,7 @@ def _line(shard: Shard) -> str:
 
 @contextmanager
 def _bar(total: int, *, show: bool) -> Iterator[Tick]:
-    """A progress bar on standard error where that is a terminal; gives what to call with samples done."""
+    """Show a progress bar if standard error is a terminal; yield the function that advances it by samples."""
     from rich.console import Console
     from rich.progress import Progress
 

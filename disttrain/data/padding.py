@@ -1,9 +1,9 @@
-"""Cut what a module predicts for padding off what it predicts for samples.
+"""Remove a module's outputs for padding, keeping those for real samples.
 
-The last micro batches of an evaluation are filled up, so that all ranks run the same number of forward passes; real
-samples stand first. A ``Task`` cuts its own outputs. Of any other module each value is cut along its first dimension,
-or refused if that is not possible without a guess, at the first micro batch already. Cost: nothing, except where a
-micro batch holds padding.
+The last micro batches of an evaluation are padded so that all ranks run the same number of forward passes; real
+samples come first. A ``Task`` trims its own outputs. For any other module, each value is cut along its first
+dimension. A value that cannot be cut unambiguously is rejected at the first micro batch. Costs nothing unless a micro
+batch holds padding.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from disttrain.parallel.trained import class_name
 
 
 class Rows(NamedTuple):
-    """The rows of a micro batch.
+    """Row counts of a micro batch.
 
     Attributes:
-        size: with padding.
-        real: those of samples, which stand first.
+        size: all rows, padding included.
+        real: rows of real samples, which come first.
     """
 
     size: int
@@ -34,28 +34,28 @@ class Rows(NamedTuple):
 
 
 class _UnclearError(Exception):
-    """Why a value cannot be cut."""
+    """Raised for a value that cannot be cut; the message describes it."""
 
 
 def rows_of(batch: Any) -> Rows | None:
-    """The rows of one of disttrain's micro batches; None of any other."""
+    """Return the row counts of a disttrain micro batch; None for any other batch."""
     if isinstance(batch, Mapping) and COUNT in batch and WEIGHT in batch:
         return Rows(len(batch[WEIGHT]), int(batch[COUNT]))
     return None
 
 
 def real_outputs(outputs: Any, rows: Rows | None, module: nn.Module, *, check: bool = False) -> Any:
-    """What a module returned for the real samples of a micro batch.
+    """Return a module's outputs for the real samples of a micro batch.
 
     Args:
-        outputs: a tensor, an array or a list with one row a sample, or dictionaries, tuples, lists or dataclasses of
-            these; None is returned as it is.
-        rows: those of the micro batch; None where it is not one of disttrain's.
-        module: whose outputs they are, for the message.
-        check: look at those of a micro batch without padding, too: a later one will have some.
+        outputs: a tensor, an array or a list with one row per sample, or dictionaries, tuples, lists or dataclasses of
+            these; None is returned unchanged.
+        rows: row counts of the micro batch; None if it is not one of disttrain's.
+        module: the module that returned them, for the message.
+        check: also check outputs of a micro batch without padding, since a later one will have some.
 
     Raises:
-        ConfigError: a value has neither a row for each sample of the micro batch nor one for each real one.
+        ConfigError: a value has neither one row per sample of the micro batch nor one per real sample.
     """
     if rows is None or (rows.real == rows.size and not check):
         return outputs
@@ -71,9 +71,9 @@ def real_outputs(outputs: Any, rows: Rows | None, module: nn.Module, *, check: b
 
 
 def real_rows(value: Any, rows: Rows) -> Any:
-    """As :func:`real_outputs` of what may hold other values too, which stay as they are.
+    """Like :func:`real_outputs`, but leave values that do not match the micro batch unchanged.
 
-    A list with one item a sample is cut; a tuple holds values of the micro batch.
+    A list with one item per sample is cut; a tuple is treated as a collection of values.
     """
     if isinstance(value, Tensor | np.ndarray | list):
         length = len(value) if isinstance(value, list) or value.ndim else -1
@@ -84,7 +84,7 @@ def real_rows(value: Any, rows: Rows) -> Any:
 
 
 def _each(value: Any, cut: Callable[[Any], Any], default: Any = None) -> Any:
-    """A dataclass, mapping or named tuple of the same kind whose items are cut; the default in place of others."""
+    """Apply ``cut`` to the items of a dataclass, mapping or named tuple; return the default for other types."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [field.name for field in dataclasses.fields(value) if field.init]
         return dataclasses.replace(value, **{name: cut(getattr(value, name)) for name in fields})
@@ -118,14 +118,14 @@ def _cut(value: Any, rows: Rows) -> Any:
 
 
 def _cut_sequence(value: Any, rows: Rows) -> Any:
-    """A list with one item a sample, or of a few values that have one row a sample each."""
+    """Cut a list with one item per sample, or a short list of values with one row per sample each."""
     whole = len(value) in rows
     try:
         parts = [_cut(item, rows) for item in value] if value else None
     except _UnclearError:
         parts = None
     if whole and parts is not None and any(item is not None for item in parts):
-        # The logits of each of two samples, or the logits and the labels of two? A guess may lose results.
+        # Ambiguous: two samples' logits, or the logits and the labels of two samples? A wrong guess loses results.
         raise _UnclearError(
             f"a {type(value).__name__} of {len(value)} whose items may be samples or hold a row of each"
         )

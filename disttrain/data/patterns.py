@@ -1,8 +1,8 @@
-"""The shards that a specification names: brace patterns, globs, lists in text files, ``~`` and ``$VAR``.
+"""Expand a shard specification: brace patterns, globs, lists in text files, ``~`` and ``$VAR``.
 
-A specification becomes a list of places, each the path or URL of a shard or of a manifest. Nothing is opened except
-the lists. Local shards have to be there; of one that is not, the error says what stands in its place. Cost: a look at
-every local shard, one listing of a bucket's folder per glob.
+A specification becomes a list of places, each the path or URL of a shard or of a manifest. Only lists are opened.
+Local shards must exist; the error for a missing one says what was found instead. Cost: one stat per local shard, one
+folder listing per glob on a server.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ _RANGE: Final = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
 _SIGNS: Final = "*?["
 _NAMED: Final = 5
 _MOST_DIGITS: Final = 18
-_USER_INFO: Final = "!$&'()*+,;=:"  # RFC 3986: what user and password of a URL may hold as it is
+_USER_INFO: Final = "!$&'()*+,;=:"  # characters that RFC 3986 allows unquoted in user and password
 _QUOTED: Final = 200  # characters of a pattern in a message
 
 
 def places(spec: str, *, name: str = "data", retry: RetryConfig = DEFAULT_RETRY, ask_servers: bool = True) -> list[str]:
-    """The manifests and shards that one specification names, in order; shards on servers are not asked for.
+    """Return the manifests and shards that a specification names, in order, without checking that remote shards exist.
 
     Args:
         spec: a brace pattern, a glob, a manifest, or a text file (``.txt``, ``.list``) with one of these per line.
-        name: what error messages call the data set.
-        retry: how long a server is asked.
-        ask_servers: whether globs and lists on servers are looked up; if not, they name nothing.
+        name: name of the data set in error messages.
+        retry: retry policy for servers.
+        ask_servers: look up globs and lists on servers; if false, they expand to nothing.
 
     Raises:
-        DataError: it names nothing, too much, a local shard that does not exist, a variable that is not set, or a
-            list that cannot be read.
+        DataError: the specification names nothing, too many shards, a local shard that does not exist, a variable that
+            is not set, or a list that cannot be read.
     """
     found: list[str] = []
     for place in _names(_expanded(spec, name=name), name=name, retry=retry, ask_servers=ask_servers):
@@ -65,15 +65,15 @@ def places(spec: str, *, name: str = "data", retry: RetryConfig = DEFAULT_RETRY,
 
 
 def is_manifest(place: str) -> bool:
-    """Whether a path or URL is that of a manifest."""
+    """Return whether a path or URL names a manifest."""
     return path_of(place).endswith(".json")
 
 
 def path_of(place: str) -> str:
-    """A path, or that of a URL without its query.
+    """Return a path unchanged, or the path of a URL without its query.
 
     Raises:
-        DataError: it is not a URL, although it begins as one.
+        DataError: it starts like a URL but is not a valid one.
     """
     try:
         return urlsplit(place).path if is_remote(place) else place
@@ -82,14 +82,14 @@ def path_of(place: str) -> str:
 
 
 def _expanded(spec: str, *, name: str) -> str:
-    """A specification with its home folder and variables; of a URL, what comes before the query."""
+    """Expand the home folder and variables in a specification; the query of a URL is not expanded."""
     query, secrets_end = "", 0
     if is_remote(spec):
         spec, sign, query = spec.partition("?")
         query = sign + query
         host = spec.index("://") + 3
         secrets_end = host + spec[host:].partition("/")[0].rfind("@")
-    elif os.path.lexists(spec):  # a name that has a $ or ~ in it
+    elif os.path.lexists(spec):  # an existing name that contains $ or ~
         return spec
 
     def value(found: re.Match[str]) -> str:
@@ -98,7 +98,7 @@ def _expanded(spec: str, *, name: str) -> str:
             raise DataError(
                 f"{name}: {shown(spec)!r} has ${variable}, which is not set", mend=f"export {variable}, or write it out"
             )
-        # A password may hold what ends the host, or what stands for several names.
+        # A password may contain characters that would end the host part, or act as a glob or braces.
         in_secrets, text = found.start() < secrets_end, os.environ[variable]
         return quote(text, safe=_USER_INFO) if in_secrets else text
 
@@ -106,7 +106,7 @@ def _expanded(spec: str, *, name: str) -> str:
 
 
 def _names(pattern: str, *, name: str, retry: RetryConfig, ask_servers: bool) -> list[str]:
-    """The names that a pattern stands for."""
+    """Return the names that a pattern expands to."""
     found: list[str] = []
     for part in _braces(pattern, name=name):
         if not any(sign in path_of(part) for sign in _SIGNS):
@@ -143,7 +143,7 @@ def _braces(pattern: str, *, name: str) -> list[str]:
 
 
 def _count(pattern: str) -> int:
-    """How many names the braces of a pattern stand for, without making them; letters count as all letters."""
+    """Return how many names the braces of a pattern expand to, without expanding them; a letter range counts as 52."""
     counts: list[int] = []
 
     def product(text: str) -> int:
@@ -166,7 +166,7 @@ def _count(pattern: str) -> int:
 
 
 def _on_server(pattern: str, *, name: str, retry: RetryConfig) -> list[str]:
-    """The objects of a bucket that match a glob, sorted."""
+    """Return the objects of a bucket that match a glob, sorted."""
     scheme = pattern.partition("://")[0].lower()
     if scheme in ("http", "https"):
         raise DataError(
@@ -175,14 +175,14 @@ def _on_server(pattern: str, *, name: str, retry: RetryConfig) -> list[str]:
         )
     first = min(pattern.index(sign) for sign in _SIGNS if sign in pattern)
     folder = pattern[:first].rpartition("/")[0]
-    if folder.count("/") < 2:  # the bucket itself is not to be guessed
+    if folder.count("/") < 2:  # a glob may not match the bucket name itself
         raise DataError(f"{name}: {shown(pattern)} does not name its bucket", mend="write the bucket out")
     try:
         names = sorted(ObjectFolder(folder, retry).sizes())
     except RemoteError as error:
         raise DataError(f"{name}: {shown(folder)} cannot be listed: {error.what}", mend=error.mend) from None
     found: list[str] = []
-    with suppress(re.error):  # a range such as [9-0], which nothing is in
+    with suppress(re.error):  # an empty range such as [9-0]
         matches = re.compile(_as_regex(pattern[len(folder) + 1 :])).fullmatch
         found = [f"{folder}/{one}" for one in names if matches(one)]
     if not found:
@@ -195,7 +195,7 @@ def _on_server(pattern: str, *, name: str, retry: RetryConfig) -> list[str]:
 
 
 def _as_regex(pattern: str) -> str:
-    """A glob as a regular expression, as :mod:`glob` reads it: only ``**`` goes into folders."""
+    """Translate a glob to a regular expression with :mod:`glob`'s rules: only ``**`` crosses folders."""
     words = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     out = []
     for token in re.findall(r"\*\*/|\*\*|\*|\?|\[!?\]?[^\]]*\]|.", pattern, re.DOTALL):
@@ -208,7 +208,7 @@ def _as_regex(pattern: str) -> str:
 
 
 def _lines(place: str, *, name: str, retry: RetryConfig) -> Iterator[str]:
-    """The specifications in a text file, relative to its folder, without empty lines and comments."""
+    """Yield the specifications in a text file, relative to its folder, skipping empty lines and comments."""
     try:
         text = read_remote_text(place, retry) if is_remote(place) else read_text(place)
     except RemoteError as error:
@@ -235,7 +235,7 @@ def _lines(place: str, *, name: str, retry: RetryConfig) -> Iterator[str]:
 
 
 def _require_files(paths: Sequence[str], *, name: str) -> None:
-    """Raise a DataError if a local file is missing, or is not a file."""
+    """Raise a DataError if a local path is missing or is not a file."""
     there = together(os.path.isfile, paths, quick=True)
     missing = [path for path, is_there in zip(paths, there, strict=True) if not is_there]
     if missing:
@@ -245,7 +245,7 @@ def _require_files(paths: Sequence[str], *, name: str) -> None:
 
 
 def why_missing(path: str, listed: str = "") -> tuple[str, str]:
-    """What is in the place of a shard that is not there, and a hint; ``listed`` says what names it."""
+    """Return what is at the path of a missing shard, and a hint; ``listed`` says what names the shard."""
     folder = Path(path).parent
     try:
         kind = os.stat(path).st_mode
@@ -265,14 +265,14 @@ def why_missing(path: str, listed: str = "") -> tuple[str, str]:
         )
     if stat.S_ISDIR(kind):
         tars = False
-        with suppress(OSError):  # it may not be listed
+        with suppress(OSError):  # the folder may not be readable
             tars = any(name.endswith(".tar") for name in os.listdir(path))
         return f"shard {path}{listed} is a folder", f"name the shards in it: {path}/{'*.tar' if tars else 'NAME.tar'}"
     return f"shard {path}{listed} is not a regular file", "name a tar file"
 
 
 def _others(folder: Path, name: str) -> str:
-    """What a folder has in place of a name that it does not have."""
+    """Describe what a folder contains instead of a missing name."""
     if not folder.is_dir():
         return f"folder {folder} does not exist"
     names = sorted(path.name for path in folder.glob("*.tar") if path.is_file())
