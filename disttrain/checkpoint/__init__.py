@@ -1,1 +1,1 @@
-"""Checkpoints: one directory format for every strategy and world size, committed atomically."""
+"""Checkpoints: one directory format for all strategies and world sizes, committed atomically."""

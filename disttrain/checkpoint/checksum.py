@@ -1,9 +1,8 @@
-"""Checksums of a checkpoint's files: made while they are written, compared when they are read.
+"""Checksums of checkpoint files: computed while writing, compared when reading.
 
-CRC-32, as zlib computes it without holding Python's lock: about 2 GB/s on one core. It finds every flipped bit,
-every burst of up to 32 bits and any other damage but for one in four billion; it is no protection against
-somebody who wants to deceive. What is written is summed on its way to the file, so that a file system that
-returns something else later is found out.
+CRC-32 via zlib, which releases the GIL: about 2 GB/s on one core. It detects every single-bit flip, every burst of
+up to 32 bits, and all but one in four billion other errors. It does not protect against deliberate tampering. Data is
+summed on its way to the file, so a file system that later returns different bytes is caught.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ _CHUNK_BYTES: Final = 4 << 20
 
 @dataclass(frozen=True)
 class Sum:
-    """What a file held when it was written.
+    """Size and checksum of a file as written.
 
     Attributes:
-        num_bytes: its size.
-        crc32: its checksum in eight hexadecimal digits; empty where none was recorded.
+        num_bytes: file size.
+        crc32: checksum as eight hexadecimal digits; empty if none was recorded.
     """
 
     num_bytes: int
@@ -37,10 +36,10 @@ class Sum:
 
 
 def sum_of(path: Path) -> Sum:
-    """Read a file and sum it up.
+    """Read a file and return its size and checksum.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     crc, size = 0, 0
     with open(path, "rb", buffering=0) as file:
@@ -53,11 +52,11 @@ def sum_of(path: Path) -> Sum:
 
 @dataclass
 class Sums:
-    """The files that this process writes for one checkpoint.
+    """Checksums of the files that this process writes for one checkpoint.
 
     Attributes:
-        files: by name, once they are closed.
-        error: the first error that writing met; libraries in between report it as something else.
+        files: closed files by name.
+        error: the first write error; libraries in between may report it as something else.
     """
 
     files: dict[str, Sum] = field(default_factory=dict)
@@ -65,7 +64,7 @@ class Sums:
 
     @contextmanager
     def summed(self, path: Path, *, name: str | None = None) -> Iterator[SummedFile]:
-        """Open a file for writing; it is known by its own name or by a given one."""
+        """Open a file for writing, and record its checksum under ``name`` (default: the file's name)."""
         try:
             with open(path, "wb") as file:
                 stream = SummedFile(file, self)
@@ -78,7 +77,7 @@ class Sums:
 
 
 class SummedFile(io.RawIOBase):
-    """A file to write to, from the first byte to the last, that sums what goes through."""
+    """A write-only file, written sequentially, that checksums the data passing through it."""
 
     def __init__(self, file: io.BufferedWriter, sums: Sums) -> None:
         super().__init__()
@@ -87,11 +86,11 @@ class SummedFile(io.RawIOBase):
         self.num_bytes = 0
 
     def writable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def write(self, data: Any, /) -> int:
-        """Write all of it."""
+        """Write all of ``data``."""
         view = memoryview(data).cast("B")
         try:
             self._file.write(view)
@@ -104,19 +103,19 @@ class SummedFile(io.RawIOBase):
         return view.nbytes
 
     def tell(self) -> int:
-        """Bytes written."""
+        """Return the number of bytes written."""
         return self.num_bytes
 
     def flush(self) -> None:
-        """Hand everything to the system."""
+        """Flush buffered data to the OS."""
         if not self._file.closed:
             self._file.flush()
 
     def fileno(self) -> int:
-        """The open file's, for fsync; what was written is handed to the system first."""
+        """Flush, then return the file descriptor (for ``fsync``)."""
         self._file.flush()
         return self._file.fileno()
 
     def sync(self) -> None:
-        """Have the system write everything to the disk."""
+        """Flush and fsync the file."""
         os.fsync(self.fileno())

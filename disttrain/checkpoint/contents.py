@@ -1,10 +1,10 @@
-"""What goes into a checkpoint beside its tensors, in a form that is read back without unpickling.
+"""Convert everything in a checkpoint besides tensors to plain values, which load without unpickling.
 
-Two rules. What a resume gives back (``state_dict()``, ``on_save_checkpoint()``) is changed only where what comes back
-equals it: NumPy's numbers become Python's, subclasses of plain types their base. Hyper-parameters are a record that
-nobody loads, so they take any plain form: a path its text, an Enum its value, a dataclass or Namespace a dictionary, a
-class, function or module its name, a NumPy array a list, or a tensor if it has more than a thousand numbers. Whatever
-has no such form is refused, by its dotted name and type. No tensor is copied.
+Two rules. State that a resume restores (``state_dict()``, ``on_save_checkpoint()``) is converted only if the result
+compares equal: NumPy scalars become Python numbers, subclasses of plain types become the base type. Hyper-parameters
+are a record that is never loaded, so any plain form will do: a path becomes a string, an Enum its value, a dataclass
+or Namespace a dictionary, a class, function or module its name, a NumPy array a list (or a tensor if it has more than
+a thousand elements). Anything else is rejected with its dotted name and type. No tensor is copied.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from disttrain.parallel.trained import class_name
 
 _HYPER_PARAMETERS: Final = ("hyper_parameters", "datamodule_hyper_parameters")
 _HYPER_PARAMETER_TYPES: Final = ("hparams_type", "datamodule_hparams_type")
-"""OmegaConf's classes: what they held are dictionaries here."""
+"""OmegaConf class names; dropped, because their contents are stored as dictionaries."""
 _BASE: Final = "lightning.pytorch.callbacks.callback"
 _SHOWN: Final = 5
 _LONGEST_LIST: Final = 1000
@@ -57,10 +57,10 @@ _TEXTS: Final = (
 
 
 def plain_contents(contents: Mapping[str, Any]) -> dict[str, Any]:
-    """What Lightning gathers for a checkpoint, in plain form.
+    """Convert the checkpoint dictionary that Lightning assembled to plain values.
 
     Raises:
-        CheckpointError: entries have none; the message names them all, up to five.
+        CheckpointError: some entries have no plain form; the message lists up to five.
     """
     faults: list[tuple[str, str]] = []
     found = {
@@ -85,20 +85,20 @@ def plain_contents(contents: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split_off_extra(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a module's state dict, and what ``get_extra_state()`` or a hook has added to them.
+    """Split a module's state dict into tensors and extra state (from ``get_extra_state()`` or a hook).
 
     Raises:
-        CheckpointError: that has no plain form.
+        CheckpointError: the extra state has no plain form.
     """
     extra = {name: v for name, v in state.items() if name.endswith("_extra_state") or not isinstance(v, Tensor)}
     return {name: value for name, value in state.items() if name not in extra}, plain_contents(extra)
 
 
 def check_tensors(tensors: Tensors) -> None:
-    """Refuse tensors that have no form in a checkpoint, by name.
+    """Reject tensors that a checkpoint cannot store.
 
     Raises:
-        CheckpointError: one is sparse, nested, quantized or without memory.
+        CheckpointError: a tensor is sparse, nested, quantized or on the meta device.
     """
     for name, tensor in leaves(tensors):
         kind = str(tensor.layout).removeprefix("torch.") if tensor.layout != torch.strided else ""
@@ -111,16 +111,16 @@ def check_tensors(tensors: Tensors) -> None:
 
 
 def check_hooks(given: Mapping[str, Any], saved: Mapping[str, Any], *, partly: bool, suspects: Iterable[str]) -> None:
-    """Refuse hooks that put something else in the place of the weights: it would be saved and never loaded.
+    """Reject hooks that replace or add weights: the change would be saved but never loaded.
 
     Args:
-        given: the weights of the model, by name.
-        saved: what is left of them after all ``on_save_checkpoint`` hooks.
-        partly: the module does without some of them at a resume (``strict_loading = False``).
-        suspects: who has such a hook.
+        given: the model's weights by name.
+        saved: the weights after all ``on_save_checkpoint`` hooks have run.
+        partly: the module can resume without some weights (``strict_loading = False``).
+        suspects: the modules and callbacks with such a hook.
 
     Raises:
-        CheckpointError: weights were added or replaced, or removed from a module that needs them all.
+        CheckpointError: weights were added, replaced, or removed from a module that needs all of them.
     """
     who = " or ".join(suspects) or "a hook"
     added = [name for name in saved if name not in given]
@@ -143,12 +143,12 @@ def check_hooks(given: Mapping[str, Any], saved: Mapping[str, Any], *, partly: b
 
 
 def savers(module: pl.LightningModule, callbacks: Iterable[Any]) -> list[str]:
-    """The module and callbacks that change checkpoints by a hook, by the names of their classes."""
+    """Return the class names of the module and callbacks that override ``on_save_checkpoint``."""
     own = type(module).on_save_checkpoint is not pl.LightningModule.on_save_checkpoint
     named = [class_name(module)] if own else []
     for callback in callbacks:
         hook = inspect.getattr_static(type(callback), "on_save_checkpoint", None)
-        # Those of disttrain's callbacks keep to their own state.
+        # disttrain's own callbacks only touch their own state.
         if hook is not None and not getattr(hook, "__module__", "").startswith(("disttrain.", _BASE)):
             named.append(type(callback).__name__)
     return named
@@ -192,7 +192,7 @@ def _plain(value: Any, name: str, faults: list[tuple[str, str]], *, lenient: boo
 
 
 def _hashable(value: Any, plain: Any, name: str, faults: list[tuple[str, str]]) -> Any:
-    """The plain form of a key or of a member of a set: a frozenset becomes a set, which cannot be one."""
+    """Return ``plain`` if it is hashable: as a key or set member, a frozenset cannot become a set."""
     try:
         hash(plain)
     except TypeError:
@@ -202,7 +202,7 @@ def _hashable(value: Any, plain: Any, name: str, faults: list[tuple[str, str]]) 
 
 
 def _described(value: Any) -> Iterator[Any]:
-    """A plain form of something that is only recorded, if it has one."""
+    """Yield a plain form of a value that is only recorded, if it has one."""
     if isinstance(value, _TEXTS):
         yield str(value)
     elif isinstance(value, enum.Enum):
@@ -211,20 +211,20 @@ def _described(value: Any) -> Iterator[Any]:
         yield {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
     elif isinstance(value, Namespace | types.SimpleNamespace):
         yield vars(value)
-    elif isinstance(value, Mapping):  # OmegaConf's, too
+    elif isinstance(value, Mapping):  # including OmegaConf's
         yield dict(value.items())
     elif isinstance(value, collections.deque):
         yield list(value)
     elif isinstance(value, np.ndarray) and value.dtype.kind in "biufcUS":
         if value.size > _LONGEST_LIST and value.dtype.kind in "biufc":
-            with suppress(TypeError):  # PyTorch has no such type
-                yield torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))  # of any strides, and writable
+            with suppress(TypeError):  # PyTorch lacks this dtype
+                yield torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))  # accepts any strides; writable
         yield value.tolist()
     elif isinstance(value, functools.partial):
         yield {"function": value.func, "arguments": value.args, "keywords": value.keywords}
     elif isinstance(value, type | types.FunctionType | types.BuiltinFunctionType) and "<" not in value.__qualname__:
         yield f"{value.__module__}.{value.__qualname__}"
-    elif isinstance(value, nn.Module):  # what it learns is saved with the weights
+    elif isinstance(value, nn.Module):  # its parameters are saved with the weights
         yield f"{type(value).__module__}.{type(value).__qualname__}"
     elif type(value).__module__.startswith("omegaconf.") and hasattr(value, "__iter__"):
         yield list(value)
@@ -242,5 +242,5 @@ def _shown(key: Any) -> str:
 
 
 def and_more(found: Sized, shown: int = 1) -> str:
-    """How many there are besides those that a message names."""
+    """Return ' and N more' if a message shows only the first ``shown`` entries."""
     return f" and {len(found) - shown} more" if len(found) > shown else ""

@@ -1,10 +1,10 @@
-"""Which attempt may publish checkpoints: the newest one that began in the folder.
+"""Fencing: only the newest attempt in a folder may publish checkpoints.
 
-Rank 0 of every attempt writes its own random token into the file ``ATTEMPT`` of the checkpoints' folder when it
-begins, and moves away what earlier attempts have left unfinished. It reads the file again before each step that
-makes a checkpoint visible. So a process of an earlier attempt that is still alive, on a node that was cut off
-say, is refused; and where it was stopped between the look and the step, the directory that it would rename or
-mark is no longer there. The file also holds the id of the run, by which another run's checkpoints are told.
+When an attempt begins, its rank 0 writes a random token to the file ``ATTEMPT`` in the checkpoint folder and moves
+away whatever earlier attempts left unfinished. It rereads the file before each step that makes a checkpoint visible.
+A process of an earlier attempt that is still alive (say, on a node that was cut off) is therefore rejected. If it was
+suspended between the check and the step, the directory that it would rename or mark no longer exists. The file also
+holds the run id, which tells the checkpoints of different runs apart.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _OWN_NAME: Final = re.compile(rf"step-\d{{8,}}(\.\d+)?({re.escape(ABANDONED)}(\.
 
 
 class FencedError(CheckpointError):
-    """A newer attempt has taken this run over, so this one may not publish anything."""
+    """A newer attempt has taken over this run, so this one may not publish anything."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A process group's try at a run.
+    """One life of a run's processes.
 
     Attributes:
-        run: id of the run, the same for all its attempts.
-        number: counts the attempts of a folder from 1.
-        token: what only this attempt knows.
+        run: run id, the same for all attempts.
+        number: attempt number in the folder, from 1.
+        token: random secret of this attempt.
     """
 
     run: str
@@ -50,25 +50,25 @@ class Attempt:
 
     @property
     def label(self) -> str:
-        """A short name that no other attempt has."""
+        """A short name unique to this attempt."""
         return f"a{self.number}-{self.token}"
 
 
 def run_of(directory: Path) -> str:
-    """Id of the run that a folder of checkpoints belongs to; empty where it is not known."""
+    """Return the run id of a checkpoint folder; empty if unknown."""
     return str(read_record(directory / FENCE).get("run", ""))
 
 
 def claim(directory: Path, *, run: str = "", after: int = 0) -> Attempt:
-    """Begin an attempt in a folder of checkpoints, and move away what earlier ones left unfinished. Rank 0 only.
+    """Begin an attempt in a checkpoint folder, and move away what earlier ones left unfinished. Rank 0 only.
 
     Args:
-        directory: the folder; it is made if it is not there.
-        run: id of the run where the folder does not know it; by default a new one.
-        after: the number of an attempt elsewhere that came before.
+        directory: the folder; created if missing.
+        run: run id to use if the folder has none; by default a new one.
+        after: number of an earlier attempt recorded elsewhere.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        CheckpointError: the folder is not writable.
     """
     try:
         make_folder(directory)
@@ -92,10 +92,10 @@ def claim(directory: Path, *, run: str = "", after: int = 0) -> Attempt:
 
 
 def guard(directory: Path, attempt: Attempt | None) -> None:
-    """Go on only as the newest attempt. Rank 0 only; without an attempt, nothing is checked.
+    """Raise unless this is the newest attempt; without an attempt, check nothing. Rank 0 only.
 
     Raises:
-        FencedError: another attempt has begun since, or the folder was moved away.
+        FencedError: a newer attempt has begun, or the folder was moved away.
         OSError: the file cannot be read.
     """
     if attempt is None:
@@ -120,7 +120,7 @@ def guard(directory: Path, attempt: Attempt | None) -> None:
 
 
 def _clear(directory: Path, attempt: Attempt) -> None:
-    """Take out of reach, then delete, what no marker makes a checkpoint, and what was to replace ``LATEST``."""
+    """Rename, then delete, directories without a marker; also delete temporary files of ``LATEST``."""
     for path in directory.glob(f".{LATEST}.*"):
         path.unlink(missing_ok=True)
     unfinished = [
@@ -134,10 +134,10 @@ def _clear(directory: Path, attempt: Attempt) -> None:
         )
     ]
     for number, path in enumerate(unfinished):
-        # Renamed first: from then on an older process can neither rename it nor write a marker into it.
+        # Rename first: from then on an older process can neither rename it nor write a marker into it.
         gone = directory / f"{_GONE}{attempt.label}-{number}"
         try:
             os.rename(path, gone)
         except FileNotFoundError:
-            continue  # its writer was quicker: published before, or cleared by another attempt
+            continue  # its writer published it first, or another attempt cleared it
         shutil.rmtree(gone, ignore_errors=True)

@@ -1,11 +1,11 @@
-"""What leaves a folder of checkpoints: what no rule keeps, what a rollback forgets, what a start does not go on from.
+"""Remove checkpoints from a folder: pruned ones, those after a rollback, and those a new start does not resume from.
 
-Checkpoints are ranked by their steps, and the newest is resumed. So nothing of a later step than the one that a run
-stands at may count: it would be resumed instead, and would take the place of what is saved from then on. A rollback
-deletes it. A start, which may have passed it over as damaged, or was told to go on from an earlier one, gives it
-another name, ``step-00000100.abandoned``; that goes once the run has committed a checkpoint of this step or a later
-one. Copies on remote storage are deleted in both cases. All of it is rank 0's work, and it looks before each step
-whether another attempt has taken over.
+Checkpoints are ordered by step, and a run resumes from the newest. So no checkpoint of a later step than the run's
+current one may count: the run would resume from it, and it would compete with newly saved ones. A rollback deletes
+such checkpoints. A start that skipped them as damaged, or was asked to resume from an earlier one, renames them to
+``step-00000100.abandoned``; they are deleted once the run has committed a checkpoint of the same or a later step.
+Copies on remote storage are deleted in both cases. Rank 0 does all of this, and checks before each change that no
+newer attempt has taken over.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from disttrain.terminal import tell
 
 
 def prune(directory: Path, keep: Keep, attempt: Attempt | None, *, new: Path, step: int) -> None:
-    """Delete what need not be kept once a checkpoint is committed; what cannot be deleted is said, and waits.
+    """Delete superfluous checkpoints after a commit; log those that cannot be deleted, and retry at the next save.
 
     Args:
         directory: the folder.
         keep: the rules.
-        attempt: who asks.
-        new: the checkpoint that was committed, which stays.
+        attempt: the attempt of this process.
+        new: the checkpoint just committed, which stays.
         step: its step.
 
     Raises:
@@ -42,7 +42,7 @@ def prune(directory: Path, keep: Keep, attempt: Attempt | None, *, new: Path, st
         superfluous = [entry for entry in keep.superfluous(committed(directory)[0]) if entry.path != new]
         passed = [entry for entry in abandoned(directory) if entry.global_step <= step]
         for entry in (*superfluous, *passed):
-            guard(directory, attempt)  # after the look: nothing of a newer attempt's is among them
+            guard(directory, attempt)  # after listing, so none of these belong to a newer attempt
             remove(entry.path)
     except FencedError:
         raise
@@ -52,12 +52,12 @@ def prune(directory: Path, keep: Keep, attempt: Attempt | None, *, new: Path, st
 
 
 def forget_after(directory: Path, step: int, *, attempt: Attempt | None, mirror: Mirror | None) -> None:
-    """Delete the checkpoints of later steps, and their copies, newest first; no save may be under way.
+    """Delete checkpoints of later steps and their copies, newest first; no save may be in progress.
 
     Raises:
-        CheckpointError: one cannot be deleted, or a newer attempt has taken over.
+        CheckpointError: a checkpoint cannot be deleted, or a newer attempt has taken over.
     """
-    if mirror is not None and attempt is not None:  # first: a resume takes the newest, wherever it is
+    if mirror is not None and attempt is not None:  # copies first: a resume takes the newest, local or remote
         mirror.forget_after(step, attempt)
     with _changing(directory):
         later = [entry for entry in committed(directory)[0] if entry.global_step > step]
@@ -77,21 +77,21 @@ def leave_behind(
     attempt: Attempt | None = None,
     mirror: Mirror | None = None,
 ) -> str:
-    """Set aside what a run that begins to train does not go on from: what is later than its start, or faulty.
+    """Abandon checkpoints that a starting run does not resume from: faulty ones, and those newer than its start.
 
     Args:
         directory: the folder.
-        step: the step that the run stands at.
+        step: the run's current step.
         start: the checkpoint that it was loaded from, in this folder or another one.
-        faulty: checkpoints that were found damaged.
-        attempt: who asks.
-        mirror: the copies, of which later ones are deleted.
+        faulty: checkpoints found damaged.
+        attempt: the attempt of this process.
+        mirror: remote copies; those of later steps are deleted.
 
     Returns:
-        what was set aside, in one line; an empty text where nothing was.
+        What was abandoned, in one line; empty if nothing was.
 
     Raises:
-        CheckpointError: one cannot be renamed or deleted, or a newer attempt has taken over.
+        CheckpointError: a checkpoint cannot be renamed or deleted, or a newer attempt has taken over.
     """
     copies = mirror.forget_after(step, attempt) if mirror is not None and attempt is not None else []
     with _changing(directory):
@@ -113,7 +113,7 @@ def leave_behind(
 def _not_gone_on_from(
     found: list[Committed], step: int, start: Path | None, faulty: Collection[Path]
 ) -> list[Committed]:
-    """Those of ``found``, oldest first, that are faulty or would be taken instead of the start."""
+    """Return the entries of ``found`` (oldest first) that are faulty or would be resumed instead of ``start``."""
     bad = {path.resolve() for path in faulty}
     index = next((i for i, entry in enumerate(found) if start is not None and _same(entry.path, start)), None)
     left = []
@@ -129,7 +129,7 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _point(directory: Path, attempt: Attempt | None) -> None:
-    """Have ``LATEST`` name the newest that is left."""
+    """Point ``LATEST`` at the newest remaining checkpoint."""
     found = committed(directory)[0]
     if not found:
         (directory / LATEST).unlink(missing_ok=True)

@@ -1,9 +1,9 @@
-"""Further tensors of a checkpoint, beside the model's and the optimizers', that a callback brings along.
+"""Extra tensor groups in a checkpoint, contributed by callbacks in addition to the model and optimizers.
 
-A callback registers a :class:`TensorGroup` under a name in its strategy's ``tensor_groups``. Its tensors are saved
-as the model's are, sharded, under the names of parameters, and come back in any layout. A group may be *evaluated*:
-whoever loads the checkpoint to evaluate it then gets the group's tensors in place of the parameters of those names.
-No cost without a group.
+A callback registers a :class:`TensorGroup` under a name in its strategy's ``tensor_groups``. Its tensors are keyed by
+parameter name, saved sharded like the model's, and load into any layout. If a group is *evaluated*, loading the
+checkpoint for evaluation puts the group's tensors in place of the parameters of the same names. No cost without a
+group.
 """
 
 from __future__ import annotations
@@ -17,54 +17,54 @@ from torch import Tensor, nn
 
 
 class TensorGroup(Protocol):
-    """What a callback gives to checkpoints. Every rank calls every method at the same place."""
+    """What a callback implements to add tensors to checkpoints. Every rank must call each method at the same point."""
 
     @property
     def evaluated(self) -> bool:
-        """Whether evaluation runs with these tensors in place of the parameters of their names."""
+        """Whether evaluation uses these tensors in place of the parameters of the same names."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """This rank's part of the tensors, by parameter name; saved, or filled in place. Empty to save nothing."""
+        """Return this rank's part of the tensors by parameter name, to save or fill in place; empty to save nothing."""
 
     def state(self) -> dict[str, Any]:
-        """Plain values to save with them, the same on all ranks."""
+        """Return plain values to save along with them, the same on all ranks."""
 
     def resume(self, found: set[str], state: dict[str, Any]) -> None:
-        """Training goes on from a checkpoint, which has filled model and optimizers.
+        """Resume training after a checkpoint was loaded into model and optimizers.
 
         Args:
-            found: the names whose tensors it held; the others are as they were.
-            state: what :meth:`state` gave, empty where the checkpoint has no such group.
+            found: names of the tensors it held; the others are unchanged.
+            state: what :meth:`state` returned, empty if the checkpoint has no such group.
         """
 
     def replaced(self, found: bool) -> None:
-        """The model now holds a checkpoint's weights for evaluation.
+        """Handle that the model now holds a checkpoint's weights for evaluation.
 
         Args:
             found: whether the checkpoint held this group.
         """
 
     def training_weights(self) -> AbstractContextManager[None]:
-        """Inside, the model holds the weights that are trained, even in the midst of an evaluation."""
+        """Return a context in which the model holds the trained weights, even during an evaluation."""
 
 
 def parameters_by_name(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters by the names that checkpoints use; a tied one once for each of its names."""
+    """Yield parameters by their names in checkpoints; a tied parameter once per name."""
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        yield name.replace("_orig_mod.", ""), parameter  # as torch.compile wraps a submodule
+        yield name.replace("_orig_mod.", ""), parameter  # torch.compile adds this prefix to a wrapped submodule
 
 
 def trained_names(module: nn.Module) -> frozenset[str]:
-    """The dotted names, in a checkpoint, of the weights that training moves; buffers may well hold infinities."""
+    """Return the names in a checkpoint of the trained weights; buffers are excluded, since they may hold infinities."""
     return frozenset(f"model.{name}" for name, value in parameters_by_name(module) if value.requires_grad)
 
 
 def freeze_as_saved(module: nn.Module, frozen: Iterable[str]) -> None:
-    """Freeze and thaw parameters as they were when a checkpoint was taken: what did it may not do so again.
+    """Freeze and unfreeze parameters as in the checkpoint: the code that did so may not run again.
 
     Args:
-        module: whose parameters.
-        frozen: names of those that were frozen.
+        module: the module.
+        frozen: names of the parameters that were frozen.
     """
     before, changed = set(frozen), []
     for name, parameter in parameters_by_name(module):

@@ -1,12 +1,12 @@
-"""Which checkpoints of a folder exist: the marker ``COMMITTED`` and what it says.
+"""The commit marker: which checkpoints of a folder exist, and what they contain.
 
-A checkpoint is a directory that holds a marker, written last, which lists every file with its size and checksum
-and says whose state this is: step, epoch, run, attempt, the monitored metric. Without a sound marker, or with a
-file of another size, a directory is torn and is passed over with a reason. Costs a look at the files' sizes;
-their contents are read where that is asked for, and by all ranks in :mod:`disttrain.checkpoint.verify`. Needs no torch.
-Looking takes no lock: a checkpoint that another process removes meanwhile is one that is not there.
+A checkpoint is a directory with a marker file ``COMMITTED``, written last. The marker lists every file with its size
+and checksum and identifies the state: step, epoch, run, attempt, monitored metric. A directory whose marker is missing
+or damaged, or in which a file has a different size, is torn; it is skipped, with a reason. A check costs one ``stat``
+per file; contents are only read on request, and by all ranks in :mod:`disttrain.checkpoint.verify`. Needs no torch.
+Takes no lock: a checkpoint that another process deletes during a listing counts as absent.
 
-Formats: 1 listed sizes alone; 2 added checksums, run, attempt and metric. Every later disttrain reads both.
+Format 1 listed sizes only; 2 added checksums, run, attempt and metric. Every later disttrain reads both.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LATEST: Final = "LATEST"
 META: Final = "meta.pt"
 TEMPORARY: Final = ".tmp"
 ABANDONED: Final = ".abandoned"
-"""What is added to the name of a checkpoint that the run does not go on from; it does not count then."""
+"""Suffix of a checkpoint that the run did not resume from; it no longer counts."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class Metric:
 
 @dataclass(frozen=True)
 class About:
-    """What a marker says besides its files.
+    """What a marker records besides its files.
 
     Attributes:
         global_step: optimizer steps done.
         epoch: epochs completed; None in format 1.
-        run: id of the run; empty where it is not known.
-        attempt: number of the attempt; 0 where it is not known.
-        metric: the monitored metric, where a validation came before.
+        run: run id; empty if unknown.
+        attempt: attempt number; 0 if unknown.
+        metric: the monitored metric, if a validation has run.
         time: seconds since 1970; None in format 1.
     """
 
@@ -74,10 +74,10 @@ class Committed:
     Attributes:
         path: its directory.
         global_step: optimizer steps done when it was taken.
-        about: all that its marker says.
+        about: everything its marker records.
         files: its files by name.
-        format: the format that it was written in.
-        changed_ns: when its directory last changed, in nanoseconds since 1970; 0 where there is none to look at.
+        format: the format it was written in.
+        changed_ns: when its directory last changed, in nanoseconds since 1970; 0 if there is no local directory.
     """
 
     path: Path
@@ -89,7 +89,7 @@ class Committed:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all its files."""
+        """Total size of its files."""
         return sum(entry.num_bytes for entry in self.files.values())
 
 
@@ -97,8 +97,8 @@ def write_marker(directory: int, about: About, files: Mapping[str, Sum]) -> None
     """Commit a directory whose files are all written and synced.
 
     Args:
-        directory: the open directory. Not its path: there, another process may have put one of its own meanwhile.
-        about: what the marker says of the state.
+        directory: file descriptor of the directory; by now its path may lead to another process's directory.
+        about: what the marker records about the state.
         files: all its files.
 
     Raises:
@@ -116,16 +116,16 @@ def write_marker(directory: int, about: About, files: Mapping[str, Sum]) -> None
         "checksum": KIND,
         "files": {name: [files[name].num_bytes, files[name].crc32] for name in sorted(files)},
     }
-    content = plain_json(content)  # its own checksum is that of what a reader parses
+    content = plain_json(content)  # so that the checksum covers exactly what a reader parses
     write_synced(Path(MARKER), json.dumps({**content, "crc32": _own_sum(content)}), within=directory)
     os.fsync(directory)
 
 
 def check(path: Path) -> Committed:
-    """Make sure that a checkpoint is committed and whole by its marker and its files' sizes.
+    """Check that a checkpoint is committed and complete, by its marker and file sizes.
 
     Raises:
-        CheckpointError: it is not, or it is of a newer format; the message says why.
+        CheckpointError: it is not, or it has a newer format; the message says why.
     """
     itself = _look(path)
     if itself is None or not stat.S_ISDIR(itself.st_mode):
@@ -147,10 +147,10 @@ def check(path: Path) -> Committed:
 
 
 def faults(path: Path, files: Mapping[str, Sum] | None = None) -> list[str]:
-    """What is wrong with a checkpoint's files, all of them or some; empty for a sound one.
+    """Return what is wrong with a checkpoint's files, all of them or only ``files``; empty if sound.
 
     Raises:
-        CheckpointError: it is not committed, or a file has another size.
+        CheckpointError: it is not committed, or a file has a different size.
     """
     found = check(path)
     told = []
@@ -171,7 +171,7 @@ def faults(path: Path, files: Mapping[str, Sum] | None = None) -> list[str]:
 
 
 def committed(directory: Path) -> tuple[list[Committed], list[str]]:
-    """The checkpoints of a folder, oldest first, and why other directories in it are none.
+    """Return a folder's checkpoints, oldest first, and why other directories in it do not count.
 
     Raises:
         CheckpointError: the folder cannot be read.
@@ -192,7 +192,7 @@ def committed(directory: Path) -> tuple[list[Committed], list[str]]:
 
 
 def abandoned(directory: Path) -> list[Committed]:
-    """The checkpoints of a folder that the run did not go on from, by name; as far as their markers can be read.
+    """Return a folder's abandoned checkpoints by name, skipping those with unreadable markers.
 
     Raises:
         CheckpointError: the folder cannot be read.
@@ -226,14 +226,14 @@ def _is_gone(path: Path) -> bool:
 
 
 def _look(path: Path) -> os.stat_result | None:
-    """What the system says of a path; None where nothing is there any more.
+    """Return a path's ``stat``; None if nothing exists there.
 
     Raises:
-        CheckpointError: it may not be looked at.
+        CheckpointError: access is denied, or ``stat`` fails in another way.
     """
     try:
         return path.stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no file can have that name
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: not a possible file name
         return None
     except OSError as error:
         raise CheckpointError(
@@ -242,15 +242,15 @@ def _look(path: Path) -> os.stat_result | None:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint: its marker first, so that an interrupted deletion leaves no half that counts."""
+    """Delete a checkpoint, its marker first, so that a partial deletion never counts as a checkpoint."""
     with suppress(FileNotFoundError):
         (path / MARKER).unlink()
-        sync_directory(path)  # nor does a power cut bring it back
+        sync_directory(path)  # so that the marker stays deleted after a power failure
     shutil.rmtree(path, ignore_errors=True)
 
 
 def free_path(directory: Path, name: str) -> Path:
-    """A directory of that name that does not exist yet; a number is added where it does."""
+    """Return ``directory / name``, with a number appended if that exists."""
     final, number = directory / name, 1
     while final.exists():
         number += 1
@@ -259,7 +259,7 @@ def free_path(directory: Path, name: str) -> Path:
 
 
 def newer_format(path: Path | str, found: object) -> CheckpointError:
-    """The error for a checkpoint that was written by a later disttrain."""
+    """Return the error for a checkpoint written by a newer disttrain."""
     return CheckpointError(
         f"{path} has checkpoint format {found}, this disttrain reads up to {FORMAT}", mend="install a newer disttrain"
     )
@@ -279,15 +279,15 @@ def _read(path: Path) -> Committed:
 
 
 def parse(text: str, path: Path, *, shown: str = "") -> Committed:
-    """What a marker says.
+    """Parse a marker.
 
     Args:
-        text: the marker's.
+        text: its content.
         path: the checkpoint's directory.
-        shown: what messages call it, if not by that.
+        shown: how messages name the checkpoint; by default the path.
 
     Raises:
-        CheckpointError: the marker is damaged, or of a newer format.
+        CheckpointError: the marker is damaged, or has a newer format.
     """
     try:
         content = parse_json(text)
@@ -327,10 +327,10 @@ def _second(path: Path, content: dict[str, Any]) -> Committed:
 
 
 def _whole(value: object) -> int:
-    """A count.
+    """Return ``value`` if it is a count.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
         raise ValueError(f"{value!r} is not a count")
@@ -338,10 +338,10 @@ def _whole(value: object) -> int:
 
 
 def _inside(name: str) -> str:
-    """The name of a file in a checkpoint's own folder, and nowhere else.
+    """Return ``name`` if it is a plain file name, which cannot lead outside the checkpoint's folder.
 
     Raises:
-        ValueError: it leads elsewhere.
+        ValueError: it is not.
     """
     if name in ("", ".", "..") or "/" in name or "\0" in name:
         raise ValueError(f"{name!r} is not within the checkpoint")

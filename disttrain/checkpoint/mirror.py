@@ -1,11 +1,11 @@
-"""Copies of a run's checkpoints on remote storage: which are there, who may write there, which go.
+"""Copies of a run's checkpoints on remote storage: listing, fencing and pruning.
 
-A copy is a folder of objects, named after the checkpoint's directory and the attempt that has made it, such as
-``step-00000285.a2-b9f34c9a``: two attempts never write the same object. Its marker is put last, the same bytes as the
-local one, with the checksums of all files; without it, or with an object of another size, a copy does not count.
-The object ``ATTEMPT`` names the newest attempt, as the local file does. Whoever begins one puts that first, and then
-deletes what has no marker: an older process reads ``ATTEMPT`` before it puts a marker, and where it was past that,
-the files that the marker lists are gone. So a late marker makes no checkpoint. Needs no torch.
+A copy is a folder of objects named after the checkpoint's directory and the attempt that made it, such as
+``step-00000285.a2-b9f34c9a``, so two attempts never write the same object. Its marker is written last, with the same
+bytes as the local one, including all checksums. A copy without a marker, or with an object of a different size, does
+not count. The object ``ATTEMPT`` names the newest attempt, like the local file. A new attempt writes it first, then
+deletes copies without a marker. An older process reads ``ATTEMPT`` before it writes a marker; if it had already passed
+that check, the files that its marker lists are gone. So a late marker never makes a checkpoint. Needs no torch.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _MENDS: Final = {
 
 @dataclass(frozen=True)
 class MirrorConfig:
-    """Where checkpoints are copied to once they are committed locally.
+    """Where committed checkpoints are copied to.
 
     Attributes:
-        url: a folder of this run's own, such as ``s3://bucket/runs/digits``; null for no copies.
-        on_error: ``continue`` trains on where a copy cannot be made, and the event is recorded; ``stop`` ends the run.
-        retry: how long requests are tried.
+        url: a folder for this run alone, such as ``s3://bucket/runs/digits``; null for no copies.
+        on_error: if a copy fails, ``continue`` keeps training and records an event; ``stop`` ends the run.
+        retry: how long requests are retried.
     """
 
     url: str | None = None
@@ -68,11 +68,11 @@ class MirrorConfig:
 
 @dataclass(frozen=True)
 class Stored:
-    """A copy that counts.
+    """A committed copy.
 
     Attributes:
-        name: of its folder of objects.
-        entry: what its marker says; the path is the name of the directory that it was made of.
+        name: name of its folder of objects.
+        entry: what its marker records; the path is the name of the directory it was copied from.
         marker: the marker's bytes.
     """
 
@@ -82,24 +82,24 @@ class Stored:
 
 
 class Mirror:
-    """The copies below a URL. Every method but :attr:`url` talks to the server, and is one process's work."""
+    """The copies under a URL. Every method except :attr:`url` contacts the server; call them from one process."""
 
     def __init__(self, config: MirrorConfig) -> None:
         assert config.url is not None
         self.config = config
         self._folder = ObjectFolder(config.url.rstrip("/"), config.retry)
-        self._markers: dict[str, bytes] = {}  # they never change
+        self._markers: dict[str, bytes] = {}  # a cache: markers never change
 
     @property
     def url(self) -> str:
-        """Where the copies are, as messages may show it."""
+        """Where the copies are, in a form safe for messages."""
         return shown(self._folder.url)
 
     def owner(self) -> dict[str, Any]:
-        """What ``ATTEMPT`` says of the newest attempt; empty where none has begun.
+        """Return the newest attempt as recorded in ``ATTEMPT``; empty if there is none.
 
         Raises:
-            CheckpointError: it cannot be read.
+            CheckpointError: the object cannot be read.
         """
         with self._speaking("cannot be read"):
             data = self._folder.read(FENCE)
@@ -117,25 +117,25 @@ class Mirror:
         return content
 
     def claim(self, attempt: Attempt) -> list[str]:
-        """Become the newest attempt here, and delete what earlier ones left unfinished; says what that was.
+        """Become the newest attempt, and delete and return what earlier ones left unfinished.
 
         Raises:
-            CheckpointError: it cannot be written, listed or deleted.
+            CheckpointError: the folder cannot be written, listed or deleted from.
         """
         who = {"host": platform.node(), "pid": os.getpid(), "time": time.time()}
         with self._speaking("cannot be written"):
             self._folder.write(FENCE, (json.dumps({**asdict(attempt), **who}) + "\n").encode())
             unfinished = self._unfinished()
-            self.guard(attempt)  # after the look: nothing of a newer attempt's was seen
+            self.guard(attempt)  # after listing, so none of these belong to a newer attempt
             self._folder.remove(unfinished)
         return [self._never(name) for name in sorted({path.partition("/")[0] for path in unfinished})]
 
     def guard(self, attempt: Attempt) -> None:
-        """Go on only as the newest attempt.
+        """Raise unless this is the newest attempt.
 
         Raises:
-            FencedError: another attempt has begun since.
-            CheckpointError: it cannot be asked.
+            FencedError: a newer attempt has begun.
+            CheckpointError: ``ATTEMPT`` is missing or cannot be read.
         """
         there = self.owner()
         if not there:
@@ -151,10 +151,10 @@ class Mirror:
             )
 
     def committed(self) -> tuple[list[Stored], list[str]]:
-        """The copies that count, oldest first, and why others do not.
+        """Return the committed copies, oldest first, and why others do not count.
 
         Raises:
-            CheckpointError: the server cannot be asked.
+            CheckpointError: the server cannot be reached.
         """
         found: list[Stored] = []
         passed_over: list[str] = []
@@ -167,7 +167,7 @@ class Mirror:
         return sorted(found, key=lambda one: (one.entry.global_step, one.entry.about.attempt)), passed_over
 
     def upload(self, name: str, path: Path) -> None:
-        """Put a file into a copy.
+        """Upload a file to a copy.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -176,7 +176,7 @@ class Mirror:
             self._folder.upload(f"{name}/{path.name}", path)
 
     def commit(self, name: str, marker: bytes) -> None:
-        """Put the marker of a copy that has all its files.
+        """Write the marker of a copy whose files are all uploaded.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -187,20 +187,20 @@ class Mirror:
     def prune(
         self, keep: Keep, *, attempt: Attempt | None = None, after: str = "", dry_run: bool = False
     ) -> tuple[list[Stored], int]:
-        """Delete the copies that need not be kept, markers first.
+        """Delete superfluous copies, markers first.
 
         Args:
             keep: what to keep.
-            attempt: who asks; its unfinished copies go too.
-            after: a copy that has to count before any other goes; it stays itself.
+            attempt: the attempt of this process; its unfinished copies are deleted too.
+            after: a copy that must be committed before any other is deleted; it stays.
             dry_run: delete nothing.
 
         Returns:
-            Those that went, and how many there were.
+            The deleted copies, and how many there were.
 
         Raises:
             FencedError: a newer attempt has begun.
-            CheckpointError: that copy is not whole; or they cannot be listed or deleted.
+            CheckpointError: the copy ``after`` is incomplete, or copies cannot be listed or deleted.
         """
         found, passed_over = self.committed()
         superfluous = keep.superfluous([one.entry for one in found])
@@ -208,7 +208,7 @@ class Mirror:
         with self._speaking("cannot be deleted"):
             unfinished = self._unfinished(f".{attempt.label}") if attempt is not None else []
             if attempt is not None:
-                self.guard(attempt)  # after the look: nothing of a newer attempt's was seen
+                self.guard(attempt)  # after listing, so none of these belong to a newer attempt
             if after and not any(one.name == after for one in found):
                 why = next((reason for reason in passed_over if f"/{after} " in reason), self._never(after))
                 raise CheckpointError(f"{why}, though it was just uploaded", mend="see who else deletes there")
@@ -218,15 +218,15 @@ class Mirror:
         return gone, len(found)
 
     def forget_after(self, step: int, attempt: Attempt) -> list[str]:
-        """Delete the copies of later steps, markers first, newest first: the run goes back. Gives their names.
+        """Delete copies of later steps for a rollback, newest first and markers first; return their names.
 
         Raises:
             FencedError: a newer attempt has begun.
-            CheckpointError: they cannot be listed or deleted.
+            CheckpointError: copies cannot be listed or deleted.
         """
         later = [one for one in self.committed()[0] if one.entry.global_step > step]
         with self._speaking("cannot be deleted"):
-            self.guard(attempt)  # after the look: nothing of a newer attempt's was seen
+            self.guard(attempt)  # after listing, so none of these belong to a newer attempt
             for one in reversed(later):
                 self._remove([one])
         return [one.name for one in later]
@@ -236,7 +236,7 @@ class Mirror:
         self._folder.remove(f"{one.name}/{file}" for one in copies for file in one.entry.files)
 
     def fault(self, stored: Stored, file: str, into: Path | None = None) -> str:
-        """Read a file of a copy, compare it with the marker's checksum, and keep it where that is asked for.
+        """Compare a file of a copy with its checksum in the marker, and optionally download it.
 
         Args:
             stored: the copy.
@@ -244,11 +244,11 @@ class Mirror:
             into: a directory to write it to, synced.
 
         Returns:
-            What is wrong with it, or an empty text.
+            What is wrong with the file; empty if it is sound.
 
         Raises:
-            CheckpointError: the server cannot be asked.
-            OSError: it cannot be written.
+            CheckpointError: the server cannot be reached.
+            OSError: the file cannot be written.
         """
         due, crc, size = stored.entry.files[file], 0, 0
         with self._speaking("cannot be read"), open(into / file if into else os.devnull, "wb") as out:
@@ -268,7 +268,7 @@ class Mirror:
         )
 
     def _copies(self) -> dict[str, dict[str, int]]:
-        """Sizes of the objects of each copy, whole or not."""
+        """Return object sizes of each copy, complete or not."""
         found: dict[str, dict[str, int]] = defaultdict(dict)
         for path, size in self._folder.sizes().items():
             name, _, file = path.partition("/")
@@ -277,7 +277,7 @@ class Mirror:
         return dict(found)
 
     def _unfinished(self, suffix: str = "") -> list[str]:
-        """The objects of copies that have no marker, of all or of one attempt."""
+        """Return the objects of copies without a marker, of all attempts or of one."""
         return [
             f"{name}/{file}"
             for name, files in self._copies().items()
@@ -290,7 +290,7 @@ class Mirror:
             raise CheckpointError(self._never(name))
         if name not in self._markers:
             data = self._folder.read(f"{name}/{MARKER}")
-            if data is None:  # deleted meanwhile
+            if data is None:  # deleted since the listing
                 raise CheckpointError(self._never(name))
             self._markers[name] = data
         where, data = f"{self.url}/{name}", self._markers[name]
@@ -306,7 +306,7 @@ class Mirror:
 
     @contextmanager
     def _speaking(self, what: str) -> Iterator[None]:
-        """Say of a server's error what it means for checkpoints."""
+        """Reraise a server error as a checkpoint error."""
         try:
             yield
         except RemoteError as error:
@@ -317,31 +317,31 @@ class Mirror:
 
 
 def local_name(name: str) -> str:
-    """The name of the directory that a copy was made of."""
+    """Return the name of the directory a copy was made from."""
     found = _NAME.fullmatch(name)
     return found[1] if found else name
 
 
 def copy_of(url: str) -> tuple[str, str]:
-    """A URL of a folder of copies, or of one copy: the folder's, and the copy's name or an empty one."""
+    """Split the URL of a folder of copies, or of one copy, into the folder's URL and the copy's name (or empty)."""
     folder, _, name = url.rstrip("/").rpartition("/")
     return (folder, name) if _NAME.fullmatch(name) else (url, "")
 
 
 def begin(directory: Path, mirror: Mirror | None, *, run: str = "", adopt: bool = False) -> tuple[Attempt, list[str]]:
-    """Begin an attempt in a folder of checkpoints, and where they are copied to. Rank 0 only.
+    """Begin an attempt in a checkpoint folder and in its mirror. Rank 0 only.
 
     Args:
         directory: the local folder.
-        mirror: the copies, if there are any.
-        run: id of the run, where it is known and the folder does not tell.
-        adopt: go on as the run whose copies these are, where the local folder does not know its run.
+        mirror: the copies, if any.
+        run: run id to use if the folder has none.
+        adopt: if the local folder has no run id, continue the run whose copies these are.
 
     Returns:
-        The attempt, and what was deleted of the copies.
+        The attempt, and which copies were deleted.
 
     Raises:
-        CheckpointError: a folder cannot be written, or the copies are another run's.
+        CheckpointError: a folder cannot be written, or the copies belong to another run.
     """
     if mirror is None:
         return claim(directory, run=run), []
@@ -355,7 +355,7 @@ def begin(directory: Path, mirror: Mirror | None, *, run: str = "", adopt: bool 
 
 
 def another_run(mirror: Mirror, theirs: str, ours: str) -> CheckpointError:
-    """The error where copies are another run's."""
+    """Return the error for copies that belong to another run."""
     this = f"this folder is that of run {ours}" if ours else "this is a new run"
     return CheckpointError(
         f"checkpoint.mirror.url {mirror.url} holds the checkpoints of run {theirs}, {this}",

@@ -1,9 +1,9 @@
-"""Copying committed checkpoints to remote storage in the background, and fetching them back, by all ranks.
+"""Copy committed checkpoints to remote storage in the background, and fetch them back, on all ranks.
 
-A thread of each rank uploads its share of a checkpoint's files, rank 0 puts the marker once all are there, then
-deletes older copies by the rule that holds locally. It is one more :class:`~disttrain.checkpoint.saver.Saver`, so
-training waits for nothing and all ranks hear of the outcome at one step. One copy is made at a time. Checkpoints that
-come meanwhile wait for it; of those, the newest is copied next, then the ones that are to be kept, and no others.
+A thread on each rank uploads its share of a checkpoint's files. Once all are uploaded, rank 0 writes the marker, then
+prunes older copies by the same rules as locally. This is another :class:`~disttrain.checkpoint.saver.Saver`, so
+training never waits and all ranks receive the outcome at the same step. One copy is made at a time. Checkpoints that
+are committed meanwhile are queued: the newest is copied next, then those that are to be kept; the rest are dropped.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Upload:
     """A checkpoint to copy.
 
     Attributes:
-        final: its directory, which stays while it is copied.
-        about: what its marker says.
-        mirror: where to.
-        attempt: who may.
+        final: its directory, which stays in place while it is copied.
+        about: what its marker records.
+        mirror: the destination.
+        attempt: the attempt of this process.
         keep: which copies to keep afterwards.
     """
 
@@ -49,12 +49,12 @@ class Upload:
     keep: Keep
 
     def run(self, group: dist.ProcessGroup | None = None) -> None:
-        """Copy and commit. A collective of the group, by default of all ranks.
+        """Upload and commit. Collective over the group (default: all ranks).
 
         Raises:
             FencedError: a newer attempt has begun. Other ranks raise a ``RankError``.
-            CheckpointError: a file cannot be read or an object not be written. Older copies are untouched. Ranks that
-                did not fail raise a ``RankError``.
+            CheckpointError: a file cannot be read or an object cannot be written. Older copies are untouched. Ranks
+                that did not fail raise a ``RankError``.
         """
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
         name = f"{self.final.name}.{self.attempt.label}"
@@ -72,7 +72,7 @@ class Upload:
 
 
 class Mirroring:
-    """Copies one checkpoint after another. All ranks call every method alike."""
+    """Copies one checkpoint after another. All ranks must make the same calls."""
 
     def __init__(self, mirror: Mirror, attempt: Attempt) -> None:
         self._mirror, self._attempt = mirror, attempt
@@ -83,16 +83,16 @@ class Mirroring:
 
     @property
     def needed(self) -> list[str]:
-        """Names of the local directories that are still to be copied."""
+        """Names of local directories still to be copied."""
         return [entry.path.name for entry in (*self._waiting, *filter(None, [self._under_way]))]
 
     def offer(self, path: Path, global_step: int, keep: Keep) -> None:
-        """Copy a checkpoint that was committed, now or once the one before is done. A collective.
+        """Copy a committed checkpoint, now or once the current copy is done. Collective.
 
         Args:
             path: its directory.
             global_step: its step.
-            keep: what is to be kept, of copies and of those that wait.
+            keep: which copies and queued checkpoints to keep.
         """
         self._waiting.append(Committed(path, global_step))
         self._keep = Keep(1, keep.best, keep.every_steps)
@@ -103,19 +103,19 @@ class Mirroring:
             self._next()
 
     def release(self) -> None:
-        """End the group of the copies, once none is under way."""
+        """Destroy the process group of the copies, once none is in progress."""
         self._saver.release()
 
     def poll(self) -> Outcome | None:
-        """At a step boundary: how a copy ended, at the same boundary on all ranks; the next one is begun."""
+        """At a step boundary, return the outcome of a finished copy (on all ranks at once), and start the next one."""
         return self._take(self._saver.poll())
 
     def wait(self, timeout_seconds: float | None = None, *, last: bool = False) -> Outcome | None:
-        """Wait for the copy that is under way; None where there is none, or it takes longer than the limit.
+        """Wait for the current copy; return None if there is none or the timeout expires.
 
         Args:
-            timeout_seconds: the limit.
-            last: begin no other; this rank may be the only one that asks.
+            timeout_seconds: the timeout.
+            last: start no further copy; other ranks may not be making this call.
         """
         return self._take(self._saver.wait(timeout_seconds), last=last)
 
@@ -125,19 +125,19 @@ class Mirroring:
         entry, self._under_way = self._under_way, None
         if outcome.error is None and not last:
             self._next()
-        elif entry is not None:  # tried again after the next one, if it is worth that by then
+        elif entry is not None:  # retry after the next one, if it is still worth keeping by then
             self._waiting = sorted([*self._waiting, entry], key=lambda waiting: waiting.global_step)
         return outcome
 
     def _next(self) -> None:
         if self._waiting:
-            self._under_way = entry = self._waiting.pop()  # the newest first: it is what a run goes on from
+            self._under_way = entry = self._waiting.pop()  # the newest first, since a run resumes from it
             about = About(entry.global_step)
             self._saver.begin(Upload(entry.path, about, self._mirror, self._attempt, self._keep), background=True)
 
 
 def fetch(mirror: Mirror, stored: Stored, directory: Path, attempt: Attempt) -> str:
-    """Fetch a copy, as a checkpoint of the local folder; gives what is wrong with it, if it is damaged. A collective.
+    """Fetch a copy into the local checkpoint folder; return what is wrong with it if it is damaged. Collective.
 
     Raises:
         CheckpointError: it cannot be read or written. Ranks that did not fail raise a ``RankError``.
@@ -186,14 +186,14 @@ def _publish(temporary: Path, final: Path, stored: Stored, attempt: Attempt) -> 
 def loaded_from(
     directory: Path, start: str | Path | None, step: int, mirror: Mirror | None
 ) -> tuple[Path | None, bool]:
-    """The checkpoint of this step, in this folder, that the run was loaded from; and whether it is yet to be copied.
+    """Return the checkpoint of this step in this folder that the run was loaded from, and whether it needs copying.
 
-    A collective.
+    Collective.
     """
     found: tuple[Path | None, bool] = (None, False)
     with raise_together():
         path = directory / Path(start).name if start else directory
-        # Another step where a rollback has gone further back since; not committed where this start has renamed it.
+        # The step differs if a rollback has gone further back; not committed if this start has abandoned it.
         here = start and path.resolve() == Path(start).resolve() and (not is_distributed() or dist.get_rank() == 0)
         if here and any(entry.path == path and entry.global_step == step for entry in committed(directory)[0]):
             found = path, mirror is not None and all(copy.entry.global_step != step for copy in mirror.committed()[0])
@@ -202,7 +202,7 @@ def loaded_from(
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Say of a local file's error which checkpoint it is of."""
+    """Reraise a local file error with the name of the checkpoint."""
     try:
         yield
     except OSError as error:

@@ -1,16 +1,16 @@
-"""Optimizer state as tensors and plain values under parameter names, and back into an optimizer.
+"""Convert optimizer state to tensors and plain values keyed by parameter name, and back.
 
-Whatever an optimizer keeps for a parameter is saved under the parameter's name, so that it can be loaded into any
-layout: tensors beside the model's (``optimizer0.layer.weight.exp_avg``), everything else in ``meta.pt``. Only what the
-optimizer's own ``state_dict()`` holds is read, and no step is taken to find out what there could be: saving changes
-nothing, and a parameter without state (frozen, or never given a gradient) has none after loading.
+All state is saved under parameter names, so that it loads into any layout: tensors next to the model's
+(``optimizer0.layer.weight.exp_avg``), everything else in ``meta.pt``. Only the optimizer's own ``state_dict()`` is
+read; no dummy step is taken to create missing state. So saving has no side effects, and a parameter without state
+(frozen, or never given a gradient) still has none after loading.
 
-The rest is a list of entries ``(kind, name, values)``: kind ``parameter`` for the state of a parameter, ``other`` for
-state under any other key, ``top`` for what the optimizer adds beside ``state`` and ``param_groups``. Values are
-``("value", v)`` for None, bool, int, float, str and bytes; ``("tensor", device)`` for a tensor, which lies under the
-path that leads to it, with the type of its device (missing in older checkpoints); ``("list", [...])``,
-``("tuple", [...])`` and ``("dict", [(key, ...), ...])`` of these. A key of a parameter's state that is a tensor is not
-listed: the index of tensors has it, as in formats 1 and 2.
+The plain values are a list of entries ``(kind, name, values)``. Kind ``parameter`` is the state of a parameter,
+``other`` is state under any other key, ``top`` is what the optimizer adds next to ``state`` and ``param_groups``.
+Values are ``("value", v)`` for None, bool, int, float, str and bytes; ``("tensor", device)`` for a tensor, which is
+stored under its path, with its device type (missing in older checkpoints); and ``("list", [...])``,
+``("tuple", [...])`` and ``("dict", [(key, ...), ...])`` of these. Keys of a parameter's state that hold tensors are
+not listed; they are in the index of tensors, as in formats 1 and 2.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from disttrain.errors import CheckpointError
 from disttrain.parallel.trained import class_name
 
 EXECUTION: Final = ("fused", "foreach", "capturable", "differentiable")
-"""Settings that choose a kernel, not a result: those of this run count, never the checkpoint's."""
+"""Settings that select a kernel, not a result: this run's are used, never the checkpoint's."""
 _LABELS: Final = ("name", "param_names")
 NOT_COMPARED: Final = frozenset(EXECUTION) | frozenset(_LABELS)
-"""Settings that a resume takes from this run."""
+"""Settings that a resume takes from the current run."""
 _PLAIN: Final = (type(None), bool, int, float, str, bytes)
-_OTHER: Final = "~"  # no parameter's name begins with it in practice; a clash is refused
+_OTHER: Final = "~"  # in practice no parameter name starts with it; a clash is rejected
 
 
 def named_state(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
-    """An optimizer's ``state_dict()`` with the names of parameters in place of their numbers. Nothing is copied.
+    """Return an optimizer's ``state_dict()`` keyed by parameter names instead of numbers. Nothing is copied.
 
     Raises:
-        CheckpointError: it holds a parameter that is not the module's, or state of one that is in none of its groups.
+        CheckpointError: it holds a parameter that is not in the module, or state of one that is in none of its groups.
     """
     names, kind = _names(module), type(optimizer).__name__
     numbered: dict[int, str] = {}
@@ -75,11 +75,11 @@ def named_state(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
 
 
 def split(state: dict[str, Any], where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Divide a named state into tensors, by dotted name, and plain values for :func:`join`.
+    """Split a named state into tensors by dotted name, and plain values for :class:`Filling`.
 
     Args:
         state: what :func:`named_state` returned.
-        where: what it is, for messages: ``optimizer 0 (AdamW)``.
+        where: how messages name it: ``optimizer 0 (AdamW)``.
 
     Raises:
         CheckpointError: it holds something that is neither a tensor nor plain.
@@ -107,17 +107,17 @@ def split(state: dict[str, Any], where: str) -> tuple[dict[str, Tensor], dict[st
 
 
 def divide(value: Any, path: str, tensors: dict[str, Tensor], where: str, depth: int = 0) -> Any:
-    """A value as tagged plain values; its tensors go into ``tensors`` under the paths that lead to them.
+    """Convert a value to tagged plain values, and move its tensors to ``tensors`` under their paths.
 
     Args:
         value: what to save.
         path: dotted name of the value.
         tensors: receives the tensors; their memory is shared.
-        where: what the value is, for messages.
-        depth: how many values it is nested in.
+        where: how messages name the value.
+        depth: nesting depth.
 
     Raises:
-        CheckpointError: it holds something that is neither plain nor a tensor, or two tensors have one path.
+        CheckpointError: it holds something that is neither plain nor a tensor, or two tensors have the same path.
     """
     if isinstance(value, Tensor):
         if type(value) not in (Tensor, nn.Parameter, DTensor) or value.layout != torch.strided or value.is_quantized:
@@ -151,15 +151,15 @@ def divide(value: Any, path: str, tensors: dict[str, Tensor], where: str, depth:
 
 
 class Filling:
-    """Fill an optimizer from a checkpoint: :attr:`tensors` is what to read, then call :meth:`finish`.
+    """Fill an optimizer from a checkpoint: read into :attr:`tensors`, then call :meth:`finish`.
 
     Args:
-        optimizer: to be filled; it is not stepped.
-        module: whose parameters it holds.
-        index: dtype and shape of the checkpoint's tensors of this optimizer, by name.
-        kept: types of the model's tensors in the checkpoint, by parameter name.
-        entries: the checkpoint's entries, none in formats 1 and 2.
-        groups: its parameter groups, which are what :func:`agreed_groups` returned.
+        optimizer: the optimizer to fill; it is not stepped.
+        module: the module whose parameters it holds.
+        index: shape and dtype of this optimizer's tensors in the checkpoint, by name.
+        kept: dtypes of the model's tensors in the checkpoint, by parameter name.
+        entries: the checkpoint's entries; none in formats 1 and 2.
+        groups: its parameter groups, as returned by :func:`agreed_groups`.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class Filling:
                 self._state[name] = self._made(values, f"{_OTHER}{place}", None)
 
     def finish(self) -> None:
-        """Give the optimizer what was read."""
+        """Load what was read into the optimizer."""
         numbers = {name: number for number, name in enumerate(self._parameters)}
         groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in self._groups]
         state = {numbers.get(name, name): value for name, value in self._state.items()}
@@ -217,7 +217,7 @@ class Filling:
                         now[key] = _as_saved(value, now[key], same)
 
     def _owner(self, path: str) -> tuple[str | None, str]:
-        """The parameter that a tensor belongs to, and its key in the parameter's state."""
+        """Return the parameter that a tensor belongs to, and its key in the parameter's state."""
         name = path
         while "." in name:
             name = name.rpartition(".")[0]
@@ -237,9 +237,9 @@ class Filling:
         return tuple(made) if kind == "tuple" else made
 
     def _tensor(self, path: str, name: str | None, key: str, device: str = "cpu") -> Tensor:
-        """Memory for a tensor: divided as the parameter where it has its shape, else whole.
+        """Allocate a tensor to read into: sharded like the parameter if the shapes match, otherwise whole.
 
-        PyTorch moves the state of a parameter to its device, but no other.
+        PyTorch moves per-parameter state to the parameter's device, but no other state.
         """
         if path not in self._index:
             raise CheckpointError(
@@ -253,7 +253,7 @@ class Filling:
             isinstance(made, Tensor)
             and (made.shape, made.dtype) == (shape, dtype)
             and isinstance(made, DTensor) == (alike and isinstance(parameter, DTensor))
-        ):  # where a run rolls back, the memory of its state is used again
+        ):  # otherwise reuse the existing tensor: a rollback then needs no extra memory
             at = next((each.device for each in self._parameters.values() if name is None and device != "cpu"), None)
             made = torch.empty_like(parameter, dtype=dtype) if alike else torch.empty(shape, dtype=dtype, device=at)  # type: ignore[arg-type]
         self.tensors[path] = made = made.detach()
@@ -261,13 +261,13 @@ class Filling:
 
 
 def restore_groups(optimizer: Optimizer, module: nn.Module, saved: list[dict[str, Any]]) -> None:
-    """Add the parameter groups that a callback or hook had added by the time of the checkpoint, as it did."""
+    """Add the parameter groups that a callback or hook had added by the time of the checkpoint."""
     by_name = dict(parameters_by_name(module))
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for group in saved[len(optimizer.param_groups) :]:
         parameters = [by_name.get(name) for name in group["params"]]
         if any(parameter is None or id(parameter) in held for parameter in parameters):
-            return  # another arrangement, which is refused by its name
+            return  # a different arrangement; agreed_groups() rejects it with a clear message
         settings = {name: value for name, value in group.items() if name not in EXECUTION}
         optimizer.add_param_group({**settings, "params": parameters})
         warnings.warn(
@@ -278,7 +278,7 @@ def restore_groups(optimizer: Optimizer, module: nn.Module, saved: list[dict[str
 
 
 def with_first_names(module: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Saved parameter groups, with the first name of each parameter: a shared one may be saved under another."""
+    """Rename the parameters of saved groups to their first names: a shared one may be saved under another."""
     names, by_name = _names(module), dict(parameters_by_name(module))
     first = {alias: names[id(parameter)] for alias, parameter in by_name.items()}
     return [{**group, "params": [first.get(name, name) for name in group["params"]]} for group in groups]
@@ -287,19 +287,19 @@ def with_first_names(module: nn.Module, groups: list[dict[str, Any]]) -> list[di
 def agreed_groups(
     path: Path, kind: str, saved: list[dict[str, Any]], now: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The parameter groups to load: the checkpoint's settings, with this run's names and choice of kernels.
+    """Return the parameter groups to load: the checkpoint's settings, with this run's names and kernel choices.
 
     Args:
-        path: of the checkpoint, for the message.
-        kind: name of the optimizer's class, for the message.
+        path: the checkpoint, for the message.
+        kind: class name of the optimizer, for the message.
         saved: the checkpoint's parameter groups; ``params`` are names.
-        now: those of this run.
+        now: this run's parameter groups.
 
     Raises:
-        CheckpointError: other settings, or a parameter is in another group.
+        CheckpointError: the settings differ, or a parameter is in a different group.
     """
     mend = "use the model and the optimizer that it was made with, or start over with --resume never"
-    # Groups have had names since they can be configured; those of older checkpoints have none.
+    # Group names were added together with configurable groups; older checkpoints have none.
     if len(saved) != len(now) or any(
         set(was) - NOT_COMPARED != set(is_) - NOT_COMPARED for was, is_ in zip(saved, now, strict=False)
     ):
@@ -320,7 +320,7 @@ def agreed_groups(
 
 
 def _agreed(was: dict[str, Any], is_: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the checkpoint, in the form that this run has them: a number or a tensor of one."""
+    """Return the checkpoint's settings in this run's form: Python numbers or one-element tensors."""
     group: dict[str, Any] = {"params": is_["params"]}
     for name, value in is_.items():
         if name in NOT_COMPARED or name == "params":
@@ -335,12 +335,12 @@ def _agreed(was: dict[str, Any], is_: dict[str, Any]) -> dict[str, Any]:
 
 
 def _names(module: nn.Module) -> dict[int, str]:
-    """Each parameter's first name, by its identity."""
+    """Map each parameter's ``id()`` to its first name."""
     return {id(parameter): name for name, parameter in reversed(list(parameters_by_name(module)))}
 
 
 def _as_saved(saved: Any, loaded: Any, same_type: bool) -> Any:
-    """What PyTorch loaded, without what its loading changes: it casts to the parameter's type, and breaks texts."""
+    """Undo what ``load_state_dict`` changes: it casts tensors to the parameter's dtype, and breaks strings."""
     if isinstance(saved, Tensor) and isinstance(loaded, Tensor):
         changed = same_type and saved.dtype != loaded.dtype and saved.shape == loaded.shape
         return saved.to(loaded.device) if changed else loaded

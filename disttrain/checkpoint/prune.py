@@ -1,4 +1,4 @@
-"""Which checkpoints of a folder are kept: the last few, the best few, and every N steps. A pure choice."""
+"""Choose which checkpoints of a folder to keep: the last few, the best few, and every N steps. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from disttrain.checkpoint.marker import Committed
 
 @dataclass(frozen=True)
 class Keep:
-    """What to keep.
+    """Retention rules.
 
     Attributes:
-        last: how many of the newest.
-        best: names of directories to keep whatever their age.
-        every_steps: keep those whose step is a multiple, for good.
-        below_step: keep those of earlier steps than this: the run may have to go back to one.
-        before_step: keep the newest of those of earlier steps than this, and the oldest of the others, which follows it
-            in this when the run has gone on: it may yet have to go back; and what was the best at each that is kept.
-            0 keeps none for that.
+        last: how many of the newest to keep.
+        best: names of directories to keep at any age.
+        every_steps: keep checkpoints whose step is a multiple of this, for good.
+        below_step: keep checkpoints before this step: the run may have to roll back to one.
+        before_step: keep the newest checkpoint before this step, and the oldest at or after it, which takes over that
+            role as the run advances: the run may have to roll back. Also keep what was the best at each kept
+            checkpoint. 0 disables this.
     """
 
     last: int = 1
@@ -30,7 +30,7 @@ class Keep:
     before_step: int = 0
 
     def superfluous(self, found: Sequence[Committed]) -> list[Committed]:
-        """Those of ``found``, oldest first, that need not be kept."""
+        """Return the entries of ``found`` (oldest first) that need not be kept."""
         kept = list(found[max(0, len(found) - self.last) :])
         if self.before_step:
             older = [entry for entry in found if entry.global_step < self.before_step]
@@ -38,16 +38,16 @@ class Keep:
         kept += [entry for entry in found if entry.path.name in self.best or entry.global_step < self.below_step]
         if self.every_steps:
             kept += [entry for entry in found if entry.global_step % self.every_steps == 0]
-        if self.before_step:  # to go back to one takes what was the best then, too
+        if self.before_step:  # a rollback to a checkpoint also needs the ones that were the best at that time
             for last in {entry.global_step for entry in kept}:
                 kept += best_of([entry for entry in found if entry.global_step <= last], len(self.best))
         return [entry for entry in found if entry not in kept]
 
 
 def best_of(found: Sequence[Committed], number: int) -> list[Committed]:
-    """The best few by the metric that their markers hold; of one metric only, that of the newest.
+    """Return the best few by the metric in their markers, comparing only the newest one's metric.
 
-    A step counts once, by its newest checkpoint.
+    A step counts once, with its newest checkpoint.
     """
     rated = {entry.global_step: entry for entry in found if entry.about.metric is not None}
     if not rated or number < 1:
@@ -61,4 +61,4 @@ def best_of(found: Sequence[Committed], number: int) -> list[Committed]:
 
 def _rank(entry: Committed, sign: int) -> float:
     value = entry.about.metric.value if entry.about.metric else math.nan
-    return math.inf if math.isnan(value) else sign * value  # a sort that meets a NaN is no sort
+    return math.inf if math.isnan(value) else sign * value  # NaN has no order, so sorting with it is undefined
