@@ -1,12 +1,11 @@
-"""Which shards the processes of a node will need, and when: what the cache evicts and prefetches by.
+"""Which shards the processes of a node will need, and when; the cache evicts and prefetches by this.
 
-Each reading process keeps a plan in the cache's folder: for every shard that it will read the first and the
-last step that needs it, and the step where it stands. Any process can then tell how far off the next use of
-a shard is for all of them. A plan is locked by its owner for as long as it lives; one that can be locked
-belonged to a process that is gone, and is removed. The plans of all readers of a process stand side by side;
-what a reader will need again, nobody knows when, it needs :data:`FAR` steps from now: later than anything that is
-planned, but sooner than what nobody needs. Cost: 56 bytes a shard and process; standing somewhere
-else is one write of 8 bytes; plans of others are read once and then only their first 8 bytes.
+Each reading process keeps a plan in the cache folder: its current step and, for every shard it will read, the first
+and last step that needs it. Any process can thus compute how far off the next use of a shard is across all of them.
+A process locks its plan for as long as it lives. A plan that can be locked is stale and is removed. A process keeps
+one plan per reader. Shards that a reader will need again at an unknown time are planned :data:`FAR` steps ahead:
+later than anything scheduled, but sooner than shards that are not needed at all. Cost: 56 bytes per shard and
+process. Advancing is one 8-byte write; other processes' plans are read once, then only their first 8 bytes.
 """
 
 from __future__ import annotations
@@ -24,24 +23,24 @@ from numpy.typing import NDArray
 from disttrain.data.order import Needs
 
 FAR: Final = 2**62
-"""Steps until what will be needed again, but in no step that is known."""
+"""Steps until the next use of a shard that will be needed again at an unknown step."""
 
 _RECORD: Final = np.dtype([("name", "S32"), ("first", "<i8"), ("last", "<i8"), ("bytes", "<i8")])
 _HEAD_BYTES: Final = 8
 
 
 class Plan:
-    """This process's plan, alive until it is closed.
+    """A plan of this process, active until closed.
 
     Args:
-        directory: the cache's folder.
-        names: the file names of the shards, by number.
-        needs: which of them are needed when.
-        step: where the process stands.
-        sizes: bytes of the shards, by number; left out, they count as nothing.
+        directory: the cache folder.
+        names: file names of the shards, by number.
+        needs: which shards are needed, and when.
+        step: current step of the process.
+        sizes: bytes of the shards, by number; if empty, they count as 0.
 
     Raises:
-        OSError: it cannot be written; nothing is left of it.
+        OSError: the plan cannot be written; no partial file remains.
     """
 
     def __init__(
@@ -61,20 +60,20 @@ class Plan:
             fcntl.flock(self._fd, fcntl.LOCK_EX)
             with open(self._fd, "wb", closefd=False) as file:
                 file.write(step.to_bytes(_HEAD_BYTES, "little") + records.tobytes())
-            os.replace(temporary, self.path)  # nobody sees it unlocked or in part
+            os.replace(temporary, self.path)  # other processes never see it unlocked or incomplete
         except OSError:
             temporary.unlink(missing_ok=True)
             os.close(self._fd)
             raise
 
     def stand_at(self, step: int) -> None:
-        """Tell the other processes where this one stands."""
+        """Publish this process's current step."""
         if self._fd >= 0 and step != self.step:
             self.step = step
             os.pwrite(self._fd, step.to_bytes(_HEAD_BYTES, "little"), 0)
 
     def close(self) -> None:
-        """Need nothing any more."""
+        """Withdraw the plan."""
         if self._fd >= 0:
             self.path.unlink(missing_ok=True)
             os.close(self._fd)
@@ -89,33 +88,33 @@ class Plans:
         self._bodies: dict[str, NDArray[np.void]] = {}
 
     def steps_until(self, names: Sequence[str]) -> NDArray[np.float64]:
-        """In how many steps the first process needs each shard: 0 now, infinity where none will."""
+        """Return the steps until any process needs each shard: 0 if needed now, infinity if never."""
         wanted = np.array(names, dtype="S32")
         until = np.full(len(names), np.inf)
         for now, body in self._read():
             ahead = np.where(body["last"] >= now, np.maximum(body["first"] - now, 0), np.inf)
             low, high = (np.searchsorted(body["name"], wanted, side=side) for side in ("left", "right"))
-            # The least of each run of records of one name; one more, as a run may begin at the end.
+            # Minimum over each run of records with the same name. The extra inf lets a run start at the end.
             least = np.minimum.reduceat(np.append(ahead, np.inf), np.stack((low, high), axis=1).ravel())[::2]
             until = np.where(high > low, np.minimum(until, least), until)
         return until
 
     def need_more(self, num_bytes: int, steps: float) -> bool:
-        """Whether the shards that some process needs in fewer steps than that have more bytes."""
+        """Return whether the shards that any process needs within ``steps`` steps exceed ``num_bytes`` in total."""
         ahead = [np.empty(0, dtype=_RECORD)]
         for now, body in self._read():
             needed = body[(body["last"] >= now) & (body["first"] - now < steps)]
             is_new = np.ones(len(needed), dtype=bool)
-            is_new[1:] = needed["name"][1:] != needed["name"][:-1]  # they are sorted by name
+            is_new[1:] = needed["name"][1:] != needed["name"][:-1]  # records are sorted by name
             ahead.append(needed[is_new])
             if ahead[-1]["bytes"].sum() > num_bytes:
                 return True
         records = np.concatenate(ahead)
-        _, which = np.unique(records["name"], return_index=True)  # ranks need the same ones
+        _, which = np.unique(records["name"], return_index=True)  # ranks may need the same shards
         return bool(records["bytes"][which].sum() > num_bytes)
 
     def _read(self) -> list[tuple[int, NDArray[np.void]]]:
-        """Where each process stands, and its plan's records."""
+        """Return the current step and the plan records of each plan."""
         found: list[tuple[int, NDArray[np.void]]] = []
         bodies: dict[str, NDArray[np.void]] = {}
         for path in self._directory.glob("*.plan"):
@@ -127,17 +126,17 @@ class Plans:
                     body = self._bodies.get(path.name)
                     bodies[path.name] = np.frombuffer(file.read(), dtype=_RECORD) if body is None else body
             except (FileNotFoundError, PermissionError):
-                continue  # closed just now, or another user's
+                continue  # just closed, or owned by another user
             found.append((now, bodies[path.name]))
         self._bodies = bodies
         return found
 
 
 def remove_if_dead(path: Path) -> bool:
-    """Remove a file that nobody holds a lock of: its owner is gone, or nobody reads it.
+    """Remove a file if no process holds a lock on it, which means that its owner has died or its readers are done.
 
     Returns:
-        Whether it is gone. Another user's that may not be opened or removed is theirs to remove.
+        Whether it is gone. A file of another user that cannot be opened or removed is kept.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -147,7 +146,7 @@ def remove_if_dead(path: Path) -> bool:
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if is_at(fd, path):  # else the name is another file's by now
+        if is_at(fd, path):  # otherwise the path already belongs to a newer file
             path.unlink(missing_ok=True)
             return True
         return False
@@ -158,7 +157,7 @@ def remove_if_dead(path: Path) -> bool:
 
 
 def is_at(fd: int, path: Path) -> bool:
-    """Whether a descriptor's file still has that name."""
+    """Return whether a path still refers to a descriptor's file."""
     try:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:

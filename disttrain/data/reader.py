@@ -1,10 +1,10 @@
 """Random access to samples: from ids to decoded batches.
 
-The bytes that a batch needs are found in mapped files or read in as few runs as possible (see
-:mod:`disttrain.data.shard_files`); fields of a fixed size are then gathered into one array without a loop over
-samples. Reads and NumPy release the GIL, so threads suffice. A sample that lacks a field or does not decode is
-an error that names shard, key, field and byte offset, or is marked and given the values of the next good one.
-Cost: one copy of the bytes, and for shards that are not mapped a system call a run of neighbours.
+The bytes of a batch come from mapped files, or are read in as few runs as possible (see
+:mod:`disttrain.data.shard_files`). Fields of a fixed size are then gathered into one array without a loop over
+samples. Reads and NumPy release the GIL, so threads suffice. A sample that lacks a field or does not decode raises
+an error that names shard, key, field and byte offset, or is marked and given the values of the next good sample.
+Cost: one copy of the bytes and, for shards that are not mapped, one system call per run of neighbours.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _TRIES: Final = 1000
 
 
 class _BadPlacesError(Exception):
-    """Some samples of a read are bad, by their place in the batch."""
+    """Raised if some samples of a read are bad; lists them by place in the batch."""
 
     def __init__(self, samples: dict[int, BadSample]) -> None:
         super().__init__()
@@ -51,12 +51,12 @@ class _BadPlacesError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """What was read.
+    """Result of a read.
 
     Attributes:
-        fields: the decoded fields by name, each of one value a sample.
+        fields: the decoded fields by name, each with one value per sample.
         keys: the samples' keys.
-        bad: the samples that are bad, by their place; they have their own keys and others' values.
+        bad: the bad samples, by place; they keep their own keys but have the values of other samples.
     """
 
     fields: dict[str, Decoded]
@@ -65,13 +65,13 @@ class Samples:
 
 
 class Reader:
-    """Reads and decodes samples of an index by their ids. Safe to use from several threads.
+    """Reads and decodes samples of an index by id. Thread-safe.
 
     Args:
-        index: where the samples lie.
+        index: the samples and where they are stored.
         fields: the fields of a batch by name.
-        cache: where remote shards are kept while they are read.
-        unsafe_decoders: decoders that may run code from the data, such as ``pickle``; none by default.
+        cache: cache for remote shards.
+        unsafe_decoders: decoders allowed although they may run code from the data, such as ``pickle``; none by default.
 
     Raises:
         DataError: a declared field does not occur in the data.
@@ -117,22 +117,22 @@ class Reader:
                 )
 
     def require(self, allowed: Mapping[str, Allowed]) -> None:
-        """Count samples with other numbers in a field as bad, until other numbers are required.
+        """Treat samples with disallowed numbers in a field as bad; replaces earlier requirements.
 
         Args:
-            allowed: the numbers that a field may hold, by its name; the classes that a field declares hold always.
+            allowed: the numbers that each field may hold, by name; the classes that a field declares always apply too.
         """
         required = self._own | {name: (*self._own.get(name, ()), what) for name, what in allowed.items()}
         if required != self._allowed:
             self._allowed = required
-            self._known_bad.clear()  # they may be good now
+            self._known_bad.clear()  # they may satisfy the new requirements
 
     def read(self, ids: NDArray[np.int64], draws: Draws | None = None) -> dict[str, Decoded]:
-        """The decoded fields of some samples, by field name.
+        """Return the decoded fields of some samples, by field name.
 
         Args:
             ids: samples, in the order wanted; repeats are allowed. shape (samples,)
-            draws: random numbers for what augments samples as it decodes them; None where nothing is to.
+            draws: random numbers for augmentations at decode time; None for no augmentation.
 
         Raises:
             ShardError: a shard cannot be read.
@@ -142,12 +142,12 @@ class Reader:
         return self.samples(ids, draws).fields
 
     def samples(self, ids: NDArray[np.int64], draws: Draws | None = None, *, mark_bad: bool = False) -> Samples:
-        """Fields and keys of some samples, as :meth:`read`.
+        """Return fields and keys of some samples; raises like :meth:`read`.
 
         Args:
             ids: samples, in the order wanted. shape (samples,)
             draws: random numbers for decoding.
-            mark_bad: list bad samples, and give them the values of the next good ones, instead of raising.
+            mark_bad: list bad samples and give them the values of the next good ones, instead of raising.
         """
         places = Places.of(self.index, ids)
         if not (mark_bad and self._known_bad):
@@ -171,10 +171,10 @@ class Reader:
         raise self._all_bad()
 
     def next_good(self, sample_id: int) -> int:
-        """The next sample, round the end, that is not known to be bad.
+        """Return the next sample, wrapping around at the end, that is not known to be bad.
 
         Raises:
-            DataError: there is none among the next thousand.
+            DataError: the next thousand samples are all bad.
         """
         for distance in range(1, _TRIES):
             candidate = (sample_id + distance) % len(self.index)
@@ -183,15 +183,15 @@ class Reader:
         raise self._all_bad()
 
     def keys(self, ids: NDArray[np.int64]) -> list[str]:
-        """The keys of some samples."""
+        """Return the keys of some samples."""
         return Places.of(self.index, ids).keys(self.index)
 
     def mean_sample_bytes(self) -> float:
-        """Average size of a sample in its shard, headers included."""
+        """Return the average size of a sample in its shard, headers included."""
         return float(sum(shard.size_bytes for shard in self.index.shards)) / max(1, len(self.index))
 
     def bad_sample(self, sample_id: int, field: str, offset: int, reason: str, mend: str) -> BadSample:
-        """The record of a bad sample."""
+        """Return the record of a bad sample."""
         shard = int(np.searchsorted(self.index.starts, sample_id, side="right")) - 1
         return BadSample(shown(self.index.shards[shard].path), self.index.key(sample_id), field, offset, reason, mend)
 
@@ -215,7 +215,7 @@ class Reader:
             if lacks[:, self._required].any():
                 raise _BadPlacesError(self._lacking(places, offsets))
             absent = places.in_batch_order(lacks)
-            # No bytes are read, near those that are.
+            # Read zero bytes for an absent field, at a place near the sample's other fields so that runs stay short.
             offsets = np.where(lacks, np.maximum(offsets.max(axis=1, keepdims=True), 0), offsets)
             sizes = np.where(lacks, 0, sizes)
         with self._files.reading() as read:

@@ -1,10 +1,10 @@
-"""Ranged reads of remote files (http, https, s3, gs and whatever else fsspec opens), with retries.
+"""Ranged reads of remote files (http, https, s3, gs and any other scheme fsspec opens), with retries.
 
-:class:`RemoteFile` gives a file's size and any range of its bytes. What it returns is what was asked for: the
-length is checked, and over HTTP also the status, the ``Content-Range`` and the ``ETag``, so that a short body,
-a server that ignores ranges and a file replaced halfway are errors, never data. Server errors, time-outs
-and cut connections are tried again with jittered exponential waits inside a budget; what will not change by
-waiting (not found, forbidden) is not. Cost: one request a read, and one for the size.
+:class:`RemoteFile` returns a file's size and any range of its bytes. Every answer is verified: the length always,
+and over HTTP also the status, the ``Content-Range`` and the ``ETag``. A short body, a server that ignores ranges or a
+file replaced between reads is an error and never becomes data. Server errors, time-outs and dropped connections are
+retried with jittered exponential backoff within a budget. Permanent errors (not found, forbidden) are not retried.
+Cost: one request per read, and one for the size.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from disttrain.terminal import redacted
 T = TypeVar("T")
 
 WINDOW_BYTES: Final = 2**20
-"""What a header scan reads at once: a request costs about as long as a megabyte."""
+"""Bytes that a header scan reads at once: a request costs about as much time as a megabyte."""
 
 _URL: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 _WAIT: Final = "check the server and the network, then run again: it will resume"
@@ -36,14 +36,14 @@ _WAIT: Final = "check the server and the network, then run again: it will resume
 
 @dataclass(frozen=True)
 class RetryConfig:
-    """How long a read is tried. None of it changes what is read.
+    """Retry policy for reads. It never affects what is read.
 
     Attributes:
         attempts: requests for one range, the first included.
-        base_seconds: wait before the second attempt; it doubles with each, and the half of it is random.
+        base_seconds: wait before the second attempt; it doubles with each further attempt, and half of it is random.
         max_seconds: longest wait between two attempts.
-        budget_seconds: no attempt is begun later than this after the first.
-        timeout_seconds: a connection that is silent for so long counts as cut.
+        budget_seconds: no attempt starts later than this after the first.
+        timeout_seconds: a connection that is silent for this long counts as dropped.
     """
 
     attempts: int = 8
@@ -62,7 +62,7 @@ class RetryConfig:
             raise ConfigError(f"retry.timeout_seconds is {self.timeout_seconds}", mend="use more than 0 seconds")
 
     def wait_seconds(self, failed: int, chance: float) -> float:
-        """The wait after that many failed attempts; ``chance`` in [0, 1) is the jitter."""
+        """Return the wait after ``failed`` attempts; ``chance`` in [0, 1) is the jitter."""
         longest = min(self.max_seconds, self.base_seconds * 2.0 ** (failed - 1))
         return longest * (0.5 + 0.5 * chance)
 
@@ -71,7 +71,7 @@ DEFAULT_RETRY: Final = RetryConfig()
 
 
 class RemoteError(ShardError):
-    """A remote file that cannot be read; ``status`` is the last HTTP status, where one is known."""
+    """Raised if a remote file cannot be accessed; ``status`` is the last HTTP status, if known."""
 
     def __init__(self, what: str, *, mend: str = "", status: int | None = None) -> None:
         super().__init__(what, mend=mend)
@@ -80,19 +80,19 @@ class RemoteError(ShardError):
 
 @dataclass(eq=False)
 class RemoteFile:
-    """A remote file of known size, read by ranges. Safe to use from several threads.
+    """A remote file of known size, read by ranges. Thread-safe.
 
     Args:
-        url: where it is.
-        retry: how long to try.
-        size: its size in bytes; asked of the server where it is not given.
-        version: what the server says identifies its contents (the ``ETag``); asked for with the size.
-        checksum: algorithm and hexadecimal digest of its contents, if the server gives one; asked for with the size.
+        url: its URL.
+        retry: retry policy.
+        size: its size in bytes; requested from the server if not given.
+        version: the server's identifier of its contents (the ``ETag``); requested with the size.
+        checksum: algorithm and hexadecimal digest of its contents, if the server reports one; requested with the size.
         sleep: waits between attempts.
 
     Raises:
-        RemoteError: it cannot be read; names URL, status, attempts and where credentials came from.
-        ConfigError: the library for this kind of URL is not installed, or its secret was redacted.
+        RemoteError: it cannot be read; names URL, status, attempts and the source of the credentials.
+        ConfigError: the library for this kind of URL is not installed, or the URL's secret was redacted.
     """
 
     url: str
@@ -110,7 +110,7 @@ class RemoteFile:
                 mend="name variables of the environment, https://$USER:$PASSWORD@host/..., or give it in full; of a"
                 " signed URL, give it in full",
             )
-        # Its own generator: the global one belongs to the run, whose numbers must not depend on the network.
+        # A private generator: jitter from the global one would make the run's random numbers depend on the network.
         self._random = random.Random()
         if self.size < 0:
             found = self._try(lambda: describe(self.url, self.retry.timeout_seconds))
@@ -118,11 +118,11 @@ class RemoteFile:
 
     @property
     def name(self) -> str:
-        """What error messages call it: the URL without passwords and signatures."""
+        """Its name in error messages: the URL without passwords and signatures."""
         return shown(self.url)
 
     def read(self, offset: int, length: int) -> bytes:
-        """The bytes ``[offset, offset + length)``, fewer only where the file ends before.
+        """Return the bytes ``[offset, offset + length)``, fewer only at the end of the file.
 
         Raises:
             RemoteError: they cannot be read.
@@ -133,12 +133,12 @@ class RemoteFile:
         return data
 
     def confirm(self) -> None:
-        """Ask whether the file is still the one whose size and version are known here.
+        """Check that the file still has the known size and version.
 
-        Over HTTP every read does so, and nothing is asked.
+        Over HTTP every read already checks this, so no request is sent.
 
         Raises:
-            RemoteError: it was replaced, or cannot be asked for.
+            RemoteError: the file was replaced, or cannot be checked.
         """
         if not tells_state(self.url):
             self._try(lambda: self._same_state(describe(self.url, self.retry.timeout_seconds)))
@@ -157,7 +157,7 @@ class RemoteFile:
         answer = fetch(self.url, start, stop, self.retry.timeout_seconds)
         if answer.total is not None:
             self._same_state(answer)
-            self.version = self.version or answer.version  # all reads are of one state
+            self.version = self.version or answer.version  # pin the version: all later reads must match the first
         if len(answer.body) != stop - start:
             raise AttemptError(f"{len(answer.body)} bytes came for bytes {start}-{stop - 1}", again=True)
         return answer.body
@@ -174,20 +174,20 @@ def try_again(
     sleep: Callable[[float], None] = time.sleep,
     chance: Callable[[], float] | None = None,
 ) -> T:
-    """Attempt something until it succeeds, or will not any more.
+    """Retry an operation until it succeeds, fails permanently or exhausts its budget.
 
     Args:
-        attempt: what may raise an ``AttemptError``.
-        url: what it is about, for the message.
-        retry: how long to try.
+        attempt: the operation; may raise an ``AttemptError``.
+        url: the URL it accesses, for the message.
+        retry: retry policy.
         sleep: waits between attempts.
-        chance: numbers in [0, 1) that the waits vary by.
+        chance: source of jitter, numbers in [0, 1).
 
     Raises:
-        RemoteError: the last attempt has failed; names URL, status, attempts and where credentials came from.
+        RemoteError: the last attempt failed; names URL, status, attempts and the source of the credentials.
         ConfigError: the library for this kind of URL is not installed.
     """
-    chance = chance or random.Random().random  # never the global one, which belongs to the run
+    chance = chance or random.Random().random  # never the global generator, which belongs to the run
     started = time.monotonic()
     for number in range(1, retry.attempts + 1):
         try:
@@ -207,7 +207,7 @@ def try_again(
 def _error(url: str, failed: AttemptError, attempts: int, seconds: float) -> RemoteError:
     tries = "1 attempt" if attempts == 1 else f"{attempts} attempts in {seconds:.1f} s"
     status = f"HTTP {failed.status}: " if failed.status is not None else ""
-    # What a library says may hold the URL as it is.
+    # A library's message may contain the unredacted URL.
     return RemoteError(
         f"{shown(url)}: {status}{redacted(str(failed))} ({tries}; credentials: {credential_source(url)})",
         mend=failed.mend or _WAIT,
@@ -216,17 +216,17 @@ def _error(url: str, failed: AttemptError, attempts: int, seconds: float) -> Rem
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is a URL."""
+    """Return whether a path is a URL."""
     return _URL.match(path) is not None
 
 
 def shown(url: str) -> str:
-    """A URL as messages may show it: without a password, and without a query, which may hold a signature."""
+    """Return a URL for messages: without the password and the query, which may hold a signature."""
     if not is_remote(url):
         return url
     try:
         parts = urlsplit(url)
-    except ValueError:  # a host in brackets that do not match
+    except ValueError:  # a host with unmatched brackets
         return f"{url.partition('://')[0]}://..."
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit(
@@ -235,13 +235,13 @@ def shown(url: str) -> str:
 
 
 def sibling(url: str, name: str) -> str:
-    """The URL of a file in the same folder, with the same query."""
+    """Return the URL of a file in the same folder, with the same query."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(path=f"{parts.path.rpartition('/')[0]}/{name}"))
 
 
 def credential_source(url: str) -> str:
-    """Where the credentials for a URL come from, in words; never what they are."""
+    """Describe where the credentials for a URL come from, never their values."""
     parts, env = urlsplit(url), os.environ
     scheme = parts.scheme.lower()
     if scheme in HTTP:

@@ -1,11 +1,10 @@
-"""Tables of remote shards, from a sidecar beside the shard or from ranged reads of its headers.
+"""Tables of remote shards, from a sidecar next to the shard or from ranged reads of its headers.
 
-A table that was read is kept in a local folder (``disttrain-index-UID`` in ``$DISTTRAIN_CACHE``, by default
-``~/.cache/disttrain``) under a name made of URL, size and version, so a shard that changes is read again and an
-unchanged one never is. A remote sidecar has no date to trust it by: its members must be able to lie in a tar,
-and the first, the middle and the last of them must be what the shard has there. So must those of a kept table
-whose shard has no known version. Cost: one request for what is known, five for a sidecar, else one a MiB of
-shard.
+Tables are cached in a local folder (``disttrain-index-UID`` in ``$DISTTRAIN_CACHE``, by default
+``~/.cache/disttrain``) under a name derived from URL, size and version, so a changed shard is read again and an
+unchanged one is not. A remote sidecar has no date to trust it by. Its members must form a valid tar layout, and the
+first, middle and last of them must match the shard. The same check applies to a cached table if its shard has no
+known version. Cost: one request for a cached table, five for a sidecar, else one per MiB of shard.
 """
 
 from __future__ import annotations
@@ -33,27 +32,27 @@ from disttrain.files import write_atomically
 
 _MOST_TEXT_BYTES: Final = 2**30
 REQUESTS_AT_ONCE: Final = 16
-"""Threads that wait for a server."""
+"""Threads for concurrent requests to a server."""
 
 
 def cache_home() -> Path:
-    """Where what was fetched is kept: ``$DISTTRAIN_CACHE``, or ``~/.cache/disttrain``."""
+    """Return the cache folder: ``$DISTTRAIN_CACHE``, or ``~/.cache/disttrain``."""
     return Path(os.environ.get("DISTTRAIN_CACHE") or "~/.cache/disttrain").expanduser()
 
 
 def index_folder() -> Path:
-    """Where tables and MD5s of remote shards are kept: a folder of this user alone, in a home that others may share."""
+    """Return the folder for tables and MD5s of remote shards: private to this user, even in a shared cache folder."""
     return cache_home() / f"disttrain-index-{os.geteuid()}"
 
 
 def private_folder(path: Path) -> Path:
-    """Make a folder that only this user can write, or check one that is there.
+    """Create a folder that only this user can write to, or check an existing one.
 
-    What lies in it can then be trusted: nobody else can plant a file or a link there. A link to the folder may
-    stand in its place, if it is this user's own.
+    Its contents can then be trusted, since no other user can plant a file or a link there. The path may be a symbolic
+    link if this user owns it.
 
     Raises:
-        OSError: it cannot be made, belongs to another user, or others may write to it.
+        OSError: it cannot be created, belongs to another user, or is writable by others.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
@@ -69,15 +68,15 @@ def private_folder(path: Path) -> Path:
 
 
 def cache_name(url: str, size: int, version: str) -> str:
-    """A file name for one state of a remote file."""
+    """Return a file name for one version of a remote file."""
     return hashlib.sha256(f"{url}\n{size}\n{version}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 class RemoteShard(NamedTuple):
-    """A remote shard: its samples, bytes and version, and what became of its table.
+    """A remote shard: its samples, bytes and version, and the state of its cached table.
 
-    ``state`` is ``unchanged`` where the table was known, ``written`` where it was read and is now kept, ``not
-    writable`` where it could not be.
+    ``state`` is ``unchanged`` if the table was cached, ``written`` if it was read and is cached now, and ``not
+    writable`` if it was read but could not be cached.
     """
 
     num_samples: int
@@ -88,15 +87,15 @@ class RemoteShard(NamedTuple):
 
 
 def describe_remote(url: str, *, anew: bool = False, retry: RetryConfig = DEFAULT_RETRY) -> RemoteShard:
-    """Samples, bytes and version of a remote shard.
+    """Return samples, bytes and version of a remote shard.
 
     Args:
-        url: where it is.
-        anew: read its headers even where a table is known.
-        retry: how long to try.
+        url: its URL.
+        anew: read its headers even if its table is cached.
+        retry: retry policy.
 
     Raises:
-        RemoteError: it cannot be read; with status 404 where it is missing.
+        RemoteError: it cannot be read; status 404 if it is missing.
         ShardError: its tar is damaged or holds no samples.
     """
     file = RemoteFile(url, retry)
@@ -107,12 +106,12 @@ def describe_remote(url: str, *, anew: bool = False, retry: RetryConfig = DEFAUL
 def load_remote_table(
     url: str, size: int, *, version: str = "", md5: str = "", retry: RetryConfig = DEFAULT_RETRY
 ) -> ShardTable:
-    """The table of a remote shard in the state that size and version (or MD5) name; errors as the above."""
+    """Return a remote shard's table in the version that size and version (or MD5) identify; raises like the above."""
     return _table_of(RemoteFile(url, retry, size=size, version=version), version or md5)[0]
 
 
 def read_remote_text(url: str, retry: RetryConfig = DEFAULT_RETRY) -> str:
-    """The text of a remote file."""
+    """Return the text of a remote file."""
     file = RemoteFile(url, retry)
     if file.size > _MOST_TEXT_BYTES:
         raise RemoteError(
@@ -122,28 +121,28 @@ def read_remote_text(url: str, retry: RetryConfig = DEFAULT_RETRY) -> str:
 
 
 def sidecar_url(url: str) -> str:
-    """Where a remote shard's sidecar lies."""
+    """Return the URL of a remote shard's sidecar."""
     return sibling(url, f"{PurePosixPath(urlsplit(url).path).stem}.idx")
 
 
 def remote_sidecar(file: RemoteFile) -> tuple[bool, ShardTable | None]:
-    """Whether there is a sidecar beside a shard, and its table as it stands there: None where it is damaged."""
+    """Return whether a shard has a sidecar, and the table in it, unverified; None if the sidecar is damaged."""
     try:
         text = read_remote_text(sidecar_url(file.url), file.retry)
     except RemoteError as error:
         if error.status is not None and 400 <= error.status < 500:
-            return False, None  # servers without a right to list say 403
+            return False, None  # without list permission, S3 answers 403 for a missing object
         raise
     return True, parse_sidecar(text.splitlines(), size_bytes=file.size)
 
 
 def kept_md5(url: str, size: int, version: str) -> str:
-    """The MD5 that :func:`remote_md5` found for a version of a remote file; empty where it has not been asked."""
+    """Return the cached result of :func:`remote_md5` for one version of a file; empty if there is none."""
     return (_kept_text(_md5_place(url, size, version)) or "").strip() if version else ""
 
 
 def remote_md5(file: RemoteFile) -> str:
-    """The MD5 of a remote file, hexadecimal; it reads all bytes, and keeps what it found for a known version."""
+    """Return the MD5 of a remote file, hexadecimal; reads all bytes, and caches the result if the version is known."""
     digest = Stream(file, is_hashed=True).md5()
     if file.version:
         _keep(_md5_place(file.url, file.size, file.version), digest + "\n")
@@ -159,7 +158,7 @@ def _place(file: RemoteFile, state: str) -> Path:
 
 
 def _keep(place: Path, text: str) -> bool:
-    # A folder that cannot be written costs reading again at the next start, nothing else.
+    # Failing to write only means reading again at the next start.
     with suppress(OSError):
         private_folder(place.parent)
         write_atomically(place, text)
@@ -168,7 +167,7 @@ def _keep(place: Path, text: str) -> bool:
 
 
 def _table_of(file: RemoteFile, version: str, *, anew: bool = False) -> tuple[ShardTable, str]:
-    """A table that is kept at its place, or else read and kept there; and which of it (see :class:`RemoteShard`)."""
+    """Return a cached table, or read and cache it; and its state (see :class:`RemoteShard`)."""
     place = _place(file, version)
     table = None if anew else _kept(file, place)
     if table is not None and (version or not misfit(table, file)):
@@ -185,7 +184,7 @@ def _kept(file: RemoteFile, place: Path) -> ShardTable | None:
 
 
 def _kept_text(place: Path) -> str | None:
-    # What another user could have written is not read: a table says which bytes of a shard are a sample's.
+    # Never read a table that another user could have written: it decides which bytes of a shard form a sample.
     with suppress(OSError):
         return (private_folder(place.parent) / place.name).read_text(encoding="utf-8", errors="surrogateescape")
     return None

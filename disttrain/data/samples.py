@@ -1,8 +1,8 @@
 """Samples to be packed, and their split into train, val and test.
 
-A split is stratified: every part has its share of each class, or of each range of a target. It is a function
-of the labels, the fractions and the seed alone (NumPy's raw Philox stream, which is stable across its
-versions). Cost: two sorts of the labels and a short loop over the classes.
+A split is stratified: every part gets its share of each class, or of each range of a target. It is a function
+of the labels, the fractions and the seed alone (NumPy's raw Philox stream is stable across versions). Cost: two sorts
+of the labels and a short loop over the classes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SPLIT, _SHUFFLE = 11, 12
 IMAGES: Final = frozenset(
     {"jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff", "ppm", "pgm", "gif", "img", "avif", "jp2", "j2k"}
 )
-"""Extensions of images, in a folder and in a shard."""
+"""File extensions of images, in a folder and in a shard."""
 
 Ids = NDArray[np.int64]
 Labels = NDArray[np.int64] | NDArray[np.float64]
@@ -29,7 +29,7 @@ Labels = NDArray[np.int64] | NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What becomes one sample of a shard.
+    """One sample to be written to a shard.
 
     Attributes:
         key: its key, unique in its split, without a dot after the last slash.
@@ -46,11 +46,11 @@ class Samples:
 
     Attributes:
         num_samples: how many there are.
-        read: gives the sample of a number, the same bytes each time.
+        read: returns the sample of a number, the same bytes each time.
         labels: class numbers (integers) or targets (floats) to stratify the splits by. shape (samples,)
-        classes: names of the classes by number, where they have any.
-        splits: sample numbers of each of the source's own splits; empty where it has none.
-        notes: what the user should know of how the source was read, such as columns left out.
+        classes: names of the classes by number, if they have names.
+        splits: sample numbers of each of the source's own splits; empty if it has none.
+        notes: remarks for the user on how the source was read, such as skipped columns.
     """
 
     num_samples: int
@@ -69,12 +69,12 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Where samples come from, before they are read.
+    """A source of samples, before it is read.
 
     Attributes:
-        name: what to call the data set.
-        fingerprint: another one whenever the samples would be others; cheaper to find than to read them.
-        load: reads the source; called only when something has to be packed.
+        name: name of the data set.
+        fingerprint: changes whenever the samples would; cheaper to compute than reading them.
+        load: reads the source; called only if something has to be packed.
     """
 
     name: str
@@ -83,11 +83,11 @@ class Source:
 
 
 def stratified_split(labels: Labels, *, fractions: Sequence[float], seed: int) -> list[Ids]:
-    """Cut samples at random so that every part has its share of each class, or of each range of a target.
+    """Split samples at random so that every part gets its share of each class, or of each range of a target.
 
-    Sizes are the fractions of all samples, rounded so that they sum to N; a class's share in a part is off by
-    one sample at most. Targets (floats) are stratified by ten quantiles, or by fewer where those would
-    hold fewer than ten samples. A function of its arguments alone, whatever the version of NumPy.
+    Sizes are the fractions of all samples, rounded so that they sum to N; a class's share of a part is off by at most
+    one sample. Targets (floats) are stratified by ten quantiles, or by fewer if those would hold fewer than ten
+    samples. The result is a function of the arguments alone, independent of the NumPy version.
 
     Returns:
         sample numbers of each part, ascending.
@@ -106,7 +106,7 @@ def stratified_split(labels: Labels, *, fractions: Sequence[float], seed: int) -
 
 
 def _allot(counts: Ids, fractions: NDArray[np.float64]) -> Ids:
-    """How many of each class go to each part, shape (classes, parts): rounded shares with both sums exact."""
+    """Return how many of each class go to each part, shape (classes, parts): rounded shares, exact sums."""
     shares = counts[:, None] * fractions
     table = np.floor(shares + 1e-9).astype(np.int64)
     whole = counts.sum() * fractions
@@ -116,7 +116,7 @@ def _allot(counts: Ids, fractions: NDArray[np.float64]) -> Ids:
     needed = totals - table.sum(axis=0)
     left = counts - table.sum(axis=1)
     for number in np.flatnonzero(left):
-        # Giving to the parts that need most always comes out even (Gale and Ryser).
+        # Giving to the parts that need most always yields exact sums (Gale-Ryser theorem).
         chosen = np.lexsort((table[number] - shares[number], -needed))[: left[number]]
         table[number, chosen] += 1
         needed[chosen] -= 1
@@ -124,7 +124,7 @@ def _allot(counts: Ids, fractions: NDArray[np.float64]) -> Ids:
 
 
 def shuffled(ids: Ids, *, seed: int) -> Ids:
-    """Sample numbers in a random order, a function of the seed."""
+    """Return sample numbers in a random order that depends on the seed alone."""
     return ids[np.argsort(_raw(len(ids), seed, _SHUFFLE), kind="stable")]
 
 

@@ -1,10 +1,9 @@
-"""Reading the spans of bytes that a batch needs from its shards.
+"""Read the byte spans of a batch from its shards.
 
-Local shards are mapped (see :mod:`disttrain.data.mapped_shards`). The others are read into one buffer: spans are
-sorted and joined where they are near, since what lies within a few kilobytes of what is wanted is read with it
-more cheaply than with another system call. Reads release the GIL. Open files are bounded
-(:mod:`disttrain.data.open_shards`); those of remote shards close after each read, so that the cache may evict them.
-Cost: a system call a run of neighbours, none for mapped shards.
+Local shards are mapped (see :mod:`disttrain.data.mapped_shards`). Other shards are read into one buffer: spans are
+sorted and merged if close together, since reading a few unneeded kilobytes is cheaper than another system call. Reads
+release the GIL. Open files are bounded (:mod:`disttrain.data.open_shards`). Files of remote shards are closed after
+each read, so that the cache may evict them. Cost: one system call per run of neighbours, none for mapped shards.
 """
 
 from __future__ import annotations
@@ -31,14 +30,16 @@ _SHARD_STRIDE: Final = 2**45
 Shards = Sequence[tuple[int, slice]]
 """Each shard and the range of rows that lie in it."""
 Read = Callable[[Shards, NDArray[np.int64], NDArray[np.int64]], Spans]
-"""Reads spans of bytes: from their shards, where they begin there and their bytes, the latter two of shape (rows,
-columns), to memory that holds them, of which nothing else is to be touched, and where in it each span begins; shapes
-(bytes,) and (rows, columns). It raises a :class:`~disttrain.errors.ShardError` where a shard cannot be read, or ends
-before a span."""
+"""Reads spans of bytes.
+
+It takes the shards, and the offset in its shard and the size of each span, both of shape (rows, columns). It returns
+a block of memory, shape (bytes,), of which only the spans may be touched, and where each span begins in it, shape
+(rows, columns). It raises a :class:`~disttrain.errors.ShardError` if a shard cannot be read or ends before a span.
+"""
 
 
 class _OpenShard:
-    """A file descriptor that closes with its last user, so that no thread reads from a reused number."""
+    """A file descriptor that is closed with its last user, so that no thread reads from a reused number."""
 
     def __init__(self, path: str, fd: int | None = None) -> None:
         self.path = path
@@ -67,11 +68,11 @@ class _OpenShard:
 
 
 class ShardFiles:
-    """The shards of an index as files. Safe to use from several threads.
+    """The shards of an index as files. Thread-safe.
 
     Args:
         shards: the shards of the index.
-        store: opens those that are remote.
+        store: opens remote shards.
     """
 
     def __init__(self, shards: Sequence[Shard], store: ShardStore) -> None:
@@ -81,10 +82,10 @@ class ShardFiles:
 
     @contextmanager
     def reading(self) -> Iterator[Read]:
-        """A block that reads spans, by what it is given, and uses their memory.
+        """Yield a function that reads spans; their memory is valid inside the block.
 
         Raises:
-            ShardError: a shard was cut off, or its disk failed, in the meantime.
+            ShardError: a shard was truncated, or its disk failed, during the block.
         """
         used: list[Mapped] = []
 
@@ -95,18 +96,19 @@ class ShardFiles:
         try:
             yield read
         finally:
-            self._mapped.check(used)  # before what zeros in place of a sample may have raised
+            # A truncated mapping reads as zeros. Raise for that here, rather than the decode error it may have caused.
+            self._mapped.check(used)
 
     def _joined(self, shards: Shards, offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> Spans:
-        """Read spans by runs of neighbours into a buffer."""
-        # One axis for all shards, so far apart that runs never join across them.
+        """Read spans into one buffer, merging close neighbours into runs."""
+        # One axis for all shards, spaced so far apart that runs never merge across shards.
         counts = [here.stop - here.start for _, here in shards]
         shift = np.repeat(np.arange(len(counts)) * _SHARD_STRIDE, counts)
         begins = (offsets + shift[:, None]).ravel()
         ends = begins + sizes.ravel()
         order = np.argsort(begins)
         begins, ends = begins[order], ends[order]
-        reach = np.maximum.accumulate(ends)  # repeated samples overlap: how far the bytes so far go
+        reach = np.maximum.accumulate(ends)  # running end of all spans so far; repeated samples overlap
         fresh = np.concatenate(([True], begins[1:] > reach[:-1] + _JOIN_GAP_BYTES))
         starts = np.flatnonzero(fresh)
         run_begin = begins[starts]
@@ -119,19 +121,19 @@ class ShardFiles:
         return buffer, position.reshape(offsets.shape)
 
     def _read_runs(self, shards: list[int], begins: NDArray[np.int64], at: NDArray[np.int64], view: memoryview) -> None:
-        """Fill the buffer run by run: run ``i`` begins at ``begins[i]`` on the axis of all shards."""
+        """Fill the buffer run by run; run ``i`` starts at ``begins[i]`` on the axis of all shards."""
         places, offsets = np.divmod(begins, _SHARD_STRIDE)
         file, opened = None, -1
         for place, offset, (start, stop) in zip(places.tolist(), offsets.tolist(), pairwise(at.tolist()), strict=True):
             if file is None or place != opened:  # one at a time: a read may touch more shards than may be open
-                file = None  # nor may one be held while another is fetched, which may have to evict it
+                file = None  # close it before fetching the next shard, which may have to evict this one
                 file, opened = self._file(shards[place]), place
             file.read_into(view[start:stop], offset)
 
     def _file(self, shard: int) -> _OpenShard:
         path = shown(self._shards[shard].path)
         if (fd := self._store.open(shard)) is not None:
-            return _OpenShard(path, fd)  # kept open, it could never be evicted
+            return _OpenShard(path, fd)  # not cached in OPEN_SHARDS: the shard could never be evicted
         found: _OpenShard | None = OPEN_SHARDS.get(self._owner, shard)
         if found is not None:
             return found

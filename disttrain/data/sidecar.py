@@ -1,15 +1,14 @@
-"""The table of one shard: from its tar headers, and from the sidecar beside it.
+"""The table of one shard, from its tar headers or from the sidecar next to it.
 
-A sidecar is NVIDIA DALI's ``wds2idx`` text form, version 1.2 (``train-000000.idx``): existing ones serve here
-and ours serve DALI. A sample is a run of members with the same key (the path up to the first dot of its base
-name), as WebDataset groups them; dot files, directories and members without an extension are skipped.
+A sidecar has the text format of NVIDIA DALI's ``wds2idx``, version 1.2 (``train-000000.idx``): DALI's work here and
+ours work in DALI. A sample is a run of members with the same key (the path up to the first dot of the base name), as
+WebDataset groups them. Dot files, directories and members without an extension are skipped.
 
-A sidecar is trusted only where it is no older than its shard, its members can lie in a tar one after the other,
-and the shard's first, middle and last members are what it says, the last with nothing behind it, and so is the one
-with most room before it, where other members might lie. So a shard that was rewritten under its old date is found
-out too. A shard with hard links, or with links and devices that look like fields of a sample and are not read, has no
-sidecar: the form has no place for either. Cost: a pass over the headers, or one over the sidecar's text and three or
-four reads of the shard.
+A sidecar is trusted only if it is no older than its shard, its members form a valid tar layout, and the first, middle
+and last members match the shard, as does the one with the largest gap before it, where unlisted members might be.
+Nothing may follow the last member. This also detects a shard that was rewritten with its old date. A shard has no
+sidecar if it holds hard links, or unread links and devices that look like fields of a sample: the format cannot
+represent either. Cost: a pass over the headers, or one over the sidecar's text and three or four reads of the shard.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ SIDECAR_VERSION: Final = "v1.2"
 _HEAD_BYTES: Final = 100
 _LEAST_BYTES: Final = 2**20
 _PROBE_BYTES: Final = 64 * 1024
-_RECORD_BYTES: Final = 20 * BLOCK  # what tar pads an archive to: one read has the end block and all that follows
+_RECORD_BYTES: Final = 20 * BLOCK  # tar pads archives to this: one read covers the end block and the padding
 _OLDER_NS: Final = 3600 * 10**9
-_META: Final = re.compile(r"__[^/]*__(/|$)")  # WebDataset's names for what is no sample
+_META: Final = re.compile(r"__[^/]*__(/|$)")  # WebDataset's names for metadata
 
 
 class UnreadFields(NamedTuple):
-    """Members of a shard that look like fields of samples and are not read: how many, and the first, in words."""
+    """Members that look like fields of samples but are not read: their number, and the first in words."""
 
     number: int = 0
     first: str = ""
@@ -52,14 +51,14 @@ ALL_READ: Final = UnreadFields()
 
 @dataclass(frozen=True, eq=False)
 class ShardTable:
-    """Where the samples of one shard lie.
+    """Where the samples of one shard are.
 
     Attributes:
         keys: the samples' keys.
         fields: the extensions that occur, lower case.
-        offsets: byte offset of each field's content, -1 where a sample lacks it. shape (samples, fields)
-        sizes: its size in bytes, -1 where absent. shape (samples, fields)
-        unread: what is in the shard, but not here.
+        offsets: byte offset of each field's content, -1 if a sample lacks it. shape (samples, fields)
+        sizes: its size in bytes, -1 if absent. shape (samples, fields)
+        unread: members of the shard that are not in the table.
     """
 
     keys: list[str]
@@ -72,7 +71,7 @@ class ShardTable:
         return len(self.keys)
 
     def spans(self) -> dict[str, dict[str, tuple[int, int]]]:
-        """Offset and size of each field that a sample has, by key and field."""
+        """Return offset and size of each field that a sample has, by key and field."""
         out = {}
         for key, offsets, sizes in zip(self.keys, self.offsets.tolist(), self.sizes.tolist(), strict=True):
             found = zip(self.fields, offsets, sizes, strict=True)
@@ -81,20 +80,20 @@ class ShardTable:
 
 
 def sidecar_path(shard: str) -> Path:
-    """Where a shard's sidecar lies: ``train-000000.tar`` -> ``train-000000.idx``, as DALI names it."""
+    """Return the path of a shard's sidecar: ``train-000000.tar`` -> ``train-000000.idx``, as DALI names it."""
     return Path(shard).with_suffix(".idx")
 
 
 def load_table(path: str) -> ShardTable:
-    """A shard's table from its sidecar where that is fresh and fits, else from its headers."""
+    """Return a shard's table from its sidecar if that is fresh and matches, else from its headers."""
     table, _ = fitting_sidecar(path)
     return table if table is not None else build_table(path)
 
 
 def fitting_sidecar(path: str) -> tuple[ShardTable | None, str]:
-    """The table in a shard's sidecar where that may be trusted; else None and what is wrong with the sidecar.
+    """Return the table in a shard's sidecar if it can be trusted; else None and what is wrong with the sidecar.
 
-    Nothing is wrong with one that is not there, or older than its shard: those are expected and made anew.
+    A missing or outdated sidecar is normal: the reason is empty then, and the sidecar gets rebuilt.
 
     Raises:
         ShardError: the shard cannot be opened or read.
@@ -113,16 +112,16 @@ def fitting_sidecar(path: str) -> tuple[ShardTable | None, str]:
 
 
 def misfit(table: ShardTable, source: ByteSource) -> str:
-    """Why a table cannot be that of a tar; empty where all that is looked at is as the table says.
+    """Return why a table does not match a tar; empty if every check passes.
 
-    Looked at are the headers of its first, middle and last members, from where the members before them end, that of
-    the member with most room before it, and what follows the last.
+    Checks the headers of the first, middle and last members, each from the end of the member before it, that of the
+    member with the largest gap before it, and what follows the last.
     """
     present = np.flatnonzero(table.offsets >= 0)
     present = present[np.argsort(table.offsets.ravel()[present])]
     offsets, sizes = table.offsets.ravel()[present], table.sizes.ravel()[present]
     starts = np.concatenate(([0], offsets[:-1] + -(-sizes[:-1] // BLOCK) * BLOCK))
-    # In the order of the bytes, all fields of a sample follow each other, and the samples are in order.
+    # In byte order, the fields of a sample are adjacent and the samples are in order.
     is_sorted = not (np.diff(present // max(1, len(table.fields))) < 0).any()
     if not len(present) or not is_sorted or (offsets % BLOCK).any() or (offsets - starts < BLOCK).any():
         return "no tar has its members so"
@@ -139,7 +138,7 @@ def misfit(table: ShardTable, source: ByteSource) -> str:
 
 
 def _differs(expected: Member, source: ByteSource, start: int, *, to_end: bool) -> str:
-    """How what a tar holds from some place on differs from one member, and from nothing more ``to_end``."""
+    """Return how a tar differs from an expected member at ``start``; with ``to_end``, that must be the last one."""
     needed = BLOCK + -(-expected.size // BLOCK) * BLOCK + _RECORD_BYTES if to_end else BLOCK
     window = needed if needed <= _PROBE_BYTES else BLOCK
     found: list[Member] = []
@@ -161,7 +160,7 @@ def _differs(expected: Member, source: ByteSource, start: int, *, to_end: bool) 
 
 
 def build_table(shard: str | ByteSource) -> ShardTable:
-    """A shard's table from its headers: those of a local path, or of anything that can be read by ranges.
+    """Read a shard's table from the headers of a local path, or of any source that can be read by ranges.
 
     Raises:
         ShardError: the tar is damaged, holds no samples, or holds a sample or a field twice.
@@ -184,7 +183,7 @@ def _built(shard: ByteSource) -> ShardTable:
 
 
 class _Unread:
-    """Takes up what a scan does not read: of that, what looks like fields of samples."""
+    """Collects the members that a scan does not read and that look like fields of samples."""
 
     def __init__(self) -> None:
         self.fields = ALL_READ
@@ -195,7 +194,7 @@ class _Unread:
 
 
 def in_words(member: Unread) -> str:
-    """A member that is not read, for a message."""
+    """Describe an unread member for a message."""
     return f"{member.name!r} at byte {member.offset}, {member.kind}"
 
 
@@ -224,7 +223,7 @@ def _group(members: Iterable[Member], path: str) -> dict[str, dict[str, tuple[in
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Key and extension of a member by WebDataset's rule, or None for one that belongs to no sample."""
+    """Return a member's key and extension by WebDataset's rule, or None if it belongs to no sample."""
     name = name.removeprefix("./")
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
@@ -242,7 +241,7 @@ def _table(samples: dict[str, dict[str, tuple[int, int]]]) -> ShardTable:
 
 
 def sidecar_is_fresh(path: str) -> bool:
-    """Whether a shard has a sidecar that is no older than itself."""
+    """Return whether a shard has a sidecar that is no older than itself."""
     try:
         return os.stat(sidecar_path(path)).st_mtime_ns >= os.stat(path).st_mtime_ns
     except OSError:
@@ -250,7 +249,7 @@ def sidecar_is_fresh(path: str) -> bool:
 
 
 def sidecar_count(path: str) -> int | None:
-    """Samples that a fresh sidecar claims, or None."""
+    """Return the number of samples that a fresh sidecar claims, or None."""
     if not sidecar_is_fresh(path):
         return None
     try:
@@ -262,10 +261,10 @@ def sidecar_count(path: str) -> int | None:
 
 
 def read_sidecar(path: str) -> ShardTable | None:
-    """The table in a shard's sidecar, fresh or not; None where it does not parse or points outside the shard."""
+    """Return the table in a shard's sidecar, fresh or not; None if it does not parse or points outside the shard."""
     size_bytes = os.stat(path).st_size
     try:
-        # A line names members, each of which takes a block of the shard at least.
+        # A line names members, each of which takes at least one block of the shard.
         with open_regular(sidecar_path(path), limit=max(_LEAST_BYTES, 2 * size_bytes)) as file:
             text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape")
             return parse_sidecar(text, size_bytes=size_bytes)
@@ -274,7 +273,7 @@ def read_sidecar(path: str) -> ShardTable | None:
 
 
 def parse_sidecar(lines: Iterable[str], *, size_bytes: int) -> ShardTable | None:
-    """The table that a sidecar's lines hold; None where they do not parse or point outside a shard of that size."""
+    """Return the table in a sidecar's lines; None if they do not parse or point outside a shard of that size."""
     rows = list(lines)
     try:
         version, count_text = rows[0].split()
@@ -285,9 +284,9 @@ def parse_sidecar(lines: Iterable[str], *, size_bytes: int) -> ShardTable | None
 
 
 def _parse_regular(rows: list[str], count: int, size_bytes: int) -> ShardTable | None:
-    """The table of rows that all have the same fields, column by column; None for any others.
+    """Parse rows that all have the same fields, column by column; return None for any others.
 
-    Several times as fast as row by row, which is what a run's first batch waits for.
+    Several times as fast as row by row, and on the critical path of a run's first batch.
     """
     words = " ".join(rows).split()
     if len(rows) != count or not words or len(words) % (4 * count):
@@ -310,7 +309,7 @@ def _parse_regular(rows: list[str], count: int, size_bytes: int) -> ShardTable |
 
 
 def _parse_rows(rows: list[str], count: int, size_bytes: int) -> ShardTable | None:
-    """The table of any rows, one by one."""
+    """Parse arbitrary rows, one by one."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     end = 0
     try:
@@ -332,9 +331,9 @@ def _parse_rows(rows: list[str], count: int, size_bytes: int) -> ShardTable | No
 
 
 def sidecar_text(table: ShardTable) -> str | None:
-    """A table in the sidecar's form; None where that cannot carry it: white space in a name, links."""
+    """Return a table in sidecar format; None if that cannot represent it: white space in a name, or links."""
     offsets = table.offsets[table.offsets >= 0]
-    if table.unread.number or len(np.unique(offsets)) < len(offsets):  # a hard link lies where another member does
+    if table.unread.number or len(np.unique(offsets)) < len(offsets):  # a hard link has the offset of another member
         return None
     lines = [f"{SIDECAR_VERSION} {len(table)}"]
     for key, spans in table.spans().items():
@@ -346,18 +345,18 @@ def sidecar_text(table: ShardTable) -> str | None:
 
 
 def write_sidecar_file(path: str, table: ShardTable) -> bool:
-    """Write a shard's sidecar, atomically.
+    """Write a shard's sidecar atomically.
 
     Returns:
-        Whether it was written: not where the folder is read-only, nor where a name holds white space or the shard
-        links, which the text form cannot carry (the headers are then read at each start).
+        Whether it was written. It is not if the folder is read-only, or if a name holds white space or the shard holds
+        links, which the format cannot represent (the headers are then read at each start).
     """
     text, place = sidecar_text(table), sidecar_path(path)
     try:
         if text is not None:
             write_atomically(place, text)
         elif fitting_sidecar(path)[1]:
-            # One of another tool is in the way. It is made older than its shard, so that it is ignored, and kept.
+            # Another tool's sidecar does not match. Keep it, but make it older than its shard, so that it is ignored.
             os.utime(place, ns=(os.stat(path).st_mtime_ns - _OLDER_NS,) * 2)
     except OSError:
         return False
@@ -365,16 +364,16 @@ def write_sidecar_file(path: str, table: ShardTable) -> bool:
 
 
 def state_of(path: str) -> tuple[int, int, int]:
-    """What changes with a file: size, time of its content and time of its entry, which no program can set."""
+    """Return a file's size, mtime and ctime; no program can set the ctime, so any change shows."""
     found = os.stat(path)
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def build_sidecar(path: str) -> tuple[ShardTable, bool]:
-    """A shard's table from its headers, written as its sidecar; and whether that could be written.
+    """Build a shard's table from its headers and write it as sidecar; also return whether that was possible.
 
     Raises:
-        ShardError: as :func:`build_table`, or the shard was written to meanwhile.
+        ShardError: as :func:`build_table`, or the shard was modified meanwhile.
     """
     before = state_of(path)
     table = build_table(path)
