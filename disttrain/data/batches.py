@@ -1,17 +1,17 @@
-"""From sample ids to micro batches: read, decode, transform, collate, mask.
+"""Build micro batches from sample ids: read, decode, transform, collate, mask.
 
-A batch is a dictionary: the decoded fields by name, and
+A batch is a dictionary with the decoded fields by name, plus:
 
 - ``__key__``: list of sample keys,
 - ``__id__``: ids in the index, int64, shape (samples,),
-- ``__weight__``: 1 for a sample, or what ``data.hooks.weight`` names; 0 for padding, bad and filtered samples; float32,
-  shape (samples,),
-- ``__count__``: how many samples, from the left, are real (a Python int: no device is asked),
-- ``__bad__``: only where bad samples were skipped, the list of them,
-- ``__filtered__``: only where the transform left out samples, how many.
+- ``__weight__``: loss weights, float32, shape (samples,): 1, or the value of ``data.hooks.weight``; 0 for padding and
+  for bad and filtered samples,
+- ``__count__``: the number of real samples, which come first (a Python int, so reading it never syncs a device),
+- ``__bad__``: list of the skipped bad samples; present only if there are any,
+- ``__filtered__``: number of samples that the transform filtered; present only if there are any.
 
-Several micro batches are made at one go from one read; what each holds depends on its own ids alone. A skipped or
-filtered sample moves to the right end of its micro batch. Cost: without hooks no loop over samples in Python.
+One read serves several micro batches, but the contents of each depend only on its own ids. Bad and filtered samples
+move to the end of their micro batch. Cost: without hooks, no Python loop over samples.
 """
 
 from __future__ import annotations
@@ -53,14 +53,17 @@ _MADE_HERE: Final = frozenset(RESERVED) - {KEY}
 
 
 def check_batch(batch: Any, owner: object) -> Any:
-    """The batch; refuse one of a loader that is not disttrain's, unless it has what those have.
+    """Check that a batch, from any loader, has the entries that a task needs.
 
     Args:
-        batch: any.
-        owner: the task that needs it, for the message.
+        batch: the batch, of any type.
+        owner: the task that needs it, for the error message.
+
+    Returns:
+        The batch, unchanged.
 
     Raises:
-        ConfigError: it lacks something.
+        ConfigError: an entry is missing.
     """
     missing = [name for name in (KEY, WEIGHT, COUNT) if not isinstance(batch, Mapping) or name not in batch]
     if missing:
@@ -74,16 +77,16 @@ def check_batch(batch: Any, owner: object) -> Any:
 
 
 class BatchMaker:
-    """Makes micro batches. Safe to use from several threads.
+    """Build micro batches. Thread-safe.
 
     Args:
         reader: reads the samples.
         hooks: transform and collate.
-        allowed: the numbers that a field may hold once it has been transformed; a sample with others is bad.
-        skip_bad: mask samples that cannot be used instead of raising.
+        allowed: values that a field may hold after the transform; a sample with any other value is bad.
+        skip_bad: mask bad samples instead of raising.
 
     Raises:
-        ConfigError: there is no field of the name that ``hooks.weight`` is.
+        ConfigError: ``hooks.weight`` does not name a field.
     """
 
     def __init__(
@@ -97,7 +100,7 @@ class BatchMaker:
         self.reader, self.hooks, self.skip_bad = reader, hooks or HooksConfig(), skip_bad
         self.allowed = dict(allowed or {})
         self.number = next(_NUMBERS)
-        """What worker processes know this maker by."""
+        """Identifies this maker in worker processes."""
         self._stand_in_id = 0
         weight = self.hooks.weight
         self._checks = self.allowed | ({weight: WEIGHTS} if weight else {})
@@ -110,21 +113,22 @@ class BatchMaker:
 
     @property
     def draws_numbers(self) -> bool:
-        """Whether anything in training draws random numbers for a sample."""
+        """Whether the transform or any augmentation draws random numbers in training."""
         return self.hooks.transform is not None or any(field.augment for field in self.reader.fields.values())
 
     def make(
         self, ids: NDArray[np.int64], counts: NDArray[np.int64] | None = None, draws: Draws | None = None
     ) -> list[Batch]:
-        """Some micro batches.
+        """Build micro batches from one read.
 
         Args:
-            ids: the samples. shape (micro batches, samples)
-            counts: real samples of each micro batch, from the left; None where all are. shape (micro batches,)
-            draws: random numbers for all of them, in training.
+            ids: the sample ids. shape (micro batches, samples)
+            counts: number of real samples in each micro batch, which come first; None if all are real.
+                shape (micro batches,)
+            draws: random numbers for all samples, in training.
 
         Raises:
-            DataError: a shard cannot be read, or a sample cannot be used and is not to be skipped.
+            DataError: a shard cannot be read, or a sample is bad and ``skip_bad`` is off.
         """
         rows, size = ids.shape
         real = np.full(rows, size) if counts is None else counts
@@ -154,7 +158,7 @@ class BatchMaker:
         return batches
 
     def _weights(self, read: Samples, samples: list[Sample] | None, rows: int, size: int) -> Tensor:
-        """The weight of each sample, where none is left out. shape (micro batches, samples)"""
+        """Return the loss weights before masking. shape (micro batches, samples)"""
         if not self.hooks.weight:
             return torch.ones(rows, size)
         name = self.hooks.weight
@@ -163,7 +167,7 @@ class BatchMaker:
     def _read(
         self, ids: NDArray[np.int64], real: NDArray[np.int64], draws: Draws | None
     ) -> tuple[Samples, list[Sample] | None, set[int]]:
-        """What was read, its samples one by one where hooks want them so, and which of them are filtered."""
+        """Return what was read, its samples one by one if there are hooks, and the places of filtered samples."""
         read = self.reader.samples(ids, draws, mark_bad=self.skip_bad)
         if self.hooks.transform is None and self.hooks.collate is None:
             return read, None, set()
@@ -192,7 +196,7 @@ class BatchMaker:
         size = len(ids) // len(real)
         stand_in: Sample | None = None
         for place in filtered:
-            # Weight 0 makes any values do: those of the first sample of the micro batch that is left, if any is.
+            # Its weight is 0, so any values do: take those of the first remaining sample of the micro batch, if any.
             row = range(place - place % size, place - place % size + int(real[place // size]))
             kept = next((other for other in row if other not in filtered), None)
             if kept is not None:
@@ -210,7 +214,7 @@ class BatchMaker:
             out = self.hooks.transform(sample, random)
         except (BadSampleError, FilteredSampleError):
             raise
-        except Exception as error:  # the user's code: its own error and traceback, with the sample that met it
+        except Exception as error:  # user code: keep its error and traceback, and add the sample
             error.add_note(f"in data.hooks.transform, of sample {key!r}")
             raise
         if not isinstance(out, dict):
@@ -222,10 +226,10 @@ class BatchMaker:
         return out
 
     def _check(self, out: Sample, key: str) -> None:
-        """Refuse what a transform may not return.
+        """Check the return value of a transform.
 
         Raises:
-            ConfigError: a name that is reserved, another key, or no weight.
+            ConfigError: a name is reserved, the key was changed, or the weight is missing.
         """
         if not _MADE_HERE.isdisjoint(out):
             check_names(out, where="what data.hooks.transform returns", but=KEY)
@@ -241,7 +245,7 @@ class BatchMaker:
             )
 
     def _faults(self, samples: Sequence[Sample]) -> dict[int, str]:
-        """Which transformed samples hold a number that is not allowed, and which one."""
+        """Return the fault of each transformed sample that holds a value that is not allowed, by place."""
         found: dict[int, str] = {}
         for name, allowed in self._checks.items():
             places = [place for place, sample in enumerate(samples) if name in sample]
@@ -251,26 +255,26 @@ class BatchMaker:
         return found
 
     def _stand_in(self, draws: Draws | None) -> Sample:
-        """What stands for the samples of a micro batch of which none is left: the first of all that is accepted.
+        """Return placeholder values for a micro batch with no samples left: the first sample the transform accepts.
 
-        Nothing but the data, the seed and the transform decides which, so it is the same for all ranks and workers.
+        The choice depends only on the data, the seed and the transform, so all ranks and workers agree on it.
         """
         fixed = None if draws is None else Draws(draws.seed, np.zeros(1, np.int64), np.zeros(1, np.int64))
         self._stand_in_id, values = self._substitute(self._stand_in_id - 1, fixed)
         return values
 
     def _substitute(self, sample_id: int, draws: Draws | None) -> tuple[int, Sample]:
-        """The next sample that the transform accepts, in place of one that it refused, and its id.
+        """Return the id and values of the next sample that the transform accepts, to replace one that it rejected.
 
         Args:
-            sample_id: the one before.
-            draws: random numbers of one sample.
+            sample_id: the id to search from, exclusive.
+            draws: random numbers for one sample.
         """
         wanted = sample_id
         for _ in range(len(self.reader.index)):
             wanted = self.reader.next_good(wanted)
             read = self.reader.samples(np.array([wanted]), draws, mark_bad=True)
-            if read.bad:  # it has another's values, and is passed over once it is known
+            if read.bad:  # holds another sample's values; next_good skips it from now on
                 continue
             try:
                 made = self._transform(_one_by_one(read)[0], draws, 0)
@@ -285,7 +289,7 @@ class BatchMaker:
         return self.reader.bad_sample(sample_id, "", -1, reason, "repair the sample or remove it")
 
     def _columns(self, read: Samples, rows: int, size: int) -> tuple[list[str], list[Sequence[Any]]]:
-        """Names of the fields of a batch, and the values of each, one a micro batch."""
+        """Return the names of a batch's fields, and for each a sequence with its values per micro batch."""
         names: list[str] = []
         columns: list[Sequence[Any]] = []
         for name, values in read.fields.items():
@@ -294,7 +298,7 @@ class BatchMaker:
                 names.append(name)
                 columns.append(values.reshape(rows, size, *values.shape[1:]).unbind(0))
             elif isinstance(values[0], Tensor):
-                # Whether a field's values have one shape is asked of each micro batch, not of a whole read.
+                # Stack or list per micro batch, not per read: a batch must not depend on what was read with it.
                 parts = [column(name, list(part), field) for part in _cut(values, size)]
                 names.extend(parts[0])
                 columns.extend([part[made] for part in parts] for made in parts[0])
@@ -321,7 +325,7 @@ class BatchMaker:
 
 
 def _cut(values: Any, size: int) -> list[Any]:
-    """A sequence in pieces of so many values."""
+    """Cut a sequence into pieces of ``size`` values."""
     return [values[start : start + size] for start in range(0, len(values), size)]
 
 
@@ -342,7 +346,7 @@ def _one_by_one(read: Samples) -> list[Sample]:
 
 
 def _by_row(places: Iterable[int], real: NDArray[np.int64], size: int) -> list[list[int]]:
-    """The places of each row, ascending; padding, which harms nobody, is not counted."""
+    """Group places by row, ascending; places in the padding are ignored."""
     found: list[list[int]] = [[] for _ in real]
     for place in sorted(places):
         row, column_ = divmod(place, size)
@@ -354,10 +358,10 @@ def _by_row(places: Iterable[int], real: NDArray[np.int64], size: int) -> list[l
 def _to_the_right(
     unused: Collection[int], real: NDArray[np.int64], size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Samples that are not used behind the others of their micro batch.
+    """Move unused samples behind the others of their micro batch.
 
     Returns:
-        how many samples of each row remain real, and the places in their new order.
+        the number of real samples left in each row, and the places in their new order.
     """
     is_real = np.arange(size) < real[:, None]
     is_unused = np.zeros(is_real.size, dtype=bool)

@@ -1,12 +1,11 @@
-"""A mapped file that is cut off or whose disk fails: an error of the read, not the end of the process.
+"""Turn SIGBUS from a truncated or failing mapped file into a read error instead of a crash.
 
-Touching a page of a mapped file that is not there any more raises SIGBUS, which kills. For the files that
-disttrain has mapped it is caught instead: the rest of the mapping is replaced by zeros, so that the copy which
-met it comes to its end, and the mapping is marked as torn. Whoever reads looks at the marks of the mappings that it
-used afterwards, whichever thread met the fault. A SIGBUS anywhere else goes to whoever handled it before. Python
-runs in the handler, which is sound here because such a fault comes from a plain copy, that holds no lock of the
-interpreter or of the allocator. Linux with a C library of 64 bits; elsewhere nothing may be mapped. Cost: none until
-it happens.
+Touching a page that a mapped file no longer has raises SIGBUS, which kills the process. For files mapped by
+disttrain, a handler replaces the rest of the mapping with zeros, so that the faulting copy completes, and marks the
+mapping as torn. After a read, the reader checks the marks of all mappings it used, whichever thread faulted. Any other
+SIGBUS goes to the previous handler. The handler runs Python code, which is safe here because the fault comes from a
+plain copy that holds no lock of the interpreter or the allocator. Needs 64-bit Linux; elsewhere nothing may be mapped.
+Cost: none until a fault.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ import weakref
 from threading import Lock
 from typing import Final
 
-_SIGINFO: Final = 4  # SA_SIGINFO: the handler is told the address
+_SIGINFO: Final = 4  # SA_SIGINFO: pass siginfo_t, which has the faulting address, to the handler
 _FIXED_ANONYMOUS: Final = 0x10 | 0x20 | mmap.MAP_PRIVATE  # MAP_FIXED | MAP_ANONYMOUS
-_ADDRESS_OFFSET: Final = 16  # of si_addr in siginfo_t, with pointers of 8 bytes
+_ADDRESS_OFFSET: Final = 16  # of si_addr in siginfo_t, with 8-byte pointers
 
 _HANDLER: Final = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 
 
 class _Action(ctypes.Structure):
-    """``struct sigaction`` of glibc and musl."""
+    """``struct sigaction`` as glibc and musl define it."""
 
     _fields_ = (
         ("handler", ctypes.c_void_p),
@@ -38,12 +37,12 @@ class _Action(ctypes.Structure):
 
 
 class Stretch:
-    """The memory of a mapping, as long as that lives.
+    """The memory range of a live mapping.
 
     Attributes:
-        begin: its first address.
-        end: the address after its last page.
-        is_torn: whether a fault was caught in it, so that some of it is zeros by now.
+        begin: first address.
+        end: the address after the last page.
+        is_torn: whether a fault was caught in it, so that part of it now reads as zeros.
     """
 
     __slots__ = ("begin", "end", "is_torn")
@@ -53,10 +52,10 @@ class Stretch:
 
 
 class _Guard:
-    """The handler, and the stretches of memory that it is for."""
+    """The signal handler and the memory ranges that it guards."""
 
     def __init__(self) -> None:
-        self._stretches: dict[int, Stretch] = {}  # by where they begin
+        self._stretches: dict[int, Stretch] = {}  # by first address
         self._lock = Lock()
         self._before = _Action()
         self._libc = ctypes.CDLL(None, use_errno=True)
@@ -77,18 +76,19 @@ class _Guard:
         return stretch
 
     def _forget(self, stretch: Stretch) -> None:
-        if self._stretches.get(stretch.begin) is stretch:  # else another mapping has been given the address
+        if self._stretches.get(stretch.begin) is stretch:  # else a newer mapping has reused the address
             del self._stretches[stretch.begin]
 
     def _handle(self, number: int, info: int, context: int) -> None:
         address = ctypes.c_void_p.from_address(info + _ADDRESS_OFFSET).value or 0
         for stretch in list(self._stretches.values()):
             if stretch.begin <= address < stretch.end:
-                stretch.is_torn = True  # before there are zeros, which another thread may meet without a fault
+                stretch.is_torn = True  # set before the zeros appear: another thread may read them without a fault
                 page = address // mmap.PAGESIZE * mmap.PAGESIZE
                 self._libc.mmap(page, stretch.end - page, mmap.PROT_READ, _FIXED_ANONYMOUS, -1, 0)
                 return
-        self._libc.sigaction(number, ctypes.byref(self._before), None)  # and the fault comes again
+        # Not ours: on return the faulting instruction runs again, and the previous handler gets the signal.
+        self._libc.sigaction(number, ctypes.byref(self._before), None)
 
 
 _guards: list[_Guard] = []
@@ -96,19 +96,19 @@ _first: Final = Lock()
 
 
 def can_guard() -> bool:
-    """Whether faults of mapped files can be caught on this system."""
+    """Return whether SIGBUS from mapped files can be caught on this system."""
     return sys.platform == "linux" and ctypes.sizeof(ctypes.c_void_p) == 8
 
 
 def watch(mapped: mmap.mmap, address: int) -> Stretch:
-    """Catch faults of a mapping, for as long as it lives.
+    """Catch faults in a mapping for as long as it lives.
 
     Args:
-        mapped: a file, mapped for reading.
-        address: where it begins in memory.
+        mapped: a file mapped for reading.
+        address: its first address.
 
     Returns:
-        Its memory, which tells whether a fault was caught there.
+        Its memory range, whose ``is_torn`` is set when a fault is caught.
     """
     with _first:
         if not _guards:

@@ -1,14 +1,14 @@
 """A cache of whole remote shards on a node's disk, shared by its ranks and bounded in bytes.
 
-A shard is downloaded under a temporary name that its downloader locks, so that the other ranks wait for it instead of
-fetching it too; its length and its checksum are compared before it gets its name, so whatever is in the cache is
-whole. The checksum is the manifest's, else the one that the server gives (see :mod:`disttrain.data.transport`). A
-copy that was written to since is fetched again: its modification time is set to a value of its own, which no later
-write leaves, and is looked at with its size each time it is opened; its bytes are not hashed again. The cache is a
-folder of its own that only this user can write, and removes only what it made. Space is reserved before a download.
-Eviction follows the plans of the processes (see :mod:`disttrain.data.plan`): what nobody needs goes first, then what
-is needed last; a shard that somebody is reading holds a shared lock and stays. What a killed process left is removed
-by the next one that needs room. Cost: a handful of system calls to open a shard; a listing of the folder to evict.
+A rank downloads a shard under a temporary name and locks that file, so other ranks wait instead of downloading it too.
+Size and checksum are verified before the shard gets its final name, so every shard in the cache is complete. The
+checksum comes from the manifest, or else from the server (see :mod:`disttrain.data.transport`). To detect later
+writes, the modification time of each copy is set to a fixed value derived from its name; every open checks it and the
+size, without hashing again, and a modified copy is downloaded again. The cache has a private folder, writable only by
+this user, and removes only files that it made. Space is reserved before a download. Eviction follows the plans of the
+node's processes (see :mod:`disttrain.data.plan`): shards that no process needs go first, then those needed latest. A
+shard being read holds a shared lock and is never evicted. Leftovers of killed processes are removed by the next
+process that needs room. Cost: a handful of system calls to open a shard; one folder listing to evict.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ _CHUNK_BYTES: Final = 8 * 2**20
 _POLL_SECONDS: Final = 0.02
 _GIB: Final = 2**30
 _TAG: Final = "CACHEDIR.TAG"
-# https://bford.info/cachedir/: backups pass over such a folder.
+# https://bford.info/cachedir/: backup tools skip a folder with this tag.
 _TAG_TEXT: Final = "Signature: 8a477f597d28d172789f06886806bc55\n# Remote shards, kept by disttrain. May be deleted.\n"
 _LOCK: Final = "space.lock"
 _OWN: Final = re.compile(r"[0-9a-f]{32}\.(tar|part)|\d+-[0-9a-f]{8}\.(plan|new)|\.nfs.*")
-# NFS keeps a file that was removed while it was open under a name that begins with .nfs.
+# NFS renames a file that is removed while open to .nfs*.
 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Where remote shards are kept. None of it changes what is read.
+    """Cache of remote shards. No setting changes which samples are read.
 
     Attributes:
-        directory: a folder on the node's own disk; by default ``$DISTTRAIN_CACHE`` (``~/.cache/disttrain``). Shards
-            are kept in a sub-folder ``disttrain-shards-UID`` of it, which belongs to the cache alone.
-        max_gib: bound on its size, in GiB. What the windows of a node's lanes span should fit: less is
-            correct, but fetches shards again and again.
-        prefetch_threads: downloads ahead of the reading, for each rank; 0 fetches a shard when it is read.
-        retry: how long a server is tried, for shards and for their index.
+        directory: a folder on the node's local disk; by default ``$DISTTRAIN_CACHE`` (``~/.cache/disttrain``). Shards
+            go to its subfolder ``disttrain-shards-UID``, which only the cache may use.
+        max_gib: size limit in GiB. The shards that the windows of a node's lanes span should fit; a smaller cache is
+            correct but downloads shards repeatedly.
+        prefetch_threads: parallel prefetch downloads per rank; 0 downloads each shard when it is read.
+        retry: how long to retry a server, for shards and for their index.
     """
 
     directory: str = ""
@@ -71,12 +71,12 @@ class CacheConfig:
 
     @property
     def max_bytes(self) -> int:
-        """Bound on the cache's size."""
+        """Size limit of the cache."""
         return round(self.max_gib * _GIB)
 
     @property
     def path(self) -> Path:
-        """The folder in force, where nothing else lies."""
+        """The private folder that holds the shards."""
         return (
             Path(self.directory).expanduser() if self.directory else cache_home()
         ) / f"disttrain-shards-{os.geteuid()}"
@@ -86,11 +86,11 @@ class ShardCache:
     """Local copies of remote shards. Safe to use from several threads and processes.
 
     Args:
-        config: where they lie and how many bytes they may take.
-        sleep: waits for room.
+        config: location and size limit.
+        sleep: called to wait for room.
 
     Raises:
-        DataError: the folder cannot be made or written, is open to other users, or holds files of others.
+        DataError: the folder cannot be created or written, is accessible to other users, or holds foreign files.
     """
 
     def __init__(self, config: CacheConfig, *, sleep: Callable[[float], None] = time.sleep) -> None:
@@ -98,7 +98,7 @@ class ShardCache:
         self.directory = config.path
         try:
             private_folder(self.directory)
-            os.close(self._create(_LOCK))  # it can be written
+            os.close(self._create(_LOCK))  # proves that the folder is writable
             (self.directory / _TAG).write_text(_TAG_TEXT)
         except OSError as error:
             raise DataError(
@@ -116,15 +116,18 @@ class ShardCache:
         self._plans, self._lock = Plans(self.directory), Lock()
 
     def holds(self, shard: Shard) -> bool:
-        """Whether a shard is here now."""
+        """Return whether a shard is in the cache now."""
         return self._place(shard).exists()
 
     def open(self, shard: Shard) -> int:
-        """A descriptor of a shard's local copy, fetched if need be; it cannot be evicted until that is closed.
+        """Open a shard's local copy, downloading it if needed.
+
+        Returns:
+            A file descriptor; the shard cannot be evicted until it is closed.
 
         Raises:
-            RemoteError: the shard cannot be fetched.
-            ShardError: it is not what the index says.
+            RemoteError: the shard cannot be downloaded.
+            ShardError: it does not match the index.
             DataError: there is no room for it.
         """
         with self._disk(shard):
@@ -136,12 +139,12 @@ class ShardCache:
                     return fd
 
     def prefetch(self, shard: Shard, steps: float) -> bool:
-        """Fetch a shard that is needed in so many steps, if that evicts none that is needed as soon.
+        """Download a shard needed in ``steps`` steps, unless that would evict one needed as soon.
 
-        It is also left for later where all that is needed before it would fill the cache: it would be evicted again.
+        Also skipped while the shards needed before it would fill the cache, since it would be evicted again.
 
         Returns:
-            Whether it is here, or was when another fetched it; False where there is no room yet.
+            Whether the shard is in the cache, or was when another process downloaded it; False if there is no room yet.
         """
         if self.holds(shard):
             return True
@@ -164,15 +167,15 @@ class ShardCache:
         fcntl.flock(fd, fcntl.LOCK_SH)
         status = os.fstat(fd)
         if status.st_nlink and status.st_size == shard.size_bytes and status.st_mtime_ns == _stamp_ns(place):
-            os.utime(fd, ns=(time.time_ns(), status.st_mtime_ns))  # what is evicted goes by the time of its last use
+            os.utime(fd, ns=(time.time_ns(), status.st_mtime_ns))  # eviction sorts by access time
             return fd
-        if status.st_nlink:  # changed by something else than a cache
+        if status.st_nlink:  # modified by something other than a cache
             place.unlink(missing_ok=True)
         os.close(fd)
         return None
 
     def _fetch(self, shard: Shard, steps: float | None) -> int | None:
-        """Download a shard, or wait for whoever does; None where that failed, or (with ``steps``) lacks room yet."""
+        """Download a shard, or wait for the process that does; None if that failed or ``steps`` leaves no room yet."""
         part = self.directory / f"{name_of(shard)}.part"
         fd = self._create(part.name)
         is_mine = False
@@ -180,7 +183,7 @@ class ShardCache:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                # Shared with whoever fetches it and then reads it: no reader holds up another.
+                # A shared lock: wait for the download to end without blocking other readers.
                 fcntl.flock(fd, fcntl.LOCK_SH)
                 kept, fd = (fd, -1) if is_at(fd, self._place(shard)) else (None, fd)
                 return kept
@@ -189,10 +192,10 @@ class ShardCache:
                 return None
             self._download(fd, shard)
             os.utime(fd, ns=(time.time_ns(), _stamp_ns(part)))
-            with self._alone():  # or whoever counts bytes might see it under neither name
+            with self._alone():  # otherwise a process counting bytes might see it under neither name
                 os.replace(part, self._place(shard))
             is_mine = False
-            # The same descriptor becomes the reader's: nobody evicts the shard before it was of use.
+            # The reader gets the same descriptor, still locked, so the shard cannot be evicted before it is used.
             fcntl.flock(fd, fcntl.LOCK_SH)
             kept, fd = fd, -1
             return kept
@@ -203,7 +206,7 @@ class ShardCache:
                 os.close(fd)
 
     def _reserve(self, fd: int, shard: Shard, steps: float | None) -> bool:
-        """Make room and take it; without ``steps``, wait for it."""
+        """Make room and reserve it; if ``steps`` is None, wait for room."""
         deadline = time.monotonic() + self.config.retry.budget_seconds
         while True:
             with self._alone():
@@ -218,27 +221,27 @@ class ShardCache:
                     f" {self.config.retry.budget_seconds:.0f} s: everything in it is being read or fetched",
                     mend=f"raise data.cache.max_gib above {self.config.max_gib:g}",
                 )
-            self._sleep(_POLL_SECONDS)  # others read for milliseconds at a time
+            self._sleep(_POLL_SECONDS)  # readers hold their locks for milliseconds
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """One process and thread of the node at a time: whoever counts bytes."""
+        """Let one thread of one process on the node count bytes at a time."""
         with self._lock, open(self._create(_LOCK), "a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def _create(self, name: str) -> int:
-        """A descriptor of a file of the cache, made if need be; never what a link names."""
+        """Open a file of the cache, creating it if needed; never follow a symlink."""
         return os.open(self.directory / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
     def _make_room(self, needed_bytes: int, steps: float | None) -> bool:
-        """Evict until so many bytes are free; with ``steps``, only shards that are needed later than that."""
+        """Evict until ``needed_bytes`` are free; with ``steps``, only shards that are needed later than that."""
         used, held = 0, []
         for entry in os.scandir(self.directory):
             try:
                 status = entry.stat()
             except FileNotFoundError:
-                continue  # a download that failed
+                continue  # a failed download, removed by its process
             if entry.name.endswith(".part") and not remove_if_dead(Path(entry.path)):
                 used += status.st_size
             elif entry.name.endswith(".tar"):
@@ -248,8 +251,8 @@ class ShardCache:
         if excess <= 0:
             return True
         until = self._plans.steps_until([path.stem for path, _, _ in held])
-        # Last needed first. What nobody needs goes by age. Of what is needed in the same step the last used goes:
-        # windows are read round and round, and keeping the newest would miss each time.
+        # Evict the shard needed latest. Among shards that no process needs, evict the least recently used. Among those
+        # needed in the same step, evict the most recently used: windows are read cyclically, so LRU would always miss.
         ages = np.array(
             [-when if np.isfinite(steps_) else when for (_, _, when), steps_ in zip(held, until, strict=True)]
         )
@@ -257,7 +260,7 @@ class ShardCache:
             if steps is not None and until[victim] <= steps:
                 return False
             path, size, _ = held[victim]
-            if remove_if_dead(path):  # nobody reads it
+            if remove_if_dead(path):  # no process is reading it
                 excess -= size
                 if excess <= 0:
                     return True
@@ -290,12 +293,12 @@ class ShardCache:
                 mend="upload the shard again, or write its manifest anew with `disttrain shards index --md5`; a proxy"
                 " may also serve an old copy",
             )
-        # A node that loses power must not find a shard of the right length full of zeros.
+        # After a power loss the node must not find a shard with the right size but full of zeros.
         os.fdatasync(fd)
 
     @contextmanager
     def _disk(self, shard: Shard) -> Iterator[None]:
-        """What the operating system says of the folder, in words."""
+        """Turn an OSError about the folder into a DataError."""
         try:
             yield
         except OSError as error:
@@ -309,13 +312,13 @@ class ShardCache:
 
 
 def _stamp_ns(place: Path) -> int:
-    """The modification time of an untouched copy, by its name: even seconds of the years 2001 to 2018.
+    """Derive the modification time of an unmodified copy from its name: an even second in the years 2001 to 2018.
 
-    Even, since FAT keeps no odd ones.
+    Even, because FAT stores times in steps of two seconds.
     """
     return (10**9 + 2 * int(place.name[:7], 16)) * 10**9
 
 
 def name_of(shard: Shard) -> str:
-    """What the cache calls a shard in the state that the index knows."""
+    """Return the cache's name for a shard in the version that the index records."""
     return cache_name(shard.path, shard.size_bytes, shard.version or shard.md5)

@@ -1,9 +1,9 @@
-"""What the values of a batch may be, and what they may be called.
+"""Check the names and values of a batch.
 
-A batch has names that disttrain gives itself (:data:`RESERVED`, and ``NAME_lengths`` beside a padded field), which
-nothing else may have. :class:`Allowed` says which numbers a field may hold, such as the classes of a task; a sample
-with another one is a bad sample, found on the host, where its shard and key are known. Cost: one comparison of an
-array a read.
+Some names are set by disttrain itself (:data:`RESERVED`, and ``NAME_lengths`` for a padded field) and may not be used
+for anything else. :class:`Allowed` defines which values a field may hold, such as the classes of a task. A sample with
+any other value is a bad sample; it is detected on the host, where its shard and key are known. Cost: one array
+comparison per read.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ LENGTHS: Final = "_lengths"
 
 @dataclass(frozen=True)
 class Allowed:
-    """The numbers that a value may hold: finite ones, from ``least`` to less than ``below``.
+    """The numbers that a value may hold: finite, ``least <= number < below``.
 
     Attributes:
-        what: what such a number is, for messages.
-        least: the smallest.
-        below: what all of them are smaller than.
-        whole: look only at values that are whole numbers; others are for the task to refuse.
-        single: a value is one number; anything else is refused.
+        what: description of a valid number, for messages.
+        least: lower bound, inclusive.
+        below: upper bound, exclusive.
+        whole: check only integer values; other types are left to the task to reject.
+        single: each value must be a single number.
     """
 
     what: str = "a finite number"
@@ -50,16 +50,16 @@ class Allowed:
     single: bool = False
 
     def faults(self, values: Decoded) -> dict[int, str]:
-        """What is wrong with each value that holds another number, by its place.
+        """Describe the fault of each value that is not allowed, by place.
 
         Args:
-            values: of one field, one a sample.
+            values: values of one field, one per sample.
         """
         if isinstance(values, Tensor):
             numbers = _numpy(values).reshape(len(values), math.prod(values.shape[1:]))
             if numbers.shape[1] == 1 or not self.single:
                 fits = self._fit(numbers)
-                # The common case in one step: all fit.
+                # Fast path: all values fit.
                 return (
                     {}
                     if fits.all()
@@ -80,13 +80,13 @@ class Allowed:
 
     def _fit(self, numbers: NDArray[Any]) -> NDArray[np.bool_]:
         kind = numbers.dtype.kind
-        if kind == "O" or (kind == "b" and self.single):  # a Python number of more than 64 bits; no number
+        if kind == "O" or (kind == "b" and self.single):  # a Python int beyond 64 bits, or a bool
             return np.zeros(numbers.shape, dtype=np.bool_)
         if kind not in ("iu" if self.whole else "iufb"):
             return np.ones(numbers.shape, dtype=np.bool_)
         if self.single and kind == "f":
             with np.errstate(over="ignore"):
-                numbers = numbers.astype(np.float32)  # what it will be
+                numbers = numbers.astype(np.float32)  # weights become float32, where a large float64 is infinite
         fits: NDArray[np.bool_] = np.isfinite(numbers)
         if self.least > -math.inf:
             fits &= numbers >= self.least
@@ -104,29 +104,29 @@ WEIGHTS: Final = Allowed("a weight, which is a finite number of 0 or more", leas
 
 
 def classes(number: int) -> Allowed:
-    """Whole numbers that are class labels.
+    """Allow only class labels.
 
     Args:
-        number: of classes.
+        number: number of classes.
     """
     return Allowed(f"one of the {number} classes 0 to {number - 1}", least=0, below=number, whole=True)
 
 
 def as_weights(values: Decoded) -> Tensor:
-    """Weights of samples, one number each, as float32, shape (samples,)."""
+    """Convert sample weights, one number each, to float32. shape (samples,)"""
     if isinstance(values, Tensor):
         return values.reshape(len(values)).float()
     return torch.tensor([float(value) for value in values], dtype=torch.float32)
 
 
 def check_names(names: Iterable[str], padded: Collection[str] = (), *, where: str, but: str = "") -> None:
-    """Refuse names that disttrain gives itself.
+    """Reject names that disttrain reserves.
 
     Args:
-        names: names of values of a batch.
-        padded: those of them that are padded, whose lengths get a name.
-        where: where the names come from, for the message.
-        but: a reserved name that may stand there.
+        names: names of values in a batch.
+        padded: the names of padded fields, whose lengths get a name too.
+        where: the source of the names, for the error message.
+        but: a reserved name that is allowed here.
 
     Raises:
         ConfigError: a name is reserved.
@@ -150,5 +150,5 @@ def _numpy(values: Tensor) -> NDArray[Any]:
     if values.layout != torch.strided:
         values = values.to_dense()
     if values.is_floating_point() and values.dtype not in (torch.float16, torch.float32, torch.float64):
-        values = values.float()  # a type that NumPy lacks
+        values = values.float()  # bfloat16 and float8, which NumPy lacks
     return values.numpy()

@@ -1,10 +1,10 @@
-"""From the bytes of a field to tensors: declared decoders, a whole batch at a time.
+"""Decode the bytes of a field to tensors, a whole batch at a time.
 
-A :class:`Field` names the extension and, where the extension does not say it, the decoder. Decoders see all
-values of a batch at once, so that fields of a fixed size (``npy``, raw tensors) become a tensor by one
-reshape instead of a loop. Nothing is unpickled unless the user names the decoder that does so. All the values of a
-batch that do not fit their decoder come in one :class:`BadValuesError`, by their places in the batch; the reader
-masks them, or turns the first into an error that names shard, key and byte offset.
+A :class:`Field` sets the extension and, if the extension does not imply it, the decoder. Decoders get all values of a
+batch at once, so fixed-size fields (``npy``, raw tensors) become one tensor by a reshape instead of a loop. Nothing is
+unpickled unless the user explicitly allows the decoder that does so. All values of a batch that cannot be decoded are
+reported in one :class:`BadValuesError`, by place in the batch; the reader masks them, or turns the first into an error
+with shard, key and byte offset.
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ __all__ = [
 
 
 def check_safe(fields: Mapping[str, Field], unsafe_decoders: Sequence[str] = ()) -> None:
-    """Refuse fields whose decoders can run code from the data; warn once of those that the user allows.
+    """Reject fields whose decoders can run code from the data, except those that the user allows, with a warning.
 
     Args:
         fields: the fields by name.
-        unsafe_decoders: the decoders that may, such as ``pickle`` or ``webdataset:pyd``.
+        unsafe_decoders: allowed unsafe decoders, such as ``pickle`` or ``webdataset:pyd``.
 
     Raises:
-        ConfigError: a field's decoder is none of them, or one of them is not unsafe.
+        ConfigError: a field's unsafe decoder is not allowed, or an entry of ``unsafe_decoders`` is not an unsafe
+            decoder.
     """
     for decoder in unsafe_decoders:
         if not foreign.unpickles(decoder):
@@ -77,17 +78,17 @@ def decode(
     """Decode a batch of one field.
 
     Args:
-        field: how.
+        field: the field.
         raw: the bytes.
         draws: random numbers of these samples, in training; None in evaluation.
         unsafe: the decoders that may run code from the data.
 
     Returns:
-        A tensor, shape (samples, ...), where the values are numbers of one shape; else a list.
+        A tensor, shape (samples, ...), if the values are numbers of one shape; otherwise a list.
 
     Raises:
-        BadValuesError: some values are not what the decoder expects.
-        ConfigError: the decoder can run code and is not one of ``unsafe``; or a library is missing.
+        BadValuesError: some values cannot be decoded.
+        ConfigError: the decoder can run code and is not in ``unsafe``, or a library is missing.
     """
     if foreign.unpickles(field.kind) and field.kind not in unsafe:
         raise _unsafe(f"field {field.ext!r}", field.kind)
@@ -105,18 +106,18 @@ def with_default(
     *,
     unsafe: frozenset[str] = frozenset(),
 ) -> Decoded:
-    """Decode a field that some samples of a batch lack, which get its default.
+    """Decode a field that some samples of a batch lack, and give those its default.
 
     Args:
-        field: how; it has a default.
-        raw: the bytes of those that have it.
-        present: the places of those in the batch. shape (samples that have it,)
-        total: samples of the batch.
-        draws: random numbers of those that have it.
+        field: the field; it has a default.
+        raw: the bytes of the samples that have the field.
+        present: the places of those samples in the batch. shape (samples with the field,)
+        total: number of samples in the batch.
+        draws: random numbers of the samples that have the field.
         unsafe: as for :func:`decode`.
 
     Raises:
-        BadValuesError: some values do not decode, by their places in the batch.
+        BadValuesError: some values cannot be decoded, by place in the batch.
     """
     out = [field.filler() for _ in range(total)]
     places = present.tolist()
@@ -129,7 +130,7 @@ def with_default(
 
 
 def _decompressed(raw: RawValues) -> RawValues:
-    """Values that gzip has compressed, in memory of their own."""
+    """Decompress gzip values into new memory."""
     values = each(raw, _expanded, "not gzip", catch=(ValueError, zlib.error))
     sizes = np.array([len(value) for value in values], dtype=np.int64)
     memory = np.frombuffer(b"".join(values), dtype=np.uint8)
@@ -137,7 +138,7 @@ def _decompressed(raw: RawValues) -> RawValues:
 
 
 def _expanded(value: memoryview) -> bytes:
-    """The content of a gzip file, which may have several members, and zeros at its end."""
+    """Decompress a gzip file, which may have several members and trailing zeros."""
     out, rest, size = [], bytes(value), 0
     while True:
         stream = zlib.decompressobj(wbits=31)
@@ -212,7 +213,7 @@ def _foreign(field: Field, raw: RawValues, draws: Draws | None) -> Decoded:
     def one(value: memoryview) -> Any:
         try:
             found = read(value)
-        except Exception as error:  # whatever the library raises
+        except Exception as error:  # the library may raise anything
             raise ValueError(f"not what {field.kind} reads: {type(error).__name__}: {error}") from None
         declared.check_value(found)
         return found

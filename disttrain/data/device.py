@@ -1,10 +1,10 @@
-"""Batches from pinned host memory to a CUDA device, while the step before still runs.
+"""Copy batches from pinned host memory to a CUDA device while the previous step still runs.
 
-Copies go through a stream of their own, so they wait for no kernel of the training; the training's stream waits
-for the copy that it needs, and the host for neither. The host's batch is held until its copy is done, so that no reader
-is given its memory before, wherever that comes from: the allocator of pinned memory waits for copies only of tensors
-whose storage it made itself, not of arrays of NumPy over the same block (CachingHostAllocator.h: ``record_event``).
-On other devices a batch is moved as Lightning moves it. Cost: one event a batch.
+Copies run on a separate stream, so they do not wait for training kernels. The training stream waits for the copy that
+it needs; the host waits for neither. The host batch is kept alive until its copy is done, so that no reader can reuse
+its memory earlier, wherever that memory comes from: torch's pinned-memory allocator tracks copies only of tensors whose
+storage it allocated itself, not of NumPy arrays over the same block (CachingHostAllocator.h: ``record_event``). On
+other devices a batch is moved as Lightning moves it. Cost: one CUDA event per batch.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from torch import Tensor
 
 
 class DeviceCopier:
-    """Copies batches to one device.
+    """Copy batches to one device.
 
     Args:
-        device: where to.
+        device: the target device.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._under_way: deque[tuple[Any, Any]] = deque()  # the end of each copy, and the batch that it reads
+        self._under_way: deque[tuple[Any, Any]] = deque()  # the end event of each copy, and its source batch
 
     def __call__(self, batch: Any) -> Any:
-        """The batch on the device; its tensors may be used on the current stream."""
+        """Return the batch on the device, with tensors ready for use on the current stream."""
         if self._stream is None:
             return move_data_to_device(batch, self.device)
         while self._under_way and self._under_way[0][0].query():
@@ -41,19 +41,19 @@ class DeviceCopier:
         current = torch.cuda.current_stream(self.device)
         stream = current if _has_objects(batch) else self._stream
         with torch.cuda.stream(stream):
-            moved = move_data_to_device(batch, self.device)  # asynchronous from pinned memory
+            moved = move_data_to_device(batch, self.device)  # asynchronous if the source is pinned
         copied = stream.record_event()
         self._under_way.append((copied, dict(batch) if isinstance(batch, dict) else batch))
         current.wait_event(copied)
-        # Their memory may not be given to the copying stream again before the training is done with it.
+        # torch's caching allocator must not reuse this memory on the copy stream before the training is done with it.
         apply_to_collection(moved, Tensor, lambda tensor: tensor.record_stream(current))
         return moved
 
 
 def _has_objects(batch: Any) -> bool:
-    """Whether a batch has objects of a class of their own that are moved by their ``to``.
+    """Return whether a batch has objects of custom classes, which are moved by their ``to`` method.
 
-    Nobody can say of the tensors inside that the training uses them, so they are copied on its own stream.
+    ``record_stream`` cannot reach the tensors inside them, so such a batch is copied on the training stream.
     """
     if isinstance(batch, dict):
         return any(map(_has_objects, batch.values()))
@@ -63,15 +63,15 @@ def _has_objects(batch: Any) -> bool:
 
 
 def uses_cuda() -> bool:
-    """Whether this process uses CUDA already: nothing here starts it, in a worker process or beside a CPU training."""
+    """Return whether this process already uses CUDA; nothing here initializes it, in a worker or a CPU run."""
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def same_device() -> Callable[[], None]:
-    """A function for a new thread to call first: it selects the CUDA device of the thread that asked for it here.
+    """Return a thread initializer that selects the CUDA device of the calling thread.
 
-    A thread begins on device 0. On the ranks of the other devices, work that CUDA does for it would go there: each
-    rank would take memory of device 0, and wait for what runs on it.
+    A new thread starts on device 0. On ranks that use another device, its CUDA calls would create a context on device
+    0, which takes memory there, and wait for work that runs on it.
     """
     if not uses_cuda():
         return _nothing

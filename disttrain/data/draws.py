@@ -1,8 +1,8 @@
-"""Random numbers for single samples, keyed by (seed, epoch, sample).
+"""Per-sample random numbers, keyed by (seed, epoch, sample).
 
-What augments a sample draws from a generator of its own, so the sample looks the same in one epoch whichever
-rank, thread or process reads it, and different in the next. Generators are NumPy's Philox, counter-based and
-stable across versions. Cost: some 10 microseconds a sample that draws.
+Augmentation draws from a separate generator per sample, so within an epoch a sample is augmented the same way whichever
+rank, thread or process reads it, and differently in the next epoch. Generators are NumPy's Philox, counter-based and
+stable across versions. Cost: about 10 microseconds per sample that draws.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _MASK: Final = (1 << 64) - 1
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """The random numbers of some samples in their epochs.
+    """The random numbers of some samples.
 
     Attributes:
         seed: seed of the run.
-        epochs: epoch of each sample; of its own source, where several are mixed. shape (samples,)
-        ids: the samples by their ids in the index. shape (samples,)
+        epochs: epoch of each sample; in a mixture, the epoch of its source. shape (samples,)
+        ids: the samples' ids in the index. shape (samples,)
     """
 
     seed: int
@@ -32,20 +32,20 @@ class Draws:
     ids: NDArray[np.int64]
 
     def of(self, places: NDArray[np.int64]) -> Draws:
-        """Those of some of the samples.
+        """Select some of the samples.
 
         Args:
-            places: which. shape (samples,)
+            places: places of the samples to select. shape (samples,)
         """
         return Draws(self.seed, self.epochs[places], self.ids[places])
 
     def generator(self, place: int, purpose: str) -> np.random.Generator:
-        """A fresh generator for the sample at a place.
+        """Return a fresh generator for one sample.
 
         Args:
-            place: which of the samples.
-            purpose: ``decode`` or ``transform``; each has numbers of its own.
+            place: place of the sample.
+            purpose: ``decode`` or ``transform``; each has an independent stream.
         """
         key = np.array([self.seed & _MASK, int(self.epochs[place]) << 8 | _PURPOSES[purpose]], dtype=np.uint64)
-        counter = np.array([0, 0, self.ids[place], 0], dtype=np.uint64)  # 2**128 numbers from the next sample's
+        counter = np.array([0, 0, self.ids[place], 0], dtype=np.uint64)  # the next sample's is 2**128 counts away
         return np.random.Generator(np.random.Philox(key=key, counter=counter))

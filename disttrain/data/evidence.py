@@ -1,15 +1,15 @@
-"""What tells whether the shards of a run are still those that it began with, kept in its checkpoints.
+"""Detect shards that were replaced since a run began, from evidence stored in its checkpoints.
 
-The order of samples does not see what is in the shards: another shard of the same name and number of samples, or
-the same one named twice, gives a valid order. So a checkpoint also holds, of every shard, a stamp (its size and its
-time of modification; of a remote one the version that its server gave, or else its MD5) and a checksum of contents: of
-four pieces of 4 KiB, headers included; of a remote shard, the MD5 that its manifest records. A resume accepts shards
-whose stamps are the same; of others it compares contents, so that data that was copied or touched is the same, and data
-that was replaced is an error as far as those pieces tell.
+The order of samples does not depend on the contents of shards: a different shard with the same name and number of
+samples, or the same shard listed twice, gives a valid order. A checkpoint therefore also stores a stamp of every shard
+(size and modification time; for a remote shard the server's version, or else its MD5) and checksums of contents (four
+4 KiB pieces, headers included; for a remote shard the MD5 in its manifest). A resume accepts shards with equal stamps.
+For other shards it compares the checksums: copied or touched data passes, and replaced data is an error if those pieces
+differ.
 
-Cost: the stamps are there when an index is open. Contents are read of 1,024 shards at most, spread over all, at the
-start (by rank 0) and at a resume under other stamps: 4,096 reads, in threads. 8 bytes of text per shard in a
-checkpoint, up to 128 KiB; beyond 16,384 shards, neighbours share a stamp.
+Cost: stamps are free once an index is open. Contents of at most 1,024 shards, evenly spread, are read at the start (by
+rank 0) and when a resume finds other stamps: 4,096 reads, in threads. A checkpoint grows by 8 bytes of text per shard,
+up to 128 KiB; beyond 16,384 shards, neighboring shards share a stamp.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _MOST_STAMPS: Final = 16_384
 _MOST_READ: Final = 1024
 _PIECES: Final = 4
 _PIECE_BYTES: Final = 4096
-_TAIL_BYTES: Final = 10_240  # what tar pads an archive to, at its end: zeros
+_TAIL_BYTES: Final = 10_240  # tar pads an archive with zeros to a multiple of this
 _DIGITS: Final = 8
 _UNKNOWN: Final = "-" * _DIGITS
 
 
 def notices(index: ShardIndex) -> Iterator[str]:
-    """What a user should know of the shards of an index when a run begins."""
+    """Return warnings about the shards of an index, for the start of a run."""
     unread = [shard for shard in index.shards if shard.unread.number]
     if unread:
         total = sum(shard.unread.number for shard in unread)
@@ -45,7 +45,7 @@ def notices(index: ShardIndex) -> Iterator[str]:
     first: dict[FileState | str, Shard] = {}
     twice: list[tuple[Shard, Shard]] = []
     for shard in index.shards:
-        # A file is known by its inode, however its path is spelled and through whatever links.
+        # Identify a local file by its inode, which is the same for every spelling of its path and every link.
         identity = shard.state if shard.state is not None and shard.state.inode else shard.path
         if identity in first:
             twice.append((first[identity], shard))
@@ -61,11 +61,11 @@ def notices(index: ShardIndex) -> Iterator[str]:
 
 
 def evidence(index: ShardIndex, *, reads_contents: bool) -> dict[str, Any]:
-    """What a checkpoint stores of the shards of an index, to be given to :func:`check_evidence`.
+    """Return what a checkpoint stores about the shards of an index, for :func:`check_evidence`.
 
     Args:
         index: the shards.
-        reads_contents: whether to read pieces of local shards.
+        reads_contents: whether to compute the checksums of contents, which reads pieces of local shards.
     """
     shards = index.shards
     contents = _contents(shards, _read_of(len(shards))) if reads_contents else []
@@ -73,13 +73,13 @@ def evidence(index: ShardIndex, *, reads_contents: bool) -> dict[str, Any]:
 
 
 def check_evidence(saved: Mapping[str, Any], index: ShardIndex) -> str:
-    """Compare the shards of an index, whose names and sizes are those of a checkpoint, with what that stored of them.
+    """Compare the shards of an index with a checkpoint's evidence; their names and sizes must already match.
 
     Returns:
-        What to warn of; empty if all stamps are the same.
+        A warning; empty if all stamps are the same.
 
     Raises:
-        CheckpointError: a shard's contents are others.
+        CheckpointError: a shard's contents differ.
     """
     shards = index.shards
     before, now = _cut(saved.get("stamps")), _stamps(shards)
@@ -93,7 +93,7 @@ def check_evidence(saved: Mapping[str, Any], index: ShardIndex) -> str:
     known = dict(zip(places, _cut(saved.get("contents")), strict=False))
     wanted = [number for number in changed if known.get(number, _UNKNOWN) != _UNKNOWN]
     found = dict(zip(wanted, _contents(shards, wanted), strict=True))
-    compared = [number for number in wanted if found[number][0] == known[number][0]]  # both of pieces, or both MD5s
+    compared = [number for number in wanted if found[number][0] == known[number][0]]  # both pieces, or both MD5s
     other = [number for number in compared if known[number] != found[number]]
     if other:
         more = f" (and {len(other) - 1} more)" if other[1:] else ""
@@ -115,14 +115,14 @@ def check_evidence(saved: Mapping[str, Any], index: ShardIndex) -> str:
 
 
 def check_appended(saved: Mapping[str, Any], names_hash: str, index: ShardIndex) -> None:
-    """Refuse an index that begins with the shards of a checkpoint and goes on with others.
+    """Reject an index that appends shards to those of a checkpoint.
 
-    The order of samples is a function of all shards, so with more of them every step would draw other samples, and an
-    epoch would have another length.
+    The order of samples is a function of all shards: with more of them, every step would draw different samples and an
+    epoch would have a different length.
 
     Args:
-        saved: what :func:`evidence` gave for the checkpoint.
-        names_hash: the hash of its shards' names.
+        saved: the checkpoint's :func:`evidence`.
+        names_hash: the checkpoint's hash of its shards' names.
         index: the shards of this run.
 
     Raises:
@@ -142,7 +142,7 @@ def check_appended(saved: Mapping[str, Any], names_hash: str, index: ShardIndex)
 
 
 def _group(count: int) -> int:
-    """How many neighbours share a stamp."""
+    """Return how many neighboring shards share a stamp."""
     return max(1, -(-count // _MOST_STAMPS))
 
 
@@ -156,7 +156,7 @@ def _stamps(shards: Sequence[Shard]) -> list[str]:
 
 
 def _read_of(count: int) -> list[int]:
-    """The shards whose contents are looked at."""
+    """Return the numbers of the shards whose contents are checked."""
     found: list[int] = np.unique(np.linspace(0, count - 1, min(count, _MOST_READ)).astype(np.int64)).tolist()
     return found
 
@@ -166,7 +166,7 @@ def _contents(shards: Sequence[Shard], places: Sequence[int]) -> list[str]:
 
 
 def _content(shard: Shard) -> str:
-    """A checksum of a shard's contents; unknown if it is remote and has no MD5, or cannot be read."""
+    """Return a checksum of a shard's contents; unknown if it is remote without an MD5, or cannot be read."""
     if shard.is_remote:
         return f"m{_digest(shard.md5.encode())[1:]}" if shard.md5 else _UNKNOWN
     try:
@@ -177,7 +177,7 @@ def _content(shard: Shard) -> str:
             return "p" + _digest(b"".join(os.pread(descriptor, _PIECE_BYTES, start) for start in starts))[1:]
         finally:
             os.close(descriptor)
-    except OSError:  # told when it is read for training
+    except OSError:  # reported when training reads the shard
         return _UNKNOWN
 
 

@@ -1,6 +1,6 @@
-"""One field of the samples: its extension, how it is decoded, and what its values have to be.
+"""Declare a field of the samples: its extension, its decoder, and the values it may have.
 
-A :class:`Field` checks itself when it is made, so that a mistake ends a run at its configuration. What decodes is in
+A :class:`Field` validates itself when it is created, so a mistake stops a run before it starts. The decoders are in
 :mod:`disttrain.data.decode`.
 """
 
@@ -19,7 +19,7 @@ from disttrain.data.samples import IMAGES
 from disttrain.errors import ConfigError, nearest
 
 DECODERS: Final = ("npy", "cls", "txt", "json", "bytes", "tensor", "image", "torch", "pickle")
-"""Those of :mod:`disttrain.data.decode`, beside WebDataset's."""
+"""The decoders of :mod:`disttrain.data.decode`; WebDataset's come on top."""
 _GZIP: Final = ".gz"
 
 _DTYPES: Final = (
@@ -54,31 +54,31 @@ class Field:
     """One field of the samples and how it is decoded.
 
     Attributes:
-        ext: extension in the shard, such as ``cls`` or ``image.npy``; alternatives as ``jpg;png``. One that ends in
-            ``.gz`` is decompressed (1 GiB at most) and then decoded as the part before says, except by ``bytes``.
+        ext: extension in the shard, such as ``cls`` or ``image.npy``; alternatives as ``jpg;png``. A value whose
+            extension ends in ``.gz`` is decompressed (1 GiB at most) and decoded by the rest of the extension, except
+            with ``bytes``.
         decoder: ``npy``, ``cls``, ``txt``, ``json``, ``tensor``, ``image``, ``bytes``, ``torch`` (loaded with
-            ``weights_only``), ``pickle`` (unsafe), or ``webdataset:NAME`` for one of webdataset's, such as
-            ``webdataset:rgb8``; by default the one that the last part of the extension names.
-        dtype: type of the numbers (``uint8``, ``float32``, ...). For ``tensor``, of the raw bytes, which are
-            little-endian; elsewhere a value of another type is a bad one.
-        shape: shape of one value; one of another shape is bad. For ``image``, (3, height, width) to resize to, or
-            (1, height, width) where ``mode`` is not ``rgb``.
-        augment: for ``image``, what is cut out before it is resized to ``shape``.
-        backend: for ``image``, what decodes JPEGs: ``pillow`` or the faster ``simplejpeg``.
-        pad: for arrays whose first dimension differs from value to value, the number that the loader fills
-            the shorter ones of a batch up with.
-        mode: for ``image``: ``rgb``; ``gray``, one channel; or ``mask``, one channel with the file's own numbers,
-            those of a palette too, resized to the nearest pixel.
-        orient: for ``image``, whether it is turned as its EXIF data says.
-        max_pixels: for ``image``, the largest width x height; a larger one is bad.
-        classes: number of classes, where a value holds class labels; one outside 0 to ``classes - 1`` is bad.
-        default: the value of a sample that lacks the field; without one, such a sample is bad. A number for ``cls``,
-            ``npy`` (which needs ``dtype``, and ``shape`` unless it is a single number), ``tensor`` and ``image`` (which
-            needs ``shape``) fills an array; text for ``txt``; anything for ``json``.
+            ``weights_only``), ``pickle`` (unsafe), or ``webdataset:NAME`` for a webdataset decoder, such as
+            ``webdataset:rgb8``. By default, set by the last part of the extension.
+        dtype: type of the numbers (``uint8``, ``float32``, ...). For ``tensor``, the type of the raw bytes, which are
+            little-endian. For other decoders, a value of another type is bad.
+        shape: shape of one value; a value of another shape is bad. For ``image``, the size to resize to:
+            (3, height, width), or (1, height, width) unless ``mode`` is ``rgb``.
+        augment: for ``image``, the crop to take before resizing to ``shape``.
+        backend: for ``image``, the JPEG decoder: ``pillow`` or the faster ``simplejpeg``.
+        pad: for arrays of varying first dimension, the fill value that pads them to the longest of a micro batch.
+        mode: for ``image``: ``rgb``; ``gray``, one channel; or ``mask``, one channel with the stored values (palette
+            indices included), resized to the nearest pixel.
+        orient: for ``image``, whether to apply the EXIF orientation.
+        max_pixels: for ``image``, the largest width x height; a larger image is bad.
+        classes: number of classes, if a value holds class labels; a label outside 0 to ``classes - 1`` is bad.
+        default: the value for samples that lack the field; without a default, such samples are bad. A number for
+            ``cls``, ``npy`` (needs ``dtype``, and ``shape`` unless it is a single number), ``tensor`` and ``image``
+            (needs ``shape``) fills an array; text for ``txt``; anything for ``json``.
 
     Raises:
         ConfigError: the decoder is unknown or lacks a library, ``dtype`` or ``shape``; or an attribute does
-            not go with it.
+            not apply to it.
     """
 
     ext: str
@@ -155,10 +155,10 @@ class Field:
         self.filler()
 
     def filler(self) -> Any:
-        """The value of a sample that lacks the field.
+        """Return the default as a decoded value.
 
         Raises:
-            ConfigError: the default does not fit the type of the numbers.
+            ConfigError: the default does not fit the dtype.
         """
         if self.kind in ("txt", "json"):
             return copy.deepcopy(self.default)
@@ -196,7 +196,7 @@ class Field:
             )
 
     def _check_unused(self) -> None:
-        """A setting without effect is a mistake."""
+        """Reject settings that have no effect with this decoder."""
         is_array = self.kind in ("npy", "torch") or self.kind.startswith(foreign.PREFIX)
         is_image = self.kind == "image"
         for name, is_set, has_effect in (
@@ -218,7 +218,7 @@ class Field:
 
     @property
     def kind(self) -> str:
-        """The decoder in force."""
+        """The effective decoder."""
         if self.decoder:
             return self.decoder
         first = self.alternatives[0]
@@ -227,7 +227,7 @@ class Field:
 
     @property
     def is_compressed(self) -> bool:
-        """Whether its values are compressed by gzip."""
+        """Whether values are gzip-compressed."""
         return self.decoder != "bytes" and self.alternatives[0].endswith(_GZIP)
 
     @property

@@ -1,10 +1,10 @@
-"""Decoders that are not disttrain's own: pickles, torch's files, and webdataset's decoders by name.
+"""Third-party decoders: pickles, torch files, and webdataset's decoders by name.
 
-What unpickles can run code that is in the data, so each such decoder has to be named by the user before it is
-called (:func:`disttrain.data.decode.check_safe`). ``torch`` loads weights only, which runs none. Of webdataset's
-own (``webdataset:NAME``, see :mod:`webdataset.autodecode`) those count as safe that are known to be: ``npy`` and
-``npz`` refuse arrays of Python objects there too, the pickles and ``pth`` (a ``torch.load`` of anything) do not.
-Cost: value by value; the libraries are imported when a field asks for them.
+Unpickling can run code from the data, so the user must explicitly allow each decoder that unpickles
+(:func:`disttrain.data.decode.check_safe`). ``torch`` uses ``weights_only=True``, which runs no code. webdataset's
+decoders (``webdataset:NAME``, see :mod:`webdataset.autodecode`) count as safe only if they are known to be: its ``npy``
+and ``npz`` reject arrays of Python objects; its pickle decoders and ``pth`` (an unrestricted ``torch.load``) run code.
+Cost: decodes value by value; libraries are imported only when a field needs them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Read = Callable[[memoryview], Any]
 
 
 def unpickles(kind: str) -> bool:
-    """Whether a decoder can run code from the data. One of webdataset's that is not known counts as one that can."""
+    """Return whether a decoder can run code from the data; an unknown webdataset decoder counts as one that can."""
     if not kind.startswith(PREFIX):
         return kind in PICKLES
     name = kind.removeprefix(PREFIX)
@@ -45,10 +45,10 @@ def unpickles(kind: str) -> bool:
 
 
 def check(ext: str, kind: str) -> None:
-    """See to it that a decoder of webdataset's exists and has its libraries.
+    """Check that a webdataset decoder exists and its libraries are installed.
 
     Raises:
-        ConfigError: it does not, or has not.
+        ConfigError: the decoder is unknown, or a library is missing.
     """
     from webdataset import autodecode
 
@@ -62,7 +62,7 @@ def check(ext: str, kind: str) -> None:
 
 
 def reader(kind: str) -> Read:
-    """The function that decodes one value.
+    """Return the function that decodes one value.
 
     Args:
         kind: ``pickle``, ``torch`` or ``webdataset:NAME``.
@@ -92,7 +92,7 @@ def _image_names() -> set[str]:
 
 
 def _torch(value: memoryview) -> Any:
-    data = _bounded_zip(value) if bytes(value[:2]) == b"PK" else bytes(value)  # older files are no zip files
+    data = _bounded_zip(value) if bytes(value[:2]) == b"PK" else bytes(value)  # the old torch format is not a zip file
     found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     if not isinstance(found, Tensor):
         return found
@@ -102,14 +102,14 @@ def _torch(value: memoryview) -> Any:
 
 
 def _tensor(found: Any) -> Any:
-    """An array as a tensor, as a batch of them would become one; anything else as it is."""
+    """Convert a numeric array to a tensor, so that a batch of them can be stacked; return anything else unchanged."""
     if isinstance(found, np.ndarray) and found.dtype.kind in "biufc":
         return torch.from_numpy(np.array(found, order="C"))
     return found
 
 
 def _image(value: memoryview) -> bytes:
-    """The bytes of an image; Pillow would hand a PostScript file, whatever its name, to Ghostscript."""
+    """Return the bytes of an image, rejecting PostScript, which Pillow would run in Ghostscript whatever its name."""
     from PIL import Image
 
     data = bytes(value)
@@ -122,7 +122,7 @@ def _image(value: memoryview) -> bytes:
 
 
 def _bounded_zip(value: memoryview) -> bytes:
-    """The bytes of a zip file whose members, which nothing reads beyond the sizes listed, expand to 1 GiB at most."""
+    """Return the bytes of a zip file that expands to 1 GiB at most; readers stop at the listed member sizes."""
     data = bytes(value)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         size = sum(member.file_size for member in archive.infolist())

@@ -1,9 +1,9 @@
-"""What research code may do to samples between reading and training: transform each, collate a micro batch.
+"""User hooks between reading and training: transform each sample, collate each micro batch.
 
-A transform gets one decoded sample and, in training, a random generator of its own that is keyed by seed, epoch
-and sample: what it draws from that generator is the same whichever rank, thread or process runs it. Global
-generators (``random``, ``numpy.random``, ``torch``) are not, and break the promise that a run does not know its
-ranks. A collate gets the samples of one micro batch. Both run in the reading threads, or in worker processes.
+A transform gets one decoded sample and, in training, a generator keyed by seed, epoch and sample: its draws are the
+same whichever rank, thread or process runs it. Draws from global generators (``random``, ``numpy.random``, ``torch``)
+are not, and make the results depend on the number of ranks. A collate function gets the samples of one micro batch.
+Both run in the reader threads, or in worker processes.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from disttrain.errors import DataError
 
 Sample = dict[str, Any]
 SampleTransform = Callable[[Sample, np.random.Generator | None], Sample]
-"""From a sample (its decoded fields and ``__key__``) and a generator, None in evaluation, to a sample."""
+"""Maps a sample (its decoded fields and ``__key__``) and a generator (None in evaluation) to a sample."""
 Collate = Callable[[Sequence[Sample]], dict[str, Any]]
-"""From the samples of a micro batch to its fields."""
+"""Maps the samples of a micro batch to its fields."""
 
 
 @dataclass(frozen=True)
 class HooksConfig:
-    """Code of one's own between reading and training.
+    """User code between reading and training.
 
     Attributes:
-        transform: called on every sample, in training with a random generator of the sample's own, in
-            evaluation with None. It may raise :class:`~disttrain.data.bad_samples.BadSampleError`, or
-            :class:`~disttrain.data.bad_samples.FilteredSampleError` for a sample that is not wanted.
-        collate: makes a micro batch of its samples; by default numbers and tensors are stacked, tensors of
-            fields with ``pad`` padded, and all else listed.
-        weight: name of the field, or of the value that the transform returns, that weighs each sample's loss: one
-            finite number of 0 or more. By default all samples weigh 1.
+        transform: called on every sample, with a per-sample random generator in training and None in evaluation. It
+            may raise :class:`~disttrain.data.bad_samples.BadSampleError`, or
+            :class:`~disttrain.data.bad_samples.FilteredSampleError` to filter one out.
+        collate: builds a micro batch from its samples. By default numbers and tensors are stacked, tensors of
+            fields with ``pad`` are padded, and anything else becomes a list.
+        weight: name of the field, or of a value returned by the transform, that weights each sample's loss: one
+            finite number >= 0. By default every weight is 1.
     """
 
     transform: SampleTransform | None = None
@@ -48,17 +48,17 @@ class HooksConfig:
 
 
 def collate_samples(samples: Sequence[Sample], fields: Mapping[str, Field]) -> dict[str, Any]:
-    """Samples side by side, by the name of each value.
+    """Collate samples into a batch, by name.
 
-    Tensors, arrays and numbers are stacked where all have one shape, and padded where their field says so
-    (see :func:`pad_tensors`); anything else becomes a list.
+    Tensors, arrays and numbers of equal shape are stacked; fields with ``pad`` are padded (see :func:`pad_tensors`);
+    anything else becomes a list.
 
     Raises:
         DataError: the samples have different names, or a padded field's tensors do not fit together.
-        ConfigError: one has the name of a padded field's lengths.
+        ConfigError: a name is reserved, or is the name of a padded field's lengths.
     """
     batch: dict[str, Any] = {}
-    names = [name for name in samples[0] if name != KEY]  # the batch has the keys, whatever a transform returns
+    names = [name for name in samples[0] if name != KEY]  # BatchMaker adds the keys
     padded = [name for name in names if (field := fields.get(name)) is not None and field.pad is not None]
     check_names(names, padded, where="what data.hooks.transform returns")
     for sample in samples[1:]:
@@ -73,7 +73,7 @@ def collate_samples(samples: Sequence[Sample], fields: Mapping[str, Field]) -> d
 
 
 def column(name: str, values: Sequence[Any], field: Field | None = None) -> dict[str, Any]:
-    """One name's values over a micro batch: a tensor, a padded tensor and its lengths, or a list."""
+    """Collate one name's values: to a tensor, a padded tensor and its lengths, or a list."""
     values = [torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in values]
     if field is not None and field.pad is not None:
         padded, lengths = pad_tensors(name, values, field.pad)
@@ -82,7 +82,7 @@ def column(name: str, values: Sequence[Any], field: Field | None = None) -> dict
 
 
 def stack(values: list[Any]) -> Decoded:
-    """Tensors of one shape and type as one, numbers as a tensor, all else as it is."""
+    """Stack tensors of equal shape and dtype, turn numbers into a tensor, and return anything else unchanged."""
     first = values[0]
     if isinstance(first, (bool, int, float, np.number)) and all(type(v) is type(first) for v in values):
         try:
@@ -93,18 +93,18 @@ def stack(values: list[Any]) -> Decoded:
 
 
 def pad_tensors(name: str, values: Sequence[Any], fill: float) -> tuple[Tensor, Tensor]:
-    """Tensors of different lengths as one, filled up on the right.
+    """Stack tensors of different lengths, padded at the end.
 
     Args:
-        name: what errors call them.
-        values: tensors that differ in their first dim at most. shapes (length, ...)
-        fill: what follows the end of the shorter ones.
+        name: name for error messages.
+        values: tensors that differ only in their first dim. shapes (length, ...)
+        fill: the padding value.
 
     Returns:
         the tensor, shape (samples, longest, ...), and the lengths, int64, shape (samples,).
 
     Raises:
-        DataError: they differ in another dim or type, or have no first dim.
+        DataError: the tensors differ in another dim or in dtype, or have no first dim.
     """
     first = values[0]
     for value in values:

@@ -1,7 +1,7 @@
-"""One ranged HTTP request, and what its answer tells of the file.
+"""Send one HTTP range request, and read the file's size, version and checksum from the response.
 
-The URL is sent to the letter, in redirects too, since a signature covers its escapes. An answer is taken only if it
-is the bytes that were asked for, uncompressed. Cost: one request, and one for each redirect.
+The URL is sent byte for byte, in redirects too, because a presigned URL's signature covers its escapes. A response is
+accepted only if it holds exactly the requested bytes, uncompressed. Cost: one request, plus one per redirect.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 HTTP: Final = ("http", "https")
 WAITING_HELPS: Final = frozenset({408, 425, 429, *range(500, 600)} - {501, 505})
-"""Statuses after which another attempt may succeed."""
+"""HTTP statuses worth a retry."""
 _MD5: Final = re.compile(r"[0-9a-f]{32}")
 _CONTENT_RANGE: Final = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
 _DIGEST: Final = re.compile(r"\b(md5|sha-256|sha-512)=:?([A-Za-z0-9+/]+=*)", re.IGNORECASE)
@@ -36,13 +36,13 @@ _MENDS: Final = {
 
 
 class AttemptError(Exception):
-    """One attempt that failed, in words.
+    """A failed attempt.
 
     Attributes:
-        again: whether another may succeed.
-        status: the HTTP status, where one is known.
-        mend: how to mend it, where that is more than waiting.
-        after_seconds: how long the server asks to be left alone.
+        again: whether a retry may succeed.
+        status: the HTTP status, if known.
+        mend: how to fix it, if more than waiting is needed.
+        after_seconds: the server's ``Retry-After``.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ class AttemptError(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server said to one request.
+    """A server's response to one request.
 
     Attributes:
         body: the bytes.
-        total: the size of the whole file; None where the answer does not tell.
-        version: what identifies the contents, or empty.
-        checksum: algorithm, as :mod:`hashlib` calls it, and hexadecimal digest of the whole file; empty where the
+        total: the size of the whole file; None if the response does not give it.
+        version: identifies the contents, or empty.
+        checksum: algorithm, by its :mod:`hashlib` name, and hexadecimal digest of the whole file; empty strings if the
             server gives none.
     """
 
@@ -72,22 +72,22 @@ class Answer:
 
 
 async def get_range(session: Any, url: str, start: int, stop: int, timeout: float) -> Answer:
-    """The bytes ``[start, stop)`` of a file, and what the answer tells of all of it.
+    """Read the bytes ``[start, stop)`` of a file, with the size, version and checksum of the whole file.
 
     Args:
-        session: aiohttp's, which decompresses nothing.
-        url: where it is.
+        session: an aiohttp session with decompression off.
+        url: URL of the file.
         start: the first byte.
         stop: the byte after the last.
-        timeout: how many seconds the connection may be silent.
+        timeout: how many seconds the connection may be idle.
 
     Raises:
-        AttemptError: the answer is another one; what aiohttp and the operating system raise comes as it is.
+        AttemptError: the response is not valid. Errors of aiohttp and the operating system are not wrapped.
     """
     status, headers, body = await _request(session, url, start, stop, timeout)
     version = headers.get("ETag", "").removeprefix("W/").strip('"')
     found = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
-    if status == 416 and found and int(found[3]) <= start:  # the file ends before
+    if status == 416 and found and int(found[3]) <= start:  # the range starts past the end of the file
         return Answer(b"", int(found[3]), version)
     if status == 200:
         raise AttemptError("the server ignores range requests and sends the whole file", again=False, status=status)
@@ -114,7 +114,7 @@ async def get_range(session: Any, url: str, start: int, stop: int, timeout: floa
 async def _request(session: Any, url: str, start: int, stop: int, timeout: float) -> tuple[int, Any, bytes]:
     import aiohttp
 
-    # identity: a compressed body has no bytes at these places
+    # identity: byte ranges of a compressed body are not byte ranges of the file
     headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
     limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
     trusted = _trusted(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
@@ -122,8 +122,8 @@ async def _request(session: Any, url: str, start: int, stop: int, timeout: float
         get = session.get(_verbatim(url), headers=headers, timeout=limits, ssl=trusted, allow_redirects=False)
         async with get as response:
             if response.status not in _REDIRECTS:
-                # The body of anything else is of no use, and may be a whole shard; a small one is read so that the
-                # connection serves again.
+                # Any other body is useless and may be a whole shard. A small one is read all the same, because aiohttp
+                # reuses a connection only after its response has been read.
                 is_small = response.content_length is not None and response.content_length <= _SMALL_BYTES
                 body = await response.read() if response.status == 206 or is_small else b""
                 return response.status, response.headers, body
@@ -132,7 +132,7 @@ async def _request(session: Any, url: str, start: int, stop: int, timeout: float
         after = urlsplit(url)
         scheme = after.scheme
         if (scheme, after.netloc.lower()) == (before.scheme, before.netloc.rpartition("@")[2].lower()):
-            url = urlunsplit(after._replace(netloc=before.netloc))  # user and password are for this origin alone
+            url = urlunsplit(after._replace(netloc=before.netloc))  # keep user and password within the same origin
         if not place or scheme not in HTTP:
             where = f"to {scheme}://..., which is not http" if place else "without saying where to"
             raise AttemptError(f"the server redirects {where}", again=False, status=response.status)
@@ -140,39 +140,39 @@ async def _request(session: Any, url: str, start: int, stop: int, timeout: float
 
 
 def _verbatim(url: str) -> Any:
-    """A URL for aiohttp that is sent as it stands, but for what no URL may hold."""
+    """Build an aiohttp URL that is sent unchanged, except that characters not allowed in a URL are escaped."""
     import yarl
 
     if not url.partition("://")[2].partition("/")[0].isascii():
-        return yarl.URL(url)  # a host's name has an encoding of its own
+        return yarl.URL(url)  # let yarl encode the host name (IDNA)
     escaped = re.sub("%(?![0-9A-Fa-f]{2})", "%25", url)
     return yarl.URL(quote(escaped, safe="%/:?#[]@!$&'()*+,;=~"), encoded=True)
 
 
 @lru_cache(maxsize=4)
 def _trusted(file: str | None, folder: str | None) -> ssl.SSLContext:
-    """The authorities that OpenSSL trusts, by its two variables as they are now: aiohttp reads them when imported."""
+    """Return OpenSSL's trusted CAs for the current values of its two variables; aiohttp reads them only at import."""
     return ssl.create_default_context()
 
 
 def md5_of_etag(etag: str, by_store: str | None, by_customer: str | None) -> tuple[str, str]:
-    """The MD5 that an ``ETag`` of S3's is, unless the object came in parts or has a key of KMS or of the customer.
+    """Return an S3 ``ETag`` as MD5, which it is unless the upload was multipart or the key is from KMS or the customer.
 
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html
 
     Args:
         etag: without quotes.
-        by_store: how the store encrypts the object, if it says so.
-        by_customer: likewise for a key of the customer's.
+        by_store: the store's ``x-amz-server-side-encryption``, if any.
+        by_customer: the algorithm used with a customer's key, if any.
     """
     is_md5 = _MD5.fullmatch(etag) and by_store in (None, "AES256") and by_customer is None
     return ("md5", etag) if is_md5 else ("", "")
 
 
 def _checksum(headers: Any, version: str) -> tuple[str, str]:
-    """The checksum of the whole file in an answer's headers, also where the body is a part of it.
+    """Return the whole file's checksum from the response headers, even if the body is only a part.
 
-    ``Repr-Digest`` (RFC 9530), ``Digest`` (RFC 3230), Google's ``x-goog-hash``, and the ``ETag`` of S3.
+    Reads ``Repr-Digest`` (RFC 9530), ``Digest`` (RFC 3230), Google's ``x-goog-hash``, and S3's ``ETag``.
     """
     for name in ("Repr-Digest", "Digest", "x-goog-hash"):
         found = _DIGEST.search(", ".join(headers.getall(name, ())))
@@ -185,7 +185,7 @@ def _checksum(headers: Any, version: str) -> tuple[str, str]:
 
 
 def digest_of(algorithm: str, encoded: str) -> tuple[str, str]:
-    """A checksum from its base64; empty where that is damaged or missing."""
+    """Decode a base64 checksum; empty strings if it is damaged or missing."""
     try:
         digest = base64.b64decode(encoded, validate=True).hex()
     except (binascii.Error, ValueError):
