@@ -1,14 +1,14 @@
-"""Saving in the background: a thread of each rank writes while training goes on.
+"""Background saving: a thread on each rank writes while training continues.
 
-One save is under way at a time; whoever asks for the next one waits for it first. The threads have a process group
-of their own (gloo), so that their collectives never meet those of training. When a save has ended, the threads
-agree on the step boundary at which its outcome is told: the first that no rank has passed. So success and failure
-come to all ranks at the same step, without any collective in training. Cost in a step: a look at a lock.
+Only one save is in progress at a time; starting the next one waits for it. The threads have their own gloo process
+group, so their collectives never interleave with those of training. When a save ends, the threads agree on the step
+boundary at which its outcome is reported: the first that no rank has passed. So all ranks see success or failure at the
+same step, without a collective in the training loop. Cost per step: acquiring one lock.
 
-    rank 0, training   | step 41 | step 42 | step 43 -> told    (asks at every boundary)
+    rank 0, training   | step 41 | step 42 | step 43 -> reported    (polls at every boundary)
     rank 0, thread     ... writes, commits, "I am at 41" ----+
-    rank 1, thread     ... writes          "I am at 42" ----+-> told at 43
-    rank 1, training      | step 42 | step 43 -> told
+    rank 1, thread     ... writes          "I am at 42" ----+-> report at 43
+    rank 1, training      | step 42 | step 43 -> reported
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from disttrain.parallel.agree import is_distributed, new_group, raise_together
 
 
 class Work(Protocol):
-    """What is done for a checkpoint: it is written, or copied elsewhere."""
+    """A job on a checkpoint: writing it, or copying it elsewhere."""
 
     @property
     def final(self) -> Path:
@@ -42,22 +42,22 @@ class Work(Protocol):
 
     @property
     def about(self) -> About:
-        """What its marker says."""
+        """What its marker records."""
 
     def run(self, group: dist.ProcessGroup | None = None) -> None:
-        """Do it. A collective of the group; a user's error comes to all ranks."""
+        """Do the work. Collective over the group; if one rank fails, all ranks raise."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a save ended; on all ranks well, or on all ranks not.
+    """How a save ended; it succeeds on all ranks or on none.
 
     Attributes:
         path: the checkpoint.
         global_step: its step.
-        error: this rank's error, None where it was committed.
-        fatal: the run may not go on: it is fenced off, or a rank is gone. The same on all ranks.
-        seconds: from its begin to its end.
+        error: this rank's error, or None if the checkpoint was committed.
+        fatal: the run must stop: it is fenced off, or a rank is gone. The same on all ranks.
+        seconds: duration of the save.
     """
 
     path: Path
@@ -69,7 +69,7 @@ class Outcome:
 
 @dataclass
 class _Flight:
-    """A save that is under way."""
+    """A save in progress."""
 
     job: Work
     done: Callable[[], None] | None
@@ -83,7 +83,7 @@ class _Flight:
 
 
 class Saver:
-    """Writes one checkpoint after another. All ranks call every method alike."""
+    """Writes one checkpoint after another. All ranks must make the same calls."""
 
     def __init__(self) -> None:
         self._stage = Stage()
@@ -94,18 +94,18 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """Whether a save is under way whose outcome was not told yet; the same on all ranks."""
+        """Whether there is a save whose outcome was not yet returned; the same on all ranks."""
         return self._flight is not None
 
     def stage(self, tensors: Tensors) -> Tensors:
-        """Copy this rank's part to CPU memory, where it stays until the next call."""
+        """Copy this rank's part to CPU buffers, which stay valid until the next call."""
         assert self._flight is None, "the buffers are still being written from"
         return self._stage.copy(tensors)
 
     def release(self) -> None:
-        """Give the memory of the copies back, and end the group, once nothing is under way; a later save makes it anew.
+        """Free the staging buffers and destroy the process group if no save is in progress; a later save rebuilds both.
 
-        PyTorch keeps a group, with three threads and four descriptors, until it is destroyed.
+        PyTorch keeps a group's three threads and four file descriptors until it is destroyed.
         """
         self._finish_done()
         if self._flight is None:
@@ -115,14 +115,14 @@ class Saver:
             self._group = None
 
     def begin(self, job: Work, *, background: bool, done: Callable[[], None] | None = None) -> None:
-        """Write a checkpoint, in the background or now; :meth:`wait` or :meth:`poll` tell how it ended. A collective.
+        """Run a job, in the background or now; get the outcome from :meth:`poll` or :meth:`wait`. Collective.
 
         Args:
-            job: what to do; in the background, a checkpoint's tensors are staged ones.
-            background: return at once.
-            done: called after the commit, by the same thread, once the ranks have agreed: what it does, such as
-                deleting older checkpoints, holds up none of them but for the next save. It must not fail, but for
-                being fenced off, which the next save finds out.
+            job: the job; if it writes a checkpoint in the background, its tensors must be staged.
+            background: return immediately.
+            done: called by the same thread after the commit, once the ranks have agreed. Work such as deleting older
+                checkpoints then delays only the next save. It may raise ``FencedError``, which the next save raises
+                again, and nothing else.
         """
         assert self._flight is None, "a save is under way"
         self._finish_done()
@@ -143,21 +143,21 @@ class Saver:
         flight.thread.start()
 
     def poll(self) -> Outcome | None:
-        """At a step boundary: how the save ended, once all ranks know; at the same boundary on all of them."""
+        """At a step boundary, return the outcome of a finished save: on all ranks at the same boundary."""
         flight = self._flight
         if flight is None:
             self._boundary += 1
             return None
         with flight.changed:
             self._boundary += 1
-            while flight.state == "agreeing":  # a moment: all ranks have written
+            while flight.state == "agreeing":  # brief: all ranks have finished writing
                 flight.changed.wait()
             if flight.state != "decided" or self._boundary < flight.due:
                 return None
         return self._take(flight)
 
     def wait(self, timeout_seconds: float | None = None) -> Outcome | None:
-        """Wait for the save; None where there is none, or where it takes longer than the limit."""
+        """Wait for the save; return None if there is none or the timeout expires."""
         flight = self._flight
         if flight is None:
             self._finish_done(timeout_seconds)
@@ -169,7 +169,7 @@ class Saver:
         return self._take(flight)
 
     def _finish_done(self, timeout_seconds: float | None = None) -> None:
-        """Wait for what is done after the commit of a save whose outcome was told."""
+        """Wait for ``done`` of a save whose outcome was already returned."""
         if self._doing is not None:
             self._doing.join(timeout_seconds)
             self._doing = self._doing if self._doing.is_alive() else None
@@ -186,7 +186,7 @@ class Saver:
         except BaseException as error:
             flight.error = error
         flight.seconds = time.perf_counter() - started
-        # What is no error of a file's may have left the ranks apart: nothing more is said then.
+        # An error that is not about a file may have left the ranks out of step, so no more saves are possible.
         flight.fatal = isinstance(flight.error, FencedError) or not isinstance(flight.error, DisttrainError | None)
         with flight.changed:
             at, flight.state = self._boundary, "agreeing"
@@ -215,13 +215,13 @@ class SaveRequest:
     """How to save, for a strategy's ``save_checkpoint(..., storage_options=request)``.
 
     Attributes:
-        saver: writes it; its outcome is to be asked for.
-        background: let training go on meanwhile.
-        attempt: who may publish it.
-        metric: the monitored metric of this step.
-        done: called by the writing thread after the commit, on which no rank waits.
-        finite: dotted names of tensors that must hold finite numbers alone.
-        records: the run's folder, whose records are on disk before the marker is.
+        saver: runs the save; poll it for the outcome.
+        background: let training continue meanwhile.
+        attempt: the attempt of this process.
+        metric: the monitored metric at this step.
+        done: called by the writing thread after the commit; no rank waits for it.
+        finite: dotted names of tensors that may only hold finite numbers.
+        records: the run folder, whose records are flushed to disk before the marker is written.
     """
 
     saver: Saver
@@ -233,16 +233,16 @@ class SaveRequest:
     records: Path | None = None
 
     def begin(self, final: Path, *, tensors: Tensors, meta: dict[str, Any], about: About) -> None:
-        """Take the state as it is now, and write it. A collective.
+        """Capture the current state and write it. Collective.
 
         Args:
             final: a directory that does not exist, the same on every rank.
             tensors: what this rank holds.
             meta: everything else, the same on every rank.
-            about: what the marker says.
+            about: what the marker records.
 
         Raises:
-            CheckpointError: ``meta`` holds what could only be unpickled.
+            CheckpointError: ``meta`` holds something that could only be unpickled.
         """
         own, packed = tensors, None
         with raise_together():

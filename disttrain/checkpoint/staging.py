@@ -1,9 +1,8 @@
-"""What a rank writes of a checkpoint, and its copy in CPU memory from which a background thread writes.
+"""Select the part of a checkpoint that a rank writes, and copy it to CPU memory for a background thread.
 
-Tensors that every rank holds whole are divided over the ranks before anything is copied, by one rule and without
-a word between them; of a sharded tensor each rank has its part. So the copy costs each rank its share of the
-state in CPU memory, kept for the next save (pinned, where the state is on a GPU), and training waits for nothing
-but the copying.
+Tensors replicated on every rank are divided among the ranks before copying, by a fixed rule without communication. Of
+a sharded tensor each rank writes its own shard. So each rank needs CPU memory for its share of the state, which is
+kept for the next save (pinned if the state is on a GPU), and training waits only for the copy.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from disttrain.parallel.agree import is_distributed
 
 
 def own_part(tensors: Tensors) -> Tensors:
-    """The tensors that this rank writes: its shards, and its share of what all ranks hold. Nothing is copied."""
+    """Return the tensors this rank writes: its shards, and its share of replicated tensors. Nothing is copied."""
     if not is_distributed():
         return tensors
     whole = {name: tensor.nbytes for name, tensor in leaves(tensors) if not isinstance(tensor, DTensor)}
@@ -34,15 +33,15 @@ def own_part(tensors: Tensors) -> Tensors:
 
 
 class Stage:
-    """Buffers in CPU memory that hold the state of one step."""
+    """CPU buffers that hold the state of one step."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def copy(self, tensors: Tensors) -> Tensors:
-        """The same tensors in buffers of this stage; what an earlier call gave is written over.
+        """Copy tensors to this stage's buffers, overwriting those returned by an earlier call.
 
-        On return the copies are complete, whatever happens to the originals.
+        The copies are complete on return, so the originals may change.
         """
         devices: set[torch.device] = set()
         copies = self._copy(tensors, "", devices)
@@ -51,7 +50,7 @@ class Stage:
         return copies
 
     def release(self) -> None:
-        """Give the memory back."""
+        """Free the buffers."""
         self._buffers.clear()
 
     def _copy(self, tensors: Tensors, prefix: str, devices: set[torch.device]) -> Tensors:
@@ -67,7 +66,7 @@ class Stage:
                 devices.add(local.device)
             copies[name] = buffer
             if isinstance(value, DTensor):
-                # Its place on the mesh is all that the format asks for; no collective runs on the copy.
+                # The format only needs its placement on the mesh; no collective runs on the copy.
                 copies[name] = DTensor(buffer, value._spec, requires_grad=False)  # type: ignore[no-untyped-call]
         return copies
 

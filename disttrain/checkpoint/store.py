@@ -1,9 +1,9 @@
-"""Reading checkpoints: what they hold besides tensors, tensors into given ones, or the whole model.
+"""Read checkpoints: metadata, tensors into existing ones, or the whole model.
 
-A checkpoint is a directory: tensors in torch.distributed.checkpoint's format (sharded, one file a rank), the
-rest in ``meta.pt``, and the marker (:mod:`disttrain.checkpoint.marker`). It is written by
-:mod:`disttrain.checkpoint.write`. Nothing is unpickled: the tensors' index is read by a restricted unpickler that
-admits the format's own classes only, the rest with ``weights_only=True``.
+A checkpoint is a directory with tensors in torch.distributed.checkpoint's (DCP's) format (sharded, one file per rank),
+everything else in ``meta.pt``, and the marker (:mod:`disttrain.checkpoint.marker`).
+:mod:`disttrain.checkpoint.write` writes it. Nothing is unpickled freely: a restricted unpickler reads the tensor index
+and admits only the format's own classes; the rest is loaded with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -63,16 +63,16 @@ __all__ = [
 ]
 
 Tensors = dict[str, Any]
-"""Nested dictionaries of tensors and DTensors; every leaf is a tensor."""
+"""Nested dictionaries whose leaves are all tensors or DTensors."""
 Index = dict[str, tuple[torch.Size, torch.dtype]]
-"""Shape and type of a checkpoint's tensors, by dotted name."""
+"""Shape and dtype of a checkpoint's tensors, by dotted name."""
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors.
+    """Read everything in a checkpoint besides tensors.
 
     Raises:
-        CheckpointError: it is not committed, torn, of a newer format, or would have to be unpickled.
+        CheckpointError: it is not committed, is torn, has a newer format, or would have to be unpickled.
     """
     check(path)
     try:
@@ -91,7 +91,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def read_index(path: Path) -> Index:
-    """Shape and type of all tensors, by dotted name. A collective.
+    """Read shape and dtype of all tensors, by dotted name. Collective.
 
     Raises:
         CheckpointError: the index is damaged.
@@ -106,10 +106,10 @@ def read_index(path: Path) -> Index:
 
 
 def read_tensors(path: Path, into: Tensors) -> None:
-    """Read tensors into given ones, in place, whatever their sharding. A collective.
+    """Read tensors in place into existing ones, however they are sharded. Collective.
 
     Raises:
-        CheckpointError: a tensor is missing from the checkpoint or has another shape there.
+        CheckpointError: the checkpoint lacks a tensor or has it in a different shape.
     """
     with raise_together():
         reader = _SafeReader(path)
@@ -119,33 +119,33 @@ def read_tensors(path: Path, into: Tensors) -> None:
 
 
 def read_model(path: Path, *, group: str = "model") -> dict[str, torch.Tensor]:
-    """All of a checkpoint's model tensors, whole, by parameter name. Needs no model and no process group.
+    """Read all of a checkpoint's model tensors, unsharded, by parameter name. Needs no model and no process group.
 
     Args:
         path: the checkpoint.
-        group: ``model``: the weights that are trained, and buffers; ``ema``: the averages, of trained parameters alone.
+        group: ``model`` for the trained weights and buffers; ``ema`` for the averages (trained parameters only).
 
     Raises:
-        CheckpointError: the checkpoint is not committed or torn, or has no such tensors.
+        CheckpointError: the checkpoint is not committed or is torn, or has no such tensors.
     """
     return read_group(path, group)
 
 
 def groups(path: Path) -> list[str]:
-    """The groups of tensors that a checkpoint holds, such as ``model`` and ``optimizer0``.
+    """List the groups of tensors that a checkpoint holds, such as ``model`` and ``optimizer0``.
 
     Raises:
-        CheckpointError: the checkpoint is not committed or torn.
+        CheckpointError: the checkpoint is not committed or is torn.
     """
     check(path)
     return sorted({name.partition(".")[0] for name in _SafeReader(path).read_metadata().state_dict_metadata})
 
 
 def read_group(path: Path, group: str) -> dict[str, torch.Tensor]:
-    """All tensors of one group, whole, by name. Needs no model and no process group.
+    """Read all tensors of one group, unsharded, by name. Needs no model and no process group.
 
     Raises:
-        CheckpointError: the checkpoint is not committed or torn.
+        CheckpointError: the checkpoint is not committed or is torn, or has no such group.
     """
     check(path)
     reader = _SafeReader(path)
@@ -166,7 +166,7 @@ def read_group(path: Path, group: str) -> dict[str, torch.Tensor]:
 
 
 def no_group(path: Path, group: str, there: Iterable[str]) -> CheckpointError:
-    """The error for a group of tensors that a checkpoint does not hold."""
+    """Return the error for a group of tensors that a checkpoint does not hold."""
     return CheckpointError(
         f"checkpoint {path} has no tensors {group!r}",
         mend="its run kept no moving average; take the trained weights" if group == "ema" else nearest(group, there),
@@ -177,7 +177,7 @@ def no_group(path: Path, group: str, there: Iterable[str]) -> CheckpointError:
 def _damage_named(path: Path) -> Iterator[None]:
     try:
         yield
-    except CheckpointException as error:  # derives from BaseException, so that `except Exception` would miss it
+    except CheckpointException as error:  # derives from BaseException, so `except Exception` would miss it
         raise CheckpointError(
             f"the tensors of checkpoint {path} cannot be read: {cause(error)}",
             mend="resume from an earlier one",
@@ -185,12 +185,12 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 
 def cause(error: BaseException) -> str:
-    """What went wrong in one line; of torch's exception for several ranks, the first rank's own error."""
+    """Describe an error in one line; for torch's multi-rank exception, describe the first failing rank's error."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()), (error,))[0]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if isinstance(error, pickle.UnpicklingError) and "eights only" in str(error):  # torch's advice is to trust it
+    if isinstance(error, pickle.UnpicklingError) and "eights only" in str(error):  # torch suggests trusting the file
         found = re.search(r"(?:GLOBAL|global:?|class|function) <?(?:built-in function )?([\w.]{3,})", str(error))
         return f"it would need {found[1]}" if found else "it is damaged, or no file of PyTorch's"
     return first_line(error)
@@ -214,7 +214,7 @@ def _compare(path: Path, metadata: Metadata, into: Tensors) -> None:
 
 
 def leaves(tree: Tensors, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors with their dotted names."""
+    """Yield all tensors with their dotted names."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{name}.")
@@ -223,7 +223,7 @@ def leaves(tree: Tensors, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]
 
 
 class _SafeReader(FileSystemReader):
-    """DCP's reader, which unpickles its index; this one admits only the classes of that index."""
+    """DCP's reader with a restricted unpickler, which only admits the classes of the index."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as stream:
@@ -246,9 +246,9 @@ class _SafeReader(FileSystemReader):
 
 
 def _misfit(metadata: Metadata, path: Path) -> str:
-    """Why an index cannot be that of the files beside it; empty where it can. It is asked before memory is.
+    """Return why an index cannot belong to the files next to it, or an empty string. Call before allocating memory.
 
-    torch allocates what the index says, and opens the files that it names.
+    torch allocates whatever the index says, and opens the files that it names.
     """
     there = {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
     parts: dict[str, set[tuple[int, ...]]] = {}
@@ -281,7 +281,7 @@ def _are_counts(values: Sequence[object]) -> bool:
 
 
 _ADMITTED: Final = {
-    "torch.distributed.checkpoint.metadata": None,  # its own classes: all of them are plain records
+    "torch.distributed.checkpoint.metadata": None,  # all of its own classes: they are plain records
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
     "torch": {"Size", "device"},
     "torch.serialization": {"_get_layout"},
@@ -295,7 +295,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         admitted = _ADMITTED.get(module, set())
         found = None
-        # A dotted name would reach through a module into what it imports, whose constructors may do anything.
+        # A dotted name would reach through a module into its imports, whose constructors may do anything.
         if "." not in name and (admitted is None or name in admitted):
             found = super().find_class(module, name)
         elif module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):

@@ -1,9 +1,8 @@
-"""Comparing a checkpoint's files with the checksums of its marker, every rank a share of them.
+"""Compare a checkpoint's files with the checksums in its marker; each rank checks a share.
 
-A file that was cut, or in which a bit has flipped, is found before anything is loaded from it. All ranks come to
-the same answer. Costs one reading of the files, about 1 GB/s a rank from memory, or the disk's speed; the files
-are then in memory for the load that follows. A checkpoint that was found sound is not read again by the same
-processes.
+Truncated files and flipped bits are found before anything is loaded. All ranks get the same answer. Costs one read of
+the files, at about 1 GB/s per rank from memory or at disk speed; the load that follows then finds them in the page
+cache. The same processes do not verify a sound checkpoint twice.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _sound: set[tuple[str, int]] = set()
 
 
 def fault_together(path: Path) -> str:
-    """The first fault of a checkpoint, or an empty text, the same on all ranks. A collective."""
+    """Return the first fault of a checkpoint, or an empty string; the same on all ranks. Collective."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
     sound = [_mark(path) in _sound]
     if ranks > 1:
@@ -45,7 +44,7 @@ def fault_together(path: Path) -> str:
 
 
 def ensure(path: Path) -> None:
-    """Make sure that a checkpoint is sound before it is loaded. A collective.
+    """Check that a checkpoint is sound before loading it. Collective.
 
     Raises:
         CheckpointError: it is not; on all ranks.
@@ -56,12 +55,12 @@ def ensure(path: Path) -> None:
 
 
 def trust(path: Path) -> None:
-    """Take a checkpoint as sound without reading it."""
+    """Mark a checkpoint as sound without reading it."""
     _sound.add(_mark(path))
 
 
 def share(files: Mapping[str, Sum], rank: int, ranks: int) -> dict[str, Sum]:
-    """A rank's part of a checkpoint's files: the largest first, each to the rank with the fewest bytes."""
+    """Return a rank's share of a checkpoint's files: largest first, each to the rank with the fewest bytes."""
     loads, own = [0] * ranks, {}
     for name in sorted(files, key=lambda name: (-files[name].num_bytes, name)):
         least = loads.index(min(loads))

@@ -1,8 +1,8 @@
-"""Weights without the run: exported from a checkpoint, and taken as the beginning of another run.
+"""Weights without a run: export them from a checkpoint, or initialize a new run from them.
 
-Needs neither the model's class nor a GPU nor a process group. Files are safetensors or PyTorch's own, a plain
-``state_dict``; both are read without running anything from them. A file is written under a temporary name first.
-Costs the weights once in memory.
+Needs no model class, GPU or process group. Files are safetensors or a plain PyTorch ``state_dict``; both are read
+without executing anything from them. Files are written under a temporary name first. Needs memory for one copy of
+the weights.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Taken:
-    """What a model took from a file.
+    """What a model loaded from a file.
 
     Attributes:
-        loaded: names of its tensors that were filled.
-        missing: its tensors that the file lacks.
-        unexpected: tensors of the file that it does not have.
-        mismatched: tensors of another shape, as ``name (file's shape, model's shape)``.
+        loaded: names of tensors that were loaded.
+        missing: tensors that only the model has.
+        unexpected: tensors that only the file has.
+        mismatched: tensors of a different shape, as ``name (file's shape) where the model has (model's shape)``.
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Taken:
 
     @property
     def complete(self) -> bool:
-        """Whether file and model hold the same."""
+        """Whether file and model hold the same tensors."""
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
@@ -56,10 +56,10 @@ class Taken:
 
 
 def refuse_folder(path: object) -> None:
-    """Refuse one of disttrain's checkpoints where a file of weights is read.
+    """Reject a checkpoint folder where a file of weights is expected.
 
     Raises:
-        CheckpointError: it is a folder.
+        CheckpointError: the path is a folder.
     """
     if isinstance(path, str | Path) and Path(path).is_dir():
         raise CheckpointError(
@@ -70,14 +70,14 @@ def refuse_folder(path: object) -> None:
 
 
 def read_weights(path: Path, *, group: str = "model") -> dict[str, Tensor]:
-    """Whole tensors by name from a checkpoint, a ``.safetensors`` file, or a ``.pt`` or ``.pth`` state_dict.
+    """Read unsharded tensors by name from a checkpoint, a ``.safetensors`` file, or a ``.pt``/``.pth`` state_dict.
 
     Args:
-        path: the checkpoint's directory or the file.
-        group: of a checkpoint, which group of tensors.
+        path: the checkpoint directory or file.
+        group: which group of tensors to read from a checkpoint.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or it holds something else than tensors.
+        CheckpointError: it does not exist, is damaged, or holds something other than tensors.
     """
     if path.is_dir():
         check(path)
@@ -118,12 +118,12 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], *, about: Mapping[s
     """Write tensors as ``.safetensors``, or as a ``.pt`` or ``.pth`` state_dict.
 
     Args:
-        path: the file; it is replaced if it exists.
-        tensors: by name.
-        about: further texts, for safetensors.
+        path: the file; replaced if it exists.
+        tensors: the tensors by name.
+        about: extra metadata strings, for safetensors.
 
     Raises:
-        CheckpointError: another extension, or it cannot be written.
+        CheckpointError: the extension is unknown, or the file cannot be written.
     """
     if path.suffix not in (".safetensors", ".pt", ".pth"):
         raise CheckpointError(f"{path} says no format that is known", mend="name it .safetensors, .pt or .pth")
@@ -153,26 +153,26 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], *, about: Mapping[s
 
 
 def initialize(model: nn.Module, path: Path, *, strict: bool = True) -> Taken:
-    """Fill a model that is not yet sharded with weights; position, optimizer and the rest stay those of a new run.
+    """Initialize a model that is not yet sharded from saved weights; all other state stays that of a new run.
 
     Args:
-        model: its tensors keep their type and device.
-        path: a checkpoint's directory, or a file of weights.
-        strict: the names and shapes must be the same; otherwise what fits is taken.
+        model: the model; its tensors keep their dtype and device.
+        path: a checkpoint directory or a file of weights.
+        strict: require identical names and shapes; otherwise load whatever fits.
 
     Returns:
-        What was taken and what was not.
+        What was loaded and what was not.
 
     Raises:
-        CheckpointError: it cannot be read; nothing fits; or, with ``strict``, something is missing, unexpected or of
-            another shape. The model is unchanged then.
+        CheckpointError: the weights cannot be read; nothing fits; or, with ``strict``, something is missing,
+            unexpected or of a different shape. The model is then unchanged.
     """
     there, own = read_weights(path), model.state_dict(keep_vars=True)
     fitting = {name: value for name, value in there.items() if name in own and own[name].shape == value.shape}
     filled = {own[name].data_ptr() for name in fitting if own[name].numel()}
     taken = Taken(
         loaded=sorted(fitting),
-        # A tied weight has two names; files often hold it once.
+        # A tied weight has two names; files often store it under one of them.
         missing=sorted(name for name in own if name not in there and own[name].data_ptr() not in filled),
         unexpected=sorted(name for name in there if name not in own),
         mismatched=[

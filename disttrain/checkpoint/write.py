@@ -1,10 +1,9 @@
-"""How a checkpoint is written and committed, by all ranks together.
+"""Write and commit a checkpoint, on all ranks together.
 
-All ranks write into a temporary directory, whose name holds the attempt's id, and sync their files; checksums are
-made on the way. Rank 0 adds ``meta.pt``, renames the directory, writes the marker, replaces ``LATEST``. A kill at
-any moment leaves the earlier checkpoints as they were. A failure on any rank is an error on all, and what was
-written of it is removed, so that a full disk does not stay full. Collectives are those of the group given: a
-background thread has its own.
+All ranks write to a temporary directory named after the attempt, computing checksums on the way, and sync their files.
+Rank 0 adds ``meta.pt``, renames the directory, writes the marker and replaces ``LATEST``. A kill at any moment leaves
+earlier checkpoints intact. A failure on any rank raises on all ranks, and the partial checkpoint is deleted, so that a
+full disk does not stay full. Collectives use the given group; a background thread has its own.
 """
 
 from __future__ import annotations
@@ -37,25 +36,25 @@ from disttrain.files import check_held, make_folder, open_directory, sync_direct
 from disttrain.parallel.agree import is_distributed, raise_together
 
 _TENSOR_OVERHEAD_BYTES = 1500
-"""What the format adds to a tensor: a zip archive of its own, and an entry of the index."""
+"""What the format adds per tensor: a zip archive and an index entry."""
 
 
 class SpoiltError(CheckpointError):
-    """Weights that are not finite, of which no checkpoint is made. The same on all ranks."""
+    """Weights are not finite, so no checkpoint is written. Raised on all ranks."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A checkpoint to write: what one rank gives to it.
+    """One rank's part of a checkpoint to write.
 
     Attributes:
-        final: its directory once it is committed; the same on every rank, and free.
-        tensors: what this rank writes. Replicated tensors may be on one rank alone.
-        meta: everything else, serialized; None but on rank 0.
-        about: what the marker says.
-        attempt: who may publish it; None where nobody else could.
-        finite: dotted names of tensors that must hold finite numbers alone.
-        records: the run's folder, whose records are on disk before the marker is.
+        final: its directory once committed; the same on every rank, and not yet existing.
+        tensors: what this rank writes. Replicated tensors may be on a single rank.
+        meta: everything else, serialized; None except on rank 0.
+        about: what the marker records.
+        attempt: the attempt of this process; None if no other process can interfere.
+        finite: dotted names of tensors that may only hold finite numbers.
+        records: the run folder, whose records are flushed to disk before the marker is written.
     """
 
     final: Path
@@ -68,16 +67,16 @@ class Job:
 
     @property
     def temporary(self) -> Path:
-        """Where it is written to."""
+        """The directory it is written to before the commit."""
         label = f".{self.attempt.label}" if self.attempt else ""
         return self.final.with_name(f"{self.final.name}{label}{TEMPORARY}")
 
     def run(self, group: dist.ProcessGroup | None = None) -> None:
-        """Write and commit. A collective of the group, by default of all ranks.
+        """Write and commit. Collective over the group (default: all ranks).
 
         Raises:
             FencedError: a newer attempt has begun. Other ranks raise a ``RankError``.
-            SpoiltError: a tensor is not finite that has to be; on all ranks, and nothing is written.
+            SpoiltError: a tensor in ``finite`` is not finite; raised on all ranks, and nothing is written.
             CheckpointError: a file cannot be written. Earlier checkpoints are untouched. Ranks that did not fail
                 raise a ``RankError``.
         """
@@ -88,7 +87,7 @@ class Job:
             if lead:
                 shutil.rmtree(self.temporary, ignore_errors=True)
                 with suppress(OSError):
-                    # A directory that a newer attempt has moved away looks like an error of the disk's.
+                    # If a newer attempt moved the directory away, the failure looks like a disk error.
                     guard(self.final.parent, self.attempt)
             raise
 
@@ -109,11 +108,11 @@ class Job:
                 shutil.rmtree(self.temporary, ignore_errors=True)
                 self.temporary.mkdir()
         with raise_together(group), file_errors(self.temporary, sums):
-            # Nothing copied ahead: PyTorch would do that on a CUDA stream wherever there is a device, and so start CUDA
-            # beside a training on the CPU. Of a save in the background the tensors are on the CPU already.
+            # No copy-ahead: PyTorch would use a CUDA stream for it on any machine with a GPU, and so initialize CUDA
+            # even for CPU training. In a background save the tensors are already on the CPU.
             writer = FileSystemWriter(self.temporary, sync_files=True, per_thread_copy_ahead=0)
             writer.fs = _SummingFileSystem(sums)
-            # Each replicated tensor is written by one rank; the planner spreads those that several ranks bring.
+            # Each replicated tensor is written by one rank; the planner balances those that several ranks hold.
             dcp_save(self.tensors, storage_writer=writer, planner=DefaultSavePlanner(), process_group=group)
             if self.records is not None:
                 sync_records(self.records, dist.get_rank() if is_distributed() else 0)
@@ -129,7 +128,7 @@ class Job:
     def _publish(self, files: dict[str, Sum]) -> None:
         directory = self.final.parent
         there = {path.name: path for path in self.temporary.iterdir()}
-        # Whatever the library wrote by another way than through the summed files is read once.
+        # Read back, once, any file the library wrote without going through the summed streams.
         entries = {name: files.get(name) or sum_of(path) for name, path in there.items()}
         with open_directory(self.temporary) as opened:
             os.fsync(opened)
@@ -138,12 +137,12 @@ class Job:
             try:
                 sync_directory(directory)
                 guard(directory, self.attempt)
-                # Into the directory that was written, not into one of a newer attempt that may have its name by now.
+                # By descriptor: a newer attempt may by now have a directory of its own at this path.
                 write_marker(opened, self.about, entries)
             except BaseException:
                 self._take_back(opened)
                 raise
-        # A newer attempt says that it is there, then clears: after this look the temporary file would be gone.
+        # A newer attempt writes ATTEMPT, then clears: a temporary file made after our check is then gone.
         label = self.attempt.label if self.attempt else ""
         write_synced(
             directory / LATEST, f"{self.final.name}\n", label=label, check=partial(guard, directory, self.attempt)
@@ -151,9 +150,9 @@ class Job:
         sync_directory(directory)
 
     def _take_back(self, opened: int) -> None:
-        """Undo the rename of what gets no marker, so that it is removed; on a full disk it would fill it for good."""
+        """Undo the rename of a directory that gets no marker, so that it is deleted and frees its disk space."""
         with suppress(OSError):
-            if os.path.samestat(os.fstat(opened), os.stat(self.final)):  # not what a newer attempt has put there
+            if os.path.samestat(os.fstat(opened), os.stat(self.final)):  # not a newer attempt's directory
                 os.rename(self.final, self.temporary)
 
 
@@ -167,22 +166,22 @@ def write(
     about: About | None = None,
     attempt: Attempt | None = None,
 ) -> Path:
-    """Write and commit a checkpoint now. A collective: every rank calls it with its own part of the tensors.
+    """Write and commit a checkpoint now. Collective: every rank passes its own part of the tensors.
 
     Args:
-        directory: the run's folder of checkpoints.
-        name: name of this one; a number is added where it is taken.
+        directory: the run's checkpoint folder.
+        name: name of the checkpoint; a number is appended if it is taken.
         tensors: what each rank holds.
         meta: everything else, the same on every rank: plain values and tensors.
         global_step: optimizer steps done.
-        about: what the marker says besides the step.
-        attempt: who may publish it.
+        about: what the marker records besides the step.
+        attempt: the attempt of this process.
 
     Returns:
         The committed directory.
 
     Raises:
-        CheckpointError: ``meta`` holds what could only be unpickled, or a file cannot be written. Earlier
+        CheckpointError: ``meta`` holds something that could only be unpickled, or a file cannot be written. Earlier
             checkpoints are untouched. Ranks that did not fail raise a ``RankError``.
     """
     lead = not is_distributed() or dist.get_rank() == 0
@@ -196,15 +195,15 @@ def write(
 
 
 def pack_meta(meta: dict[str, Any]) -> bytes:
-    """What a checkpoint holds besides tensors, as a file that can be read without unpickling.
+    """Serialize everything besides tensors to a file that loads without unpickling.
 
     Raises:
-        CheckpointError: it holds what could only be unpickled.
+        CheckpointError: it holds something that could only be unpickled.
     """
     stream = io.BytesIO()
     torch.save({"format": FORMAT, **meta}, stream)
     stream.seek(0)
-    try:  # what could not be loaded again is found now, not when the run is to resume
+    try:  # load it back now, so that unloadable state fails the save and not the resume
         torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -215,7 +214,7 @@ def pack_meta(meta: dict[str, Any]) -> bytes:
 
 
 def from_lead(value: Any) -> Any:
-    """Rank 0's value on all ranks: folders may look different from node to node for a while. A collective."""
+    """Broadcast rank 0's value: on shared storage, nodes may see different directory contents. Collective."""
     if not is_distributed():
         return value
     told = [value]
@@ -225,13 +224,13 @@ def from_lead(value: Any) -> Any:
 
 @contextmanager
 def file_errors(path: Path, sums: Sums | None = None) -> Iterator[None]:
-    """Report a file's error as a checkpoint's, by what the system said first."""
+    """Reraise file errors as a ``CheckpointError`` with the OS's first message."""
     try:
         yield
     except (OSError, CheckpointException, RuntimeError) as error:
         first = (sums and sums.error) or error
         if isinstance(first, RuntimeError):
-            raise  # a bug, or a peer that is gone
+            raise  # a bug, or a lost peer
         raise CheckpointError(
             f"cannot write checkpoint {path}: {cause(first)}",
             mend="check free space, quota and permissions of the run folder",
@@ -252,20 +251,20 @@ def _own_bytes(tensors: Tensors) -> int:
 
 
 def _first_spoilt(tensors: Tensors, names: frozenset[str]) -> str:
-    """The first of these tensors, of those that are here, that holds a number that is not finite; or an empty text."""
+    """Return the name of the first local tensor among ``names`` with a non-finite element, or an empty string."""
     for name, tensor in leaves(tensors):
         if name in names:
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             if local.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
                 continue
-            # Both ends are not a number where any element is not; and no copy of the tensor is made.
+            # aminmax() returns NaN at both ends if any element is NaN, and does not copy the tensor.
             if local.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(local.detach())):
                 return name
     return ""
 
 
 def _bytes_of(tensor: torch.Tensor) -> float:
-    """What a rank will write of a tensor; where several hold the same, each its share."""
+    """Return the bytes a rank writes of a tensor; replicas count an equal share each."""
     if not isinstance(tensor, DTensor):
         return tensor.nbytes
     copies = 1
@@ -275,7 +274,7 @@ def _bytes_of(tensor: torch.Tensor) -> float:
 
 
 def _gather(own: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """Every rank's value, by rank. A collective of the group."""
+    """Gather every rank's value, in rank order. Collective over the group."""
     if not is_distributed():
         return [own]
     told: list[Any] = [None] * dist.get_world_size()
@@ -284,21 +283,21 @@ def _gather(own: Any, group: dist.ProcessGroup | None) -> list[Any]:
 
 
 class _SummingFileSystem(FileSystem):
-    """DCP's file system, whose files are summed while they are written."""
+    """DCP's file system, with checksums computed while writing."""
 
     def __init__(self, sums: Sums) -> None:
         super().__init__()
         self._sums = sums
 
     def mkdir(self, path: str | os.PathLike[str]) -> None:
-        """The temporary directory is there: DCP's own way would make a run's folder anew that was removed meanwhile."""
+        """Accept the existing directory: DCP's version would recreate a run folder that was removed meanwhile."""
         check_held(Path(path))
-        with suppress(FileExistsError):  # asked of the server, where this node's cache may not show it yet
+        with suppress(FileExistsError):  # asks the file server; this node's NFS cache may not show the directory yet
             os.mkdir(path)
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        """Open a file; the index is written under a temporary name."""
+        """Open a file; DCP writes the index under a temporary name, which is stripped for its checksum."""
         path = Path(path)
         if mode != "wb":
             with super().create_stream(path, mode) as other:
