@@ -1,8 +1,7 @@
 """The command line: ``disttrain SUBCOMMAND`` or ``python -m disttrain SUBCOMMAND``.
 
-Each subcommand is imported when it is asked for, so that ``shards`` and ``report`` start without PyTorch. A
-user's mistake is printed as one message and ends with exit code 2; under several ranks, a mistake that all
-of them make is printed by the first rank of each node alone.
+Subcommands are imported on demand, so that ``shards`` and ``report`` start without PyTorch. A user's mistake is
+printed as one message, with exit code 2. A mistake that all ranks make is only printed by the first rank of each node.
 """
 
 from __future__ import annotations
@@ -59,13 +58,13 @@ _OF_A_PATH = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code."""
+    """Run a subcommand and return its exit code."""
     code, usual = 1, warnings.formatwarning
     warnings.formatwarning = warning_line
     arguments = sys.argv[1:] if argv is None else argv
     open_descriptors()
     try:
-        # A training's output is a log; that of the other commands is what they are run for.
+        # The output of a training run is a log; that of other commands is their result.
         with lossy_output(last=True) if arguments[:1] == ["fit"] else lossy_output("stderr"):
             code = _main(arguments)
     except SystemExit as exit_:
@@ -85,7 +84,7 @@ def _main(arguments: list[str]) -> int:
     try:
         code = _dispatch(arguments)
         if sys.stdout is not None:
-            sys.stdout.flush()  # an error of it is one of the command's, not of the end of the process
+            sys.stdout.flush()  # so that a write error counts as the command's, not as one at interpreter exit
         return code
     except DisttrainError as error:
         _print_error(error)
@@ -110,17 +109,17 @@ def _main(arguments: list[str]) -> int:
             tell(stop)
         return PREEMPTED_CODE
     except SystemExit as exit_:
-        # Lightning ends a training that Ctrl-C interrupts by a bare exit.
+        # Lightning ends training interrupted by Ctrl-C with a bare exit().
         if isinstance(exit_.__context__, KeyboardInterrupt):
             return _interrupted()
-        if not isinstance(exit_.__context__, BrokenPipeError):  # which rich turns into an exit
+        if not isinstance(exit_.__context__, BrokenPipeError):  # rich turns this into an exit
             raise
         silence(sys.stdout)
         return 0
     except BrokenPipeError as error:
         if arguments[:1] == ["fit"] or passed_through_users_code(error):
-            raise  # some other pipe: a broken output ends no training
-        # The reader of the output, such as `head`, has gone; nothing more can be told to it.
+            raise  # a different pipe: broken output does not end training
+        # The reader of the output, such as `head`, has exited; there is nobody left to report to.
         silence(sys.stdout)
         return 0
     except OSError as error:
@@ -139,7 +138,7 @@ def _main(arguments: list[str]) -> int:
         try:
             if sys.stdout is not None:
                 sys.stdout.flush()
-        except (OSError, ValueError):  # it is what is full: what it holds back is not to fail once more at the end
+        except (OSError, ValueError):  # the output's own disk is full: keep its buffer from failing again at exit
             silence(sys.stdout)
         return told.exit_code
 
@@ -172,10 +171,10 @@ def _interrupted() -> int:
 
 
 def _lost_a_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone; that rank has said, or will say, why.
+    """Return whether a collective failed because another rank is gone; that rank reports the reason itself.
 
-    A user's own error may have the same words, so it must come from a collective: by its kind, by the name of the
-    library that its text bears, or since it was raised inside of PyTorch, Lightning or disttrain.
+    A user's own error may have the same message, so it must come from a collective: by its type, by the backend's name
+    in its text, or because it was raised inside PyTorch, Lightning or disttrain.
     """
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
     text, torch = str(error), sys.modules.get("torch")
@@ -192,7 +191,7 @@ def _lost_a_peer(error: RuntimeError) -> bool:
 
 
 def _unexpected(error: Exception) -> int:
-    """Print an error of disttrain's own, or of a library's, in a few lines, and leave its traceback in a file."""
+    """Print an internal or library error in a few lines, and save its traceback to a file."""
     package = f"{Path(__file__).parent}{os.sep}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(package)]
     place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
@@ -215,7 +214,7 @@ def _unexpected(error: Exception) -> int:
 
 
 def _keep_traceback(error: Exception) -> str:
-    """Write the traceback into the run's folder, where there is one, or a temporary file; gives its name."""
+    """Write the traceback to the run folder if there is one, or to a temporary file; return its path."""
     text = redacted("".join(traceback.format_exception(error)))
     runs = sys.modules.get("disttrain.runs")
     for folder in (runs.last_begun() if runs is not None else None, None):
@@ -236,7 +235,7 @@ def _usage() -> str:
 def _print_error(error: DisttrainError) -> None:
     try:
         world = detect_world()
-    except ConfigError:  # it is what is wrong
+    except ConfigError:  # the environment itself is the problem
         world = World()
     if isinstance(error, RankError):
         note_ending(error.exit_code, follows=True)
@@ -244,7 +243,7 @@ def _print_error(error: DisttrainError) -> None:
     if note_ending(error.exit_code, message=str(error)):
         return  # the launcher prints it
     if world.local_rank > 0 and isinstance(error, ConfigError):
-        return  # all ranks of a node have the same configuration, and the same environment
+        return  # all ranks of a node have the same configuration and environment
     where = f" (rank {world.rank} of {world.size})" if world.size > 1 else ""
     tell(f"error{where}: {error}")
 

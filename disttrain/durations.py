@@ -1,4 +1,4 @@
-"""Durations as people write them: ``90s``, ``3h50m``, ``2d``."""
+"""Human-readable durations: ``90s``, ``3h50m``, ``2d``."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _PART: Final = re.compile(r"(\d+(?:\.\d+)?)([dhms])")
 
 
 def parse_duration(text: str, setting: str) -> float:
-    """Seconds of a duration: numbers with the units ``d``, ``h``, ``m``, ``s``, the largest first; ``0`` is none.
+    """Convert a duration to seconds: numbers with units ``d``, ``h``, ``m``, ``s``, largest first; ``0`` is zero.
 
     Raises:
-        ConfigError: it is no such text; the message names the setting.
+        ConfigError: the text is not a duration; the message names the setting.
     """
     if text.strip() == "0":
         return 0.0

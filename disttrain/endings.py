@@ -1,11 +1,12 @@
-"""How each rank ended, noted for the launcher.
+"""How each rank ended, recorded for the launcher.
 
-torchrun ends with 1 whichever way its ranks ended. ``disttrain launch`` names a folder in the environment; each rank
-leaves its exit code there, whether it only followed another rank's failure, and a user's mistake in words, which the
-launcher then prints once, below torchrun's report. Without that folder nothing is noted. Cost: one small file a rank.
+torchrun exits with 1 however its ranks ended. ``disttrain launch`` passes a folder in an environment variable. There
+each rank records its exit code, whether it only followed another rank's failure, and the message of a user's mistake,
+which the launcher prints once, below torchrun's report. Without the folder nothing is recorded. Cost: one small file
+per rank.
 
-A rank that fails alone under NCCL may not come to its end: its device still runs kernels that wait for the other ranks,
-and whatever frees the device waits for them. :func:`ends_within` ends the process then, with its error.
+Under NCCL, a rank that fails alone may never exit: its GPU still runs kernels that wait for the other ranks, and
+freeing the device waits for them. :func:`ends_within` then ends the process with its error.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from disttrain.reading import read_record
 from disttrain.terminal import tell
 
 VARIABLE: Final = "DISTTRAIN_ENDINGS"
-"""The environment variable that names the folder."""
+"""Environment variable that holds the folder's path."""
 TEARDOWN_SECONDS: Final = 60.0
-"""How long a rank that has failed may take to free its device and its process groups."""
+"""How long a failed rank may take to free its device and process groups."""
 _BY_WEIGHT: Final = (OUT_OF_MEMORY_CODE, HUNG_CODE, 1, PREEMPTED_CODE, 2, 130)
-"""Which of several codes is that of the run: ranks that do not end the same way follow the first of these."""
+"""Precedence of exit codes: if ranks end differently, the run returns the first of these."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class Ending:
     """How a rank ended.
 
     Attributes:
-        rank: which one.
+        rank: the rank.
         code: its exit code.
-        follows: whether it ended because of another rank.
+        follows: whether another rank's failure ended it.
         message: a user's mistake, for the launcher to print.
     """
 
@@ -51,13 +52,13 @@ class Ending:
 
 
 def note_ending(code: int, *, follows: bool = False, message: str = "") -> bool:
-    """Note how this rank ends, unless that is noted already; whether there is a launcher that reads it."""
+    """Record how this rank ends, unless already recorded; return whether a launcher will read it."""
     folder = os.environ.get(VARIABLE)
     if not folder:
         return False
     rank = os.environ.get("RANK", "0")
     path = Path(folder) / f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{rank}"
-    with suppress(OSError, ValueError):  # the launcher may be gone
+    with suppress(OSError, ValueError):  # the launcher may be gone, and its folder with it
         if not path.exists():
             write_atomically(path, json.dumps(asdict(Ending(int(rank), code, follows, message))))
         return True
@@ -65,7 +66,7 @@ def note_ending(code: int, *, follows: bool = False, message: str = "") -> bool:
 
 
 def read_endings(folder: Path) -> list[Ending]:
-    """How the ranks of the last attempt ended, by rank; those that were killed have left nothing."""
+    """Return how the ranks of the last attempt ended, in rank order; killed ranks have no record."""
     attempts: dict[int, list[Ending]] = {}
     for path in folder.glob("*-*"):
         with suppress(OSError, ValueError, TypeError):
@@ -75,10 +76,10 @@ def read_endings(folder: Path) -> list[Ending]:
 
 @contextmanager
 def ends_within(error: BaseException | None) -> Iterator[None]:
-    """Around what may wait for other ranks for ever: end the process after a minute of it, if it has failed anyway.
+    """End the process if the body, which may wait for other ranks forever, takes more than a minute after an error.
 
     Args:
-        error: why it has failed; None changes nothing.
+        error: the error that this rank has failed with; None changes nothing.
     """
     with nullcontext() if error is None else in_time(TEARDOWN_SECONDS, _end, error):
         yield
@@ -86,7 +87,7 @@ def ends_within(error: BaseException | None) -> Iterator[None]:
 
 @contextmanager
 def in_time(seconds: float, late: Callable[..., object], *arguments: object) -> Iterator[None]:
-    """Call a function, in a thread of its own, if what is inside has not ended after some seconds."""
+    """Call a function in a separate thread if the body has not finished after some seconds."""
     timer = threading.Timer(seconds, late, arguments)
     timer.daemon = True
     timer.start()
@@ -97,10 +98,10 @@ def in_time(seconds: float, late: Callable[..., object], *arguments: object) -> 
 
 
 def _end(error: BaseException) -> None:
-    """Print what nobody else comes to print, and end with the error's code."""
+    """Print the error if nothing else will, and exit with its code."""
     rank, code, text = os.environ.get("RANK", "0"), _code(error), str(error)
     if isinstance(error, DisttrainError):
-        follows = isinstance(error, RankError)  # another rank tells
+        follows = isinstance(error, RankError)  # another rank reports it
         told = note_ending(code, follows=follows, message="" if follows else text) or follows
     else:
         told = False
@@ -124,11 +125,11 @@ def _code(error: BaseException) -> int:
 
 
 def code_of(endings: Sequence[Ending], launcher_code: int) -> int:
-    """The exit code of a run whose launcher has ended.
+    """Return the exit code of a run whose launcher has ended.
 
     Args:
-        endings: those of the ranks.
-        launcher_code: torchrun's exit code; -n where signal n killed it.
+        endings: how the ranks ended.
+        launcher_code: torchrun's exit code; -n if signal n killed it.
     """
     if launcher_code == 0:
         return 0

@@ -1,8 +1,8 @@
-"""The exceptions that disttrain raises for a user's mistake or a fault in his data.
+"""Exceptions for user mistakes and faulty data.
 
-Each one says what is wrong, where (file, field, sample key, byte offset, rank) and how to mend it; the
-command line prints it without a traceback and ends with exit code 2. Anything else that escapes is a bug: in the user's
-own code, which keeps its traceback (:func:`passed_through_users_code`), or in disttrain, whose goes into a file.
+Each one states what is wrong, where (file, field, sample key, byte offset, rank), and how to fix it. The command line
+prints it without a traceback and exits with code 2. Anything else that escapes is a bug: in the user's own code, which
+keeps its traceback (:func:`passed_through_users_code`), or in disttrain, whose traceback is saved to a file.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _LIBRARIES: Final = frozenset(
     ]
 )
 PREEMPTED_CODE: Final = 75
-"""Exit code of a run that was stopped from outside and goes on when it is started again (``EX_TEMPFAIL``)."""
+"""Exit code of a run stopped from outside, which resumes when restarted (``EX_TEMPFAIL``)."""
 HUNG_CODE: Final = 76
-"""Exit code of a run in which nothing moved any more; a launcher that restarts is to restart it."""
+"""Exit code of a run that made no more progress; a restarting launcher should restart it."""
 OUT_OF_MEMORY_CODE: Final = 77
-"""Exit code of a rank that ran out of memory for a micro batch, of which the next attempt takes a smaller one."""
+"""Exit code of a rank that ran out of memory for a micro batch; the next attempt uses a smaller one."""
 
 
 class DisttrainError(Exception):
-    """Base of all errors that a user can mend.
+    """Base class of all errors that a user can fix.
 
     Args:
         what: one sentence that says what is wrong and where.
-        mend: how to mend it, if that is known.
+        mend: a hint on how to fix it, if known.
     """
 
     exit_code = 2
@@ -47,20 +47,20 @@ class DisttrainError(Exception):
         return f"{self.what}\n  mend: {self.mend}" if self.mend else self.what
 
     def __reduce__(self) -> tuple[object, ...]:
-        # A raised error travels between ranks and from worker processes, keyword argument included.
+        # Errors are pickled between ranks and from worker processes; the default would lose the keyword argument.
         return (_rebuild, (type(self), self.what, self.mend))
 
 
 class ConfigError(DisttrainError, ValueError):
-    """A setting that cannot work: wrong value, unknown name, sizes that do not divide."""
+    """A setting that cannot work: a wrong value, an unknown name, sizes that do not divide."""
 
 
 class DataError(DisttrainError):
-    """Data that cannot be used as asked: missing files, absent fields, too few samples."""
+    """Data that cannot be used as requested: missing files, missing fields, too few samples."""
 
 
 class ShardError(DataError):
-    """A shard that cannot be read: not a tar, truncated, duplicate keys, or changed under its index."""
+    """A shard that cannot be read: not a tar, truncated, duplicate keys, or changed since it was indexed."""
 
 
 class DecodeError(DataError):
@@ -72,23 +72,23 @@ class CheckpointError(DisttrainError):
 
 
 class RankError(DisttrainError):
-    """A failure on some ranks that every rank is told of, so that all stop together."""
+    """A failure on some ranks, raised on every rank so that all stop together."""
 
 
 class OutOfMemoryError(DisttrainError):
-    """A rank ran out of memory; the next attempt takes a smaller micro batch (``data.micro_batch_size: auto``)."""
+    """A rank ran out of memory; the next attempt uses a smaller micro batch (``data.micro_batch_size: auto``)."""
 
     exit_code = OUT_OF_MEMORY_CODE
 
 
 class JoinError(DisttrainError):
-    """Ranks that did not find each other in time."""
+    """Ranks did not find each other in time."""
 
 
 class Preempted(SystemExit):
-    """Training was stopped from outside, at a step boundary, and what it had is saved.
+    """Training was stopped from outside at a step boundary, and its state is saved.
 
-    It ends the process with :data:`PREEMPTED_CODE` and without a traceback, unless it is caught.
+    Unless caught, it ends the process with :data:`PREEMPTED_CODE` and no traceback.
 
     Args:
         message: step, cause and checkpoint, in one sentence.
@@ -103,9 +103,9 @@ class Preempted(SystemExit):
 
 
 def passed_through_users_code(error: BaseException) -> bool:
-    """Whether an error, or one that it was raised from, was raised in or passed through a user's own code.
+    """Return whether an error, or one in its cause chain, was raised in or passed through the user's own code.
 
-    That is every module but those of disttrain, of the libraries that it uses, and of Python.
+    That is any module outside disttrain, the libraries it uses, and the Python standard library.
     """
     seen: list[BaseException] = []
     one: BaseException | None = error
@@ -117,7 +117,7 @@ def passed_through_users_code(error: BaseException) -> bool:
         for one in seen
         for frame, _ in traceback.walk_tb(one.__traceback__)
     }
-    # A module that does not even compile has no frame.
+    # A module that fails to compile has no frame.
     return bool(modules - _LIBRARIES - sys.stdlib_module_names) or any(isinstance(one, SyntaxError) for one in seen)
 
 
@@ -126,12 +126,12 @@ def _rebuild(kind: type[DisttrainError], what: str, mend: str) -> DisttrainError
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or what kind of error it is."""
+    """Return the first line of an error's message, or its type name if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Words for an error message: the nearest known name, or all of them when none is near."""
+    """Suggest the nearest known name for an error message, or list all of them if none is close."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:

@@ -1,8 +1,8 @@
-"""Writing files that a kill or a power cut leaves whole: the old or the new one, never a part, never an empty one.
+"""Write files that survive a kill or power failure whole: the old or the new content, never partial or empty.
 
-A new file is written under a temporary name, synced, renamed, and its folder is synced; so is the parent of a folder
-that is made. Files that are only appended to are synced when something is about to refer to them
-(:func:`sync_records`), never per line. Cost: a sync is some milliseconds on a disk, so nothing here runs per step.
+A new file is written under a temporary name, synced and renamed, and its folder is synced; for a new folder, its
+parent is. Append-only files are synced when something is about to refer to them (:func:`sync_records`), never per line.
+Cost: a sync takes some milliseconds on a disk, so nothing here runs per step.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from disttrain.errors import ConfigError
 
 METRICS: Final = "metrics.csv"
 EVENT_LOG: Final = "events.jsonl"
-"""The records of a run that are appended to, beside those of its ranks."""
+"""The append-only records of a run, besides those of each rank."""
 _UNSYNCABLE: Final = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
-"""What a file system says that cannot sync a folder, or where one may write but not look."""
+"""Errors of a file system that cannot sync a folder, or of a folder that may be written to but not read."""
 _held: Final[dict[Path, tuple[int, int]]] = {}
-"""The folders of runs that train in this process, by path, with device and inode."""
+"""Run folders in which this process trains: path to (device, inode)."""
 
 
 def expand_path(text: str | Path, *, name: str) -> Path:
-    """A path from a setting: ``~``, ``~user``, ``$VAR`` and ``${VAR}`` replaced; not made absolute.
+    """Expand ``~``, ``~user``, ``$VAR`` and ``${VAR}`` in a path setting; the path is not made absolute.
 
-    A path that exists is taken as it is, also with a ``$`` in it.
+    A path that exists is used as is, even if it contains a ``$``.
 
     Args:
         text: the setting.
-        name: what the setting is called, for messages.
+        name: the setting's name, for messages.
 
     Raises:
-        ConfigError: a variable is not set, there is no such user, or the path is empty or holds a null character.
+        ConfigError: a variable is not set, there is no such user, or the path is empty or contains a null character.
     """
     if "$" in str(text) and os.path.lexists(text):
         return Path(text)
@@ -62,43 +62,43 @@ def expand_path(text: str | Path, *, name: str) -> Path:
 
 
 def resolve_path(text: str | Path, *, name: str) -> Path:
-    """The one place that a setting names, whatever happens later to the working folder or to symbolic links.
+    """Resolve a path setting to one location, whatever later happens to the working directory or symbolic links.
 
     Raises:
-        ConfigError: as :func:`expand_path`, or links lead in a circle.
+        ConfigError: as for :func:`expand_path`, or the symbolic links form a cycle.
     """
     path = expand_path(text, name=name)
     try:
         return path.resolve()
-    except (OSError, RuntimeError) as error:  # Python 3.11 raises RuntimeError for a circle of links
+    except (OSError, RuntimeError) as error:  # Python 3.11 raises RuntimeError for a symlink cycle
         why = error.strerror if isinstance(error, OSError) else "its symbolic links lead in a circle"
         raise ConfigError(f"{name} {str(text)!r} cannot be found: {why}", mend="name another folder") from None
 
 
 def place(text: str, *, name: str) -> str:
-    """A setting that is a word of its own, a URL, or a path, which is then expanded."""
+    """Expand a setting that is a keyword, a URL or a path; only paths change."""
     return text if "://" in text or text in ("auto", "never", "best", "last") else str(expand_path(text, name=name))
 
 
 def hold(folder: Path) -> None:
-    """A run trains in this folder: from now on nothing here is written to another one that gets its name."""
+    """Pin a run's folder: from now on, nothing is written to a different folder that gets the same name."""
     with suppress(OSError):  # another rank's node may not see it yet
-        if folder in _held:  # since before a rollback
+        if folder in _held:  # already pinned, before a rollback
             return
         found = os.stat(folder)
         _held[folder] = (found.st_dev, found.st_ino)
 
 
 def release(folder: Path) -> None:
-    """The run in this folder has ended, or another one begins."""
+    """Unpin a run's folder, when its run has ended or another one begins."""
     _held.pop(folder, None)
 
 
 def check_held(path: Path) -> None:
-    """Make sure that a path in the folder of a run that trains here is still in that folder.
+    """Check that a path in a pinned run folder is still in that same folder.
 
     Raises:
-        OSError: the folder was removed, moved away or replaced; ESTALE.
+        OSError: the folder was removed, moved away or replaced (ESTALE).
     """
     for folder, identity in _held.items():
         if path.is_relative_to(folder):
@@ -111,10 +111,10 @@ def check_held(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents, so that a power cut does not take their names; nothing where it exists.
+    """Create a folder and its parents durably; do nothing if it exists.
 
     Raises:
-        OSError: it cannot be made, or a run's folder that it is to be in was removed or replaced.
+        OSError: it cannot be created, or the pinned run folder it belongs to was removed or replaced.
     """
     check_held(path)
     missing = []
@@ -134,15 +134,15 @@ def make_folder(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes, *, mode: int = 0o644) -> None:
-    """Write a small file through to the disk, so that a reader sees the old or the new one, never a part.
+    """Write and sync a small file; readers see the old or the new content, never a mix.
 
     Args:
         path: the file.
-        content: what it is to hold.
-        mode: its permissions; 0o600 where it may hold a secret.
+        content: its new content.
+        mode: its permissions; use 0o600 for secrets.
 
     Raises:
-        OSError: it cannot be written; the old one is as it was.
+        OSError: it cannot be written; the old file is unchanged.
     """
     check_held(path)
     data = content if isinstance(content, bytes) else content.encode("utf-8", errors="surrogateescape")
@@ -155,24 +155,24 @@ def write_atomically(path: Path, content: str | bytes, *, mode: int = 0o644) -> 
             os.fsync(file.fileno())
         publish(temporary, path)
     except BaseException:
-        with suppress(FileNotFoundError):  # somebody has taken the file over
+        with suppress(FileNotFoundError):  # a newer attempt has removed it
             os.unlink(temporary)
         raise
 
 
 def publish(temporary: Path | str, path: Path) -> None:
-    """Give a synced file its name, in place of what has it, also after a power cut."""
+    """Rename a synced file into place, replacing any existing file, and sync its folder."""
     os.replace(temporary, path)
     sync_directory(path.parent)
 
 
 def append_lines(path: Path, text: str) -> None:
-    """Append whole lines by one write, so that a kill leaves all of it or nothing; its folder is made.
+    """Append whole lines in one write, so that a kill leaves all or nothing; create the folder if needed.
 
-    What a power cut or a full disk has left of a line is ended first.
+    If a power failure or full disk has left a partial last line, terminate that first.
 
     Raises:
-        OSError: it cannot be written, or the run's folder was removed or replaced.
+        OSError: it cannot be written, or the run folder was removed or replaced.
     """
     make_folder(path.parent)
     with open(path, "a+b") as file:
@@ -185,12 +185,12 @@ def append_lines(path: Path, text: str) -> None:
 
 
 def sync_records(run_dir: Path, rank: int) -> None:
-    """Have a run's records written to the disk: rank 0's those of the run, every rank's those of its own.
+    """Sync a run's append-only records: rank 0 those of the run, every rank its own.
 
-    Files that are replaced as a whole have been synced by then, and others may be no concern of ours.
+    Files that are replaced as a whole are already synced, and any others may belong to the user.
 
     Raises:
-        OSError: one of them cannot be.
+        OSError: a file cannot be synced.
     """
     found = list(run_dir.glob(f"*/rank-{rank:05d}.jsonl"))
     if rank == 0:
@@ -203,9 +203,9 @@ def sync_records(run_dir: Path, rank: int) -> None:
 
 
 def plain_json(value: Any) -> Any:
-    """A value as JSON can hold it: numbers that JSON has no word for become ``"NaN"``, ``"Infinity"``, ``"-Infinity"``.
+    """Convert a value for strict JSON: NaN and infinities become ``"NaN"``, ``"Infinity"``, ``"-Infinity"``.
 
-    ``float()`` reads these words again.
+    ``float()`` parses these strings back.
     """
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
@@ -217,7 +217,7 @@ def plain_json(value: Any) -> Any:
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """JSON that every parser reads: see :func:`plain_json`."""
+    """Serialize to JSON that every parser reads; see :func:`plain_json`."""
     try:
         return json.dumps(value, indent=indent, allow_nan=False)
     except ValueError:
@@ -225,11 +225,11 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what processes that were killed while they replaced a file have left beside it.
+    """Remove the temporary files of processes that were killed while replacing a file.
 
-    For whoever is the only one to write the file from now on: a forgotten process that is writing it fails.
+    Only for the sole writer of the file from now on: a stale process that is still writing it will fail.
     """
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}")  # as tempfile names them
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}")  # tempfile's naming scheme
     with suppress(FileNotFoundError):
         for entry in list(os.scandir(path.parent)):
             if pattern.fullmatch(entry.name):
@@ -240,17 +240,17 @@ def remove_leftovers(path: Path) -> None:
 def write_synced(
     path: Path, text: str, *, within: int | None = None, label: str = "", check: Callable[[], None] | None = None
 ) -> None:
-    """Write a text file through to the disk, and only then under its name.
+    """Write and sync a text file under a temporary name, then rename it into place.
 
     Args:
-        path: the file; a bare name where ``within`` is given.
-        text: what it is to hold.
-        within: an open directory that the file is made in, wherever that has been moved to.
-        label: makes the temporary name the writer's own.
-        check: called when the temporary file is there; where it raises, nothing gets the name.
+        path: the file; a bare name if ``within`` is given.
+        text: its new content.
+        within: descriptor of a directory to create the file in, even if it has been moved.
+        label: makes the temporary name unique to the writer.
+        check: called before the rename; if it raises, the file is not renamed.
 
     Raises:
-        OSError: it cannot be written; nothing of it stays under its name.
+        OSError: it cannot be written; no temporary file is left.
     """
     temporary = path.with_name(f".{path.name}{label and '.'}{label}.tmp")
     try:
@@ -269,7 +269,7 @@ def write_synced(
 
 @contextmanager
 def open_directory(path: Path) -> Iterator[int]:
-    """A directory held open: it stays the same one when it is renamed."""
+    """Hold a directory open: the descriptor keeps referring to it after a rename."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         yield descriptor
@@ -278,7 +278,7 @@ def open_directory(path: Path) -> Iterator[int]:
 
 
 def sync_directory(path: Path) -> None:
-    """Have the names in a directory written to the disk; nothing where its file system cannot do that."""
+    """Sync a directory's entries to disk; do nothing if its file system does not support that."""
     try:
         with open_directory(path) as descriptor:
             os.fsync(descriptor)

@@ -1,9 +1,9 @@
-"""The torchrun that started this process, and an end where that has died before the ranks have met.
+"""End this process if torchrun dies before the ranks have connected.
 
-Ranks that wait for each other or for a store would otherwise wait on for half an hour, since nothing is left to end
-them. Once they have met, a lost store or peer ends them. Linux only; elsewhere, and under other launchers, whose ranks
-may outlive what has started them, nothing is watched. Cost: a few files of ``/proc`` at the import, and one file
-descriptor and a sleeping thread while the ranks meet.
+Ranks that wait for each other or for a store would otherwise hang for half an hour, since no agent is left to kill
+them. Once they are connected, a lost store or peer ends them. Linux only. Elsewhere, and under other launchers (whose
+ranks may outlive their parent), nothing is watched. Cost: reading a few files of ``/proc`` at import, and a file
+descriptor and a sleeping thread while the ranks connect.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _VARIABLE: Final = b"TORCHELASTIC_RUN_ID="
 
 
 def _find_agent() -> int | None:
-    """A descriptor of torchrun's process: the nearest ancestor that has not got its variables from another one."""
+    """Return a pidfd of torchrun: the nearest ancestor that did not inherit torchrun's variables."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or not hasattr(os, "pidfd_open"):
         return None
     pid = os.getppid()
@@ -39,13 +39,13 @@ def _words(pid: int, name: str) -> list[bytes]:
     return Path(f"/proc/{pid}/{name}").read_bytes().split(b"\0")
 
 
-# At the import, which is the earliest: whoever adopts this process once torchrun has died looks like it later.
+# At import, as early as possible: if torchrun dies, the process that adopts this one would look like torchrun.
 _AGENT: Final = _find_agent()
 
 
 @contextmanager
 def ends_with_launcher() -> Iterator[None]:
-    """End this process within a moment if torchrun dies, or has died, before this context is left."""
+    """End this process promptly if torchrun dies, or has already died, within this context."""
     if _AGENT is None:
         yield
         return
@@ -61,7 +61,7 @@ def ends_with_launcher() -> Iterator[None]:
 
 
 def _watch(agent: int, over: int) -> None:
-    """Wait until either can be read, which a process's descriptor can once it has ended."""
+    """Wait until either descriptor is readable; a pidfd is, once its process has ended."""
     poll = select.poll()
     poll.register(agent, select.POLLIN)
     poll.register(over, select.POLLIN)

@@ -1,10 +1,10 @@
-"""Where the ranks of a run meet: a host and a port that all of them come to on their own.
+"""Rendezvous: how the ranks of a run independently agree on a host and port.
 
-torchrun says it (``MASTER_ADDR``, ``MASTER_PORT``). SLURM does not: the host is the step's first node, from its list of
-nodes, and the port one of a few that follow from job, step and restart, so that two steps of a job do not meet, nor a
-restarted job its cut-off predecessor. Rank 0 takes the first of these that is free, and tells who comes the attempt's
-name and the port at which its store is; the others look which one it was, and go past whatever else listens there. No
-torch. Cost: a few connections; a call of ``scontrol`` where a node's name does not resolve.
+torchrun provides them (``MASTER_ADDR``, ``MASTER_PORT``). Under SLURM, the host is the first node in the step's node
+list, and the port is one of a few derived from job, step and restart. So two steps of a job never meet, nor does a
+requeued job meet a stale process of its previous run. Rank 0 listens on the first free port and sends each client the
+attempt's name and the store's port. The other ranks try the ports and ignore anything else that listens there. Needs no
+torch. Cost: a few connections, and a call to ``scontrol`` if a node name does not resolve.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from disttrain.world import World
 
 _FIRST_PORT: Final = 16_000
 _NUM_PORTS: Final = 14_000
-"""Below the ports that Linux gives to those who ask for any (32768 and up), above those of services."""
+"""Below Linux's ephemeral ports (32768 and up), above those of common services."""
 _CANDIDATES: Final = 8
 _STRIDE: Final = 997
 _GREETING: Final = "disttrain"
@@ -41,13 +41,13 @@ _NOTE_SECONDS: Final = 30.0
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the ranks meet.
+    """Rendezvous parameters.
 
     Attributes:
         host: name or address of rank 0's node.
-        ports: which ports to try, in this order; one where the launcher has settled it.
-        name: what the attempt is called; rank 0 says it to who comes, so that nobody meets another job's.
-        hosts: names of the nodes, in the order of ranks, where they are known.
+        ports: ports to try, in this order; a single one if the launcher has fixed it.
+        name: name of the attempt; rank 0 sends it to clients, so that no rank joins another job.
+        hosts: node names in rank order, if known.
     """
 
     host: str
@@ -56,16 +56,16 @@ class Meeting:
     hosts: tuple[str, ...] = ()
 
     def on_host(self, rank: int, world: World) -> str:
-        """Words for a rank: its number, and its node where that is known."""
+        """Describe a rank for messages: its number, and its node if known."""
         node = rank // world.local_size
         return f"rank {rank} on {self.hosts[node]}" if node < len(self.hosts) else f"rank {rank}"
 
 
 def find_meeting(world: World, environ: Mapping[str, str] | None = None) -> Meeting:
-    """Where the ranks of a world of several meet.
+    """Find the rendezvous of a world with several ranks.
 
     Raises:
-        ConfigError: the environment does not say, or names a node that has no address.
+        ConfigError: the environment lacks it, or names a node without an address.
     """
     env = os.environ if environ is None else environ
     if world.launcher != "slurm":
@@ -87,10 +87,10 @@ def find_meeting(world: World, environ: Mapping[str, str] | None = None) -> Meet
 
 @contextmanager
 def announce(meeting: Meeting, port: int) -> Iterator[None]:
-    """Tell everyone who comes to the meeting that rank 0 is at a port, for as long as the context lasts. Rank 0 only.
+    """Within the context, send every client the port of rank 0's store. Rank 0 only.
 
     Raises:
-        ConfigError: other programs have all ports of the meeting.
+        ConfigError: all candidate ports are in use by other programs.
     """
     listener = _listen(meeting)
     greeting = f"{_GREETING} {meeting.name} {port}\n".encode()
@@ -115,14 +115,14 @@ def announce(meeting: Meeting, port: int) -> Iterator[None]:
 
 @contextmanager
 def reserve_port(*, everywhere: bool = False) -> Iterator[int]:
-    """A free port of this host that stays free for processes to come, for as long as the context lasts.
+    """Reserve a free port on this host for processes yet to be started, for the duration of the context.
 
-    A number that is only looked up may be another program's by the time that it is used: as its own port, or as that of
-    a connection it makes. A socket that is bound but does not listen keeps the kernel from giving it away, and lets
-    others listen there that ask for ``SO_REUSEADDR``, as servers do, torch's stores among them.
+    Just looking up a free port is racy: another program may take it, as its own port or as the source port of a
+    connection. A bound socket that does not listen keeps the kernel from handing the port out, but still allows servers
+    with ``SO_REUSEADDR``, such as torch's stores, to listen on it.
 
     Args:
-        everywhere: at all addresses, for ranks on other hosts, and not at the loopback alone.
+        everywhere: bind to all addresses, for ranks on other hosts, instead of only the loopback address.
     """
     both = everywhere and socket.has_dualstack_ipv6()
     with socket.socket(socket.AF_INET6 if both else socket.AF_INET) as place:
@@ -150,14 +150,14 @@ def _listen(meeting: Meeting) -> socket.socket:
 
 
 def hear(meeting: Meeting, deadline: float) -> int:
-    """The port that rank 0 announces; all other ranks.
+    """Return the port that rank 0 announces. All ranks except 0.
 
     Args:
-        meeting: where.
-        deadline: when to give up, as ``time.monotonic`` counts.
+        meeting: the rendezvous.
+        deadline: when to give up, in ``time.monotonic()`` seconds.
 
     Raises:
-        JoinError: rank 0 did not answer in time; says what happened at each port.
+        JoinError: rank 0 did not answer in time; the message says what happened at each port.
     """
     noted = time.monotonic() + _NOTE_SECONDS
     why: dict[int, str] = {}
@@ -183,7 +183,7 @@ def hear(meeting: Meeting, deadline: float) -> int:
 
 
 def _listen_to(host: str, port: int, seconds: float) -> str:
-    """The greeting of what listens at a port, or why there is none."""
+    """Return the greeting received at a port, or why there was none."""
     try:
         with socket.create_connection((host, port), seconds) as connection, connection.makefile() as stream:
             line = stream.readline(200).strip()
@@ -195,10 +195,10 @@ def _listen_to(host: str, port: int, seconds: float) -> str:
 
 
 def slurm_hosts(env: Mapping[str, str]) -> list[str]:
-    """Names of the nodes of this SLURM step, or of the job, in SLURM's order.
+    """Return the node names of this SLURM step, or of the job, in SLURM's order.
 
     Raises:
-        ConfigError: there is no list, or it has a form that only a missing ``scontrol`` can read.
+        ConfigError: there is no node list, or only ``scontrol`` could parse it, and that is missing.
     """
     names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
     text = next((env[name] for name in names if env.get(name)), "")
@@ -214,10 +214,10 @@ def slurm_hosts(env: Mapping[str, str]) -> list[str]:
 
 
 def expand_nodes(text: str) -> list[str]:
-    """The names in a list such as ``n[01-03,7],gpu-[1-2]-a``.
+    """Expand a node list such as ``n[01-03,7],gpu-[1-2]-a``.
 
     Raises:
-        ValueError: it is no such list.
+        ValueError: the text is not such a list.
     """
     names: list[str] = []
     items = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text)
@@ -241,7 +241,7 @@ def _numbers(ranges: str) -> list[str]:
 
 
 def _address(host: str) -> str:
-    """A node's name if it resolves, or else the address that SLURM has for it."""
+    """Return a node's name if it resolves, otherwise its address according to SLURM."""
     try:
         socket.getaddrinfo(host, None)
         return host
