@@ -92,9 +92,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def _print_repeats(keys: Keys) -> None:
-    """List some keys that occur in several shards: often a mistake, but not a fault, since shards may each count from
-    0.
-    """
+    """List some keys that occur in several shards: often a mistake, but not a fault, as shards may count from 0."""
     repeats, total = keys.repeats(_REPEATS_SHOWN)
     for key, first, second in repeats:
         there = "which is named twice" if first.path == second.path else f"and in shard {shown(second.path)}"

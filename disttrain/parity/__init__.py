@@ -1,1 +1,1 @@
-"""Does a recipe train the same in every layout? Runs it in several, and says what differs first, and why."""
+"""Check that a recipe trains the same in several layouts, and report the first difference and its causes."""

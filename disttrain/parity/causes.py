@@ -1,8 +1,8 @@
-"""Why two runs of one recipe may differ, from what differs first and from what their traces say of the module.
+"""Find likely causes of a difference between two runs of one recipe.
 
-Draws from generators that are not keyed, micro batch sizes, batch norms and whether the module is a
-:class:`disttrain.Task` are facts of the traces; the rest is inferred from the samples, the weights at the start, and
-the first step's loss and gradient norm.
+The traces record unkeyed random draws, micro batch sizes, batch norms and whether the module is a
+:class:`disttrain.Task`. Everything else is inferred from the samples, the initial weights, and the first step's loss
+and gradient norm.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from disttrain.parity.traces import Trace
 
 
 def likely_causes(reference: Trace, other: Trace, tolerance: float) -> list[str]:
-    """Why two runs that differ may do so, the likeliest first.
+    """Return the possible causes of a difference between two runs, likeliest first.
 
     Args:
         reference: the run that others are compared with.
-        other: one that differs from it.
-        tolerance: what counts as rounding.
+        other: a run that differs from it.
+        tolerance: the largest distance that counts as rounding.
     """
     drawn = sorted({*reference.drawn, *other.drawn})
     causes = [
@@ -32,7 +32,7 @@ def likely_causes(reference: Trace, other: Trace, tolerance: float) -> list[str]
     if step is None:
         return causes
     if reference.micro_batch_size != other.micro_batch_size:
-        # What is known to follow the size comes before all else; a guess does not come before what is known.
+        # Known effects of the micro batch size come first; a guess never precedes a known cause.
         known = _of_the_size(reference, other)
         return [*known, *causes] if known else causes or [_of_neighbours(reference, other)]
     ours, theirs = reference.steps[step], other.steps[step]
@@ -62,7 +62,7 @@ def likely_causes(reference: Trace, other: Trace, tolerance: float) -> list[str]
 
 
 def _of_the_size(reference: Trace, other: Trace) -> list[str]:
-    """What follows the micro batch size in this module."""
+    """Return what depends on the micro batch size in this module."""
     followers = ["dropout masks"] * (reference.draws or other.draws)
     followers += [f"batch norms ({_names(reference)})"] * bool(reference.batch_norms)
     causes = []

@@ -1,9 +1,9 @@
-"""Two runs of one recipe side by side: the same to the bit, within a tolerance, or different, where first and why.
+"""Compare two runs of one recipe: identical bits, within a tolerance, or different, with the first difference and why.
 
-Distances of weights are ``max|w - w'| / max|w|``, of each parameter by itself for naming it and over all of them for
-the verdict; losses and norms are compared relative to the reference. The likely cause follows from what differs first:
-the samples, the weights at the start, the loss, the gradient, or only what no gradient flows through. Cost: one pass
-over the weights of every step.
+The distance of weights is ``max|w - w'| / max|w|``: per parameter to name one, over all parameters for the verdict.
+Losses and norms are compared relative to the larger value. The likely cause follows from what differs first: the
+samples, the initial weights, the loss, the gradient, or only values without a gradient. Cost: one pass over the weights
+of every step.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ class Comparison:
         weights: distance of the weights after the last step.
         loss: largest relative difference of a step's loss.
         grad_norm: largest relative difference of a step's gradient norm.
-        metrics: largest difference of a metric, relative to it where it is larger than 1.
-        first: what left the tolerance first, or the last bit where nothing did; empty where all bits are equal.
-        causes: what may be the reason, the likeliest first; only where the runs differ.
+        metrics: largest difference of a metric; relative for values larger than 1.
+        first: what first exceeded the tolerance, or the first differing bit if nothing did; empty if all bits are
+            equal.
+        causes: possible reasons, likeliest first; empty unless the runs differ.
         distances: distance of the weights after each step.
-        tolerance: what it was judged by.
-        exact: whether another bit of a weight was a difference, too.
+        tolerance: the tolerance that was applied.
+        exact: whether a single different bit of a weight counted as a difference.
     """
 
     name: str
@@ -57,8 +58,8 @@ def compare(reference: Trace, other: Trace, tolerance: float, *, exact: bool = F
         reference: the run that others are compared with.
         other: another run of the same recipe.
         tolerance: largest distance of weights, losses, norms and metrics that counts as rounding.
-        exact: whether the weights and the norms of the gradients must have the same bits, and a task's losses;
-            another module's losses and the metrics may still round.
+        exact: whether weights, gradient norms and a task's losses must match bit for bit; losses of other modules and
+            metrics may still differ by rounding.
 
     Raises:
         ParityError: a file of a run is missing.

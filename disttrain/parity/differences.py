@@ -1,7 +1,7 @@
-"""How far two runs are apart, in numbers: weights, losses, norms, metrics and samples.
+"""Measure the distance between two runs: weights, losses, norms, metrics and samples.
 
-Nothing is passed over: names are those of both runs, what only one of them has is a difference without a measure, and
-so is a NaN or an infinity that only one has. Where both have the same one, they are equal.
+Nothing is skipped: all names of both runs are compared. A name that only one run has is an infinite difference, and so
+is a NaN or infinity that only one has. If both have the same one, they are equal.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BUFFER: Final = "buffer "
 
 
 def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """``max|w - w'| / max|w|`` over all parameters; infinite where one is missing, or not finite in one run alone."""
+    """Return ``max|w - w'| / max|w|`` over all parameters; infinite if one is missing or non-finite in one run only."""
     names = {name for one in (ours, theirs) for name, value in one.items() if _is_weight(name, value)}
     scale = _scale(w for name, w in ours.items() if name in names)
     gap = largest(
@@ -29,7 +29,7 @@ def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 
 def first_unlike(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> str:
-    """The first parameter or buffer that is further off than a tolerance, and by how much; with 0, any other bit."""
+    """Return the first parameter or buffer beyond the tolerance, and its distance; with 0, any differing bit counts."""
     scale = _scale(w for name, w in ours.items() if _is_weight(name, w)) or 1.0
     for name in [*ours, *(name for name in theirs if name not in ours)]:
         one, two = ours.get(name), theirs.get(name)
@@ -46,14 +46,14 @@ def first_unlike(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: 
 
 
 def relative(one: float, two: float) -> float:
-    """How far apart two numbers are, over the larger one."""
+    """Return the difference of two numbers relative to the larger one."""
     if not math.isfinite(one) or not math.isfinite(two):
         return 0.0 if one == two or (math.isnan(one) and math.isnan(two)) else math.inf
     return 0.0 if one == two else abs(one - two) / max(abs(one), abs(two))
 
 
 def metric_gaps(reference: Trace, other: Trace) -> dict[str, float]:
-    """By name, how far metrics are apart: relative where they are larger than 1, infinite where one has none."""
+    """Return the distance of each metric: relative for values larger than 1, infinite if one run lacks it."""
     ours, theirs = reference.metrics, other.metrics
     gaps: dict[str, float] = {}
     for name in sorted({*ours, *theirs}):
@@ -61,13 +61,13 @@ def metric_gaps(reference: Trace, other: Trace) -> dict[str, float]:
         if one is None or two is None:
             gaps[name] = math.inf
         else:
-            # Of a mean squared error of thousands the absolute difference would be all rounding.
+            # For a mean squared error in the thousands, the absolute difference would be mostly rounding.
             gaps[name] = min(relative(one, two), abs(one - two)) if math.isfinite(one - two) else relative(one, two)
     return gaps
 
 
 def order_differs(reference: Trace, other: Trace) -> str:
-    """In which step the samples are not the same, or not known of a run; empty where they are the same."""
+    """Return the first step whose samples differ or are unknown in one run; empty if all are equal."""
     for step in sorted({*reference.steps, *other.steps, *reference.samples, *other.samples}):
         without = [trace.name for trace in (reference, other) if step in trace.steps and not trace.samples.get(step)]
         if without:
@@ -79,7 +79,7 @@ def order_differs(reference: Trace, other: Trace) -> str:
 
 
 def largest(gaps: Iterable[float]) -> float:
-    """The largest of some distances, 0 of none; a NaN counts as infinite."""
+    """Return the largest distance, or 0 if there are none; NaN counts as infinite."""
     return max((math.inf if math.isnan(gap) else gap for gap in gaps), default=0.0)
 
 
@@ -92,7 +92,7 @@ def _alike(one: Tensor | None, two: Tensor | None) -> bool:
 
 
 def _gap(one: Tensor, two: Tensor) -> float:
-    """Largest difference of an element; NaN where one is not finite and the other is not the same."""
+    """Return the largest difference of an element; NaN if one is not finite and the other is not the same."""
     if not one.numel():
         return 0.0
     one, two = one.double(), two.double()
@@ -101,7 +101,7 @@ def _gap(one: Tensor, two: Tensor) -> float:
 
 
 def _scale(values: Iterable[Tensor]) -> float:
-    """The largest finite absolute value."""
+    """Return the largest finite absolute value."""
     return max((float(torch.where(w.isfinite(), w, 0).abs().max()) for w in values if w.numel()), default=0.0)
 
 

@@ -1,10 +1,10 @@
-"""Runs of one recipe on this machine, one layout after the other, in one process a rank, as torchrun would start them.
+"""Run one recipe in several layouts on this machine, one after the other, with one process per rank as under torchrun.
 
-Each rank has one thread, because sums of several threads depend on how many there are. Output goes to a file a rank.
-Where a run is to be killed, rank 0 kills itself before a step, which ends the others, and the same command is started
-again, which resumes. Whatever the recipe says, a run begins anew in a folder of its own and copies no checkpoint
-elsewhere, so that no run of the user's is taken over. Cost: a run of a few steps a layout. Ranks are forked from a
-server that has imported disttrain and run none of it, so that libraries are loaded once and not once a rank.
+Each rank uses one thread, because sums over several threads depend on their number. Output goes to one file per rank.
+To test a kill, rank 0 kills itself before a step, which ends the other ranks; then the same command runs again and
+resumes. Whatever the recipe says, each run starts from scratch in its own folder and copies no checkpoints elsewhere,
+so it cannot touch the user's runs. Cost: a run of a few steps per layout. Ranks are forked from a server that has
+imported disttrain but executed nothing, so libraries are loaded once, not once per rank.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _CONTEXT.set_forkserver_preload(["disttrain.commands.training"])
 
 @dataclass(frozen=True)
 class Runs:
-    """What every run of a comparison has in common.
+    """What all runs of a comparison share.
 
     Attributes:
-        arguments: of ``disttrain fit``: the recipe and its overrides.
-        folder: where the runs go.
-        steps: optimizer steps of each.
-        parallel: the recipe's settings, which each layout changes.
-        micro_batch_size: of the layouts that name none; None for the recipe's.
+        arguments: arguments of ``disttrain fit``: the recipe and its overrides.
+        folder: the parent of the run folders.
+        steps: optimizer steps of each run.
+        parallel: the recipe's settings, which each layout overrides.
+        micro_batch_size: for layouts that do not set one; None for the recipe's.
     """
 
     arguments: tuple[str, ...]
@@ -55,20 +55,20 @@ class Runs:
         """Run the recipe in a layout.
 
         Args:
-            layout: how it is spread.
-            name: of the run, and of its folder; by default the layout's.
-            kill: kill it half-way and resume it.
+            layout: how the run is spread over ranks.
+            name: name of the run and its folder; the layout's by default.
+            kill: whether to kill the run half-way and resume it.
 
         Raises:
-            ParityError: the run failed; the message quotes its last words. Or it was to be killed and resumed, and was
-                not.
+            ParityError: the run failed (the message quotes its last output), or it was not killed and resumed as
+                requested.
         """
         name = name or layout.name
         run_dir = self.folder / name
         trace = Trace(name, run_dir)
         words = self._arguments(layout, run_dir, kill)
         codes = self._start([*words, "--resume", "never"], layout, run_dir)
-        if kill and codes[0] == -signal.SIGKILL and trace.was_killed:  # the others end by the lost connection
+        if kill and codes[0] == -signal.SIGKILL and trace.was_killed:  # the other ranks fail on the lost connection
             codes = self._start([*words, "--resume", "auto"], layout, run_dir)
         if any(codes):
             rank = next((r for r, code in enumerate(codes) if code not in (0, -signal.SIGKILL)), 0)
@@ -81,7 +81,7 @@ class Runs:
         return trace
 
     def _check_killed(self, trace: Trace) -> None:
-        """See that a run was what it was to be."""
+        """Check that a run was killed and resumed as requested."""
         if not trace.was_killed:
             done = max(trace.steps)
             raise ParityError(
@@ -103,7 +103,7 @@ class Runs:
         words = ["fit", *self.arguments, "--trainer.parallel", json.dumps(asdict(layout.parallel(self.parallel)))]
         if size := layout.micro_batch_size or self.micro_batch_size:
             words += ["--data.micro_batch_size", str(size)]
-        # The recipe's own run, and its copies on remote storage, are not to be touched.
+        # The recipe's own run folder and its remote copies must not be touched.
         words += ["--trainer.run_dir", str(run_dir), "--checkpoint.mirror", "null"]
         words += ["--trainer.log_every_steps", "1", "--trainer.progress_bar", "false"]
         words += ["--trainer.callbacks+=disttrain.callbacks.ledger.SampleLedger"]
@@ -111,12 +111,12 @@ class Runs:
         trace = {"class_path": "disttrain.callbacks.trace.StepTrace", "init_args": settings}
         words += [f"--trainer.callbacks+={json.dumps(trace)}"]
         if kill:
-            # On disk before the next step begins: the kill is meant to come after a checkpoint.
+            # Saved synchronously, so that the checkpoint is on disk before the kill.
             words += [f"--checkpoint.every_steps={max(1, self.steps // 4)}", "--checkpoint.save=sync"]
         return words
 
     def _start(self, words: list[str], layout: Layout, run_dir: Path) -> list[int]:
-        """Start all ranks and wait for them; once one has failed, the others have a few seconds."""
+        """Start all ranks and wait for them; once one fails, the others get a few seconds."""
         run_dir.mkdir(parents=True, exist_ok=True)
         processes: list[BaseProcess] = []
         with reserve_port() as port:
@@ -135,7 +135,7 @@ class Runs:
 
 
 def _run_rank(words: list[str], environment: dict[str, str], log: str) -> None:
-    """One rank of a run, in its own process."""
+    """Run one rank of a run, in its own process."""
     os.environ.clear()
     os.environ.update(environment)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -158,7 +158,7 @@ def _run_rank(words: list[str], environment: dict[str, str], log: str) -> None:
 
 
 def _wait(processes: Sequence[BaseProcess]) -> list[int]:
-    """Exit codes; once one rank has failed, the others have a few seconds."""
+    """Return the exit codes; once one rank fails, the others get a few seconds."""
     patience = _GRACE_SECONDS
     while alive := [process for process in processes if process.is_alive()]:
         failed = any(process.exitcode not in (0, None) for process in processes)
@@ -173,7 +173,7 @@ def _wait(processes: Sequence[BaseProcess]) -> list[int]:
 
 
 def _environment(rank: int, size: int, port: int) -> dict[str, str]:
-    # The ranks of a launcher that this runs under are not these.
+    # Drop the variables of any launcher around this process; they describe other ranks.
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC_", "SLURM_"))}
     ours |= {"OMP_NUM_THREADS": "1"}
     if size == 1:

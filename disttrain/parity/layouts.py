@@ -1,8 +1,7 @@
-"""Layouts as they are written on the command line: ``1``, ``2xddp``, ``4xfsdp``, ``2x2hsdp``, ``2x2tp``, ``1@64``.
+"""Parse layouts from the command line: ``1``, ``2xddp``, ``4xfsdp``, ``2x2hsdp``, ``2x2tp``, ``1@64``.
 
-A layout is a number of ranks, a strategy, and behind an @ a micro batch size where it is not the recipe's. What it says
-of strategy and degrees replaces the recipe's; options that only the other strategy has are left out. No torch is
-loaded here.
+A layout is a number of ranks, a strategy and, after an @, a micro batch size if it differs from the recipe's. Its
+strategy and degrees replace the recipe's; options that only the other strategy has are dropped. Does not import torch.
 """
 
 from __future__ import annotations
@@ -21,21 +20,21 @@ _FOREIGN: Final[dict[str, dict[str, Any]]] = {
     "ddp": {"offload": False},
     "fsdp": {"static_graph": False, "gradient_as_bucket_view": True},
 }
-"""Options that a strategy does not have, as they are where nothing is asked for."""
+"""Options that a strategy lacks, with the values that request nothing."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to spread a run.
+    """One way to spread a run over ranks.
 
     Attributes:
-        name: as it was written.
-        num_ranks: processes.
+        name: as written on the command line.
+        num_ranks: number of processes.
         strategy: ``ddp`` or ``fsdp``.
         replicate: copies of the sharded model.
-        shard: ranks that share a copy; -1 for all that are left.
-        tensor: ranks that share each layer. It cuts the sums inside a layer, so that rounding depends on it.
-        micro_batch_size: in samples, where it is not the recipe's.
+        shard: ranks that share a copy; -1 for all remaining ranks.
+        tensor: ranks that share each layer. Splits the sums inside a layer, so rounding depends on it.
+        micro_batch_size: in samples; None for the recipe's.
     """
 
     name: str
@@ -48,11 +47,11 @@ class Layout:
 
     @property
     def num_parts(self) -> int:
-        """Parts into which a global batch is cut."""
+        """Number of parts that a global batch is split into."""
         return self.num_ranks // self.tensor
 
     def parallel(self, recipe: ParallelConfig) -> ParallelConfig:
-        """A recipe's settings in this layout.
+        """Return the recipe's settings, adapted to this layout.
 
         Raises:
             ConfigError: they exclude each other.
@@ -65,10 +64,10 @@ class Layout:
 
 
 def parse_layouts(text: str) -> list[Layout]:
-    """The layouts of a list such as ``1,2xddp,2x2hsdp``; the first is what the others are compared with.
+    """Parse a list of layouts such as ``1,2xddp,2x2hsdp``; the first one is the reference.
 
     Raises:
-        ConfigError: one is none, or there are fewer than two.
+        ConfigError: a layout is invalid, or there are fewer than two.
     """
     layouts = [parse_layout(part.strip()) for part in text.split(",") if part.strip()]
     names = [layout.name for layout in layouts]
@@ -78,10 +77,10 @@ def parse_layouts(text: str) -> list[Layout]:
 
 
 def parse_layout(text: str) -> Layout:
-    """One layout.
+    """Parse one layout.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is invalid.
     """
     found = re.fullmatch(r"(\d+)(?:x(?:(\d+)x?)?(ddp|fsdp|hsdp|tp))?(?:@(\d+))?", text)
     if found is None:
@@ -100,19 +99,19 @@ def parse_layout(text: str) -> Layout:
 
 
 def common_size(layouts: Sequence[Layout], global_batch_size: int) -> int:
-    """The largest micro batch size that every layout can take.
+    """Return the largest micro batch size that fits every layout.
 
     Raises:
-        ConfigError: a layout cannot cut the global batch at all.
+        ConfigError: a layout cannot split the global batch at all.
     """
     return math.gcd(*(_plan(layout, global_batch_size, 1).rank_batch_size for layout in layouts))
 
 
 def fitting_size(layouts: Sequence[Layout], global_batch_size: int, micro_batch_size: int) -> int:
-    """The recipe's micro batch size where all layouts that name none can take it, or else the next smaller one.
+    """Return the recipe's micro batch size if it fits all layouts that do not set one, else the next smaller that does.
 
     Raises:
-        ConfigError: a layout cannot cut the global batch at all.
+        ConfigError: a layout cannot split the global batch at all.
     """
     open_ones = [layout for layout in layouts if layout.micro_batch_size is None]
     largest = common_size(open_ones, global_batch_size) if open_ones else micro_batch_size
@@ -120,7 +119,7 @@ def fitting_size(layouts: Sequence[Layout], global_batch_size: int, micro_batch_
 
 
 def check_sizes(layouts: Sequence[Layout], global_batch_size: int, micro_batch_size: int) -> None:
-    """See that every layout can cut the global batch.
+    """Check that every layout can split the global batch.
 
     Raises:
         ConfigError: one cannot; the message names it and what works.
@@ -130,7 +129,7 @@ def check_sizes(layouts: Sequence[Layout], global_batch_size: int, micro_batch_s
 
 
 def another_size(global_batch_size: int, micro_batch_size: int) -> int | None:
-    """Another micro batch size that one process can take: the next smaller one, or else the next larger one, if any."""
+    """Return another micro batch size for a single process: the next smaller one, else the next larger one, if any."""
     sizes = divisors(global_batch_size)
     smaller = [size for size in sizes if size < micro_batch_size]
     larger = [size for size in sizes if size > micro_batch_size]
@@ -138,7 +137,7 @@ def another_size(global_batch_size: int, micro_batch_size: int) -> int | None:
 
 
 def replaced_settings(layouts: Sequence[Layout], recipe: ParallelConfig) -> list[str]:
-    """What of a recipe's settings gives way to the layouts, in words."""
+    """Describe which of the recipe's settings the layouts override."""
     usual = {field.name: field.default for field in fields(ParallelConfig)}
     told = [
         f"trainer.parallel.{name} {getattr(recipe, name)} of the recipe gives way to each layout's"

@@ -1,7 +1,6 @@
-"""How a comparison is told: a table, two pictures, and JSON.
+"""Show a comparison as a table, two plots and JSON.
 
-The pictures are the losses of all layouts over each other, and the distance of each layout's weights from the
-reference's after each step.
+The plots show the losses of all layouts, and the distance of each layout's weights from the reference after each step.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from disttrain.terminal import say
 
 
 def print_comparisons(reference: Trace, compared: Sequence[Comparison], again: Comparison | None) -> None:
-    """Print the table, and for each layout that differs what did so first and why it may.
+    """Print the table and, for each layout that differs, its first difference and possible causes.
 
     Args:
         reference: the run that others were compared with.
         compared: the others.
-        again: the reference run once more, where that was needed.
+        again: a repeat of the reference, if one was needed.
     """
     table = Table(title=f"disttrain parity: {len(reference.steps)} steps, compared with {reference.name}")
     for head in ("layout", "verdict"):
@@ -49,7 +48,7 @@ def print_comparisons(reference: Trace, compared: Sequence[Comparison], again: C
 
 
 def draw_pictures(traces: Sequence[Trace], compared: Sequence[Comparison], out: Path) -> list[Path]:
-    """Draw losses and distances into a folder."""
+    """Draw the plots of losses and distances into a folder."""
     losses = tuple(
         Line(trace.name, [(step, values["loss"]) for step, values in trace.steps.items()], color)
         for color, trace in enumerate(traces[:MAX_LINES])
@@ -68,7 +67,7 @@ def draw_pictures(traces: Sequence[Trace], compared: Sequence[Comparison], out: 
 
 
 def write_json(path: Path, reference: Trace, compared: Sequence[Comparison], again: Comparison | None) -> None:
-    """Write all figures, for programs."""
+    """Write all figures as JSON."""
     content = {
         "reference": reference.name,
         "steps": len(reference.steps),
@@ -82,7 +81,7 @@ def _causes(one: Comparison, again: Comparison | None) -> list[str]:
     causes = list(one.causes)
     if one.verdict != DIFFERENT or again is None:
         return causes
-    # Where rounding is allowed, a repeat that rounds otherwise explains nothing.
+    # If rounding is allowed, a repeat that differs by rounding explains nothing.
     if again.verdict == DIFFERENT or (one.exact and again.verdict != SAME):
         causes.insert(
             0,

@@ -1,8 +1,8 @@
-"""What a run left behind for a comparison: samples, losses, gradient norms and weights by step, and metrics.
+"""Read what a run recorded for a comparison: samples, losses, gradient norms and weights by step, and metrics.
 
-Reads the files of :mod:`disttrain.callbacks.trace`, of the sample ledger and of the run's record. Weights are read
-one step at a time. Nothing is unpickled (``weights_only``). What a comparison cannot do without and is not there is an
-error that names the layout.
+Reads the files of :mod:`disttrain.callbacks.trace`, the sample ledger and the run record. Weights are read one step at
+a time. Nothing is unpickled (``weights_only``). A missing file that the comparison needs is an error that names the
+layout.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from disttrain.reading import read_json, read_json_lines, read_run
 
 
 class ParityError(DisttrainError):
-    """A run of a comparison that failed, or that left no trace to compare."""
+    """A run of a comparison failed or left no trace to compare."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One run, as its folder tells it.
+    """One run, as read from its folder.
 
     Attributes:
-        name: of the layout.
+        name: the layout's name.
         run_dir: the run's folder.
     """
 
@@ -40,10 +40,10 @@ class Trace:
 
     @cached_property
     def steps(self) -> dict[int, dict[str, float]]:
-        """``loss`` and ``grad_norm`` by step, from 1 on; of a step that was done twice, the later.
+        """``loss`` and ``grad_norm`` by step, from 1 on; for a step that ran twice, the later values.
 
         Raises:
-            ParityError: there is none.
+            ParityError: no step was recorded.
         """
         found: dict[int, dict[str, float]] = {}
         path = self.run_dir / FOLDER / "steps.jsonl"
@@ -55,11 +55,11 @@ class Trace:
 
     @cached_property
     def samples(self) -> dict[int, list[str]]:
-        """The keys of every step's samples, in order, by the step's number from 1 on."""
+        """The keys of every step's samples, in order, by step number from 1 on."""
         return {step + 1: keys for step, keys in read_ledger(self.run_dir / "ledger").items()}
 
     def weights(self, step: int) -> dict[str, Tensor]:
-        """Parameters and buffers after a step, by name.
+        """Return parameters and buffers after a step, by name.
 
         Raises:
             ParityError: they were not written.
@@ -75,7 +75,7 @@ class Trace:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The metrics of the test, or of the last validation, by name."""
+        """The test metrics, or those of the last validation, by name."""
         result: dict[str, float] = read_run(self.run_dir).get("result", {})
         return result
 
@@ -86,23 +86,23 @@ class Trace:
 
     @property
     def is_task(self) -> bool:
-        """Whether the module's training step is that of :class:`disttrain.Task`, which weighs its gradient."""
+        """Whether the module uses the training step of :class:`disttrain.Task`, which weights its gradient."""
         return bool(self._about().get("is_task"))
 
     @property
     def micro_batch_size(self) -> int | None:
-        """Samples of a rank's forward pass in training; None where the data is not disttrain's."""
+        """Samples per training forward pass on one rank; None if the data is not disttrain's."""
         size = self._about().get("micro_batch_size")
         return None if size is None else int(size)
 
     @property
     def draws(self) -> bool:
-        """Whether training draws from PyTorch's generators, which are keyed by micro batch, as dropout does."""
+        """Whether training draws from PyTorch's generators, as dropout does; they are keyed by micro batch."""
         return bool(self._about().get("draws"))
 
     @property
     def optimizers(self) -> list[str]:
-        """The classes of the optimizers."""
+        """Class names of the optimizers."""
         return list(self._about().get("optimizers", []))
 
     @property
@@ -112,12 +112,12 @@ class Trace:
 
     @property
     def resumed_from(self) -> int:
-        """The latest step from which a checkpoint was resumed; 0 where none was."""
+        """The latest step from which a checkpoint was resumed; 0 if none was."""
         return max((int(attempt["from_step"]) for attempt in read_run(self.run_dir).get("attempts", [])), default=0)
 
     @property
     def drawn(self) -> list[str]:
-        """Generators that training drew from though they are not keyed, over all ranks."""
+        """Unkeyed generators that training drew from, over all ranks."""
         files = (self.run_dir / FOLDER).glob("rank-*.json")
         return sorted({name for path in files for name in read_json(path)})
 

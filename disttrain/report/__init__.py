@@ -1,9 +1,9 @@
-"""A report of one run, or a comparison of several, as one HTML page.
+"""Report one run, or compare several, on one HTML page.
 
-The page is self-contained: pictures are inside it, it runs no script and fetches nothing, so it can be mailed
-or kept with the results. The pictures also lie beside it as PNG files. It is made from the run folder alone,
-at any time: while the run goes on, after it ended, or after it was killed. Cost: a pass over the files
-and some tenths of a second a picture; neither torch nor Lightning is imported.
+The page is self-contained: plots are embedded, there are no scripts, and nothing is fetched, so it can be mailed or
+archived with the results. The plots are also written next to it as PNG files. The page needs only the run folder and
+can be written at any time: while the run trains, after it ended, or after it was killed. Cost: one pass over the files
+and a few tenths of a second per plot. Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ PAGE_NAME = "report.html"
 
 
 def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
-    """Write ``report.html`` and its pictures.
+    """Write ``report.html`` and its plots.
 
     Args:
         run_dirs: the run folder, or several to compare.
-        out: the folder to write to; ``<run_dir>/report`` by default. It has to be given for several.
+        out: the folder to write to; ``<run_dir>/report`` by default. Required for several runs.
 
     Returns:
-        the path of the page.
+        The path of the page.
 
     Raises:
         ConfigError: no run folder is given, or several without ``out``.
-        DataError: a folder is no run folder, or ``out`` cannot be written to.
+        DataError: a folder is not a run folder, or ``out`` cannot be written to.
     """
     named: dict[Path, Path] = {}
     for folder in run_dirs:
@@ -64,6 +64,6 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def labels_of(runs: Sequence[Run]) -> list[str]:
-    """What runs are called when they are compared: their names, or their folders where names are shared."""
+    """Return labels for compared runs: their names, or their folders if names are not unique."""
     names = [run.name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]

@@ -1,8 +1,8 @@
-"""Which pictures a report shows.
+"""Choose the plots of a report.
 
-One picture a quantity: ``train/loss`` and ``val/loss`` share one, and so do ``val/accuracy`` and
-``val/accuracy/cat``. Every metric that was logged is in some picture, except those of the test, which are
-single values and stand in the table. Pure functions of what was read; drawing comes after.
+There is one plot per quantity: ``train/loss`` and ``val/loss`` share one, as do ``val/accuracy`` and
+``val/accuracy/cat``. Every logged metric appears in some plot, except test metrics: they are single values and are
+listed in the table. Pure functions of the data read; drawing is separate.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _GRAD_NORM: Final = re.compile(r"(?:train[/_])?grad(?:ient)?_norm")
 
 @dataclass(frozen=True)
 class _Kind:
-    """Title, unit and scale of a picture."""
+    """Title, unit and scale of a plot."""
 
     title: str
     unit: str
@@ -40,7 +40,7 @@ _WAIT_KIND: Final = _Kind("Waiting for data", "share of time", from_zero=True, p
 
 
 def pictures_of_run(run: Run) -> list[Picture]:
-    """The pictures of one run: losses first, then other metrics, then how the training itself went."""
+    """Choose the plots of one run: losses first, then other metrics, then throughput, timing and the like."""
     groups: dict[_Kind, list[str]] = {}
     for name in sorted(run.series, key=_rank):
         if not _TEST.match(name):
@@ -51,7 +51,7 @@ def pictures_of_run(run: Run) -> list[Picture]:
 
 
 def pictures_of_runs(runs: Sequence[Run], labels: Sequence[str]) -> list[Picture]:
-    """One picture a metric, with a line for each of the first eight runs."""
+    """Choose one plot per metric, with a line for each of the first eight runs."""
     names = {name for run in runs for name in run.series if not _TEST.match(name)}
     pictures = []
     for name in sorted(names, key=lambda name: (not name.startswith("val"), _rank(name))):
@@ -67,7 +67,7 @@ def pictures_of_runs(runs: Sequence[Run], labels: Sequence[str]) -> list[Picture
 
 
 def caption(picture: Picture) -> str:
-    """What the lines cannot show: how many values are not finite, and from which step on."""
+    """Describe what the lines cannot show: how many values are not finite, and from which step on."""
     notes = []
     for line in picture.lines:
         steps = [step for step, value in line.series if not math.isfinite(value)]
@@ -78,7 +78,7 @@ def caption(picture: Picture) -> str:
 
 
 def _mark(picture: Picture, run: Run) -> Picture:
-    """The picture with the best step, if it shows the monitored metric, and the run's life, if it shows the loss."""
+    """Mark the best step in the monitored metric's plot, and resumes, stops and rollbacks in the loss plot."""
     best = run.best
     if best is not None and best.monitor in [line.label for line in picture.lines]:
         words = f"best {best.monitor}: {best.value:.4g} at step {best.step:,}"
@@ -111,7 +111,7 @@ def _kind(name: str) -> _Kind:
 
 
 def _rank(name: str) -> tuple[int, str, bool, int, str]:
-    """Where a metric stands: losses, other qualities, the training itself, the rest; training before validation."""
+    """Sort key: losses, other quality metrics, training itself, the rest; training before validation."""
     kind = _kind(name)
     training = (_RATE_KIND, _GRAD_KIND, _SPEED_KIND, _WAIT_KIND)
     if kind in training:
@@ -124,9 +124,9 @@ def _rank(name: str) -> tuple[int, str, bool, int, str]:
 
 
 def _share(kind: _Kind, names: Sequence[str], series: dict[str, Series]) -> list[Picture]:
-    """Pictures of metrics of one kind, at most eight to each."""
+    """Group metrics of one kind into plots of at most eight lines."""
     pictures = []
-    # Validation keeps its colour from picture to picture, whether or not training logs the same quantity.
+    # Validation keeps its color in every plot, whether or not training logs the same quantity.
     first = 1 if names[0].startswith("val") else 0
     for low in range(0, len(names), MAX_LINES):
         part = names[low : low + MAX_LINES]
@@ -141,7 +141,7 @@ def _slug(name: str) -> str:
 
 
 def _name_apart(pictures: Sequence[Picture]) -> list[Picture]:
-    """The pictures with file names that differ."""
+    """Make the plots' file names unique."""
     taken: set[str] = set()
     named = []
     for picture in pictures:

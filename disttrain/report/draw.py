@@ -1,10 +1,9 @@
-"""Draws one picture of a report as a PNG.
+"""Draw one plot of a report as a PNG.
 
-What to draw is a frozen :class:`Picture`; :func:`draw` makes the bytes. The same picture gives the same bytes
-whatever the user's Matplotlib settings are, and no data makes it fail: series that are empty, of one point,
-not finite or constant are drawn as far as they can be. A long series is shown by its mean in each of a
-hundred-odd spans of steps and a band from least to greatest, so that clarity and the cost of drawing do not
-depend on its length and no spike is lost.
+A frozen :class:`Picture` describes the plot; :func:`draw` renders it. The same picture gives the same bytes regardless
+of the user's Matplotlib settings, and no data makes it fail: empty, single-point, non-finite or constant series are
+drawn as far as possible. A long series is drawn as its mean over about a hundred spans of steps, with a band from
+minimum to maximum. Readability and cost therefore do not depend on its length, and no spike is lost.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ from numpy.typing import NDArray
 
 from disttrain.metrics_file import Series
 
-# Okabe and Ito's colours, told apart with any colour vision; their yellow is too faint on white.
+# The Okabe-Ito palette, safe for color-blind readers; its yellow is left out because it is too faint on white.
 PALETTE: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333", "#999999")
 MAX_LINES: Final = len(PALETTE)
 
-_NUM_SPANS: Final = 120  # spans of steps into which a picture with a long series is cut
-_MAX_POINTS: Final = 2 * _NUM_SPANS  # up to so many, a series is drawn as it is
-_MARKED_POINTS: Final = 40  # up to so many, each point has a dot
-_LEGEND_LETTERS: Final = 68  # that fit beside each other in two columns
+_NUM_SPANS: Final = 120  # number of spans that a plot with a long series is divided into
+_MAX_POINTS: Final = 2 * _NUM_SPANS  # a series with at most this many points is drawn unaveraged
+_MARKED_POINTS: Final = 40  # a line with at most this many points gets a dot per point
+_LEGEND_LETTERS: Final = 68  # fit side by side in two columns
 _LOG_SPAN: Final = 100.0
-_LARGEST: Final = 1e150  # beyond it Matplotlib's transforms overflow, so that values are drawn as if they were it
+_LARGEST: Final = 1e150  # clips values, because Matplotlib's transforms overflow beyond it
 _MAX_LABEL: Final = 60
 _WIDTH_INCHES, _HEIGHT_INCHES, _DPI = 6.4, 3.5, 150
 _INK, _GRID = "#333333", "#dddddd"
@@ -64,7 +63,7 @@ class Line:
     Attributes:
         label: its name in the legend.
         series: its points.
-        color: which colour of the palette it takes.
+        color: index into the palette.
     """
 
     label: str
@@ -74,21 +73,21 @@ class Line:
 
 @dataclass(frozen=True)
 class Picture:
-    """What one picture shows.
+    """The content of one plot.
 
     Attributes:
         name: file name without its extension.
-        title: what stands above it.
+        title: the title above the plot.
         unit: quantity and unit of the vertical axis.
         lines: the curves, at most eight.
         resumes: steps from which the run was resumed.
-        stop: the step at which it stopped, and words for the legend.
-        best: step and value of the best point, and words for the legend.
-        from_zero: whether the vertical axis begins at zero.
+        stop: the step at which the run stopped, and its legend text.
+        best: step and value of the best point, and its legend text.
+        from_zero: whether the vertical axis starts at zero.
         percent: whether values are fractions to be shown in percent.
-        preempted: steps at which it was stopped from outside.
+        preempted: steps at which the run was preempted.
         left_out: steps without an update.
-        rollbacks: from which step to which one it went back.
+        rollbacks: pairs of steps, from and to, for each rollback.
     """
 
     name: str
@@ -106,9 +105,9 @@ class Picture:
 
 
 def draw(picture: Picture) -> bytes:
-    """The picture as a PNG."""
+    """Render the picture as a PNG."""
     with matplotlib.rc_context(), warnings.catch_warnings():
-        # Of letters that the font lacks, and values at the edge of floating point: no reason to fail.
+        # Missing glyphs and values near the floating-point limits cause warnings; neither should fail the report.
         warnings.simplefilter("ignore")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
@@ -126,12 +125,12 @@ def draw(picture: Picture) -> bytes:
 
 
 def is_averaged(picture: Picture) -> bool:
-    """Whether lines are means over spans of steps, with a band from least to greatest."""
+    """Return whether lines are means over spans of steps, with a band from minimum to maximum."""
     return _edges([_points(line.series) for line in picture.lines]) is not None
 
 
 def uses_log_scale(picture: Picture) -> bool:
-    """Whether the values are all positive and span more than two decades."""
+    """Return whether all values are positive and span more than two decades."""
     values = [value for line in picture.lines for _, value in line.series if math.isfinite(value)]
     low, high = min(values, default=0.0), max(values, default=0.0)
     wide = low > 1 / _LARGEST and high / low > _LOG_SPAN
@@ -147,7 +146,7 @@ def _draw_lines(axes: Axes, picture: Picture) -> None:
         steps, mean, low, high = _thin(points, edges)
         color = PALETTE[line.color % MAX_LINES]
         if low is not high:
-            alpha = 0.22 if len(picture.lines) <= 3 else 0.1  # many bands on each other would hide the lines
+            alpha = 0.22 if len(picture.lines) <= 3 else 0.1  # overlapping bands would hide the lines
             axes.fill_between(steps, low, high, color=color, alpha=alpha, linewidth=0)
         marker = "o" if len(points) <= _MARKED_POINTS or len(steps) == 1 else ""
         axes.plot(steps, mean, color=color, linewidth=1.6, marker=marker, markersize=3.5, label=_plain(line.label))
@@ -176,8 +175,8 @@ def _draw_marks(axes: Axes, picture: Picture) -> None:
 
 
 def _draw_life(axes: Axes, picture: Picture) -> None:
-    """What happened to the run, along the edges of its curve."""
-    edges = axes.get_xaxis_transform()  # steps across, 0 to 1 upwards
+    """Mark events of the run along the edges of the plot."""
+    edges = axes.get_xaxis_transform()  # x in steps, y from 0 to 1
     for i, (step, to_step) in enumerate(picture.rollbacks):
         words = f"went back from step {_first([f'{a:,} to {b:,}' for a, b in picture.rollbacks], 2)}"
         axes.axvspan(to_step, step, color="#F0E442", alpha=0.3, linewidth=0, zorder=0.5, label=None if i else words)
@@ -207,7 +206,7 @@ def _first(words: Sequence[str], number: int = 3) -> str:
 
 
 def _dress(axes: Axes, picture: Picture) -> None:
-    """Title, scales, limits and the labels of the axes."""
+    """Set title, scales, limits and axis labels."""
     axes.set_title(_plain(picture.title), loc="left", fontsize=12, fontweight="bold")
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
@@ -229,10 +228,10 @@ def _dress(axes: Axes, picture: Picture) -> None:
 
 
 def _add_legend(figure: Figure, axes: Axes) -> int:
-    """Put the legend below the axes.
+    """Place the legend below the axes.
 
     Returns:
-        how many rows it has.
+        The number of legend rows.
     """
     handles, labels = axes.get_legend_handles_labels()
     if not handles:
@@ -245,7 +244,7 @@ def _add_legend(figure: Figure, axes: Axes) -> int:
 
 
 def _points(series: Series) -> NDArray[np.float64]:
-    """The finite points of a series by step. points: (logged, (step, value))"""
+    """Return the finite points of a series by step. points: (logged, (step, value))"""
     points = np.array(series, dtype=np.float64).reshape(-1, 2)
     points = points[np.isfinite(points[:, 1])]
     points[:, 1] = np.clip(points[:, 1], -_LARGEST, _LARGEST)
@@ -253,9 +252,9 @@ def _points(series: Series) -> NDArray[np.float64]:
 
 
 def _edges(lines: Sequence[NDArray[np.float64]]) -> NDArray[np.float64] | None:
-    """The spans of steps in which the lines of a picture are averaged; None where all are short.
+    """Return the edges of the spans over which a plot's lines are averaged, or None if all lines are short.
 
-    They are the same for all its lines, so that none looks smoother than another.
+    All lines share the spans, so none looks smoother than another.
     """
     if max((len(points) for points in lines), default=0) <= _MAX_POINTS:
         return None
@@ -265,7 +264,7 @@ def _edges(lines: Sequence[NDArray[np.float64]]) -> NDArray[np.float64] | None:
 
 
 def _thin(points: NDArray[np.float64], edges: NDArray[np.float64] | None) -> tuple[NDArray[np.float64], ...]:
-    """Steps, means, least and greatest values of the points in each span that holds some."""
+    """Return steps, means, minima and maxima of the points in each non-empty span."""
     steps, values = points[:, 0], points[:, 1]
     if edges is None or len(points) <= _NUM_SPANS:
         return steps, values, values, values
@@ -281,8 +280,8 @@ def _thin(points: NDArray[np.float64], edges: NDArray[np.float64] | None) -> tup
 
 
 def _plain(text: str) -> str:
-    """Text that Matplotlib takes as it stands: short, on one line, no mathematics, no hidden legend entry."""
+    """Escape text for Matplotlib: short, one line, no math mode, not hidden from the legend."""
     text = " ".join(text.split())
     if len(text) > _MAX_LABEL:
-        text = f"{text[: _MAX_LABEL // 2 - 1]}…{text[-_MAX_LABEL // 2 :]}"  # run folders differ at their ends
+        text = f"{text[: _MAX_LABEL // 2 - 1]}…{text[-_MAX_LABEL // 2 :]}"  # folders differ at the end
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")

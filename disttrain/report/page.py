@@ -1,8 +1,8 @@
-"""Writes the HTML page of a report.
+"""Write the HTML page of a report.
 
-Plain functions that put text together; every text that comes from outside passes :func:`html.escape`. The page
-runs no script (its content policy forbids it too), fetches nothing, and reads well on a phone, on paper and in
-dark mode. Times are UTC, so that the page says the same wherever it is made.
+Plain functions that build strings; all external text passes through :func:`html.escape`. The page runs no script (its
+content security policy forbids scripts too), fetches nothing, and reads well on a phone, on paper and in dark mode.
+Times are in UTC, so the page is the same wherever it is written.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _SHADE_NOTE: Final = (
 )
 
 Row = tuple[str, Sequence[str | None]]
-"""The head of a table's row, and its cells; None is shown as a dash."""
+"""The row header of a table, and its cells; None is shown as a dash."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Figure:
     """A picture and its PNG.
 
     Attributes:
-        picture: what it shows.
+        picture: the content of the plot.
         png: the bytes.
     """
 
@@ -72,7 +72,7 @@ class Figure:
 
 
 def page_of_run(run: Run, figures: Sequence[Figure]) -> str:
-    """The page of one run."""
+    """Return the page of one run."""
     parts = [
         f"<h1>{escape(run.name)}</h1>",
         f"<p>{_status(run)} {escape(run.stop_reason)}</p>",
@@ -89,7 +89,7 @@ def page_of_run(run: Run, figures: Sequence[Figure]) -> str:
 
 
 def page_of_runs(runs: Sequence[Run], labels: Sequence[str], figures: Sequence[Figure]) -> str:
-    """The page that compares several runs."""
+    """Return the page that compares several runs."""
     heads = [
         (f'<span class="chip" style="background:{PALETTE[i]}"></span>' if i < MAX_LINES else "") + escape(label)
         for i, label in enumerate(labels)
@@ -113,14 +113,14 @@ def page_of_runs(runs: Sequence[Run], labels: Sequence[str], figures: Sequence[F
 
 
 def format_number(value: float) -> str:
-    """A value as a table shows it: whole numbers in full, others to six significant digits."""
+    """Format a table value: whole numbers in full, others to six significant digits."""
     if math.isfinite(value) and value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:.6g}"
 
 
 def format_duration(seconds: float) -> str:
-    """A duration in its two largest units: ``1 d 2 h``, ``2 h 5 min``, ``3 min 20 s``, ``4.2 s``."""
+    """Format a duration in its two largest units: ``1 d 2 h``, ``2 h 5 min``, ``3 min 20 s``, ``4.2 s``."""
     if not math.isfinite(seconds):
         return str(seconds)
     if seconds < 60:
@@ -133,7 +133,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_time(seconds: float | None) -> str | None:
-    """A moment in UTC; None for one that was not recorded or is none."""
+    """Format a timestamp in UTC; None if it is missing or invalid."""
     if seconds is None:
         return None
     try:
@@ -143,7 +143,7 @@ def format_time(seconds: float | None) -> str | None:
 
 
 def _results(run: Run) -> dict[str, str]:
-    """The rows of the result table that are known."""
+    """Return the rows of the result table that are known."""
     rows = {name: format_number(value) for name, value in run.result.items()}
     if run.best is not None:
         rows[f"best {run.best.monitor}"] = f"{format_number(run.best.value)} at step {run.best.step:,}"
@@ -214,7 +214,7 @@ def _attempt_rows(run: Run) -> list[Row]:
                 attempt.stop_reason or None,
             ],
         )
-        # After the first, the record may have left some out.
+        # The record may have dropped attempts after the first one.
         for i, attempt in enumerate(run.attempts)
     ]
 
@@ -231,7 +231,7 @@ _RANK_HEADS: Final = ("Rank", "Node", *(f"{part}, median (95 %) in ms" for part 
 
 
 def _rank_rows(run: Run) -> list[Row]:
-    """The times that each rank's steps took; communication and rest hold the waiting for other ranks."""
+    """Return each rank's step times; communication and rest include waiting for other ranks."""
     rows: list[Row] = []
     for told in run.ranks:
         cells = [_milliseconds(told.get(f"{part}_p50"), told.get(f"{part}_p95")) for part in _RANK_PARTS]
@@ -272,17 +272,17 @@ def _figures(figures: Sequence[Figure]) -> str:
 
 
 def _section(title: str, body: str) -> str:
-    """A section, or nothing where it would be empty."""
+    """Return a section, or nothing if its body is empty."""
     return f"<section><h2>{escape(title)}</h2>\n{body}</section>" if body else ""
 
 
 def _table(heads: Sequence[str], rows: Iterable[Row]) -> str:
-    """A table, or nothing where it has no rows."""
+    """Return a table, or nothing if it has no rows."""
     return _markup_table([escape(head) for head in heads], rows)
 
 
 def _run_table(heads: Sequence[str], rows: Iterable[Row]) -> str:
-    """A table with a column for each run; the heads are markup already."""
+    """Return a table with one column per run; the headers are already markup."""
     return _markup_table(["", *heads], rows)
 
 

@@ -1,8 +1,8 @@
-"""What a run folder tells about its run.
+"""Read a run from its folder.
 
-Reads ``run.json``, ``config.yaml`` and ``metrics.csv`` into one frozen :class:`Run`. Only ``run.json`` has to
-be there, and of it only that it is a JSON object: a run may be killed before it wrote the rest, and its report
-is wanted most then. Cost: one pass over the files, all of it in memory.
+Reads ``run.json``, ``config.yaml`` and ``metrics.csv`` into one frozen :class:`Run`. Only ``run.json`` is required, and
+only to be a JSON object: a run may be killed before it wrote the rest, which is when its report matters most. Cost: one
+pass over the files, held in memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from disttrain.reading import CONFIG_BYTES, RUN_FILE, ReadError, conform_run, op
 from disttrain.terminal import redacted
 
 RUN_FORMAT: Final = 1
-_MOST_STEPS: Final = 100_000  # that an event may name: a damaged record is not to fill the memory
+_MOST_STEPS: Final = 100_000  # that one event may cover, so that a damaged record cannot exhaust memory
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,19 @@ class Best:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of the run, up to its end or its death; None where that was not recorded.
+    """One life of the run's processes, until they ended or died; None marks what was not recorded.
 
     Attributes:
         started: Unix seconds.
         ended: Unix seconds.
-        from_step: the step from which it went on.
+        from_step: the step that it resumed from.
         to_step: the step at which it ended.
-        world_size: how many ranks it had.
+        world_size: number of ranks.
         strategy: such as ``ddp``.
         precision: such as ``32-true``.
-        stop_reason: why it ended; empty where that was not recorded.
-        preempted: whether it was stopped from outside, to go on in another one.
-        seconds: how long it took, by a clock that nobody sets.
+        stop_reason: why it ended; empty if not recorded.
+        preempted: whether it was preempted, to resume in another attempt.
+        seconds: its duration, by a monotonic clock.
     """
 
     started: float | None
@@ -74,15 +74,15 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Event:
-    """Something worth telling that happened once: a resume, an early stop, a skipped checkpoint.
+    """A notable event: a resume, an early stop, a skipped checkpoint.
 
     Attributes:
         step: the step at which it happened.
         time_seconds: Unix seconds.
         kind: such as ``resume``.
         text: one sentence.
-        to_step: of a rollback, the step that the run went back to.
-        skipped: of a rollback, the first and the last step that it leaves out.
+        to_step: for a rollback, the step that the run rolled back to.
+        skipped: for a rollback, the first and last step that are skipped.
     """
 
     step: int | None
@@ -95,29 +95,29 @@ class Event:
 
 @dataclass(frozen=True)
 class Run:
-    """A run, as its folder tells it.
+    """A run, as read from its folder.
 
     Attributes:
         folder: the run folder.
-        name: its name; that of the folder where it has none.
-        status: ``completed`` or ``running``; the latter too if it was killed.
+        name: its name; the folder's name if it has none.
+        status: ``completed`` or ``running``; a killed run also reads ``running``.
         command: ``fit`` or another.
         created: Unix seconds.
         ended: Unix seconds.
-        stop_reason: why it stopped; empty where that was not recorded.
+        stop_reason: why it stopped; empty if not recorded.
         best: the best value of the monitored metric.
-        result: the final metrics by name, those logged as ``test/...`` included.
+        result: the final metrics by name, including those logged as ``test/...``.
         environment: versions, device, host and the like.
-        attempts: its starts, in order.
-        events: what happened, in order.
+        attempts: its attempts, in order.
+        events: its events, in order.
         config: the text of ``config.yaml``.
-        series: every metric that was logged, by name.
-        last_step: the last step of which anything is known.
-        num_epochs: epochs begun, as far as metrics were logged.
-        ranks: each rank's step times, as they were last compared.
-        wall_seconds: time from start to end, summed over the attempts. An attempt without an end counts up
-            to the last metric logged in it.
-        attempts_left_out: attempts that the record no longer holds, after the first.
+        series: every logged metric, by name.
+        last_step: the last step of which anything was recorded.
+        num_epochs: epochs started, as far as metrics were logged.
+        ranks: each rank's step times at the last comparison.
+        wall_seconds: time from start to end, summed over the attempts. An attempt without an end counts up to the last
+            metric logged in it.
+        attempts_left_out: number of attempts after the first that the record no longer holds.
     """
 
     folder: Path
@@ -142,13 +142,13 @@ class Run:
 
     @property
     def rollbacks(self) -> list[tuple[int, int]]:
-        """From which step to which one the run went back, in order."""
+        """The rollbacks in order, as pairs of steps, from and to."""
         steps = [(event.step, event.to_step) for event in self.events if event.kind == "rollback"]
         return [(step, to_step) for step, to_step in steps if step is not None and to_step is not None]
 
     @property
     def left_out(self) -> list[int]:
-        """The steps without an update, as far as their events tell."""
+        """The steps without an update, as far as events recorded them."""
         steps = {event.step for event in self.events if event.kind == "skip" and event.step is not None}
         for event in self.events:
             if event.skipped is not None:
@@ -156,12 +156,12 @@ class Run:
         return sorted(steps)
 
     def mean_rate(self, name: str) -> float | None:
-        """The harmonic mean of a rate: over equal numbers of steps, that is all samples over all time."""
+        """Return the harmonic mean of a rate. Over equal numbers of steps this is all samples over all time."""
         values = [value for _, value in self.series.get(name, []) if math.isfinite(value) and value >= 0]
         return statistics.harmonic_mean(values) if values else None
 
     def mean(self, name: str) -> float | None:
-        """The mean of a metric's finite values."""
+        """Return the mean of a metric's finite values."""
         values = [value for _, value in self.series.get(name, []) if math.isfinite(value)]
         return statistics.fmean(values) if values else None
 
@@ -170,7 +170,7 @@ def read_run(folder: Path) -> Run:
     """Read a run folder.
 
     Raises:
-        DataError: it is no run folder, or its ``run.json`` or ``metrics.csv`` is not what it should be.
+        DataError: it is not a run folder, or its ``run.json`` or ``metrics.csv`` is invalid.
     """
     content = _read_run_json(folder)
     series, num_epochs, times = _read_series(folder / FILE_NAME)
@@ -195,7 +195,7 @@ def read_run(folder: Path) -> Run:
         environment=content.get("environment", {}),
         attempts=attempts,
         events=events,
-        config=redacted(_read_text(folder / "config.yaml")),  # older runs' is not
+        config=redacted(_read_text(folder / "config.yaml")),  # older versions did not redact the file
         series=series,
         last_step=max(steps) if steps else None,
         num_epochs=num_epochs,
@@ -206,13 +206,13 @@ def read_run(folder: Path) -> Run:
 
 
 def config_differences(texts: Sequence[str]) -> list[tuple[str, list[str | None]]]:
-    """The settings in which configurations differ.
+    """Return the settings in which configurations differ.
 
-    Comments, layout and the order of lines do not count. Where one of the texts is not YAML, their lines are
-    compared as they stand.
+    Comments, layout and the order of lines are ignored. If one of the texts is not valid YAML, they are compared line
+    by line.
 
     Returns:
-        place (``optimizer.lr``) and the value of each configuration, None where it has none.
+        The setting's path (``optimizer.lr``) and its value in each configuration, None where it is missing.
     """
     try:
         flat = [dict(_leaves(parse_yaml(text))) for text in texts]
@@ -223,14 +223,14 @@ def config_differences(texts: Sequence[str]) -> list[tuple[str, list[str | None]
 
 
 def mapping_differences(mappings: Sequence[dict[str, str]]) -> list[tuple[str, list[str | None]]]:
-    """The keys whose values differ, in the order in which they first occur, with the value of each mapping."""
+    """Return keys whose values differ, in order of first occurrence, with the value of each mapping."""
     keys = dict.fromkeys(key for mapping in mappings for key in mapping)
     rows = [(key, [mapping.get(key) for mapping in mappings]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
 def _leaves(value: object, place: str = "") -> list[tuple[str, str]]:
-    """The scalars of a parsed configuration with their places; an empty list or mapping counts as one."""
+    """Return the scalars of a parsed configuration with their paths; an empty list or mapping counts as a scalar."""
     if isinstance(value, dict) and value:
         parts = [(f"{place}.{key}" if place else str(key), item) for key, item in value.items()]
     elif isinstance(value, list) and value:
@@ -265,7 +265,7 @@ def _read_run_json(folder: Path) -> dict[str, Any]:
 
 
 def _read_text(path: Path) -> str:
-    """The text of a file of a run; empty where there is none, or what cannot be text."""
+    """Return the text of a run's file; empty if the file is missing or not text."""
     try:
         with open_regular(path, limit=CONFIG_BYTES) as file:
             return file.read().decode("utf-8", errors="replace")
@@ -274,7 +274,7 @@ def _read_text(path: Path) -> str:
 
 
 def _read_series(path: Path) -> tuple[dict[str, Series], int | None, list[float]]:
-    """Series by name, epochs begun, and the times at which rows were logged."""
+    """Return series by name, the number of epochs started, and the times at which rows were logged."""
     series: dict[str, Series] = {}
     last_epoch: int | None = None
     times: list[float] = []
@@ -283,7 +283,7 @@ def _read_series(path: Path) -> tuple[dict[str, Series], int | None, list[float]
             series.setdefault(name, []).append((row.step, value))
         if row.time_seconds is not None and math.isfinite(row.time_seconds):
             times.append(row.time_seconds)
-        # A test after the last epoch is logged under the next one, which never began.
+        # A test after the last epoch is logged under the next epoch, which never started.
         if row.epoch is not None and not all(name.startswith("test/") for name in row.values):
             last_epoch = max(row.epoch, last_epoch or 0)
     return series, None if last_epoch is None else last_epoch + 1, times

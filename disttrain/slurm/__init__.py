@@ -1,1 +1,1 @@
-"""Jobs under SLURM: what a job is, its script, the commands of a cluster, and going on in the same job."""
+"""SLURM support: job descriptions, scripts, cluster commands, and requeueing."""

@@ -1,10 +1,10 @@
-"""torchrun on one node of a SLURM job: ``python -m disttrain.slurm.agent RANKS SUBCOMMAND ...``, a task a node.
+"""torchrun on one node of a SLURM job: ``python -m disttrain.slurm.agent RANKS SUBCOMMAND ...``, one task per node.
 
-The nodes meet as ranks of srun do: the first node's agent takes a free port, holds it until torchrun's store listens
-there, and tells it to the others at one of several places that follow from the job, whichever is free; so no port is
-assumed, and all nodes agree on it. SIGTERM and SIGUSR1 go on to the ranks and to nothing else: torchrun itself would
-kill the ranks 30 seconds after SIGTERM, whatever time the cluster grants to save. Told before there are ranks, the
-agent ends by the signal, as ranks do that do not listen yet. The exit code is that of the rank that failed first.
+Nodes rendezvous as ranks under srun do. The first node's agent reserves a free port until torchrun's store listens on
+it, and announces it at the first free one of several ports derived from the job. No port is assumed to be free, and all
+nodes agree on it. SIGTERM and SIGUSR1 are forwarded to the ranks only: torchrun itself would kill the ranks 30 seconds
+after SIGTERM, however much time the cluster grants to save. If the signal arrives before there are ranks, the agent
+exits by it, as a rank without handlers would. The exit code is that of the first rank to fail.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def main(argv: Sequence[str]) -> int:
     """Run the ranks of this node.
 
     Args:
-        argv: ranks of each node, and what they run.
+        argv: the number of ranks per node, followed by their command.
 
     Returns:
-        the exit code: 0, or that of the rank that failed first, 128 + n where signal n ended it.
+        The exit code: 0, or that of the first rank to fail, 128 + n if signal n ended it.
     """
     try:
         ranks, command = int(argv[0]), list(argv[1:])
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
 @contextmanager
 def _place(world: World) -> Iterator[tuple[str, int]]:
-    """Where the nodes meet: name and port of the first one."""
+    """Yield the rendezvous: host name and port of the first node."""
     meeting = find_meeting(world)
     if world.rank:
         yield meeting.host, hear(meeting, time.monotonic() + _MEET_SECONDS)
@@ -70,7 +70,7 @@ def _torchrun(ranks: int, nodes: int, node: int, host: str, port: int, command: 
 
     options = ["--nnodes", str(nodes), "--node-rank", str(node), "--nproc-per-node", str(ranks)]
     options += ["--master-addr", host, "--master-port", str(port)]
-    # SIGINT alone is torchrun's; of the others it would make an end of all ranks.
+    # torchrun handles only SIGINT; on any other signal it would kill all ranks.
     options += ["--signals-to-handle", "SIGINT"]
     try:
         run.main([*options, "-m", "disttrain", *command])
@@ -82,14 +82,14 @@ def _torchrun(ranks: int, nodes: int, node: int, host: str, port: int, command: 
 
 
 def _pass_signals_on() -> None:
-    """From now on the ranks hear what this process is told, even while its main thread waits inside torch."""
+    """Start forwarding signals to the ranks, even while the main thread is blocked inside torch."""
     near, far = socket.socketpair()
     far.setblocking(False)
     near.settimeout(_LOOK_SECONDS)
     signal.set_wakeup_fd(far.fileno(), warn_on_full_buffer=False)
     for number in PASSED:
-        signal.signal(number, lambda *_: None)  # a handler, unlike "ignore", is not handed down to the ranks
-    # The thread holds both ends: the one that is written to has to stay open.
+        signal.signal(number, lambda *_: None)  # a handler, unlike SIG_IGN, is not inherited by the ranks
+    # The thread keeps a reference to both ends, because the wakeup descriptor must stay open.
     threading.Thread(target=_watch, args=(near, far), name="disttrain-signals", daemon=True).start()
 
 

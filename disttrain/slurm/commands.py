@@ -1,6 +1,6 @@
-"""The commands of a SLURM cluster: what they say, in values, and what they refuse, in messages.
+"""Run SLURM commands: parse their output into values and turn their failures into errors.
 
-Each call starts one process of SLURM's and waits for it; nothing is cached and nothing is retried.
+Each call starts one SLURM process and waits for it; nothing is cached or retried.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ _TIMEOUT_SECONDS = 60
 
 
 class SlurmError(DisttrainError):
-    """A command of SLURM that failed."""
+    """A SLURM command failed."""
 
 
 @dataclass(frozen=True)
 class Queued:
-    """A job as the queue shows it.
+    """A job, as listed by the queue.
 
     Attributes:
         job: its number; ``N_INDEX`` in an array.
         state: such as ``RUNNING``.
-        reason: why it waits, or where it runs.
+        reason: why it is pending, or where it runs.
         left: time left of its limit.
     """
 
@@ -38,15 +38,15 @@ class Queued:
 
 
 def has(command: str) -> bool:
-    """Whether a command is there."""
+    """Return whether a command is available."""
     return shutil.which(command) is not None
 
 
 def call(arguments: Sequence[str]) -> str:
-    """What a command prints.
+    """Run a command and return its output.
 
     Raises:
-        SlurmError: it is missing, failed, or did not answer; the message quotes it.
+        SlurmError: it is missing, failed, or timed out; the message quotes it.
     """
     try:
         done = subprocess.run(arguments, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
@@ -58,15 +58,15 @@ def call(arguments: Sequence[str]) -> str:
         raise SlurmError(f"{arguments[0]} did not answer within {_TIMEOUT_SECONDS} s") from None
     if done.returncode:
         raise SlurmError(f"{arguments[0]} failed: {_words(done.stderr or done.stdout)}")
-    # `sbatch --test-only` says where and when on standard error.
+    # `sbatch --test-only` prints its result to stderr.
     return done.stdout or done.stderr
 
 
 def check_partition(partition: str) -> None:
-    """Whether the cluster has a partition.
+    """Check that the cluster has a partition.
 
     Raises:
-        ConfigError: it has not; the message names the nearest.
+        ConfigError: it does not exist; the message suggests the nearest name.
     """
     known = sorted({line.strip() for line in call(["sinfo", "--noheader", "--format=%R"]).splitlines() if line})
     if missing := [name for name in partition.split(",") if name not in known]:
@@ -76,10 +76,10 @@ def check_partition(partition: str) -> None:
 
 
 def check_script(script: Path) -> str:
-    """Let SLURM look at a script without queueing it; what it says, such as when the job could start.
+    """Have SLURM test a script without queueing it; return its message, such as when the job could start.
 
     Raises:
-        ConfigError: SLURM would refuse it.
+        ConfigError: SLURM would reject it.
     """
     try:
         return _words(call(["sbatch", "--test-only", str(script)]))
@@ -90,16 +90,16 @@ def check_script(script: Path) -> str:
 
 
 def submit(script: Path) -> str:
-    """Queue a script; the job's number.
+    """Queue a script; return the job's number.
 
     Raises:
-        SlurmError: SLURM refuses it.
+        SlurmError: SLURM rejects it.
     """
     return call(["sbatch", "--parsable", str(script)]).strip().split(";")[0]
 
 
 def queue(jobs: Sequence[str] = ()) -> list[Queued]:
-    """The user's jobs that wait, run, or ended a little while ago; or those of these numbers.
+    """Return the user's pending, running and recently ended jobs, or those with the given numbers.
 
     Raises:
         SlurmError: the controller does not answer.
@@ -116,7 +116,7 @@ def queue(jobs: Sequence[str] = ()) -> list[Queued]:
 
 
 def ended(jobs: Sequence[str]) -> list[Queued]:
-    """Jobs that have left the queue, from the cluster's accounting; none where it keeps no accounts."""
+    """Return jobs that have left the queue, from the cluster's accounting; empty if it keeps none."""
     if not jobs or not has("sacct"):
         return []
     try:
@@ -128,7 +128,7 @@ def ended(jobs: Sequence[str]) -> list[Queued]:
 
 
 def _words(text: str) -> str:
-    """What a command said, on one line and without its name."""
+    """Return a command's output on one line, without the command's name."""
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     names = ("sbatch: ", "squeue: ", "scontrol: ", "sinfo: ", "error: ")
     for name in names:

@@ -1,7 +1,7 @@
-"""What a job asks of SLURM, checked before anything is queued. Pure decisions over frozen dataclasses.
+"""Describe a job for SLURM and check it before it is queued. Pure decisions over frozen dataclasses.
 
-Two styles start the same ranks: ``srun`` starts one task a rank; ``torchrun`` starts one task a node, whose
-torchrun starts the ranks of that node.
+Both styles start the same ranks: ``srun`` starts one task per rank; ``torchrun`` starts one task per node, whose
+torchrun starts that node's ranks.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _SLURM_TIME: Final = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 @dataclass(frozen=True)
 class Job:
-    """A job of some nodes with as many ranks each.
+    """A job of several nodes with the same number of ranks each.
 
     Attributes:
-        name: of the job.
-        nodes: how many.
-        gpus_per_node: GPUs, and so ranks, of each node; 0 on a cluster without.
-        tasks_per_node: ranks of each node where there are no GPUs; otherwise None or the number of GPUs.
-        style: who starts the ranks of a node.
-        time: limit, as SLURM writes it (``1-00:00:00``) or as disttrain does (``23h50m``); None is the partition's.
-        partition: where to run; None is the site's or the cluster's default.
+        name: the job's name.
+        nodes: number of nodes.
+        gpus_per_node: GPUs per node, with one rank each; 0 on a cluster without GPUs.
+        tasks_per_node: ranks per node if there are no GPUs; otherwise None or the number of GPUs.
+        style: what starts the ranks of a node.
+        time: limit, in SLURM's notation (``1-00:00:00``) or disttrain's (``23h50m``); None for the partition's.
+        partition: where to run; None for the site's or the cluster's default.
         array: indices of a job array, such as ``0-3`` or ``0-9%2``.
-        requeue: whether the job goes on by itself after a preemption, the time limit, or the death of a node.
+        requeue: whether the job resumes by itself after a preemption, the time limit, or a node failure.
         max_requeues: how often it does.
-        signal_seconds: how long before the time limit the ranks are told.
+        signal_seconds: how long before the time limit the ranks are signalled.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Job:
 
     @property
     def ranks_per_node(self) -> int:
-        """Ranks of each node."""
+        """Ranks per node."""
         return self.gpus_per_node or self.tasks_per_node or 1
 
     @property
@@ -96,20 +96,20 @@ class Job:
 
     @property
     def limit_seconds(self) -> int | None:
-        """The time limit in seconds; None where the partition's holds.
+        """The time limit in seconds; None for the partition's.
 
         Raises:
-            ConfigError: it cannot be read.
+            ConfigError: it cannot be parsed.
         """
         return None if self.time is None else _seconds(self.time)
 
     @property
     def first_index(self) -> int | None:
-        """The first index of an array; None without one."""
+        """The first index of an array; None without an array."""
         return None if self.array is None else self._ranges[0][0]
 
     def has_index(self, index: int) -> bool:
-        """Whether an array has an index."""
+        """Return whether the array has an index."""
         return any(index in one for one in self._ranges)
 
     @property
@@ -122,7 +122,7 @@ class Job:
         return found
 
     def without(self, indices: Sequence[int]) -> str:
-        """The array, as SLURM writes it, without some of its indices; empty where none is left."""
+        """Return the array in SLURM's notation without some of its indices; empty if none is left."""
         left = sorted({index for one in self._ranges for index in one} - set(indices))
         spans: list[list[int]] = []
         for index in left:
@@ -134,7 +134,7 @@ class Job:
 
 
 def slurm_time(seconds: int) -> str:
-    """A duration as SLURM writes it, ``D-HH:MM:SS``."""
+    """Format a duration in SLURM's notation, ``D-HH:MM:SS``."""
     days, rest = divmod(seconds, 86400)
     hours, rest = divmod(rest, 3600)
     clock = f"{hours:02d}:{rest // 60:02d}:{rest % 60:02d}"
@@ -144,10 +144,10 @@ def slurm_time(seconds: int) -> str:
 def check_ranks(
     job: Job, parallel: ParallelConfig, global_batch_size: int, micro_batch_size: int | Literal["auto"]
 ) -> str:
-    """Whether a configuration can be trained on the ranks of a job.
+    """Check that a configuration can be trained on the ranks of a job.
 
     Returns:
-        the layout in words.
+        A description of the layout.
 
     Raises:
         ConfigError: the ranks do not fit the degrees or the global batch; the message lists what does.

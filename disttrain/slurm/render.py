@@ -1,7 +1,7 @@
-"""The script of a job, from a template for its style. Pure: text in, text out, the same for the same job.
+"""Render the script of a job from the template for its style. Pure: the same job gives the same text.
 
-The templates lie in this package, so an installed disttrain has them; ``slurm/`` of the repository shows what they
-become. A placeholder is ``{{name}}``; one that is not known, or not filled, is a bug and raises.
+The templates are part of the package, so an installed disttrain has them; ``slurm/`` in the repository shows the
+rendered scripts. A placeholder is ``{{name}}``; an unknown or unfilled one is a bug and raises.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from disttrain.slurm.site import Site
 from disttrain.terminal import printable
 
 INDEX: Final = "%a"
-"""Stands for the index of a job array in the value of a setting, as in SLURM's own file names."""
+"""Placeholder for a job array's index in a setting's value, as in SLURM's file names."""
 SUBMIT: Final = "submit"
-"""Folder within a run folder that holds script, configuration and the state of the code at submission."""
+"""Subfolder of a run folder with the script, the configuration and the state of the code at submission."""
 _OPTION: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _PLACE: Final = re.compile(r"\{\{(\w+)\}\}")
 _PARTS: Final = frozenset(
@@ -31,7 +31,7 @@ _PARTS: Final = frozenset(
         *("function", "{", "}", "(", ")", "!", "[[", "["),
     ]
 )
-"""Words that begin a part of a longer command of shell, or a test, which may be false."""
+"""Words that start part of a compound shell command, or a test that may be false."""
 _OWN: Final = (
     *("job-name", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time", "partition"),
     *("account", "qos", "array", "requeue", "no-requeue", "open-mode", "signal", "output", "chdir"),
@@ -43,11 +43,11 @@ class Script:
     """What a job runs.
 
     Attributes:
-        run_dir: the run's folder, absolute; the runs of an array have folders within, by index.
+        run_dir: the run's folder, absolute; the runs of an array have subfolders, by index.
         folder: working folder of the job, absolute.
-        python: the interpreter that ranks run.
-        settings: settings that hold ``%a``, by name; all others are in the configuration of the run folder.
-        output: file of the job's output, absolute, in SLURM's notation; None is one in the run folder.
+        python: the interpreter for the ranks.
+        settings: settings that contain ``%a``, by name; all others are in the run folder's configuration.
+        output: the job's output file, absolute, in SLURM's notation; None for a file in the run folder.
     """
 
     run_dir: Path
@@ -58,23 +58,23 @@ class Script:
 
     @property
     def config(self) -> Path:
-        """The configuration as it was at submission."""
+        """The configuration file saved at submission."""
         return self.run_dir / SUBMIT / "config.yaml"
 
     def output_of(self, job: Job) -> str:
-        """The file of the job's output, in SLURM's notation."""
+        """Return the job's output file, in SLURM's notation."""
         return self.output or str(self.run_dir / SUBMIT / ("%A_%a.log" if job.array else "%j.log"))
 
 
 def render(job: Job, site: Site, script: Script) -> str:
-    """The text of a job's script.
+    """Return the text of a job's script.
 
     Raises:
-        ConfigError: a further option of sbatch is one that disttrain sets, or none; a word holds a control character.
+        ConfigError: an extra sbatch option is invalid or one that disttrain sets; a word contains a control character.
     """
     _check_words(job, site, script)
     run_dir = script.run_dir / INDEX if job.array else script.run_dir
-    # In an array, the number of the last job is that of the whole array.
+    # In an array, the last task's job number equals that of the whole array.
     number = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.array else "$SLURM_JOB_ID"
     settings = {"config": str(script.config), "trainer.run_dir": '"$RUN_DIR"', **script.settings}
     arguments = [
@@ -118,7 +118,7 @@ def _directives(job: Job, site: Site, script: Script) -> list[str]:
         "open-mode": "append",
     }
     if job.requeue:
-        # To the tasks where these are the ranks; to this shell where torchrun is in between.
+        # Signal the tasks if they are the ranks; with torchrun in between, signal the batch shell (B:).
         options["signal"] = f"{'B:' if by_node else ''}USR1@{job.signal_seconds}"
     lines = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
     lines.append("--requeue" if job.requeue else "--no-requeue")
@@ -133,9 +133,9 @@ def _directives(job: Job, site: Site, script: Script) -> list[str]:
 
 
 def _check_words(job: Job, site: Site, script: Script) -> None:
-    """Refuse what could end a comment, a directive or a command: a line end in it begins a line of the script.
+    """Reject anything that could break out of a comment, directive or command, such as a line break.
 
-    Quoting is no help in a directive or a comment. Lines of ``setup`` are shell, and left alone.
+    Quoting does not help in directives and comments. Lines of ``setup`` are shell code and left unchanged.
     """
     words: list[tuple[str, str | None]] = [
         ("--name", job.name),
@@ -185,12 +185,12 @@ def _setup(job: Job, site: Site) -> list[str]:
 
 
 def _checked(lines: Sequence[str]) -> list[str]:
-    """Lines of a site, each of which ends the job where it fails; parts of a longer command are left as they are."""
+    """Make each of the site's lines end the job if it fails; parts of a compound command stay unchanged."""
     if not lines:
         return []
     try:
         whole = all(shlex.split(line) is not None for line in lines) and not any("<<" in line for line in lines)
-    except ValueError:  # a quotation goes on in the next line
+    except ValueError:  # a quoted string continues on the next line
         whole = False
     checked = [f"{line} || failed {shlex.quote(line)}" if whole and _is_simple(line) else line for line in lines]
     says = 'echo "disttrain: $1 failed; no rank was started" >&2'
@@ -198,7 +198,7 @@ def _checked(lines: Sequence[str]) -> list[str]:
 
 
 def _is_simple(line: str) -> bool:
-    """Whether a line of shell is one command by itself, whose failure nothing else looks at."""
+    """Return whether a line of shell is one command whose failure nothing else handles."""
     first = line.split(maxsplit=1)[:1]
     return (
         bool(first)
@@ -209,8 +209,8 @@ def _is_simple(line: str) -> bool:
 
 
 def _srun(job: Job, site: Site, script: Script) -> list[str]:
-    """srun's options, and the command that ranks run under in a container."""
-    # Ranks of a node follow each other, and local rank i takes GPU i of all that the node has.
+    """Return srun's options and the container command that wraps the ranks."""
+    # Block distribution makes ranks consecutive per node; without binding, local rank i can use GPU i of the node.
     words = ["--kill-on-bad-exit=1 --distribution=block" + " --gpu-bind=none" * (job.gpus_per_node > 0)]
     if site.container is None:
         return words
@@ -225,7 +225,7 @@ def _srun(job: Job, site: Site, script: Script) -> list[str]:
 
 
 def _quote(text: str) -> str:
-    """A word of shell, in which ``%a`` is the index of the array."""
+    """Quote a shell word, replacing ``%a`` by the array index."""
     parts: Sequence[str] = text.split(INDEX)
     return '"$SLURM_ARRAY_TASK_ID"'.join(shlex.quote(part) if part else "" for part in parts) or "''"
 

@@ -1,9 +1,9 @@
-"""Going on in the same job: a run that was told to stop and has saved asks SLURM to queue its job again.
+"""Requeue the current job: after a run was signalled and has saved, ask SLURM to queue its job again.
 
-One rank asks, while all ranks are alive: a job that has ended, be it well, is not queued again. A job that was
-cancelled stays cancelled, and a process that a newer attempt of the same job has replaced asks for nothing. Where
-there is no ``scontrol``, as in a container, or SLURM does not answer for a minute, a note in the run folder lets
-the job's script do it, outside; that one asks again for some minutes. A run that hangs leaves the note, too.
+One rank asks while all ranks are alive, because SLURM does not requeue a job that has ended, even successfully. A
+cancelled job stays cancelled, and a process that was replaced by a newer attempt of the same job does nothing. If
+``scontrol`` is missing (as in a container) or SLURM does not answer for a minute, a note in the run folder makes the
+job's script requeue it from outside; the script retries for some minutes. A run that hangs leaves the note too.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ VARIABLE: Final = "DISTTRAIN_REQUEUE"
 NOTE: Final = "requeue"
 _TIMEOUT_SECONDS: Final = 20
 _PAUSES: Final = (2.0, 5.0)
-"""Seconds between asking SLURM about the job again; the ranks wait meanwhile."""
+"""Seconds between attempts to query SLURM about the job; the ranks wait meanwhile."""
 
 
 def job_of(environ: Mapping[str, str] | None = None) -> dict[str, str | int]:
-    """The SLURM job that this process belongs to, for the record; empty outside of one."""
+    """Return the SLURM job of this process, for the run record; empty outside a job."""
     env = os.environ if environ is None else environ
     if not env.get("SLURM_JOB_ID"):
         return {}
@@ -34,16 +34,16 @@ def job_of(environ: Mapping[str, str] | None = None) -> dict[str, str | int]:
 
 
 def is_to_be_requeued(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether the script of this job wants it to go on after a stop."""
+    """Return whether the job's script wants it to be requeued after a stop."""
     env = os.environ if environ is None else environ
     return bool(env.get("SLURM_JOB_ID")) and _limit(env) > 0
 
 
 def ask_to_requeue(run_dir: Path, environ: Mapping[str, str] | None = None) -> str:
-    """Have this job queued again. Rank 0 only, after it has saved; SLURM may end this process at once then.
+    """Ask SLURM to requeue this job. Rank 0 only, after saving; SLURM may end this process immediately.
 
     Returns:
-        what was done, in words.
+        A message that describes what was done.
     """
     env = os.environ if environ is None else environ
     job, restarts = _number(env), _restarts(env)
@@ -63,20 +63,20 @@ def ask_to_requeue(run_dir: Path, environ: Mapping[str, str] | None = None) -> s
     try:
         _scontrol("requeue", job)
     except (OSError, subprocess.SubprocessError) as error:
-        # SLURM ends the job at once, the command that has asked for it too.
+        # scontrol itself may die by a signal here, because SLURM ends the job at once.
         if not isinstance(error, subprocess.CalledProcessError) or error.returncode >= 0:
             return f"the script of job {job} is to requeue it: scontrol failed: {_said(error)}"
     return f"job {job} is requeued and goes on by itself"
 
 
 def have_script_requeue(run_dir: Path, environ: Mapping[str, str] | None = None) -> str:
-    """Have the job's script ask, once all ranks have ended. One rank only; returns what was done, in words."""
+    """Have the job's script requeue it once all ranks have ended. One rank only; return a message for the log."""
     env = os.environ if environ is None else environ
     return _leave_note(run_dir, env) or f"the script of job {_number(env)} is to requeue it"
 
 
 def _leave_note(run_dir: Path, env: Mapping[str, str]) -> str:
-    """For the script; why there is none, where there is none."""
+    """Leave a note for the script; return the reason if there must or can be none."""
     job, restarts = _number(env), _restarts(env)
     if restarts >= _limit(env):
         return f"job {job} is not requeued: it has been {restarts} times, as often as it may"
@@ -88,7 +88,7 @@ def _leave_note(run_dir: Path, env: Mapping[str, str]) -> str:
 
 
 def is_restarted_by_slurm(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether SLURM has started this job before."""
+    """Return whether SLURM has restarted this job."""
     return _restarts(os.environ if environ is None else environ) > 0
 
 
@@ -98,7 +98,7 @@ def _restarts(env: Mapping[str, str]) -> int:
 
 
 def _number(env: Mapping[str, str]) -> str:
-    """The job's number; in an array with the index, since the last one's own number means the whole array."""
+    """Return the job's number; in an array with the index, since the last task's number means the whole array."""
     array, index = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{index}" if array and index else env.get("SLURM_JOB_ID", "")
 
@@ -109,10 +109,10 @@ def _limit(env: Mapping[str, str]) -> int:
 
 
 def _shown(job: str) -> str:
-    """What SLURM says of a job; asked again where it says nothing.
+    """Query SLURM about a job, with retries.
 
     Raises:
-        OSError: there is no scontrol, or it cannot be run.
+        OSError: scontrol is missing or cannot be run.
         subprocess.SubprocessError: SLURM does not answer, or does not know the job.
     """
     for pause in _PAUSES:
@@ -132,7 +132,7 @@ def _scontrol(*arguments: str) -> str:
         text=True,
         timeout=_TIMEOUT_SECONDS,
         check=True,
-        start_new_session=True,  # out of reach of signals to the group of this rank
+        start_new_session=True,  # shields it from signals to this rank's process group
     )
     return done.stdout
 

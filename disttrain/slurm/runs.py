@@ -1,8 +1,8 @@
-"""The runs under a folder and the jobs that train them: state, step, last checkpoint. Reads small files, no torch.
+"""List the runs under a folder and their jobs: state, step, last checkpoint. Reads small files; does not import torch.
 
-A run's state is that of its job while SLURM knows it, and otherwise what the run's record says; a record that says
-``running`` of a job that is gone is ``lost``: it was killed, and the same command goes on. A folder that may not be
-read is passed over.
+A run's state is its job's while SLURM knows the job, otherwise the one in the run's record. If the record says
+``running`` but the job is gone, the run is ``lost``: it was killed, and rerunning the same command resumes it.
+Unreadable folders are skipped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _OVER: Final = ("COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT
 
 @dataclass(frozen=True)
 class Row:
-    """A run as ``disttrain jobs`` lists it.
+    """A run, as listed by ``disttrain jobs``.
 
     Attributes:
         run: its folder.
@@ -37,7 +37,7 @@ class Row:
         step: last step that was logged or saved; None before the first.
         checkpoint: step of the newest committed checkpoint.
         checkpoint_age_seconds: how long ago that was committed.
-        note: why it waits, where it runs, or why it stopped.
+        note: why it is pending, where it runs, or why it stopped.
     """
 
     run: str
@@ -51,10 +51,10 @@ class Row:
 
 
 def find_runs(roots: Sequence[Path], *, skipped: Callable[[Path, OSError], None] | None = None) -> list[Path]:
-    """The run folders in or below some folders, by name; those that were submitted and have not begun too.
+    """Return the run folders at or below some folders, sorted, including runs that were submitted but have not started.
 
     Args:
-        roots: the folders.
+        roots: the folders to search.
         skipped: called for each folder that cannot be read.
     """
     found: set[Path] = set()
@@ -80,7 +80,7 @@ def find_runs(roots: Sequence[Path], *, skipped: Callable[[Path, OSError], None]
 
 
 def rows_of(run_dir: Path, queued: Mapping[str, Queued]) -> list[Row]:
-    """A run's row; for the folder of a job array, the rows of those of its runs that have not begun."""
+    """Return a run's row; for the folder of a job array, the rows of its runs that have not started."""
     submitted, record = read_job(run_dir), read_run(run_dir)
     number = str(submitted.get("job", ""))
     if submitted.get("array") and not record:
@@ -117,7 +117,7 @@ def rows_of(run_dir: Path, queued: Mapping[str, Queued]) -> list[Row]:
 
 
 def _state(record: Mapping[str, Any], job: Queued | None, *, known: bool) -> tuple[str, str]:
-    """State and note of a run."""
+    """Return state and note of a run."""
     own, reason = record.get("status", ""), record.get("stop_reason", "")
     if job is not None and job.state not in _OVER and not job.state.startswith("CANCELLED"):
         return job.state.lower(), job.reason.strip("()")

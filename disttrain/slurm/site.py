@@ -1,8 +1,8 @@
-"""What a cluster needs of every job, in one small YAML: account, partition, modules, container, environment.
+"""Read what a cluster needs for every job from a small YAML file: account, partition, modules, container, environment.
 
-It is written once a site and shared by all its users and recipes, so that a recipe names no hardware and no
-account. Unknown names and wrong types are errors that name the field; nothing of the file is executed but the
-lines under ``setup``, which go into the job's script as they are.
+The file is written once per site and shared by all users and recipes, so recipes name neither hardware nor account.
+Unknown names and wrong types are errors that name the field. Nothing in the file is executed except the lines under
+``setup``, which are copied into the job's script.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Container:
 
     Attributes:
         image: file or address of the image.
-        runtime: ``apptainer`` or ``pyxis`` (NVIDIA's plugin of srun).
-        mounts: folders to mount, as ``/folder`` or ``/outside:/inside``; the working folder always is.
+        runtime: ``apptainer`` or ``pyxis`` (NVIDIA's srun plugin).
+        mounts: folders to mount, as ``/folder`` or ``/outside:/inside``; the working folder is always mounted.
     """
 
     image: str
@@ -46,19 +46,19 @@ class Container:
 
 @dataclass(frozen=True)
 class Site:
-    """Settings of a cluster; all may be left out.
+    """Settings of a cluster; all are optional.
 
     Attributes:
-        account: what is charged.
-        partition: where jobs go that name none.
+        account: the account to charge.
+        partition: default partition.
         qos: quality of service.
-        python: the interpreter that ranks run, in the container where there is one; by default the one that submits.
-        cpus_per_task: cores of each rank.
-        memory: memory of each node, as SLURM writes it, such as ``64G``; ``0`` for all of it.
+        python: the interpreter for the ranks, inside the container if there is one; the submitting one by default.
+        cpus_per_task: cores per rank.
+        memory: memory per node in SLURM's notation, such as ``64G``; ``0`` for all of it.
         modules: modules to load.
-        setup: lines of shell before the ranks start, such as ``source /shared/venv/bin/activate``.
-        environment: variables of the ranks.
-        sbatch: further options of sbatch by name; null for one without a value.
+        setup: shell lines before the ranks start, such as ``source /shared/venv/bin/activate``.
+        environment: environment variables for the ranks.
+        sbatch: extra sbatch options by name; null for one without a value.
         container: the image that ranks run in.
     """
 
@@ -85,7 +85,7 @@ class Site:
 
 
 def find_site(named: Path | None) -> Path | None:
-    """The file of the site: the one named, that of ``DISTTRAIN_SITE``, or the default one; None without any."""
+    """Return the site file: the one given, that of ``DISTTRAIN_SITE``, or the default one; None if there is none."""
     if named is None and VARIABLE in os.environ:
         named = Path(os.environ[VARIABLE])
     if named is not None:
@@ -95,10 +95,10 @@ def find_site(named: Path | None) -> Path | None:
 
 
 def load_site(path: Path | None) -> Site:
-    """Read the settings of a cluster; without a file, none.
+    """Read the settings of a cluster; without a file, return empty settings.
 
     Raises:
-        ConfigError: the file cannot be read, is no YAML, or has a field that cannot be; the message names it.
+        ConfigError: the file cannot be read, is not valid YAML, or has an invalid field; the message names it.
     """
     if path is None:
         return Site()
@@ -115,7 +115,7 @@ def load_site(path: Path | None) -> Site:
 
 
 def _read(kind: type[Any], content: Any, prefix: str) -> dict[str, Any]:
-    """The arguments of a dataclass, checked by name and type."""
+    """Return the arguments of a dataclass, checked by name and type."""
     if not isinstance(content, dict):
         raise ConfigError(f"{prefix.rstrip('.') or 'the file'} holds no names with values", mend="write NAME: VALUE")
     known = {one.name: str(one.type) for one in fields(kind)}

@@ -1,8 +1,8 @@
-"""What was submitted, kept in the run folder: script, configuration, and the state of the code.
+"""Save what was submitted in the run folder: script, configuration, and the state of the code.
 
-``submit/`` of a run folder holds ``job.sbatch``, ``config.yaml``, ``git.json`` (commit, branch, changed files),
-``changes.diff`` where the working folder had any, and ``job.json``. The configuration is what the job trains with;
-the code is not copied, so the record tells later whether it was still the same.
+``submit/`` in a run folder holds ``job.sbatch``, ``config.yaml``, ``git.json`` (commit, branch, changed files),
+``changes.diff`` if the working folder had any, and ``job.json``. The job trains with this configuration. The code is
+not copied; the record shows later whether it was still the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TIMEOUT_SECONDS: Final = 30
 
 
 def git_state(folder: Path) -> tuple[dict[str, Any], str]:
-    """Commit, branch and changed files of a working folder, and the changes; empty outside a repository."""
+    """Return commit, branch and changed files of a working folder, and the diff; empty outside a repository."""
     commit = _git(folder, "rev-parse", "HEAD").strip()
     if not commit:
         return {}, ""
@@ -41,7 +41,7 @@ def git_state(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def write_snapshot(script: Script, *, config: str, text: str, arguments: list[str]) -> Path:
-    """Keep what is being submitted; the script's path.
+    """Save what is being submitted; return the script's path.
 
     Raises:
         ConfigError: the run folder cannot be written.
@@ -50,7 +50,7 @@ def write_snapshot(script: Script, *, config: str, text: str, arguments: list[st
     state, changes = git_state(script.folder)
     try:
         make_folder(folder)
-        # URLs in them may hold passwords, which the job needs; what only tells a reader does without.
+        # URLs may contain passwords: the job needs them in these files, but records for readers are redacted.
         write_atomically(script.config, config, mode=0o600)
         write_atomically(folder / SCRIPT, text, mode=0o600)
         told = {**state, "submitted_with": [redacted(word) for word in arguments]}
@@ -67,13 +67,13 @@ def write_snapshot(script: Script, *, config: str, text: str, arguments: list[st
 
 
 def write_job(script: Script, job: Job, number: str) -> None:
-    """Keep the number that SLURM gave the job."""
+    """Record the job number that SLURM assigned."""
     content = {"job": number, "submitted": time.time(), "output": script.output_of(job), **asdict(job)}
     write_atomically(script.run_dir / SUBMIT / JOB, json.dumps(content, indent=2) + "\n")
 
 
 def read_job(run_dir: Path) -> dict[str, Any]:
-    """What was kept of a run's submission; empty where there is nothing."""
+    """Return the record of a run's submission; empty if there is none."""
     return conform(read_record(run_dir / SUBMIT / JOB), {"job": as_text, "array": as_text, "output": as_text})
 
 
