@@ -1,13 +1,13 @@
-"""The metrics of a run in a CSV file that survives being killed.
+"""A run's metrics in a CSV file that survives kills.
 
-The file is wide: the columns ``step,epoch,time`` (time in Unix seconds), then one for each metric; a cell is
-empty where a row has no value. A row is appended with one write and flushed, so a killed run loses at most
-the row being written; that torn last line is dropped when the file is next opened, and passed over by
-readers. ``nan`` and ``inf`` are written as such, and every value reads back to the same bits.
+The file is wide: columns ``step,epoch,time`` (time in Unix seconds), then one per metric; a cell without a value is
+empty. Each row is appended with one write and flushed, so a killed run loses at most the row being written. Readers
+skip such a torn last line, and the next writer removes it. ``nan`` and ``inf`` are written as such, and every value
+reads back bit-identical.
 
-Cost: a row is a write of its own length. Only a new column and :meth:`MetricsFile.truncate_after` copy the
-file, into a temporary one that then replaces it whole, so a reader never sees half a file. Nothing here
-imports torch or Lightning, so that reports can be made where they are slow to load or absent.
+Cost: a row costs one short write. Only a new column and :meth:`MetricsFile.truncate_after` copy the file, to a
+temporary one that replaces it atomically, so a reader never sees a partial file. Imports neither torch nor Lightning,
+so that reports work where those are slow to load or absent.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _BLOCK_BYTES: Final = 64 * 1024
 FIRST_COLUMNS: Final = ("step", "epoch", "time")
 
 Series = list[tuple[int, float]]
-"""The values of one metric as (step, value), in the order in which they were logged."""
+"""Values of one metric as (step, value), in logging order."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Row:
     """One line of the file.
 
     Attributes:
-        step: the optimizer step, as the caller counts it.
-        epoch: the epoch it belongs to, from 0; None where it was not recorded.
-        time_seconds: when it was logged, in Unix seconds; None where it was not recorded.
-        values: the metrics of this row, by name.
+        step: optimizer step, as the caller counts it.
+        epoch: epoch from 0; None if not recorded.
+        time_seconds: when it was logged, in Unix seconds; None if not recorded.
+        values: this row's metrics by name.
     """
 
     step: int
@@ -55,11 +55,11 @@ class Row:
 class MetricsFile:
     """Appends rows to a metrics file.
 
-    One process writes at a time. Nothing is touched before the first row, so that making one is free and
-    leaves no empty file behind.
+    Only one process may write at a time. Nothing is touched before the first row, so creating an instance is free and
+    leaves no empty file.
 
     Args:
-        path: where the file is or shall be; its folder is made when it is missing.
+        path: the file; its folder is created if missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,20 +73,20 @@ class MetricsFile:
         """Append one row and flush it.
 
         Args:
-            metrics: values by name; a name not met before becomes a new column.
-            step: the optimizer step, as the caller counts it.
-            epoch: the epoch, from 0.
-            time_seconds: Unix seconds; now by default.
+            metrics: values by name; an unseen name becomes a new column.
+            step: optimizer step, as the caller counts it.
+            epoch: epoch from 0.
+            time_seconds: Unix seconds; by default now.
 
         Raises:
-            ConfigError: a metric has the name of one of the first columns, or a line break in its name.
-            DataError: the file there is not one of metrics.
-            OSError: it cannot be written; a later call tries anew, on a line of its own.
+            ConfigError: a metric's name is one of the first columns or contains a line break.
+            DataError: the existing file is not a metrics file.
+            OSError: it cannot be written; a later call retries on a new line.
         """
         try:
             self._append(metrics, step, epoch, time_seconds)
         except OSError:
-            with suppress(OSError):  # what is left in the buffer cannot be written either
+            with suppress(OSError):  # the buffered rest cannot be written either
                 self.close()
             self._file = None
             raise
@@ -102,10 +102,10 @@ class MetricsFile:
         file.flush()
 
     def truncate_after(self, step: int) -> None:
-        """Drop the rows of later steps, so that a run resumed at ``step`` logs none of them twice.
+        """Drop rows of later steps, so that a run resumed at ``step`` does not log them twice.
 
-        It always leaves a new file behind, even if no row had to go: a forgotten process of an earlier
-        attempt, still appending, then writes where nobody reads. What a copy that was killed has left is removed.
+        The file is always replaced, even if no row was dropped: a stale process of an earlier attempt then keeps
+        appending to the old, unlinked file. Temporary files of killed copies are removed.
         """
         self.close()
         remove_leftovers(self.path)
@@ -114,13 +114,13 @@ class MetricsFile:
             _rewrite(self.path, columns, last_step=step)
 
     def close(self) -> None:
-        """Close the file; a later row opens it again."""
+        """Close the file; a later row reopens it."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def _ready(self, metrics: Mapping[str, float]) -> BinaryIO:
-        """The open file, with a column for each of these metrics."""
+        """Return the open file, with a column for each of these metrics."""
         if self._file is None:
             make_folder(self.path.parent)
             _drop_torn_line(self.path)
@@ -138,12 +138,12 @@ class MetricsFile:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a metrics file, in order; a file that does not exist has none.
+    """Yield the rows of a metrics file in order; none if it does not exist.
 
-    A torn last line and lines that do not parse (a disk may leave some after a power cut) are passed over.
+    A torn last line and lines that do not parse (a power failure may leave some) are skipped.
 
     Raises:
-        DataError: the file is not one of metrics.
+        DataError: the file is not a metrics file.
     """
     columns = _read_header(path)
     if columns:
@@ -154,13 +154,13 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def read_metrics(path: Path) -> dict[str, Series]:
-    """Every column of a metrics file but ``step``, as a series by name.
+    """Return every column of a metrics file except ``step``, as series by name.
 
-    ``epoch`` and ``time`` (Unix seconds) are series like the others. A column without a value has an empty
-    series; a file that does not exist has no series.
+    ``epoch`` and ``time`` (Unix seconds) are series too. A column without values has an empty series; a missing file
+    has no series.
 
     Raises:
-        DataError: the file is not one of metrics.
+        DataError: the file is not a metrics file.
     """
     series: dict[str, Series] = {name: [] for name in _read_header(path)[1:]}
     for row in read_rows(path):
@@ -185,7 +185,7 @@ def _check_names(names: Sequence[str]) -> None:
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:
-    """Lines that were written to their end: half a number looks like a number, so a torn line is no line."""
+    """Yield complete lines: half a number still parses as a number, so a torn line must be dropped."""
     try:
         yield from (line for line in read_lines(path) if line.endswith(b"\n"))
     except FileNotFoundError:
@@ -196,7 +196,7 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
 
 
 def _read_header(path: Path) -> tuple[str, ...]:
-    """The columns; none where the file is missing or was torn before its first line ended."""
+    """Return the columns; none if the file is missing or its first line is torn."""
     line = next(_whole_lines(path), b"")
     if not line:
         return ()
@@ -214,7 +214,7 @@ def _read_header(path: Path) -> tuple[str, ...]:
 
 
 def _read_lines(path: Path) -> Iterator[bytes]:
-    """The lines below the header, without their ends."""
+    """Yield the lines after the header, without line endings."""
     lines = _whole_lines(path)
     next(lines, None)
     for line in lines:
@@ -222,7 +222,7 @@ def _read_lines(path: Path) -> Iterator[bytes]:
 
 
 def _parse(line: bytes, columns: Sequence[str]) -> Row | None:
-    cells = line.split(b",")  # rows hold numbers alone: nothing in them is quoted
+    cells = line.split(b",")  # rows contain only numbers, so nothing is quoted
     if len(cells) != len(columns):
         return None
     start = len(FIRST_COLUMNS)
@@ -247,7 +247,7 @@ def _count(cell: bytes) -> int:
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Cut off what follows the last line end, so that the next row starts on a line of its own."""
+    """Truncate the file after its last line ending, so that the next row starts on a new line."""
     try:
         with open(path, "rb+") as file:
             end = length = file.seek(0, os.SEEK_END)
@@ -265,12 +265,12 @@ def _drop_torn_line(path: Path) -> None:
 
 
 def _rewrite(path: Path, columns: Sequence[str], *, last_step: int | None = None) -> None:
-    """Replace the file by one with these columns, which begin with the present ones.
+    """Rewrite the file with these columns, which must start with the existing ones.
 
     Args:
-        path: the file; where it is missing, one without rows is made.
-        columns: its columns from now on.
-        last_step: rows of later steps are left out; None keeps all.
+        path: the file; created without rows if missing.
+        columns: its new columns.
+        last_step: drop rows of later steps; None keeps all.
     """
     check_held(path)
     present = _read_header(path)
@@ -290,6 +290,6 @@ def _rewrite(path: Path, columns: Sequence[str], *, last_step: int | None = None
         os.chmod(temporary, 0o644)
         publish(temporary, path)
     except BaseException:
-        with suppress(FileNotFoundError):  # an attempt that has taken over removes it
+        with suppress(FileNotFoundError):  # a newer attempt removes it
             os.unlink(temporary)
         raise

@@ -1,9 +1,9 @@
-"""The Lightning logger that keeps a run's metrics in ``metrics.csv`` of its run folder.
+"""Lightning loggers that write a run's metrics to its run folder: ``metrics.csv`` and TensorBoard event files.
 
-A thin cover over :mod:`disttrain.metrics_file`, which holds the guarantees: append-only, each row flushed
-as it is logged, nothing lost to a kill but the row being written. Each call logs one row; calls of the same
-step are not merged. Only rank 0 writes, and no rank waits for it: there are no collectives here. What cannot be
-written, on a full disk say, is told and left out; no log ends a training.
+:class:`MetricsLog` is a thin wrapper of :mod:`disttrain.metrics_file`, which provides the guarantees: append-only,
+every row flushed, a kill loses at most the row being written. Each call logs one row; calls for the same step are not
+merged. Only rank 0 writes, without collectives, so no rank waits. Write errors, such as a full disk, are reported and
+the rows dropped; logging never ends training.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class MetricsLog(Logger):
     """Logs to ``<run_dir>/metrics.csv``.
 
     Args:
-        run_dir: the run folder; it is made with the first row when it is missing.
+        run_dir: the run folder; created with the first row if missing.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -37,16 +37,16 @@ class MetricsLog(Logger):
         self._run_dir = Path(run_dir)
         self._metrics_file = MetricsFile(self._run_dir / FILE_NAME)
         self._last_step = 0
-        self._missing = 0  # rows that could not be written since the last that could
+        self._missing = 0  # rows dropped since the last successful write
 
     @property
     def name(self) -> str:
-        """Empty: a run folder holds one run."""
+        """Empty: a run folder holds a single run."""
         return ""
 
     @property
     def version(self) -> str:
-        """Empty: a resumed run goes on in its folder, so there are no versions."""
+        """Empty: a resumed run continues in its folder, so there are no versions."""
         return ""
 
     @property
@@ -67,7 +67,7 @@ class MetricsLog(Logger):
     @property
     @rank_zero_experiment
     def experiment(self) -> MetricsFile:
-        """The file on rank 0; elsewhere an object that does nothing, whatever is called on it."""
+        """The file on rank 0; on other ranks, an object that ignores all calls."""
         return self._metrics_file
 
     @rank_zero_only
@@ -75,10 +75,10 @@ class MetricsLog(Logger):
         """Append one row.
 
         Args:
-            metrics: values by name. ``epoch``, which Lightning adds, goes to the column of that name;
-                ``step`` serves where the argument is not given.
-            step: the optimizer step; the last one logged where neither names one. Lightning's own rows count
-                from 0: the row of the first step, and of a validation right after it, has step 0.
+            metrics: values by name. ``epoch``, which Lightning adds, goes to its own column; ``step`` is used if the
+                argument is not given.
+            step: optimizer step; by default the last one logged. Lightning's own rows count from 0: the row of the
+                first step, and of a validation right after it, has step 0.
         """
         values = dict(metrics)
         epoch = values.pop("epoch", None)
@@ -88,7 +88,7 @@ class MetricsLog(Logger):
         self._last_step = step
         try:
             self._metrics_file.append(values, step=step, epoch=None if epoch is None else int(epoch))
-        except OSError as error:  # a full disk, say: whether that ends the run is for its checkpoints to decide
+        except OSError as error:  # e.g. a full disk: the checkpoints decide whether that ends the run
             if not self._missing:
                 tell(
                     f"{self._metrics_file.path} cannot be written: {error.strerror}; its rows are left out until it can"
@@ -101,14 +101,14 @@ class MetricsLog(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: ``config.yaml`` in the run folder holds them all."""
+        """Do nothing: ``config.yaml`` in the run folder has them all."""
 
     @rank_zero_only
     def truncate_after(self, step: int) -> None:
-        """Drop the rows of later steps; called when a run resumes from an earlier checkpoint.
+        """Drop rows of later steps, when a run resumes from an earlier checkpoint.
 
         Args:
-            step: the last step to keep, counted as in the rows: for Lightning's own rows, one less than the
+            step: the last step to keep, as counted in the rows: for Lightning's own rows, one less than the
                 checkpoint's ``global_step``.
         """
         self._metrics_file.truncate_after(step)
@@ -116,12 +116,12 @@ class MetricsLog(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Close the file; a later row, such as that of a test after the fit, opens it again."""
+        """Close the file; a later row, such as that of a test after the fit, reopens it."""
         self._metrics_file.close()
 
 
 class EventsLog(TensorBoardLogger):
-    """TensorBoard's event files in ``<run_dir>/tensorboard``; where they cannot be written, training goes on without.
+    """Writes TensorBoard event files to ``<run_dir>/tensorboard``; on a write error, training continues without them.
 
     Args:
         run_dir: the run folder.
@@ -135,15 +135,15 @@ class EventsLog(TensorBoardLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Hand the values to the thread that writes them."""
+        """Pass the values to the writer thread."""
         if not self._lost:
             with self._losing():
-                check_held(Path(self.root_dir))  # a run's folder that is gone is not made anew
+                check_held(Path(self.root_dir))  # TensorBoard would recreate a deleted run folder
                 self._quieten()
                 super().log_metrics(metrics, step)
 
     def _quieten(self) -> None:
-        """Let an error of the writer's thread be told by :meth:`_losing` alone; Python prints its traceback besides."""
+        """Suppress the traceback Python prints for an error in TensorBoard's thread; :meth:`_losing` reports it."""
         if self._former_hook is not None:
             return
         former = self._former_hook = threading.excepthook
@@ -156,7 +156,7 @@ class EventsLog(TensorBoardLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Have everything written."""
+        """Flush all events."""
         with self._losing():
             super().finalize(status)
         if self._former_hook is not None and threading.excepthook is self._hook:
@@ -164,10 +164,10 @@ class EventsLog(TensorBoardLogger):
 
     @contextmanager
     def _losing(self) -> Iterator[None]:
-        """Its writer does not recover from an error, which it raises at every call from then on."""
+        """Report the first write error: TensorBoard's writer does not recover, and reraises it in every later call."""
         try:
             yield
-        except (OSError, ValueError) as error:  # Lightning makes a ValueError of whatever its writer raises
+        except (OSError, ValueError) as error:  # Lightning wraps any error of the writer in a ValueError
             first = error if isinstance(error, OSError) else error.__cause__
             if not isinstance(first, OSError):
                 raise

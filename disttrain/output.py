@@ -1,8 +1,8 @@
-"""Standard output and error as logs like any other: one that is closed, full or read no more ends no training.
+"""Treat stdout and stderr as lossy logs: a closed, full or unread stream does not end training.
 
-Inside of :func:`lossy_output`, what cannot be printed is dropped and counted, and :func:`dropped_output` says how much,
-for the run's record. A pipe or terminal that is gone for good is replaced by the null device, also for what C code and
-child processes print. Characters that the terminal's encoding lacks are written as escapes. Cost: a call per print.
+Inside :func:`lossy_output`, text that cannot be printed is dropped and counted; :func:`dropped_output` returns the
+counts for the run's record. A permanently broken pipe or terminal is replaced by the null device, also for C code and
+child processes. Characters outside the stream's encoding are escaped. Cost: one extra call per print.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 _FOR_NOW: Final = (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN)
-"""Errors after which the next write may succeed."""
+"""Errors after which a later write may succeed."""
 _dropped: Final[dict[str, dict[str, Any]]] = {}
 
 
 class _Lossy:
-    """A text stream whose writes never fail; all else is the stream's own."""
+    """A text stream whose writes never fail; everything else is delegated to the wrapped stream."""
 
     def __init__(self, stream: Any, name: str) -> None:
         self._stream, self._name = stream, name
 
     def write(self, text: str) -> int:
-        """Write or drop."""
+        """Write or drop ``text``."""
         try:
             self._stream.write(text)
         except UnicodeEncodeError:
@@ -37,12 +37,12 @@ class _Lossy:
         return len(text)
 
     def writelines(self, lines: Any) -> None:
-        """Write or drop each."""
+        """Write or drop each line."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Hand it to the system, or drop it."""
+        """Flush to the OS, or drop."""
         try:
             self._stream.flush()
         except (OSError, ValueError) as error:
@@ -61,11 +61,11 @@ class _Lossy:
 
 @contextmanager
 def lossy_output(*names: str, last: bool = False) -> Iterator[None]:
-    """Let what cannot be printed be dropped, to the streams named: ``stdout`` and ``stderr`` by default.
+    """Drop what cannot be printed to the named streams (default: ``stdout`` and ``stderr``).
 
     Args:
         names: the streams.
-        last: nothing is printed afterwards: what a full disk has kept back does not fail when the process ends.
+        last: nothing is printed afterwards, so text still buffered for a full disk must not fail at process exit.
     """
     former = {name: getattr(sys, name) for name in names or ("stdout", "stderr")}
     former = {name: stream for name, stream in former.items() if stream is not None and not isinstance(stream, _Lossy)}
@@ -79,12 +79,12 @@ def lossy_output(*names: str, last: bool = False) -> Iterator[None]:
             stream.flush()
             if last and name in _dropped:
                 silence(former[name])
-            if getattr(sys, name) is stream:  # not what somebody has put there meanwhile
+            if getattr(sys, name) is stream:  # unless other code has replaced it meanwhile
                 setattr(sys, name, former[name])
 
 
 def dropped_output() -> dict[str, dict[str, Any]]:
-    """How many writes to ``stdout`` and ``stderr`` were dropped in this process so far, and the first error of each."""
+    """Return how many writes to ``stdout`` and ``stderr`` this process has dropped, with the first error of each."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, _Lossy):
             stream.flush()
@@ -92,7 +92,7 @@ def dropped_output() -> dict[str, dict[str, Any]]:
 
 
 def silence(stream: Any) -> None:
-    """Put the null device in the place of a stream's descriptor, for good; what is buffered goes there."""
+    """Permanently redirect a stream's descriptor to the null device; buffered text is discarded."""
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -101,12 +101,12 @@ def silence(stream: Any) -> None:
 
 
 def open_descriptors() -> None:
-    """Put the null device where standard input, output or error was closed.
+    """Open the null device in place of a closed standard input, output or error.
 
-    Else the next file that is opened takes its number, and what C code or a child process prints goes into that file.
+    Otherwise the next file opened gets that descriptor, and receives what C code or a child process prints.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)  # the lowest number that is free
+            os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)  # POSIX: gets the lowest free descriptor

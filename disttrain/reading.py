@@ -1,10 +1,10 @@
-"""The one reader of small files: JSON, YAML and lines, which anyone may have written, with limits.
+"""Read small untrusted files (JSON, YAML, lines) with limits.
 
-What it refuses, before it costs time or memory: anything but a regular file (a FIFO would wait, ``/dev/zero`` never
-ends), more bytes than a limit, text that is not UTF-8, values nested too deep, YAML whose aliases multiply or contain
-themselves, names that are given twice, and numbers beyond 64 bits. The reason is a :class:`ReadError`, a
-``ValueError``; what the system refuses stays an ``OSError``. The functions ``as_...`` take values for what they should
-be, and give nothing for any other. Cost: one pass more than the parser's own. Needs neither torch nor, for JSON, yaml.
+Rejected before they cost time or memory: anything but a regular file (a FIFO would block, ``/dev/zero`` never ends),
+files over a size limit, text that is not UTF-8, values nested too deep, YAML aliases that multiply or contain
+themselves, duplicate names, and numbers over 20 digits. The reason is a :class:`ReadError`, a ``ValueError``; OS errors
+remain ``OSError``. The ``as_...`` functions return a value if it has the expected type, and an empty result otherwise.
+Cost: one pass in addition to the parser's own. Needs no torch, and yaml only for YAML.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ if TYPE_CHECKING:
 
 RUN_FILE: Final = "run.json"
 MAX_BYTES: Final = 256 * 2**20
-"""Of a file that is read whole, if nothing else is said."""
+"""Default size limit of files that are read whole."""
 CONFIG_BYTES: Final = 4 * 2**20
-"""Of a configuration."""
+"""Size limit of a configuration file."""
 MAX_DEPTH: Final = 100
 MAX_NODES: Final = 200_000
-"""Values of a YAML file, each alias counted as what it stands for."""
+"""Limit on the number of values in a YAML file, with every alias expanded."""
 _MAX_DIGITS: Final = 20
 _DIGITS: Final = re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*(?::[0-5]?[0-9])*)")
-"""A whole number of YAML, in base 60 too; a hash or an IPv6 address is a text."""
+"""A YAML integer, including base 60; a hash or an IPv6 address is a string."""
 
 
 class ReadError(ValueError):
-    """Why a file's content is refused: words that follow its name, such as ``is not a regular file``."""
+    """Why a file's content is rejected, as a phrase to follow its name, such as ``is not a regular file``."""
 
 
 @contextmanager
 def open_regular(path: Path | str, *, limit: int | None = None) -> Iterator[IO[bytes]]:
-    """Open a regular file to read; nothing else, and without waiting.
+    """Open a file for reading without blocking; only regular files are accepted.
 
     Args:
         path: the file.
-        limit: its largest size in bytes; None for any.
+        limit: maximum size in bytes; None for no limit.
 
     Raises:
-        ReadError: it is not a regular file, or larger.
+        ReadError: it is not a regular file, or is too large.
         OSError: it cannot be opened.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # or a FIFO would wait for its writer
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # else a FIFO blocks until it has a writer
     with open(descriptor, "rb") as file:
         found = os.fstat(descriptor)
         if stat.S_ISDIR(found.st_mode):
@@ -66,10 +66,10 @@ def open_regular(path: Path | str, *, limit: int | None = None) -> Iterator[IO[b
 
 
 def read_text(path: Path | str, *, limit: int = MAX_BYTES) -> str:
-    """The text of a regular file in UTF-8, without a byte order mark.
+    """Read a regular UTF-8 file as text, without its byte order mark.
 
     Raises:
-        ReadError: it is something else, or larger.
+        ReadError: it is not such a file, or is too large.
         OSError: it cannot be read.
     """
     with open_regular(path, limit=limit) as file:
@@ -77,10 +77,10 @@ def read_text(path: Path | str, *, limit: int = MAX_BYTES) -> str:
 
 
 def decode(data: bytes) -> str:
-    """Text in UTF-8, without a byte order mark.
+    """Decode UTF-8, without a byte order mark.
 
     Raises:
-        ReadError: it is not UTF-8.
+        ReadError: the data is not UTF-8.
     """
     try:
         return data.decode("utf-8-sig")
@@ -89,17 +89,17 @@ def decode(data: bytes) -> str:
 
 
 def read_json(path: Path | str, *, limit: int = MAX_BYTES) -> Any:
-    """The content of a JSON file.
+    """Read a JSON file.
 
     Raises:
-        ReadError: it is not JSON, or beyond a limit.
+        ReadError: it is not JSON, or exceeds a limit.
         OSError: it cannot be read.
     """
     return parse_json(read_text(path, limit=limit))
 
 
 def read_record(path: Path | str) -> dict[str, Any]:
-    """The object that a JSON file holds; empty where there is none, or it is damaged."""
+    """Read a JSON object from a file; return an empty one if it is missing or damaged."""
     try:
         return as_dict(read_json(path))
     except (OSError, ValueError):
@@ -107,7 +107,7 @@ def read_record(path: Path | str) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path | str) -> Iterator[dict[str, Any]]:
-    """The objects in a file of one on each line; other lines, such as one that a kill cut off, are passed over.
+    """Yield the objects in a JSON Lines file; other lines, such as one truncated by a kill, are skipped.
 
     Raises:
         ReadError: it is not a regular file.
@@ -121,10 +121,10 @@ def read_json_lines(path: Path | str) -> Iterator[dict[str, Any]]:
 
 
 def read_lines(path: Path | str, *, limit: int = 4 * 2**20) -> Iterator[bytes]:
-    """The lines of a regular file with their ends, one at a time; the last may have none.
+    """Yield the lines of a regular file with their line endings; the last one may have none.
 
     Raises:
-        ReadError: it is something else, or a line is longer than ``limit``.
+        ReadError: it is not a regular file, or a line is longer than ``limit``.
         OSError: it cannot be read.
     """
     with open_regular(path) as file:
@@ -137,10 +137,10 @@ def read_lines(path: Path | str, *, limit: int = 4 * 2**20) -> Iterator[bytes]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """A JSON value.
+    """Parse JSON.
 
     Raises:
-        ReadError: the text is not JSON, or beyond a limit.
+        ReadError: the text is not JSON, or exceeds a limit.
     """
     if isinstance(text, bytes):
         text = decode(text)
@@ -156,20 +156,20 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_yaml(path: Path | str, *, limit: int = CONFIG_BYTES) -> Any:
-    """The content of a YAML file of plain values.
+    """Read a YAML file of plain values.
 
     Raises:
-        ReadError: it is not YAML, or beyond a limit.
+        ReadError: it is not YAML, or exceeds a limit.
         OSError: it cannot be read.
     """
     return parse_yaml(read_text(path, limit=limit))
 
 
 def parse_yaml(text: str) -> Any:
-    """A YAML value of plain types.
+    """Parse YAML of plain types.
 
     Raises:
-        ReadError: the text is not YAML, or beyond a limit.
+        ReadError: the text is not YAML, or exceeds a limit.
     """
     import yaml
 
@@ -179,14 +179,14 @@ def parse_yaml(text: str) -> Any:
 
 
 def check_yaml(text: str) -> None:
-    """Whether YAML keeps within the limits, before anything is made of it; looks at the parser's events alone.
+    """Check YAML text against the limits before any object is built, using only the parser's events.
 
     Raises:
-        ReadError: it is not YAML, nests too deep, holds too much, an alias of itself, or a name twice.
+        ReadError: it is not YAML, nests too deep, has too many values, a recursive alias or a duplicate name.
     """
     import yaml
 
-    sizes: dict[str, tuple[int, int]] = {}  # of what has an anchor: values, depth
+    sizes: dict[str, tuple[int, int]] = {}  # anchor: (number of values, depth)
     open_nodes: list[_Node] = [_Node("")]
     with _yaml_errors():
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
@@ -211,14 +211,14 @@ def check_yaml(text: str) -> None:
 
 
 class _Node:
-    """A list or mapping of YAML that has begun."""
+    """A YAML list or mapping that is still open."""
 
     def __init__(self, anchor: str, is_mapping: bool = False) -> None:
         self.anchor, self.values, self.depth, self.parts = anchor, 1, 0, 0
         self.names: set[str] | None = set() if is_mapping else None
 
     def key(self, event: yaml.ScalarEvent) -> None:
-        """Note a name of a mapping, which may be given once."""
+        """Record a mapping's key, and raise if it is a duplicate."""
         if self.names is not None and self.parts % 2 == 0:
             if event.value in self.names and event.value != "<<":
                 raise ReadError(f"has {event.value[:100]!r} twice{_line(event.start_mark)}")
@@ -242,7 +242,7 @@ def _line(mark: Any) -> str:
 
 @contextmanager
 def _yaml_errors() -> Iterator[None]:
-    """What the parser makes of bad text: its own errors, and those of Python's types."""
+    """Convert the errors that bad YAML causes in the parser and in Python's constructors to a ``ReadError``."""
     import yaml
 
     try:
@@ -272,7 +272,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_tree(value: Any) -> None:
-    """Whether a value is nested too deep."""
+    """Raise if a value is nested too deep."""
     level, depth = [value], 0
     while level:
         if depth > MAX_DEPTH:
@@ -284,29 +284,29 @@ def _check_tree(value: Any) -> None:
 
 
 def as_dict(value: object) -> dict[str, Any]:
-    """An object; empty for anything else."""
+    """Return a dictionary as is; an empty one for anything else."""
     return value if isinstance(value, dict) else {}
 
 
 def as_dicts(value: object) -> list[dict[str, Any]]:
-    """The objects in a list; none for anything else."""
+    """Return the dictionaries in a list; none for anything else."""
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 def as_text(value: object) -> str:
-    """A text, also of a number; empty for anything else."""
+    """Return a string or number as text; an empty string for anything else."""
     return str(value) if isinstance(value, str | int | float) else ""
 
 
 def as_number(value: object) -> float | None:
-    """A number, also one that JSON has no number for, as ``files.to_json`` writes it; None for anything else."""
+    """Return a number, including NaN and infinities as written by ``files.to_json``; None for anything else."""
     if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity"):
         return float(value)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def as_whole(value: object) -> int | None:
-    """A number without its fraction, within 64 bits; None for anything else."""
+    """Return a number truncated to a 64-bit integer; None for anything else."""
     number = as_number(value)
     if number is None or not math.isfinite(number) or abs(number) >= 2**63:
         return None
@@ -314,17 +314,17 @@ def as_whole(value: object) -> int | None:
 
 
 def conform(record: dict[str, Any], kinds: Mapping[str, Callable[[object], Any]]) -> dict[str, Any]:
-    """An object whose values of known names are what they should be; others stay as they are."""
+    """Convert an object's known entries to their types; others are unchanged."""
     return {name: kinds[name](value) if name in kinds else value for name, value in record.items()}
 
 
 def conform_run(record: object) -> dict[str, Any]:
-    """The content of a ``run.json``, in which each known name has a value of its type."""
+    """Convert the known entries of a ``run.json`` to their types."""
     return conform(as_dict(record), _RUN)
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
-    """A run's record; empty where there is none or it is damaged."""
+    """Read a run's record; empty if missing or damaged."""
     return conform_run(read_record(run_dir / RUN_FILE))
 
 

@@ -1,11 +1,11 @@
-"""The folder of a run: what it holds, and which checkpoint a new attempt starts from.
+"""The run folder, and the choice of the checkpoint that a new attempt starts from.
 
-``run.json`` says whether the run is complete; ``checkpoints/`` holds what it can be resumed from. ``auto`` continues
-a run from its newest committed and sound checkpoint, which of a complete one is its end, with no step left; ``never``
-starts a new run; a path names a checkpoint or a run folder. Starting a new run never deletes: an older one is renamed.
-Ranks that a launcher starts again resume from what their launch has saved, whatever it was told to begin with. A
-folder's checkpoints are those of one run: another run's are an error, unless they are named. Rank 0 decides; all ranks
-read a share of the checkpoint's files to compare checksums. ``auto`` fetches copies on remote storage that are newer.
+``run.json`` records whether the run is complete; ``checkpoints/`` holds what it can resume from. ``auto`` resumes from
+the newest committed, sound checkpoint (for a complete run that is its end, with no steps left). ``never`` starts a new
+run. A path names a checkpoint or a run folder. Starting a new run never deletes an older one, but renames it. Ranks
+restarted by a launcher resume from what their launch has saved, whatever option it was given. All checkpoints in a
+folder belong to one run; another run's are an error unless named explicitly. Rank 0 decides; to verify checksums, each
+rank reads a share of the files. ``auto`` also fetches newer copies from remote storage.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ COMPLETED: Final = "completed"
 PREEMPTED: Final = "preempted"
 _PASSED_OVER: Final = "passed over: "
 _begun: Final[dict[Path, None]] = {}
-"""The run folders in which this process has begun an attempt, the last one last: what it starts there next is no
-restart."""
+"""Run folders in which this process has begun an attempt, the latest last; its next start there is not a restart."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,10 @@ class Start:
     Attributes:
         checkpoint: the checkpoint to resume from, or None to start from scratch.
         notes: lines that tell the user what was found and decided.
-        aside: where an older run was moved to, if one was.
-        attempt: this attempt, where it has begun in the folder of checkpoints already.
-        faulty: checkpoints that were found damaged.
-        resume: what was asked for.
+        aside: the new path of an older run, if one was renamed.
+        attempt: this attempt, if it has already begun in the checkpoint folder.
+        faulty: checkpoints found damaged.
+        resume: the ``resume`` option.
     """
 
     checkpoint: Path | None
@@ -69,28 +68,28 @@ class Start:
 def find_start(
     run_dir: Path, resume: str, *, checksums: bool = True, mirror: Mirror | None = None, best: int = 1
 ) -> Start:
-    """Decide where an attempt in a run folder starts, on all ranks, and read the checkpoint once. A collective.
+    """Decide on all ranks where an attempt in a run folder starts, and verify the checkpoint. Collective.
 
     Args:
-        run_dir: the run's folder; it need not exist.
-        resume: ``auto``, ``never``, or the path of a checkpoint or of a run folder.
-        checksums: compare the checkpoint's files with their checksums; by their sizes they are judged anyway.
-        mirror: copies on remote storage, which ``auto`` fetches where they are newer.
-        best: how many of the best copies to fetch with it.
+        run_dir: the run folder; it need not exist.
+        resume: ``auto``, ``never``, or the path of a checkpoint or run folder.
+        checksums: verify the files' checksums; their sizes are always checked.
+        mirror: copies on remote storage, which ``auto`` fetches if they are newer.
+        best: how many of the best copies to fetch along with the newest.
 
     Raises:
-        CheckpointError: the named checkpoint does not exist or is torn, ``auto`` meets another run's, or copies cannot
-            be reached. Ranks other than 0 raise a ``RankError``.
+        CheckpointError: the named checkpoint does not exist or is torn, ``auto`` finds another run's, or the copies
+            cannot be reached. Ranks other than 0 raise a ``RankError``.
     """
     release(run_dir)
     lead = not is_distributed() or torch.distributed.get_rank() == 0
     faulty: dict[Path, str] = {}
-    unfit: dict[str, str] = {}  # copies that were fetched, or found damaged
+    unfit: dict[str, str] = {}  # copies already fetched (empty) or found damaged (why)
     attempt: Attempt | None = None
     notes: list[str] = []
     restart: Restart | None = None
     while True:
-        start, copies = Start(None), list[Stored]()  # rank 0's, once it has looked
+        start, copies = Start(None), list[Stored]()  # until rank 0 has looked
         with raise_together():
             if lead:
                 if attempt is None:
@@ -125,15 +124,15 @@ def find_start(
 def _take_over(
     run_dir: Path, resume: str, mirror: Mirror | None, restart: Restart | None
 ) -> tuple[Attempt | None, list[str]]:
-    """Begin an attempt if this start may go on with what is here or in a mirror; and what was cleared away."""
+    """Begin an attempt if this start may resume from the folder or mirror; also return notes on what was cleared."""
     owner = mirror.owner() if mirror is not None else {}
     goes_on = restart is not None or resume == "auto"
     if mirror is not None and owner and not goes_on and resume in ("auto", "never"):
         raise another_run(mirror, str(owner["run"]), "")  # before anything is moved
     if not goes_on or not (owner or _has_checkpoints(run_dir)):
         return None, []
-    before = _choose(run_dir, resume, {}, restart).notes  # a folder of another run's is left alone
-    # From here on no earlier attempt can commit, or prune, what is being looked at.
+    before = _choose(run_dir, resume, {}, restart).notes  # raises for another run's folder, which stays untouched
+    # From here on, no earlier attempt can commit or prune while we look.
     attempt, cleared = begin(run_dir / CHECKPOINTS, mirror, run=_recorded_id(run_dir), adopt=True)
     after = _choose(run_dir, resume, {}, restart).notes
     local = [note for note in before if note not in after and note.startswith(_PASSED_OVER)]
@@ -141,7 +140,7 @@ def _take_over(
 
 
 def _choose(run_dir: Path, resume: str, faulty: Mapping[Path, str], restart: Restart | None) -> Start:
-    """Where an attempt starts that may be a restart: then with what this launch has saved. Rank 0 only."""
+    """Choose the start; a restart resumes from what this launch has saved. Rank 0 only."""
     if restart is None:
         return choose_start(run_dir, resume, faulty=faulty)
     start = _newest(run_dir / CHECKPOINTS, faulty)
@@ -149,7 +148,7 @@ def _choose(run_dir: Path, resume: str, faulty: Mapping[Path, str], restart: Res
         if start.checkpoint is not None:
             _check_owner(run_dir, start.checkpoint)
     elif start.checkpoint is None or (
-        # Nothing was saved since; only a rollback may have deleted what was named, and gone further back.
+        # Nothing was saved since, unless a rollback deleted the named checkpoint and went back further.
         store.check(start.checkpoint).global_step < restart.from_step and Path(resume).exists()
     ):
         return choose_start(run_dir, resume, faulty=faulty)
@@ -160,7 +159,7 @@ def _choose(run_dir: Path, resume: str, faulty: Mapping[Path, str], restart: Res
 def _newer(
     mirror: Mirror, start: Start, directory: Path, unfit: Mapping[str, str], best: int
 ) -> tuple[list[Stored], list[str]]:
-    """The copies to fetch, the one to resume from first: none where what is here is as new; and notes."""
+    """Return the copies to fetch (the one to resume from first; none if the local one is as new), and notes."""
     found, passed_over = mirror.committed()
     notes = [] if unfit else [f"{_PASSED_OVER}{reason}" for reason in passed_over]
     here = store.check(start.checkpoint).global_step if start.checkpoint is not None else -1
@@ -181,15 +180,15 @@ def _newer(
 
 
 def choose_start(run_dir: Path, resume: str, *, faulty: Mapping[Path, str] | None = None) -> Start:
-    """Decide where an attempt in a run folder starts, and set an older run aside if it must. Rank 0 only.
+    """Decide where an attempt in a run folder starts, renaming an older run if necessary. Rank 0 only.
 
     Args:
-        run_dir: the run's folder; it need not exist.
-        resume: ``auto``, ``never``, or the path of a checkpoint or of a run folder.
-        faulty: checkpoints that are not to be taken, and why.
+        run_dir: the run folder; it need not exist.
+        resume: ``auto``, ``never``, or the path of a checkpoint or run folder.
+        faulty: checkpoints not to use, and why.
 
     Raises:
-        CheckpointError: the named checkpoint does not exist, is torn or faulty, or ``auto`` meets another run's.
+        CheckpointError: the named checkpoint does not exist, is torn or faulty, or ``auto`` finds another run's.
     """
     faulty = faulty or {}
     if resume == "never":
@@ -211,15 +210,15 @@ def choose_start(run_dir: Path, resume: str, *, faulty: Mapping[Path, str] | Non
 
 
 def best_checkpoint(run_dir: Path, which: str, *, tell: Callable[[str], object] = lambda text: None) -> Path:
-    """The checkpoint that an evaluation asks for.
+    """Return the checkpoint to evaluate.
 
     Args:
-        run_dir: the run's folder.
-        which: ``best``, by the metric that the markers hold, the newest where none holds one; ``last``; or a path.
-        tell: told where ``best`` is the newest for want of a metric.
+        run_dir: the run folder.
+        which: ``best`` (by the metric in the markers; the newest if none has one), ``last``, or a path.
+        tell: called with a message if ``best`` falls back to the newest.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no checkpoint.
     """
     start = _newest(run_dir / CHECKPOINTS, {}) if which in ("best", "last") else _named(Path(which), {})
     if start.checkpoint is None:
@@ -231,7 +230,7 @@ def best_checkpoint(run_dir: Path, which: str, *, tell: Callable[[str], object] 
     found = store.committed(run_dir / CHECKPOINTS)[0]
     if rated := best_of(found, 1):
         return rated[0].path
-    step = read_run(run_dir).get("best", {}).get("step")  # checkpoints of format 1 hold no metric
+    step = read_run(run_dir).get("best", {}).get("step")  # markers of format 1 have no metric
     for entry in found:
         if entry.global_step == step:
             return entry.path
@@ -240,23 +239,23 @@ def best_checkpoint(run_dir: Path, which: str, *, tell: Callable[[str], object] 
 
 
 def launch_id() -> str:
-    """What the attempts that one torchrun, or one ``disttrain launch``, starts have in common; empty without."""
+    """Return an id shared by all attempts that one torchrun or ``disttrain launch`` starts; empty without either."""
     if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
         return ""
     launcher = launcher_process()
-    run_id = "" if VARIABLE in os.environ else os.environ.get("TORCHELASTIC_RUN_ID", "")  # launch makes some torchruns
+    run_id = "" if VARIABLE in os.environ else os.environ.get("TORCHELASTIC_RUN_ID", "")  # launch may rerun torchrun
     return f"{run_id}@{platform.node()}:{launcher.pid}:{launcher.create_time():.2f}"
 
 
 def launcher_process() -> psutil.Process:
-    """What has started this rank, the first time too: torchrun, or the ``disttrain launch`` that has started that."""
+    """Return the process that outlives restarts: torchrun, or the ``disttrain launch`` that started it."""
     torchrun = psutil.Process(os.getppid())
     above = torchrun.parent() if VARIABLE in os.environ else None
     return above or torchrun
 
 
 def stopped_by_request(run_dir: Path) -> str:
-    """Why this launch was asked to stop, if it was; torchrun restarts whatever ends with another code than 0."""
+    """Return why this launch was asked to stop, if it was: torchrun restarts any rank with a nonzero exit code."""
     attempts = _attempts(run_dir)
     mine = launch_id()
     if not mine or not attempts or attempts[-1].get("launch") != mine or attempts[-1].get("status") != PREEMPTED:
@@ -266,10 +265,10 @@ def stopped_by_request(run_dir: Path) -> str:
 
 @dataclass(frozen=True)
 class Restart:
-    """Earlier attempts at a run by what has started this process, too.
+    """Earlier attempts at a run by the same launcher as this one.
 
     Attributes:
-        by: what that is.
+        by: name of the launcher.
         from_step: the step that the first of them started from.
     """
 
@@ -278,7 +277,7 @@ class Restart:
 
 
 def restart_of(run_dir: Path) -> Restart | None:
-    """Whether this torchrun, or this SLURM job, has trained here before and was started again. Rank 0 only."""
+    """Return whether this torchrun or SLURM job has trained here before and was restarted. Rank 0 only."""
     if run_dir.resolve() in _begun:
         return None
     launch, job = launch_id(), job_of().get("slurm_job") if is_restarted_by_slurm() else None
@@ -296,7 +295,7 @@ def restart_of(run_dir: Path) -> Restart | None:
 
 
 def finished_by_this_job(run_dir: Path) -> bool:
-    """Whether the torchrun or SLURM job that has started this process again has completed the run before."""
+    """Return whether the torchrun or SLURM job that restarted this process had already completed the run."""
     if run_dir.resolve() in _begun or read_run(run_dir).get("status") != COMPLETED:
         return False
     last = (_attempts(run_dir) or [{}])[-1]
@@ -306,13 +305,13 @@ def finished_by_this_job(run_dir: Path) -> bool:
 
 
 def note_begun(run_dir: Path) -> None:
-    """This process trains in a run folder: what it starts there later is no restart."""
+    """Record that this process trains in a run folder: its later starts there are not restarts."""
     _begun.pop(run_dir.resolve(), None)
     _begun[run_dir.resolve()] = None
 
 
 def last_begun() -> Path | None:
-    """The run folder in which this process has trained last; None if it has not."""
+    """Return the run folder in which this process last trained, or None."""
     return next(reversed(_begun), None)
 
 
@@ -321,14 +320,14 @@ def _attempts(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def write_run(run_dir: Path, record: dict[str, Any]) -> None:
-    """Write a run's record, atomically."""
+    """Write a run's record atomically."""
     write_atomically(run_dir / RUN_FILE, to_json(record, indent=2) + "\n")
 
 
 def _has_checkpoints(run_dir: Path) -> bool:
     try:
         return (run_dir / CHECKPOINTS).is_dir()
-    except OSError:  # who may not look there is told when the folder is read
+    except OSError:  # missing permissions are reported when the folder is read
         return True
 
 
@@ -337,7 +336,7 @@ def _recorded_id(run_dir: Path) -> str:
 
 
 def _check_owner(run_dir: Path, checkpoint: Path) -> None:
-    """Refuse to go on, unasked, from a checkpoint that some other run has made."""
+    """Raise if a checkpoint was made by another run: resuming from it must be requested explicitly."""
     owner = store.check(checkpoint).about.run
     ours, recorded = run_of(run_dir / CHECKPOINTS), _recorded_id(run_dir)
     if ours and recorded and ours != recorded:
@@ -382,7 +381,7 @@ def _newest(directory: Path, faulty: Mapping[Path, str]) -> Start:
 
 
 def take_back(run_dir: Path, aside: Path) -> None:
-    """Undo a start that came to nothing: the older run gets its folder back."""
+    """Undo a start that came to nothing: give the older run its folder back."""
     shutil.rmtree(run_dir, ignore_errors=True)
     os.rename(aside, run_dir)
     sync_directory(run_dir.parent)

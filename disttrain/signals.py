@@ -1,10 +1,10 @@
-"""Signals that ask a run to end, noted instead of obeyed.
+"""Record stop signals instead of acting on them.
 
-Inside :class:`NotedSignals`, SIGTERM, SIGUSR1 and SIGINT leave a note and nothing else: no collective, no file, no
-exception, so whatever they interrupt goes on as if nothing had happened. Who trains looks at the note where
-stopping is safe. A second SIGINT ends the process at once with code 130: a thread does that, so it works while
-the main thread waits inside a collective. SIGHUP is ignored: a terminal that is closed is no reason to stop. Cost: none
-until a signal comes.
+Inside :class:`NotedSignals`, the handlers of SIGTERM, SIGUSR1 and SIGINT only set a flag: no collective, no file I/O,
+no exception, so the interrupted code continues undisturbed. The training loop checks the flag where stopping is safe.
+A second SIGINT ends the process immediately with code 130; a thread does this, so that it works while the main thread
+waits inside a collective. SIGHUP is ignored, since closing a terminal is not a reason to stop. Cost: none until a
+signal arrives.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from disttrain.terminal import tell
 
 NOTED: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 INTERRUPTED_CODE: Final = 130
-_ONE_PRESS_SECONDS: Final = 0.2  # launchers forward the SIGINT that the terminal has sent as well
+_ONE_PRESS_SECONDS: Final = 0.2  # on Ctrl-C, SIGINT arrives from both the terminal and the launcher
 
 
 class NotedSignals:
-    """Notes signals from entering to leaving; then the former handlers are back.
+    """Records signals within the context, and restores the previous handlers on exit.
 
-    In a thread other than the main one, Python allows no handlers: then nothing is noted.
+    Python only allows handlers in the main thread; in any other thread, nothing is recorded.
 
     Args:
-        speaks: whether this process tells of the first signal on standard error.
+        speaks: whether this process logs the first signal to stderr.
     """
 
     def __init__(self, *, speaks: bool = True) -> None:
         self.noted: signal.Signals | None = None
-        """The first signal that came."""
+        """The first signal received."""
         self._speaks = speaks
         self._former: dict[signal.Signals, Any] = {}
         self._wire: socket.socket | None = None
@@ -46,11 +46,11 @@ class NotedSignals:
         self.noted, self._interrupted = None, 0.0
         if threading.current_thread() is not threading.main_thread():
             return self
-        # Python's own handler writes the number of each signal here, even while the main thread is inside C.
+        # Python's C-level handler writes each signal number here, even while the main thread is inside C code.
         near, far = socket.socketpair()
         far.setblocking(False)
         former = signal.set_wakeup_fd(far.fileno(), warn_on_full_buffer=False)
-        if former != -1:  # somebody else's, such as an event loop's in the main thread: it has the older right
+        if former != -1:  # already in use, for example by an event loop in the main thread: leave it alone
             signal.set_wakeup_fd(former)
             near.close()
             far.close()
@@ -58,7 +58,7 @@ class NotedSignals:
             self._wire = far
             threading.Thread(target=self._watch, args=(near,), name="disttrain-signals", daemon=True).start()
         self._former = {number: signal.signal(number, self._note) for number in NOTED}
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # neither nohup nor the program has decided
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # neither nohup nor the program has set it
             launched = "TORCHELASTIC_RUN_ID" in os.environ
             signal.signal(signal.SIGHUP, self._note_launcher if launched else signal.SIG_IGN)
             self._former[signal.SIGHUP] = signal.SIG_DFL
@@ -80,7 +80,7 @@ class NotedSignals:
             self.noted = signal.Signals(number)
 
     def _note_launcher(self, number: int, frame: FrameType | None) -> None:
-        """torchrun passes SIGHUP on and kills what does not end."""
+        """Treat SIGHUP as SIGTERM: torchrun forwards it and then kills ranks that do not exit."""
         self._note(signal.SIGTERM, frame)
 
     def _watch(self, near: socket.socket) -> None:
@@ -103,5 +103,5 @@ class NotedSignals:
 
 
 def _say(text: str) -> None:
-    with suppress(OSError, ValueError):  # the output may be gone, as when a terminal was closed
+    with suppress(OSError, ValueError):  # stderr may be gone, for example after the terminal was closed
         tell(text)

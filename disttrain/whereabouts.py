@@ -1,8 +1,8 @@
-"""Where a process is, in words, from the Python stacks of its threads.
+"""Describe what a process is doing, from the Python stacks of its threads.
 
-Tells the reader (and the shard), a collective, the backward pass and user code from each other, by the files
-that the frames belong to. It looks at frames only: nothing is called that could wait, so it works from a thread
-beside a training that hangs. Cost: none until it is asked.
+Distinguishes the reader (and its shard), a collective, the backward pass and user code by the files that the frames
+belong to. It only inspects frames and calls nothing that could block, so it works from a thread next to hanging
+training. Cost: none until called.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LIBRARIES: Final = tuple({f"{sysconfig.get_path(name)}/" for name in ("stdlib",
 _LOADER: Final = "data/loader.py"
 _MOST_SHARDS: Final = 3
 
-# Where disttrain itself waits for the other ranks: a wait has no Python frame of its own.
+# Where disttrain itself waits for other ranks: a wait inside C code has no Python frame of its own.
 _WAITS: Final = {
     ("parallel/votes.py", "result"): "the vote on stopping",
     ("parallel/votes.py", "begin"): "the vote on stopping",
@@ -29,7 +29,7 @@ _WAITS: Final = {
     ("tasks/base.py", "_gather_sums"): "the gathering of the step's loss",
     ("parallel/agree.py", "raise_together"): "an agreement on whether a part failed",
 }
-# And where it waits for its own thread that writes or copies a checkpoint.
+# Where it waits for its own thread that writes or copies a checkpoint.
 _SAVES: Final = (
     ("checkpoint/saver.py", "wait"),
     ("checkpoint/saver.py", "poll"),
@@ -39,7 +39,7 @@ _SAVES_ANY: Final = "waits for a save or a copy"
 
 
 def whereabouts() -> tuple[str, str]:
-    """Where the main thread is, in one phrase such as ``is in user code train.py:12 (forward)``, and all stacks."""
+    """Describe the main thread, with a phrase such as ``is in user code train.py:12 (forward)``, and all stacks."""
     frames = sys._current_frames()
     stacks = {
         thread.name: list(_outwards(frames[thread.ident])) for thread in threading.enumerate() if thread.ident in frames
@@ -59,14 +59,14 @@ def whereabouts() -> tuple[str, str]:
 def describe(
     main: Sequence[FrameType], readers: Sequence[Sequence[FrameType]], savers: Sequence[Sequence[FrameType]] = ()
 ) -> str:
-    """A phrase about a main thread.
+    """Describe a main thread in one phrase.
 
     Args:
         main: its frames, innermost first.
-        readers: those of the reading threads.
-        savers: those of the threads that write and copy checkpoints.
+        readers: frames of the reader threads.
+        savers: frames of the threads that write and copy checkpoints.
     """
-    if any(_loads(frame) for frame in main):  # without reading threads
+    if any(_loads(frame) for frame in main):  # reading in the main thread, without reader threads
         return _in_reader([main])
     for position, frame in enumerate(main):
         path, name = frame.f_code.co_filename, frame.f_code.co_name
@@ -75,11 +75,11 @@ def describe(
             if part == _LOADER:
                 return _in_reader(readers)
             if (part, name) in _SAVES:
-                # The last begun: a copy, where there is one.
+                # The latest one: a copy, if there is one.
                 return f"waits for a save or a copy, which {describe(savers[-1], [])}" if savers else _SAVES_ANY
             if (part, name) in _WAITS:
                 return f"waits for the other ranks in {_WAITS[part, name]}"
-        elif "/torch/distributed/" in path and "/torch/distributed/checkpoint/" not in path:  # that writes files
+        elif "/torch/distributed/" in path and "/torch/distributed/checkpoint/" not in path:  # the latter writes files
             inside = next((i for i in range(position, len(main)) if not _is_torch(main[i])), len(main))
             called = [f.f_code.co_name for f in main[position:inside] if "/torch/distributed/" in f.f_code.co_filename]
             what = next((each for each in reversed(called) if each != "wrapper"), name)
@@ -106,7 +106,7 @@ def _loads(frame: FrameType) -> bool:
 
 
 def _shards(stack: Sequence[FrameType]) -> str:
-    """The shard that a reading thread is at; those of its micro batches where it stands in no file."""
+    """Name the shard that a reader thread is reading; if it is in no file, name the shards of its micro batch."""
     for frame in stack:
         path = frame.f_locals.get("path") if frame.f_code.co_filename.startswith(_PACKAGE + "data/") else None
         if isinstance(path, (str, Path)):
@@ -127,7 +127,7 @@ def _shards_of(index: Any, ids: Any) -> str:
 
 
 def _caller(stack: Sequence[FrameType]) -> str:
-    """Who called a collective, if it is not Lightning."""
+    """Name the caller of a collective, unless it is Lightning."""
     for frame in stack:
         if _is_users(frame):
             return f", called by user code {_spot(frame)}"

@@ -1,8 +1,8 @@
-"""Who this process is among its peers, read from the environment that the launcher set.
+"""This process's rank and the world size, from the launcher's environment variables.
 
-One place knows the launchers (torchrun, SLURM's ``srun`` with a task a rank, or none); everything else asks
-for a :class:`World`. Environments that two launchers have written, or an older one has left behind, are refused with
-what each of them says. Reading it costs a few dictionary look-ups and imports neither torch nor lightning.
+Only this module deals with launchers (torchrun, SLURM's ``srun`` with one task per rank, or none); everything else uses
+:class:`World`. If two launchers have set variables, or an older one has left some behind, contradictions are rejected
+with a message that quotes both. Costs a few dictionary lookups; imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class World:
     """Rank and sizes of a run.
 
     Attributes:
-        rank: this process among all, ``0 <= rank < size``.
+        rank: global rank, ``0 <= rank < size``.
         size: number of processes in the run.
-        local_rank: this process among those of its node.
+        local_rank: rank within this node.
         local_size: number of processes on this node.
-        launcher: ``"torchrun"`` (or variables set by hand as it sets them), ``"slurm"`` or ``"alone"``.
+        launcher: ``"torchrun"`` (also if its variables were set by hand), ``"slurm"`` or ``"alone"``.
     """
 
     rank: int = 0
@@ -51,7 +51,7 @@ class World:
 
     @property
     def num_nodes(self) -> int:
-        """Number of nodes, all with as many ranks as this one."""
+        """Number of nodes, assuming that all have as many ranks as this one."""
         if self.size % self.local_size:
             raise ConfigError(
                 f"{self.size} ranks cannot be spread evenly over nodes of {self.local_size} ranks",
@@ -61,14 +61,14 @@ class World:
 
     @property
     def node(self) -> int:
-        """Number of this node; its ranks follow each other."""
+        """Index of this node; its ranks are consecutive."""
         return self.rank // self.local_size
 
     def check_devices(self, num_devices: int) -> None:
-        """Refuse to run on fewer GPUs than this node has ranks; local rank *i* takes GPU *i*.
+        """Raise if this node has more ranks than GPUs; local rank *i* uses GPU *i*.
 
         Args:
-            num_devices: GPUs that this process sees.
+            num_devices: number of GPUs this process sees.
 
         Raises:
             ConfigError: there are too few.
@@ -89,12 +89,11 @@ class World:
 
 
 def detect_world(environ: Mapping[str, str] | None = None) -> World:
-    """The world that the launcher's environment variables describe.
+    """Return the world that the launcher's environment variables describe.
 
     Raises:
-        ConfigError: a variable that is set holds no number, the numbers contradict each other, SLURM spreads the
-            tasks unevenly or by turns, mpirun started several processes, or the variables of two launchers do not go
-            together.
+        ConfigError: a variable is not a number, the numbers are contradictory, SLURM distributes the tasks unevenly or
+            cyclically, mpirun started several processes, or the variables of two launchers conflict.
     """
     env = os.environ if environ is None else environ
     step = _slurm_step(env)
@@ -113,7 +112,7 @@ def detect_world(environ: Mapping[str, str] | None = None) -> World:
 
 
 def _check_mpi(env: Mapping[str, str]) -> None:
-    """Refuse to be one of several processes of mpirun, each of which would be a run of its own in the same folder."""
+    """Reject several processes started by mpirun: each would be a separate run in the same folder."""
     for size_name, rank_name, local_name in _MPI:
         size = env.get(size_name, "")
         if size.isdigit() and int(size) > 1:
@@ -128,8 +127,8 @@ def _check_mpi(env: Mapping[str, str]) -> None:
 
 
 def _slurm_step(env: Mapping[str, str]) -> World | None:
-    """The world of the tasks that one ``srun`` started, if it started this process and several of them."""
-    # `salloc` and `sbatch` set SLURM_NTASKS too; only a task that srun started has a SLURM_PROCID and a step.
+    """Return the world of the tasks of one ``srun``, if it started this process and several tasks."""
+    # `salloc` and `sbatch` set SLURM_NTASKS too; only a task started by srun has SLURM_PROCID and a step id.
     if "SLURM_PROCID" not in env or "SLURM_STEP_ID" not in env:
         return None
     # A step may be smaller than its job.
@@ -156,10 +155,10 @@ def _slurm_step(env: Mapping[str, str]) -> World | None:
 
 
 def _check_mixture(env: Mapping[str, str], world: World, step: World) -> None:
-    """Refuse what torchrun's variables and those of the srun around it cannot mean together."""
+    """Reject torchrun variables that conflict with those of the surrounding srun."""
     if "TORCHELASTIC_RUN_ID" not in env:
         if (world.rank, world.size, world.local_rank) == (step.rank, step.size, step.local_rank):
-            return  # a script that sets them from SLURM's
+            return  # a script that derives them from SLURM's
         raise ConfigError(
             f"srun started this process as task {step.rank} of {step.size}, but RANK, WORLD_SIZE and LOCAL_RANK say"
             f" rank {world.rank} of {world.size}, local rank {world.local_rank}",
@@ -172,7 +171,7 @@ def _check_mixture(env: Mapping[str, str], world: World, step: World) -> None:
             mend="give srun --ntasks-per-node=1 where torchrun starts the ranks, or leave torchrun out and let srun"
             " start a task a rank; if torchrun is not meant, unset its TORCHELASTIC_RUN_ID, RANK, ... before srun",
         )
-    # --standalone names a run by a random UUID. An elastic job that has lost nodes has been restarted.
+    # --standalone uses a random UUID as run id. A restarted elastic job may legitimately be down to one node.
     own_name = re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", env["TORCHELASTIC_RUN_ID"]) is not None
     first = _number(env, "TORCHELASTIC_RESTART_COUNT", default=0) == 0
     if own_name and first and _number(env, "GROUP_WORLD_SIZE", default=2) == 1:
