@@ -1,18 +1,18 @@
-"""Images: decode, crop, resize and flip, each by its own bytes and its own random numbers.
+"""Decode, crop, resize and flip images.
 
-An image becomes uint8, shape (3, height, width), or (1, height, width) as gray values or as a mask. In training
-:class:`RandomResizedCrop` cuts a random box out of it, in evaluation the middle; the box is then resized (bilinear,
-antialiased) and maybe flipped. What comes out depends on the bytes and the draws of that one sample: not on the batch,
-the threads, or the kind of CPU (torch's integer resize gives the same bits with and without AVX).
+An image becomes uint8, shape (3, height, width), or (1, height, width) for gray values and masks.
+:class:`RandomResizedCrop` takes a random crop in training and a center crop in evaluation; the crop is then resized
+(bilinear, antialiased) and possibly flipped. The result depends only on the bytes and the random draws of that sample,
+not on the batch, the threads, or the CPU type (torch's integer resize is bit-identical with and without AVX).
 
-Cost: a JPEG of which the box is at least twice as large as what it is resized to is decoded at 1/2, 1/4 or 1/8
-(libjpeg-turbo's scaled decoding), for a fraction of the price. Decoding and resizing release the GIL, so threads
-scale. simplejpeg decodes the same pixels as Pillow (bit by bit, where both were built with the same libjpeg-turbo)
-in 2/3 of the time. What it cannot read, or calls damaged, goes to Pillow, so both take the same files. Which one is
-used is declared, not guessed from what is installed: else two nodes might train on different pixels in silence.
+Cost: a JPEG whose crop is at least twice the target size is decoded at 1/2, 1/4 or 1/8 scale (libjpeg-turbo's scaled
+decoding), for a fraction of the cost. Decoding and resizing release the GIL, so threads scale. simplejpeg decodes the
+same pixels as Pillow (bit-identical if both were built with the same libjpeg-turbo) in 2/3 of the time. Files that it
+cannot read or reports as damaged go to Pillow, so both backends accept the same files. The backend is declared rather
+than detected: otherwise two nodes might silently train on different pixels.
 
-An image of more pixels than allowed is refused by its header, before its pixels get any memory. A mask is never
-blended: it is resized to the nearest pixel, and cut out and flipped as the image beside it with the same ``augment``.
+An image with too many pixels is rejected by its header, before memory is allocated for its pixels. A mask is never
+blended: it is resized to the nearest pixel, and cropped and flipped like the sample's image with the same ``augment``.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ if TYPE_CHECKING:
 Pixels = NDArray[np.uint8]
 
 BACKENDS: Final = ("pillow", "simplejpeg")
-# By name: among all that Pillow knows are formats that run other programs, such as Ghostscript for EPS.
+# An allowlist, because some of Pillow's formats run other programs, such as Ghostscript for EPS.
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF", "JPEG2000", "AVIF")
 _TRIES: Final = 10
 MODES: Final = ("rgb", "gray", "mask")
-MAX_PIXELS: Final = 89_478_485  # above these Pillow warns of decompression bombs, and may refuse
+MAX_PIXELS: Final = 89_478_485  # above this Pillow warns of a decompression bomb, and may raise
 _MASKS: Final = ("1", "L", "P", "LA", "PA")
-_ORIENTATION: Final = 0x0112  # the tag of EXIF
+_ORIENTATION: Final = 0x0112  # EXIF tag
 
 
 class Crop(NamedTuple):
-    """A box of an image, in pixels, and whether it is mirrored from left to right."""
+    """A crop box in pixels, and whether to flip it horizontally."""
 
     top: int
     left: int
@@ -58,21 +58,21 @@ class Crop(NamedTuple):
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """A random box in training, the middle of the image in evaluation; both resized to the field's shape.
+    """A random crop in training and a center crop in evaluation, resized to the field's shape.
 
-    The box is drawn as torchvision's ``RandomResizedCrop`` draws it (`torchvision.transforms.v2`; first in
-    "Going deeper with convolutions", Szegedy et al., 2014): its area uniformly, its aspect ratio log-uniformly,
-    until one fits, ten times at most; then it is the largest box in the middle whose ratio is allowed.
+    Crops are drawn like torchvision's ``RandomResizedCrop`` (`torchvision.transforms.v2`; first in "Going deeper with
+    convolutions", Szegedy et al., 2014): uniform in area, log-uniform in aspect ratio, until one fits. After ten
+    misses, the crop is the largest center crop with an allowed ratio.
 
     Attributes:
-        scale: least and largest area of the box, as fractions of the image's.
-        ratio: least and largest width / height of the box.
+        scale: smallest and largest area of the crop, as fractions of the image's area.
+        ratio: smallest and largest width / height of the crop.
         flip: probability of a horizontal flip.
-        evaluation_fraction: side of the box in evaluation, as a fraction of the largest box in the middle that
-            has the shape's aspect ratio. 0.875 is to resize to 256 and to cut out 224.
+        evaluation_fraction: side of the evaluation crop, as a fraction of the largest center crop with the shape's
+            aspect ratio. 0.875 equals resizing to 256 and cropping to 224.
 
     Raises:
-        ConfigError: a value out of its range.
+        ConfigError: a value is out of range.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -93,14 +93,14 @@ class RandomResizedCrop:
             )
 
     def draw(self, height: int, width: int, generator: np.random.Generator) -> Crop:
-        """The box of an image in training.
+        """Draw a training crop.
 
         Args:
-            height: of the image.
-            width: of the image.
-            generator: that sample's own.
+            height: image height.
+            width: image width.
+            generator: the sample's generator.
         """
-        # All numbers at once: one call, and each has its place whatever came of the others.
+        # Draw all numbers in one call, so that each has a fixed position however many tries are needed.
         *numbers, down, right, flip = generator.random(2 * _TRIES + 3).tolist()
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         for area, aspect in zip(numbers[::2], numbers[1::2], strict=True):
@@ -114,12 +114,12 @@ class RandomResizedCrop:
         return Crop((height - h) // 2, (width - w) // 2, h, w, flip < self.flip)
 
     def middle(self, height: int, width: int, size: tuple[int, int]) -> Crop:
-        """The box of an image in evaluation.
+        """Return the evaluation crop.
 
         Args:
-            height: of the image.
-            width: of the image.
-            size: what the box is to be resized to. (height, width)
+            height: image height.
+            width: image width.
+            size: the target size. (height, width)
         """
         scale = self.evaluation_fraction * min(height / size[0], width / size[1])
         h, w = (max(1, round(scale * side)) for side in size)
@@ -127,10 +127,10 @@ class RandomResizedCrop:
 
 
 def check_backend(ext: str, backend: str) -> None:
-    """See to it that the libraries of a backend are there.
+    """Check that the libraries of a backend are installed.
 
     Raises:
-        ConfigError: one is missing.
+        ConfigError: a library is missing.
     """
     for module, name in (("PIL", "Pillow"), ("simplejpeg", "simplejpeg"))[: 1 + (backend == "simplejpeg")]:
         if find_spec(module) is None:
@@ -154,20 +154,20 @@ def decode_image(
 
     Args:
         value: the file's bytes.
-        size: what to resize to, (height, width); None to leave it as large as it is.
-        augment: what to cut out before; None to take the whole image.
+        size: size to resize to, (height, width); None to keep the original size.
+        augment: the crop to take first; None to use the whole image.
         backend: ``pillow`` or ``simplejpeg``.
-        generator: the sample's random numbers; None in evaluation.
+        generator: the sample's generator; None in evaluation.
         mode: ``rgb``, ``gray`` or ``mask``.
-        orient: turn it as its EXIF data says.
+        orient: apply the EXIF orientation.
         max_pixels: the largest width x height.
 
     Returns:
-        A view, not contiguous: to copy it where it belongs puts the channels apart, which costs no more than any
-        copy. uint8, shape (3, height, width), or (1, height, width) for ``gray`` and ``mask``
+        A non-contiguous view: copying it into the batch separates the channels at no more cost than a plain copy.
+        uint8, shape (3, height, width), or (1, height, width) for ``gray`` and ``mask``
 
     Raises:
-        ValueError: it is no image that can be read, or larger than allowed.
+        ValueError: it is not a readable image, or is larger than allowed.
     """
     stored = _jpeg_size(value, max_pixels) if backend == "simplejpeg" else None
     picture = _open(value, max_pixels) if stored is None or orient else None
@@ -194,7 +194,7 @@ def decode_image(
 
 
 class _Turn(NamedTuple):
-    """How an image lies in its file: rows and columns exchanged, then mirrored."""
+    """How to orient the stored pixels: transpose, then flip."""
 
     transpose: bool = False
     up_down: bool = False
@@ -202,25 +202,25 @@ class _Turn(NamedTuple):
 
     @classmethod
     def of(cls, picture: Image.Image) -> _Turn:
-        """What the EXIF data says, if there is any.
+        """Read the EXIF orientation, if there is one.
 
         Raises:
             ValueError: the image is damaged.
         """
         try:
             found = picture.getexif().get(_ORIENTATION, 1)
-        except Exception as error:  # Pillow may have to read the whole file to find it
+        except Exception as error:  # Pillow may have to read the whole file for it, and meet damage there
             raise _unreadable(error) from None
         if not isinstance(found, int) or not 1 <= found <= 8:
             return cls()
-        # 1 to 8: as it is, mirrored, turned by 180 degrees, upside down; then the same once rows are columns.
+        # 1 to 4: unchanged, mirrored, rotated by 180 degrees, flipped vertically; 5 to 8: the same after a transpose.
         return cls(found > 4, found % 4 in (0, 3), found % 4 in (2, 3))
 
     def swapped(self, size: tuple[int, int]) -> tuple[int, int]:
         return size[::-1] if self.transpose else size
 
     def stored(self, crop: Crop, full: tuple[int, int]) -> Crop:
-        """Where a box of the turned image, which is as large as ``full``, lies in the file."""
+        """Map a crop of the oriented image, which has size ``full``, to the stored image."""
         top = full[0] - crop.top - crop.height if self.up_down else crop.top
         left = full[1] - crop.left - crop.width if self.left_right else crop.left
         if self.transpose:
@@ -233,18 +233,18 @@ class _Turn(NamedTuple):
 
 
 def _factor(full: tuple[int, int], crop: Crop, size: tuple[int, int] | None) -> int:
-    """The least size at which a JPEG may be decoded, as 1 / factor: the crop must not become smaller than wanted.
+    """Return the largest factor such that a JPEG decoded at 1 / factor still has a crop no smaller than ``size``.
 
-    The factors between, such as 3/4, take longer than the whole image: libjpeg-turbo has no SIMD code for them.
+    Scales in between, such as 3/4, are slower than full size: libjpeg-turbo has no SIMD code for them.
     """
-    if size is None or max(full) < 8:  # below 8 pixels some of those give the same height and width as 1/2
+    if size is None or max(full) < 8:  # below 8 pixels some of those scales give the same size as 1/2
         return 1
     reach = min(crop.height // size[0], crop.width // size[1])
     return next((factor for factor in (8, 4, 2) if reach >= factor), 1)
 
 
 def _cut(crop: Crop, factor: int) -> tuple[slice, slice]:
-    """The rows and columns of the crop in an image decoded at 1 / factor, to the nearest pixel."""
+    """Return the rows and columns of the crop in an image decoded at 1 / factor, to the nearest pixel."""
     top, left, bottom, right = (
         (edge + factor // 2) // factor for edge in (crop.top, crop.left, crop.top + crop.height, crop.left + crop.width)
     )
@@ -252,7 +252,7 @@ def _cut(crop: Crop, factor: int) -> tuple[slice, slice]:
 
 
 def _jpeg_size(value: memoryview, max_pixels: int) -> tuple[int, int] | None:
-    """Height and width of a JPEG; None for what is left to Pillow."""
+    """Return the height and width of a JPEG; None if Pillow must decode the file."""
     if bytes(value[:2]) != b"\xff\xd8":
         return None
     from simplejpeg import decode_jpeg_header
@@ -265,7 +265,7 @@ def _jpeg_size(value: memoryview, max_pixels: int) -> tuple[int, int] | None:
 
 
 def _simplejpeg(value: memoryview, full: tuple[int, int], crop: Crop, factor: int) -> Pixels | None:
-    """The crop's pixels, shape (height, width, 3); None where libjpeg-turbo finds fault with the file."""
+    """Decode the crop, shape (height, width, 3); None if libjpeg-turbo reports a damaged file."""
     from simplejpeg import decode_jpeg
 
     height, width = (-(-side // factor) for side in full)
@@ -279,12 +279,12 @@ def _simplejpeg(value: memoryview, full: tuple[int, int], crop: Crop, factor: in
 
 
 def _open(value: memoryview, max_pixels: int) -> Image.Image:
-    """An image of which the header has been read."""
+    """Open an image, reading only its header."""
     from PIL import Image
 
-    Image.init()  # loads the plugins, the first time
+    Image.init()  # loads the plugins on the first call
     head = bytes(value[:16])
-    # What Image.open does, without the warning and the limit of its own, which the whole process shares.
+    # Like Image.open, but without its warning and its pixel limit, which are global to the process.
     for name in _FORMATS:
         factory, accepts = Image.OPEN.get(name, (None, None))
         try:
@@ -292,7 +292,7 @@ def _open(value: memoryview, max_pixels: int) -> Image.Image:
             if factory is None or not accepted or isinstance(accepted, str):  # text says what the plugin lacks
                 continue
             picture: Image.Image = factory(io.BytesIO(value), "")
-        except (SyntaxError, IndexError, TypeError, struct.error):  # another format after all
+        except (SyntaxError, IndexError, TypeError, struct.error):  # not this format; Image.open catches the same
             continue
         except Exception as error:  # Pillow's plugins raise many kinds on damaged bytes
             raise _unreadable(error) from None
@@ -309,20 +309,20 @@ def _open(value: memoryview, max_pixels: int) -> Image.Image:
 
 
 def _pillow(picture: Image.Image, full: tuple[int, int], crop: Crop, factor: int, mode: str) -> Pixels:
-    """The crop's pixels. shape (height, width, 3), or (height, width, 1) for ``gray`` and ``mask``"""
+    """Decode the crop. shape (height, width, 3), or (height, width, 1) for ``gray`` and ``mask``"""
     if picture.mode.startswith("I") or picture.mode == "F":
         raise ValueError(f"an image of more than 8 bits a channel (mode {picture.mode}); store it as npy")
     if mode == "mask" and picture.mode not in _MASKS:
         raise ValueError(f"an image of mode {picture.mode}, but a mask has one channel")
     try:
-        if factor > 1 or mode == "gray":  # a JPEG has its gray values beside its colors
+        if factor > 1 or mode == "gray":  # a JPEG stores luma separately, so draft can skip the colors
             picture.draft("RGB" if mode == "rgb" else "L", (full[1] // factor, full[0] // factor))
             factor = factor if picture.size != (full[1], full[0]) else 1  # Pillow may have declined
         rows, columns = _cut(crop, factor)
         box = (columns.start, rows.start, columns.stop, rows.stop)
         part = picture if box == (0, 0, *picture.size) else picture.crop(box)
         part.load()
-        part.info.pop("transparency", None)  # Pillow would warn that it goes with the palette
+        part.info.pop("transparency", None)  # else Pillow may warn about a palette's transparency
         if mode == "mask":
             band = np.array(part.getchannel(0) if part.mode in ("LA", "PA") else part).astype(np.uint8)
             return band[:, :, None]
@@ -337,17 +337,17 @@ def _unreadable(error: Exception) -> ValueError:
 
 
 def _resized(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    """Shape (height, width, 3) to (*size, 3)."""
+    """Resize (bilinear, antialiased): shape (height, width, 3) to (*size, 3)."""
     if pixels.shape[:2] == size:
         return pixels
-    # torch keeps the pixels together, and is faster, only if it sees by the strides that they are (channels_last).
+    # torch uses its faster channels_last kernel only if the strides say so.
     image = torch.from_numpy(np.ascontiguousarray(pixels).reshape(1, *pixels.shape)).permute(0, 3, 1, 2)
     resized: Pixels = functional.interpolate(image, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
     return resized
 
 
 def _nearest(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    """The same by taking the nearest pixel: of each pixel of the result the one under its middle."""
+    """Resize by taking, for each output pixel, the input pixel under its center."""
     rows, columns = (
         ((2 * np.arange(new) + 1) * old // (2 * new)) for new, old in zip(size, pixels.shape[:2], strict=True)
     )

@@ -1,11 +1,10 @@
-"""Where every sample of a set of WebDataset tars lies: shard, byte offset and size of each field.
+"""Index WebDataset tars: the shard, and the byte offset and size of each field, of every sample.
 
-The tables of the shards come from their sidecars or headers (see :mod:`disttrain.data.sidecar`; those of
-remote shards by ranged reads, see :mod:`disttrain.data.remote_index`) and are loaded when they are first
-needed. A data set can also be named by a JSON manifest in WebDataset's ``wids-shard-index-v1`` form. In memory:
-a few numbers a shard, plus the tables of the shards in use. Cost: a manifest is one read, and a look at every
-local shard; a pattern needs the count of every shard, from the first line of its sidecar or from its headers,
-several shards at a time.
+Shard tables are read from sidecars or tar headers (see :mod:`disttrain.data.sidecar`; for remote shards with range
+requests, see :mod:`disttrain.data.remote_index`) on first use. A data set can also be given as a JSON manifest in
+WebDataset's ``wids-shard-index-v1`` format. Memory: a few numbers per shard, plus the tables of the shards in use.
+Cost: a manifest takes one read and one ``stat`` per local shard; a pattern needs the sample count of every shard, from
+the first line of its sidecar or from its headers, several shards in parallel.
 """
 
 from __future__ import annotations
@@ -48,16 +47,16 @@ from disttrain.reading import parse_json, read_text
 from disttrain.world import detect_world
 
 NOT_READ: Final = "links and devices are not read; pack the files themselves (tar --dereference)"
-"""What to do about members that are not read, for messages."""
+"""Hint for messages about members that are not read."""
 MANIFEST_KIND: Final = "wids-shard-index-v1"
 _TABLES_IN_MEMORY: Final = 4096
 _MOST_BYTES: Final = 2**53
 _MANY_SHARDS: Final = 1000
-"""From here on, opening them takes long enough to show its progress."""
+"""From this many shards on, opening them takes long enough to show progress."""
 
 
 class FileState(NamedTuple):
-    """What a file system says of a shard: the time of its contents, and which file it is, however it is named."""
+    """A shard's ``stat``: modification time, and device and inode, which identify the file under any name."""
 
     mtime_ns: int
     device: int
@@ -65,7 +64,7 @@ class FileState(NamedTuple):
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileState:
-        """The state of a file."""
+        """Build the state from a ``stat`` result."""
         return cls(status.st_mtime_ns, status.st_dev, status.st_ino)
 
 
@@ -74,13 +73,13 @@ class Shard:
     """One tar of a data set.
 
     Attributes:
-        path: where it is: a path, or a URL.
-        num_samples: samples in it.
+        path: path or URL.
+        num_samples: number of samples.
         size_bytes: size of the tar.
-        md5: hexadecimal MD5 of the tar, or empty where none was recorded.
-        version: of a remote tar, what its server says identifies the contents; empty where that is not known.
-        state: of a local tar, what its file system says of it; None where it was not looked at.
-        unread: links and devices in it that look like fields of samples; none where its headers were not read.
+        md5: hexadecimal MD5 of the tar; empty if none was recorded.
+        version: for a remote tar, the server's identifier of the contents; empty if unknown.
+        state: for a local tar, its file state; None if it was not read.
+        unread: links and devices in it that look like fields of samples; empty if its headers were not read.
     """
 
     path: str
@@ -93,20 +92,20 @@ class Shard:
 
     @property
     def is_remote(self) -> bool:
-        """Whether it is fetched before it is read."""
+        """Whether it must be downloaded before it is read."""
         return is_remote(self.path)
 
 
 class ShardIndex:
-    """The samples of a data set, numbered 0..N-1 through its shards in the order given.
+    """The samples of a data set, numbered 0..N-1 across its shards in the given order.
 
-    Build one with :meth:`open`. Safe to use from several threads.
+    Build one with :meth:`open`. Thread-safe.
 
     Args:
         shards: the shards, in order.
-        name: what error messages call this data set.
-        write_sidecars: replace a sidecar that turns out not to fit its shard.
-        retry: how long a server is asked for the table of a shard.
+        name: name of the data set in error messages.
+        write_sidecars: replace a sidecar that turns out not to match its shard.
+        retry: how long to retry a server for the table of a shard.
     """
 
     def __init__(
@@ -136,19 +135,19 @@ class ShardIndex:
         write_sidecars: bool = True,
         retry: RetryConfig = DEFAULT_RETRY,
     ) -> ShardIndex:
-        """The index of the shards that a specification names.
+        """Index the shards that a specification names.
 
         Args:
             spec: a brace pattern (``train-{000000..000007}.tar``), a glob (``train-*.tar``), a manifest
                 (``train.json``), a text file with one of these per line (``train.txt``), or a list of these. All may
-                be URLs; a glob only of an object store.
-            name: what error messages call this data set.
-            write_sidecars: keep a sidecar beside each shard that has none or a wrong one (skipped where the
-                folder is read-only); those of remote shards are kept in a local folder in any case.
-            retry: how long a server is asked.
+                be URLs; a URL glob must be of an object store.
+            name: name of the data set in error messages.
+            write_sidecars: write a sidecar next to each shard whose sidecar is missing or wrong (skipped if the
+                folder is read-only). Tables of remote shards are always kept in a local folder.
+            retry: how long to retry a server.
 
         Raises:
-            DataError: the specification names nothing, or names a file that is missing.
+            DataError: the specification matches nothing, or names a missing file.
             ShardError: a shard cannot be read.
         """
         found: list[Shard | str] = []
@@ -166,7 +165,7 @@ class ShardIndex:
         return int(self.starts[-1])
 
     def table(self, shard: int) -> ShardTable:
-        """The table of one shard, from its sidecar or its headers; the last few thousand stay in memory."""
+        """Return the table of one shard, from its sidecar or headers; the last few thousand stay in memory."""
         with self._lock:
             found = self._tables.get(shard)
             if found is not None:
@@ -176,7 +175,7 @@ class ShardIndex:
         with loading:
             with self._lock:
                 found = self._tables.get(shard)
-            if found is not None:  # another thread had been at it
+            if found is not None:  # another thread loaded it meanwhile
                 return found
             table = self._load(self.shards[shard])
             with self._lock:
@@ -199,7 +198,7 @@ class ShardIndex:
                 done = "written anew" if is_written else "passed over for the headers; run `disttrain shards index`"
                 place = sidecar_path(entry.path)
                 self._warn_once(f"sidecar {place} does not fit its shard and was not used ({wrong}): it was {done}")
-        if table.unread.number and not entry.unread.number:  # it was counted without a look at its headers
+        if table.unread.number and not entry.unread.number:  # its count did not come from its headers
             self._warn_once(f"shard {shown(entry.path)} holds {table.unread.first}: {NOT_READ}")
         if len(table) != entry.num_samples:
             raise ShardError(
@@ -210,24 +209,24 @@ class ShardIndex:
         return table
 
     def _warn_once(self, what: str) -> None:
-        """Warn of the first shard with something about it."""
+        """Warn about the first shard with a problem, and not again."""
         with self._lock:
             has_warned, self._has_warned = self._has_warned, True
         if not has_warned:
             warnings.warn(f"{what}. Others of {self.name} will not be named", stacklevel=4)
 
     def key(self, sample_id: int) -> str:
-        """The key of one sample."""
+        """Return the key of one sample."""
         shard = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
         return self.table(shard).keys[sample_id - int(self.starts[shard])]
 
     def names_hash(self) -> str:
-        """A hash of the shards' base names in order: data that was moved is the same, renamed data is not."""
+        """Hash the shards' base names in order: moving the data keeps the hash, renaming it does not."""
         names = "\n".join(os.path.basename(path_of(shard.path)) for shard in self.shards)
         return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
     def fields(self) -> tuple[str, ...]:
-        """The extensions in the first shard that holds samples."""
+        """Return the extensions in the first non-empty shard."""
         first = int(np.flatnonzero(self.sizes)[0]) if len(self) else 0
         return self.table(first).fields
 
@@ -244,12 +243,12 @@ def _describe_all(paths: Sequence[str], *, name: str, write_sidecars: bool, retr
 
 
 def _told(name: str, num_shards: int) -> str:
-    """What the progress of opening shards is called; empty where it is not worth showing, or another rank shows it."""
+    """Return the progress label for opening shards; empty if there are few shards, or on ranks other than 0."""
     return f"reading the index of {name}" if num_shards >= _MANY_SHARDS and detect_world().rank == 0 else ""
 
 
 def describe_shard(path: str, *, write_sidecar: bool = True, retry: RetryConfig = DEFAULT_RETRY) -> Shard:
-    """Count a shard's samples, from the first line of a fresh sidecar or from its headers."""
+    """Count a shard's samples, from the first line of an up-to-date sidecar or from its headers."""
     if is_remote(path):
         there = describe_remote(path, retry=retry)
         return Shard(path, there.num_samples, there.size_bytes, version=there.version, unread=there.unread)
@@ -262,12 +261,12 @@ def describe_shard(path: str, *, write_sidecar: bool = True, retry: RetryConfig 
 
 
 def parse_manifest(path: str | Path, *, name: str = "data", retry: RetryConfig = DEFAULT_RETRY) -> list[Shard]:
-    """The shards that a ``wids-shard-index-v1`` manifest lists; paths are relative to its ``base``, or to its folder.
+    """Parse a ``wids-shard-index-v1`` manifest; its paths are relative to its ``base``, or to its folder.
 
-    Both the manifest and what it lists may be URLs.
+    The manifest and the shards it lists may be URLs.
 
     Raises:
-        DataError: the manifest is missing, or is none.
+        DataError: the manifest is missing or invalid.
     """
     place = str(path)
     try:
@@ -302,7 +301,7 @@ def parse_manifest(path: str | Path, *, name: str = "data", retry: RetryConfig =
 
 
 def _whole(entry: Mapping[str, Any], key: str, *, least: int = 0) -> int:
-    """A count in an entry of a manifest; writers of other languages may give it as a float."""
+    """Return an integer from a manifest entry; writers in other languages may store it as a float."""
     value = entry[key]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not least <= value <= _MOST_BYTES or value != int(value):
@@ -311,7 +310,7 @@ def _whole(entry: Mapping[str, Any], key: str, *, least: int = 0) -> int:
 
 
 def _beside(manifest: str, url: str) -> str:
-    """Where a shard is that a manifest lists: its URL, or a place relative to the manifest's folder."""
+    """Resolve a shard listed in a manifest: a URL, or a path relative to the manifest's folder."""
     if url.startswith("file:"):
         return url2pathname(urlsplit(url).path)
     if is_remote(url):
@@ -320,10 +319,13 @@ def _beside(manifest: str, url: str) -> str:
 
 
 def read_manifest(path: str | Path, *, name: str = "data", retry: RetryConfig = DEFAULT_RETRY) -> list[Shard]:
-    """The shards of a manifest as :func:`parse_manifest`, or a DataError where one is missing or of another size.
+    """Read a manifest as :func:`parse_manifest` does, and check that each local shard exists with the listed size.
 
-    Remote shards are taken at their word, so that a hundred thousand of them cost no requests: one that is
-    missing or of another size is an error when it is fetched. Only a size that is not listed is asked for.
+    Remote shards are not checked, so a hundred thousand of them need no requests; a missing one or one of another size
+    raises when it is downloaded. Only sizes missing from the manifest are requested.
+
+    Raises:
+        DataError: a local shard is missing or has another size.
     """
     shards = parse_manifest(path, name=name, retry=retry)
     unknown = [number for number, shard in enumerate(shards) if shard.is_remote and shard.size_bytes < 0]
@@ -351,7 +353,7 @@ def read_manifest(path: str | Path, *, name: str = "data", retry: RetryConfig = 
 
 
 def _warn_of_newer(shards: Sequence[Shard], manifest: Path, *, name: str) -> None:
-    """Warn of shards that were written after the manifest that has their MD5: its sizes cannot tell them apart."""
+    """Warn about shards newer than the manifest with their MD5: equal sizes do not prove equal contents."""
     written = manifest.stat().st_mtime_ns
     newer = [shard for shard in shards if shard.md5 and shard.state is not None and shard.state.mtime_ns > written]
     if newer and detect_world().rank == 0:
@@ -364,7 +366,7 @@ def _warn_of_newer(shards: Sequence[Shard], manifest: Path, *, name: str) -> Non
 
 
 def _look(path: str) -> os.stat_result | None:
-    """What the file system says of a file; None where there is none."""
+    """Return the ``stat`` of a regular file; None if there is none."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -375,9 +377,9 @@ def _look(path: str) -> os.stat_result | None:
 def write_manifest(
     path: Path, shards: Sequence[Shard], *, name: str, extra: Mapping[str, object] | None = None
 ) -> None:
-    """Write a ``wids-shard-index-v1`` manifest, atomically, with paths relative to its folder and extra entries.
+    """Atomically write a ``wids-shard-index-v1`` manifest, with paths relative to its folder, and extra entries.
 
-    Where a URL in it holds a user or a query, only this user may read it.
+    If a URL in it contains a user or a query, only this user may read the file.
     """
     entries = [
         {

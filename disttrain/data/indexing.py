@@ -1,9 +1,9 @@
-"""Indexing shards: a sidecar for each, their numbers for a manifest, and nothing read that is known.
+"""Index shards: write sidecars and collect the entries of a manifest, without rereading unchanged shards.
 
-A local shard whose sidecar is no older than it and fits it (:func:`~disttrain.data.sidecar.fitting_sidecar`) is
-not read again; nor is a remote one whose table is kept for the version that its server tells. An MD5 that a
-manifest records is taken over where neither content nor entry of the shard's file has changed since before the
-manifest was written, which a copied or restored date cannot hide. Cost of an unchanged shard: its sidecar and
+A local shard is not reread if its sidecar is at least as new and matches it
+(:func:`~disttrain.data.sidecar.fitting_sidecar`); a remote shard is not reread if its table is cached for the server's
+current version. An MD5 in a manifest is reused if the shard's mtime and ctime are both older than the manifest; setting
+an old mtime cannot defeat this, because that updates the ctime. Cost of an unchanged shard: reading its sidecar and
 three reads, or one request.
 """
 
@@ -30,15 +30,15 @@ STATES: Final = ("written", "right", "unchanged", "not writable")
 
 @dataclass(frozen=True)
 class Indexed:
-    """What indexing found and did.
+    """The result of indexing.
 
     Attributes:
         shards: the shards, in order.
-        sidecars: how many sidecars of local shards are ``unchanged``, their shard not read again; ``right``, as
-            reading the shard again proved; ``written``; or ``not writable``, because the folder is read-only or
-            a key holds white space.
-        kept: likewise the tables that are kept of remote shards.
-        num_hashed: shards that were read for their MD5.
+        sidecars: number of local shards per sidecar state: ``unchanged`` (the shard was not reread), ``right``
+            (confirmed by rereading the shard), ``written``, or ``not writable`` (the folder is read-only, or a key
+            contains white space).
+        kept: the same for the cached tables of remote shards.
+        num_hashed: number of shards read to compute their MD5.
     """
 
     shards: tuple[Shard, ...]
@@ -50,19 +50,19 @@ class Indexed:
 def index_shards(
     paths: Sequence[str], *, manifest: Path | None = None, md5: bool = False, anew: bool = False, progress: bool = False
 ) -> Indexed:
-    """Index shards by path or URL, several at a time.
+    """Index shards by path or URL, several in parallel.
 
     Args:
         paths: the shards.
-        manifest: where a manifest may be whose MD5s serve again.
-        md5: hash the shards that no MD5 is known of (reads all their bytes).
-        anew: read and hash everything, whatever is known.
-        progress: show it on standard error.
+        manifest: path of a manifest whose MD5s may be reused; it need not exist.
+        md5: hash the shards without a known MD5 (reads all their bytes).
+        anew: reread and rehash everything.
+        progress: show progress on standard error.
 
     Raises:
-        ShardError: a shard cannot be read, said of the first once the others are indexed; or was written to
-            meanwhile.
-        DataError: there is a file where the manifest may be, but it is none.
+        ShardError: a shard cannot be read (names the first one, after the others are indexed), or was modified during
+            indexing.
+        DataError: ``manifest`` exists but is not a manifest.
     """
     local = [path for path in paths if not is_remote(path)]
     before = list(together(_state, local, quick=True))
@@ -119,12 +119,12 @@ def _same(one: ShardTable, other: ShardTable) -> bool:
 def _with_md5s(
     shards: Sequence[Shard], known: Mapping[str, str], *, hash_others: bool, anew: bool, told: str
 ) -> tuple[list[Shard], int]:
-    """The shards with the MD5s that are known and, if asked for, those of the others; and how many were hashed."""
+    """Add known MD5s to the shards, hash the others if asked to, and count those hashed."""
     digests = []
     for shard in shards:
         recorded = known.get(_place(shard.path), "")
         if shard.is_remote:
-            # What a manifest says of a remote file is taken over if it is known to be that of its present version.
+            # Reuse a manifest's MD5 of a remote file only if it is known to belong to the current version.
             kept = "" if anew else kept_md5(shard.path, shard.size_bytes, shard.version)
             recorded = kept if hash_others or kept == recorded else ""
         digests.append(recorded)
@@ -142,7 +142,7 @@ def _md5(shard: Shard) -> str:
 
 
 def _known_md5s(manifest: Path) -> dict[str, str]:
-    """The MD5s, by place, that a manifest records of remote shards, and of local ones that have not changed since."""
+    """Return a manifest's MD5s, by place, of remote shards and of local shards that have not changed since."""
     if not manifest.exists():
         return {}
     try:
@@ -160,12 +160,12 @@ def _known_md5s(manifest: Path) -> dict[str, str]:
 
 
 def _place(path: str) -> str:
-    """One name for a shard, however its path is written."""
+    """Return a canonical name for a shard's path."""
     return path if is_remote(path) else os.path.abspath(path)
 
 
 def _state(path: str) -> tuple[int, int, int]:
-    """As :func:`~disttrain.data.sidecar.state_of`, also of what cannot be read: that is told when it is."""
+    """Call :func:`~disttrain.data.sidecar.state_of`, ignoring errors: reading the shard reports them."""
     try:
         return state_of(path)
     except OSError:

@@ -1,10 +1,10 @@
-"""Micro batches of one rank, read ahead by threads, in the order that the order says.
+"""Load the micro batches of one rank, prefetched by threads, in a deterministic order.
 
-:class:`TrainLoader` walks one epoch from any position; :class:`EvaluationLoader` walks the plain order with
-masked padding. Several micro batches are read at one go (a hand-over between threads costs more than a small
-batch), and the bytes read ahead are bounded. The batches come in order whatever the number of threads.
+:class:`TrainLoader` iterates over one epoch from any position; :class:`EvaluationLoader` iterates over all samples in
+index order, with masked padding. Each read covers several micro batches (a handover between threads costs more than a
+small batch), and the bytes read ahead are bounded. Batches arrive in order whatever the number of threads.
 
-What a batch holds is said in :mod:`disttrain.data.batches`.
+For the contents of a batch, see :mod:`disttrain.data.batches`.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from disttrain.data.workers import WorkerPool
 from disttrain.errors import ConfigError
 from disttrain.parallel.config import BatchPlan
 
-# A read costs the more a sample the fewer it takes; what bounds it is the time to its first batch.
+# Larger reads cost less per sample; these limits bound the time to the first batch of a read.
 _SAMPLES_A_READ: Final = 4096
 _BYTES_A_READ: Final = 8 * 2**20
 
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """How batches are read ahead. None of it changes what is read.
+    """Prefetching of batches. No setting changes which samples are read.
 
     Attributes:
-        threads: reading threads; 0 reads in the training thread.
-        workers: processes that read, decode and transform in place of the threads: for decoders and transforms
-            that hold Python's lock. 0 uses the threads.
-        prefetch_mib: bound on the bytes read ahead, in MiB of encoded samples.
+        threads: number of reader threads; 0 reads in the training thread.
+        workers: number of worker processes that read, decode and transform instead of the threads: for decoders and
+            transforms that hold the GIL. 0 uses threads.
+        prefetch_mib: limit on the bytes read ahead, in MiB of encoded samples.
     """
 
     threads: int = 2
@@ -61,12 +61,12 @@ class LoaderConfig:
 
 @dataclass(frozen=True)
 class _Work:
-    """Micro batches to read at one go.
+    """Micro batches to load with one read.
 
     Attributes:
-        samples: gives the samples, shape (micro batches, samples), and random numbers for them, or None where
-            nothing is drawn; called by the thread that reads.
-        counts: real samples of each micro batch, shape (micro batches,); None where all are.
+        samples: returns the sample ids, shape (micro batches, samples), and their random numbers, or None if nothing
+            is drawn; called in the reader thread.
+        counts: number of real samples in each micro batch, shape (micro batches,); None if all are real.
     """
 
     samples: Callable[[], tuple[NDArray[np.int64], Draws | None]]
@@ -74,7 +74,7 @@ class _Work:
 
 
 class _Loader:
-    """What both loaders share: reading work ahead and cutting it into micro batches."""
+    """Shared base of both loaders: prefetch work and cut it into micro batches."""
 
     def __init__(
         self, source: Reader | BatchMaker, config: LoaderConfig, micro_batch_size: int, pool: WorkerPool | None
@@ -85,7 +85,7 @@ class _Loader:
         self._pool = pool if pool is not None or not config.workers else WorkerPool(config.workers)
         self.micro_batch_size = micro_batch_size
         self.wait_seconds = 0.0
-        """Seconds that the consumer has waited for data so far."""
+        """Total seconds the consumer has waited for data."""
         self._sample_bytes = max(1.0, self.reader.mean_sample_bytes())
 
     def _micro_batches_a_read(self) -> int:
@@ -133,7 +133,7 @@ class _Loader:
 
 
 def _growing(first: int, last: int, most: int) -> Iterator[tuple[int, int]]:
-    """Cut a range into (start, length) of length 1, 2, 4, ... ``most``: the first batch waits for no other."""
+    """Cut a range into (start, length) with lengths 1, 2, 4, ..., ``most``, so that the first batch is ready early."""
     length = 1
     while first < last:
         length = min(length, last - first)
@@ -144,18 +144,17 @@ def _growing(first: int, last: int, most: int) -> Iterator[tuple[int, int]]:
 class TrainLoader(_Loader):
     """The training micro batches of one rank.
 
-    Iterating walks one epoch from the position that ``position`` gives when the first batch is asked for, so
-    that whoever owns the position (the trainer's restored counters) may set it late. The length is that of
-    a whole epoch.
+    Iteration covers one epoch from ``position``, which is called only when the first batch is requested, so its owner
+    (the trainer's restored counters) may set it late. ``len`` is always that of a whole epoch.
 
     Args:
-        source: makes the batches, or reads the samples of plain ones.
-        order: says which.
-        plan: the cut of a global batch.
+        source: builds the batches; a bare Reader gets a default BatchMaker.
+        order: the order of samples.
+        plan: the split of a global batch over ranks and micro batches.
         rank: this rank among ``plan.num_ranks``.
-        config: how to read ahead.
-        position: gives (epoch, step within the epoch); the start of epoch 0 by default.
-        pool: worker processes to share; by default the loader has its own where ``config`` asks for them.
+        config: prefetch settings.
+        position: returns (epoch, step within the epoch); by default the start of epoch 0.
+        pool: worker processes to share; by default the loader creates its own if ``config`` asks for workers.
     """
 
     def __init__(
@@ -172,7 +171,7 @@ class TrainLoader(_Loader):
         super().__init__(source, config or LoaderConfig(), plan.micro_batch_size, pool)
         self.order, self.plan, self.rank = order, plan, rank
         self.position = position
-        """Gives epoch and step within it."""
+        """Returns (epoch, step within the epoch)."""
         self._order_lock = Lock()
 
     def __len__(self) -> int:
@@ -185,14 +184,14 @@ class TrainLoader(_Loader):
         yield from self._run(self._work(epoch, step))
 
     def _needs(self, epoch: int) -> Needs:
-        """When this rank needs which shards in this epoch and the next, which is fetched while this one ends."""
+        """Return when this rank needs which shards, in this epoch and the next (prefetched while this one ends)."""
         low = self.rank * self.plan.rank_batch_size
         with self._order_lock:
             now, then = (self.order.shard_needs(e, (low, low + self.plan.rank_batch_size)) for e in (epoch, epoch + 1))
         return Needs.join([now, then.later(self.order.steps_per_epoch)])
 
     def _work(self, epoch: int, first_step: int) -> Iterator[_Work]:
-        """Work in whole steps where a read holds several, else in parts of a step."""
+        """Generate work in whole steps if a read holds at least one, otherwise in parts of a step."""
         size, steps = self._micro_batches_a_read(), self.order.steps_per_epoch
         low = self.rank * self.plan.rank_batch_size
         if size >= self.plan.accumulation:
@@ -208,7 +207,7 @@ class TrainLoader(_Loader):
     def _some(self, epoch: int, step: int, num_steps: int, low: int, high: int) -> _Work:
         def samples() -> tuple[NDArray[np.int64], Draws | None]:
             self.reader.store.begin(step)
-            with self._order_lock:  # the order keeps its last windows, which threads must not mix up
+            with self._order_lock:  # the order caches its last windows and is not thread-safe
                 found = self.order.sample_ids(epoch, step, num_steps, (low, high))
             ids = found.reshape(-1, self.plan.micro_batch_size)
             if not self.maker.draws_numbers:
@@ -222,14 +221,14 @@ class TrainLoader(_Loader):
 
 
 class EvaluationLoader(_Loader):
-    """The evaluation micro batches of one rank: every sample once over all ranks, padding masked.
+    """The evaluation micro batches of one rank: every sample exactly once over all ranks, with masked padding.
 
     Args:
-        source: makes the batches, or reads the samples of plain ones.
-        micro_batch_size: samples of a micro batch; the last is padded to it.
-        num_ranks: ranks that share the evaluation.
+        source: builds the batches; a bare Reader gets a default BatchMaker.
+        micro_batch_size: samples per micro batch; the last one is padded to this size.
+        num_ranks: number of ranks that share the evaluation.
         rank: this rank.
-        config: how to read ahead.
+        config: prefetch settings.
         pool: worker processes to share.
     """
 
@@ -249,7 +248,7 @@ class EvaluationLoader(_Loader):
 
     @property
     def pads(self) -> bool:
-        """Whether micro batches of any rank are filled up."""
+        """Whether any rank has padded micro batches."""
         return len(self.reader.index) != len(self._ids) * self.micro_batch_size * self.num_ranks
 
     def __len__(self) -> int:
@@ -265,7 +264,7 @@ class EvaluationLoader(_Loader):
             self.reader.store.finish(again=True)
 
     def _needs(self) -> Needs:
-        """Which micro batch is the first to need a shard, and which the last."""
+        """Return the first and last micro batch that need each shard."""
         low = int(self._ids[0, 0])
         begins = np.maximum(self.reader.index.starts[:-1], low)
         ends = np.minimum(self.reader.index.starts[1:], low + int(self._counts.sum()))

@@ -1,15 +1,14 @@
-"""Bytes of local shards without a system call: files mapped into memory, gathered by address.
+"""Read local shards without system calls: map the files into memory and gather bytes by address.
 
-Where samples are small a system call each is most of the cost of reading. The shards of one machine's file
-systems are therefore mapped, and a batch's bytes are addressed wherever they lie: NumPy gathers those of all shards
-at once and releases the GIL meanwhile. While the data is not in the page cache (told by the time that touching it
-takes), a read first asks the kernel for all its pages, so that the disk works on many at a time, and waits for
-them without the GIL.
+For small samples, one system call per sample would be most of the cost of reading. Shards on local file systems are
+therefore mapped, and NumPy gathers a batch's bytes from all shards at once, with the GIL released. While the data is
+not in the page cache (detected by the time it takes to touch it), a read first asks the kernel for all its pages, so
+that the disk serves many requests in parallel, and waits for them without the GIL.
 
-A mapped file that is cut off, or whose disk fails, raises SIGBUS where a read would give an error. So its length is
-checked before each use; what happens after that is caught (:mod:`disttrain.data.bus_errors`) and is an error of the
-read; and what lies on a network file system, where it may happen at any time, is not mapped. Cost: a descriptor a
-shard; where it is warm, a fifth of a ``pread``.
+If a mapped file is truncated or its disk fails, access raises SIGBUS where a read would return an error. The size is
+therefore checked before each use, and a later SIGBUS is caught (:mod:`disttrain.data.bus_errors`) and becomes a read
+error. Files on network file systems, where this can happen at any time, are not mapped. Cost: one descriptor per
+shard; from the page cache, a fifth of a ``pread``.
 """
 
 from __future__ import annotations
@@ -50,14 +49,14 @@ _LOCAL_FILE_SYSTEMS: Final = frozenset(
         "erofs",
     }
 )
-_COLD_SECONDS: Final = 5e-6  # a span; touching one in memory takes a tenth of a microsecond, reading it from disk 50
+_COLD_SECONDS: Final = 5e-6  # per span; touching one takes 0.1 microseconds in memory, 50 from disk
 _PAGE: Final = mmap.PAGESIZE
 
 Spans = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
 class _Space:
-    """A stretch of this process's memory as an array, and what must live while that is used."""
+    """A range of this process's memory as an array; keeps its mappings alive."""
 
     def __init__(self, low: int, size: int, maps: Sequence[mmap.mmap]) -> None:
         self.__array_interface__ = {"data": (low, True), "shape": (size,), "typestr": "|u1", "version": 3}
@@ -66,12 +65,12 @@ class _Space:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Mapped:
-    """A shard in memory.
+    """A mapped shard.
 
     Attributes:
         shard: its number in the index.
         file: the mapping.
-        memory: where that is, and whether it has failed.
+        memory: its address range, and whether a fault was caught in it.
     """
 
     shard: int
@@ -80,7 +79,7 @@ class Mapped:
 
 
 class MappedShards:
-    """The local shards of an index, mapped as they are needed. Safe to use from several threads.
+    """The local shards of an index, mapped on demand. Thread-safe.
 
     Args:
         shards: the shards of the index.
@@ -89,7 +88,7 @@ class MappedShards:
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = shards
         self._owner = OPEN_SHARDS.owner(self, len(shards))
-        self._lock = Lock()  # held to map a shard, so that it is mapped once
+        self._lock = Lock()  # held while mapping, so that each shard is mapped only once
         self._is_cold = False
 
     def spans(
@@ -100,19 +99,19 @@ class MappedShards:
         *,
         used: list[Mapped],
     ) -> Spans | None:
-        """Where spans of bytes lie in memory; arguments and errors as of :data:`disttrain.data.shard_files.Read`.
+        """Locate spans of bytes in memory; arguments and errors as in :data:`disttrain.data.shard_files.Read`.
 
         Args:
-            shards: each shard and the range of rows that lie in it.
-            offsets: where the spans begin in their shard. shape (rows, columns)
-            sizes: their bytes. shape (rows, columns)
-            used: takes up what is to be given to :meth:`check`.
+            shards: each shard and its range of rows.
+            offsets: offsets of the spans in their shards. shape (rows, columns)
+            sizes: sizes of the spans in bytes. shape (rows, columns)
+            used: gets the mappings in use appended, to pass to :meth:`check`.
 
         Returns:
-            The memory that holds them all, most of which is not to be touched, and where in it each span begins;
-            None where a shard cannot be mapped, or there are more than should be open at a time.
+            One array over the memory that holds all spans, most of which must not be touched, and where in it each
+            span begins; None if a shard cannot be mapped, or too many would be open at once.
         """
-        if 2 * len(shards) > OPEN_SHARDS.most:  # other threads need some too
+        if 2 * len(shards) > OPEN_SHARDS.most:  # leave descriptors for other threads
             return None
         ends = offsets + sizes
         at, maps = np.empty_like(offsets), []
@@ -121,7 +120,7 @@ class MappedShards:
             entry = self._map(shard)
             if entry is None:
                 return None
-            used.append(entry)  # before anything of it is touched
+            used.append(entry)  # before any of its memory is touched
             found, address = entry.file, entry.memory.begin
             self._check(shard, found, int(ends[here].max()))
             at[here] = offsets[here] + address
@@ -133,10 +132,10 @@ class MappedShards:
         return space, at
 
     def check(self, used: Sequence[Mapped]) -> None:
-        """See whether memory that was used has failed, after the last use of it.
+        """Check mappings for faults, after the last use of their memory.
 
         Raises:
-            ShardError: it has, so that what was read may be zeros.
+            ShardError: a fault was caught, so the bytes read may be zeros.
         """
         torn = [entry for entry in used if entry.memory.is_torn]
         if not torn:
@@ -156,7 +155,7 @@ class MappedShards:
         offsets: NDArray[np.int64],
         sizes: NDArray[np.int64],
     ) -> None:
-        """Bring the spans into memory, if they are not; the time that takes tells whether the next will be."""
+        """Load the spans into the page cache; the time this takes predicts whether the next read is cold."""
         started = time.perf_counter()
         held = sizes > 0
         if self._is_cold:
@@ -175,7 +174,7 @@ class MappedShards:
         return not entry.is_remote and bus_errors.can_guard() and is_on_local_disk(os.path.dirname(entry.path))
 
     def _map(self, shard: int) -> Mapped | None:
-        """A mapping that is whole; None where the shard may not be mapped."""
+        """Return an intact mapping; None if the shard may not be mapped."""
         found: Mapped | None = OPEN_SHARDS.get(self._owner, shard)
         if found is not None and not found.memory.is_torn:
             return found
@@ -189,14 +188,14 @@ class MappedShards:
             mapped = self._opened(self._shards[shard].path)
             if mapped is None:
                 return None
-            mapped.madvise(mmap.MADV_RANDOM)  # a touch brings its page, not its neighbourhood
+            mapped.madvise(mmap.MADV_RANDOM)  # a page fault loads one page, without readahead
             view: NDArray[Any] = np.frombuffer(mapped, np.uint8)
             memory = bus_errors.watch(mapped, int(view.__array_interface__["data"][0]))
             return OPEN_SHARDS.keep(self._owner, shard, Mapped(shard, mapped, memory), holder=mapped)
 
     @staticmethod
     def _opened(path: str) -> mmap.mmap | None:
-        """A mapping of a file; None where the kernel gives the process no more mappings."""
+        """Map a file; None if the process has reached the kernel's limit of mappings."""
 
         def map_it() -> mmap.mmap:
             with open(path, "rb") as file:
@@ -218,7 +217,7 @@ class MappedShards:
 
 
 def ends_early(path: str, offset: int) -> ShardError:
-    """The error of a shard that was cut off after it was indexed."""
+    """Return the error for a shard that was truncated after it was indexed."""
     return ShardError(
         f"shard {path} ends at byte {offset}, before a sample that its index lists",
         mend="restore the shard and run `disttrain shards index` again",
@@ -226,7 +225,7 @@ def ends_early(path: str, offset: int) -> ShardError:
 
 
 def cannot_open(path: str, error: OSError) -> ShardError:
-    """The error of a shard that is not there any more, or may not be read."""
+    """Return the error for a shard that has disappeared or is not readable."""
     return ShardError(
         f"cannot open shard {path}: {error.strerror}",
         mend=open_hint(error, "restore it; it was there when the run started"),
@@ -235,7 +234,7 @@ def cannot_open(path: str, error: OSError) -> ShardError:
 
 @cache
 def is_on_local_disk(folder: str) -> bool:
-    """Whether a folder lies on a file system of this machine, as far as Linux tells."""
+    """Return whether a folder is on a local file system, according to Linux's mount table."""
     real = os.path.realpath(folder)
     found = ("", "")
     for mount_point, kind in _mounts():
@@ -247,11 +246,11 @@ def is_on_local_disk(folder: str) -> bool:
 
 @cache
 def _mounts() -> tuple[tuple[str, str], ...]:
-    """Mount points and the kinds of their file systems; none where the system does not tell."""
+    """Return mount points with their file system types; empty if the system does not list them."""
     try:
         with open("/proc/self/mountinfo") as file:
             lines = [line.split() for line in file]
     except OSError:
         return ()
-    # man 5 proc: the mount point is the fifth field, with blanks as octal escapes; the kind follows a dash.
+    # man 5 proc: the mount point is the fifth field, with spaces as octal escapes; the type follows a dash.
     return tuple((fields[4].replace("\\040", " "), fields[fields.index("-") + 1]) for fields in lines)

@@ -1,14 +1,14 @@
-"""Several sources in one training order, by exact quotas.
+"""Mix several sources into one training order, with exact quotas.
 
-A period of ``k`` global batches has ``k * G`` slots, and source ``i`` fills exactly ``Q_i`` of them, spread as
-evenly as whole numbers allow; ``k`` is the smallest that brings every quota within 1 % of its weight. Slot
-``s`` of period ``u`` that falls to source ``i`` as its ``j``-th in the period takes that source's draw number
-``u * Q_i + j``. Each source has an :class:`~disttrain.data.order.Order` of its own, with its own epochs, so a
-small source is repeated (each time in a new order, never a sample twice within its epoch) while a large one
-is still in its first. Like one source's order, a mixture is a pure function of (sizes, weights, seed, step,
-global batch size): elastic, and any position is found without replaying.
+A period of ``k`` global batches has ``k * G`` slots. Source ``i`` fills exactly ``Q_i`` of them, spread as evenly as
+possible; ``k`` is the smallest period for which every quota is within 1 % of its weight. The ``j``-th slot of source
+``i`` in period ``u`` takes that source's draw number ``u * Q_i + j``. Each source has a separate
+:class:`~disttrain.data.order.Order` with separate epochs, so a small source may be repeated (in a new order each time,
+never with a sample twice in one of its epochs) while a large one is still in its first epoch. Like the order of a
+single source, a mixture is a pure function of (sizes, weights, seed, step, global batch size): it does not depend on
+the world size, and any position is found without replaying.
 
-Cost: O(k * G) memory for the slots of a period, beside the sources' own orders.
+Cost: O(k * G) memory for the slots of a period, plus the sources' orders.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Portion:
     """One source of a mixture.
 
     Attributes:
-        name: what reports and errors call it.
+        name: name in reports and errors.
         shard_sizes: number of samples in each of its shards.
-        weight: its share of the samples, relative to the others'.
+        weight: its share of the samples, relative to the other weights.
     """
 
     name: str
@@ -55,15 +55,15 @@ class Portion:
 class Mixture:
     """The training order over several weighted sources.
 
-    An id is the place of a sample in the sources' samples laid end to end. An epoch of the run is as many
-    steps as the samples of all sources fill; the sources' own epochs are counted apart.
+    Ids number the samples of all sources, concatenated. An epoch of the run has as many steps as the samples of all
+    sources fill; the sources' epochs are counted separately.
 
     Args:
         portions: the sources.
-        config: global batch size, seed, lanes and window; the seed of each source is drawn from it.
+        config: global batch size, seed, lanes and window; each source's seed is derived from it.
 
     Raises:
-        ConfigError: a weight is too small to have one slot in the longest period.
+        ConfigError: a weight is too small for a single slot in the longest period.
         DataError: there are fewer samples than one global batch.
     """
 
@@ -74,10 +74,10 @@ class Mixture:
         self.steps_per_epoch = steps_in(self.num_samples, config.global_batch_size)
         self._starts = np.concatenate(([0], np.cumsum(sizes)))
         self.period, self.quotas = _quotas(self.portions, config.global_batch_size)
-        self._source, self._turn = _slots(self.quotas)  # ids: (slot of a period,)
-        # A source's draws are numbered through, and its order deals them out in rounds of one a lane, so that
-        # draws in a row come from all over it. One that a single window shuffles whole needs no lanes, and
-        # without them none of its samples is left out of an epoch.
+        self._source, self._turn = _slots(self.quotas)  # both of shape (slots of a period,)
+        # A source's order deals out its draws in rounds of one per lane, so that consecutive draws come from all over
+        # the source. A source that fits into one window is fully shuffled without lanes, and then no sample is dropped
+        # from an epoch.
         lanes = np.where(sizes <= config.window, 1, np.minimum(sizes, DEFAULT_LANES))
         self._orders = [
             Order(
@@ -90,7 +90,7 @@ class Mixture:
     def sample_ids(
         self, epoch: int, first_step: int, num_steps: int = 1, positions: tuple[int, int] | None = None
     ) -> Ids:
-        """Ids of the samples of some steps, as :meth:`Order.sample_ids`; shape (num_steps, positions)."""
+        """Return the sample ids of some steps, as :meth:`Order.sample_ids` does; shape (num_steps, positions)."""
         periods, slot = self._places(epoch, first_step, num_steps, positions)
         out = np.empty_like(slot)
         for i, here in self._sources(slot):
@@ -101,7 +101,7 @@ class Mixture:
     def sample_epochs(
         self, epoch: int, first_step: int, num_steps: int = 1, positions: tuple[int, int] | None = None
     ) -> Ids:
-        """For each of :meth:`sample_ids`, the epoch of its own source that it belongs to."""
+        """Return, for each of :meth:`sample_ids`, the epoch of its source."""
         periods, slot = self._places(epoch, first_step, num_steps, positions)
         out = np.empty_like(slot)
         for i, here in self._sources(slot):
@@ -111,7 +111,7 @@ class Mixture:
         return out
 
     def shard_needs(self, epoch: int, positions: tuple[int, int] | None = None) -> Needs:
-        """When an epoch needs which shards, as :meth:`Order.shard_needs`; all ranks need the same ones."""
+        """Return when an epoch needs which shards, as :meth:`Order.shard_needs` does; the same for all ranks."""
         parts, shift = [], 0
         first_step, num_steps = epoch * self.steps_per_epoch, self.steps_per_epoch
         for portion, order, quota in zip(self.portions, self._orders, self.quotas.tolist(), strict=True):
@@ -133,19 +133,19 @@ class Mixture:
         return Needs.join(parts)
 
     def epochs_of(self, steps: int) -> dict[str, float]:
-        """How often each source has been gone through after that many steps, by name."""
+        """Return how many epochs of each source the first ``steps`` steps cover, as a fraction, by name."""
         counts = self.counts_of(steps)
         sizes = np.diff(self._starts)
         return {p.name: counts[p.name] / int(size) for p, size in zip(self.portions, sizes, strict=True)}
 
     def counts_of(self, steps: int) -> dict[str, int]:
-        """How many samples of each source the first steps take, by name."""
+        """Return how many samples of each source the first ``steps`` steps use, by name."""
         periods, rest = divmod(steps * self.config.global_batch_size, len(self._source))
         begun = np.bincount(self._source[:rest], minlength=len(self.portions))
         return {p.name: int(periods * q + b) for p, q, b in zip(self.portions, self.quotas, begun, strict=True)}
 
     def fingerprint(self) -> dict[str, int | str]:
-        """What a checkpoint stores to recognize this order."""
+        """Return what a checkpoint stores to recognize this order."""
         prints = "|".join(str(sorted(order.fingerprint().items())) for order in self._orders)
         return {
             "version": MIXTURE_VERSION,
@@ -159,20 +159,20 @@ class Mixture:
     def _places(
         self, epoch: int, first_step: int, num_steps: int, positions: tuple[int, int] | None
     ) -> tuple[Ids, Ids]:
-        """Period and slot of the positions of some steps, each of shape (num_steps, positions)."""
+        """Return the period and slot of each position of some steps, both of shape (num_steps, positions)."""
         low, high = positions or (0, self.config.global_batch_size)
         steps = epoch * self.steps_per_epoch + np.arange(first_step, first_step + num_steps, dtype=np.int64)
         slots = steps[:, None] * self.config.global_batch_size + np.arange(low, high, dtype=np.int64)
         return np.divmod(slots, len(self._source))
 
     def _sources(self, slot: Ids) -> Iterator[tuple[int, NDArray[np.bool_]]]:
-        """The sources that fill some slots, and which of them each fills."""
+        """Yield each source that fills some of the slots, with a mask of its slots."""
         filled = self._source[slot]
         for i in np.unique(filled).tolist():
             yield i, filled == i
 
     def _draw(self, source: int, draws: Ids) -> Ids:
-        """The source's samples of some draw numbers, which ascend."""
+        """Return a source's samples for ascending draw numbers."""
         order = self._orders[source]
         rounds, places = np.divmod(draws, order.config.global_batch_size)
         first, last, length = int(rounds[0]), int(rounds[-1]), order.steps_per_epoch
@@ -185,7 +185,7 @@ class Mixture:
 
 
 def _quotas(portions: Sequence[Portion], global_batch_size: int) -> tuple[int, NDArray[np.int64]]:
-    """The period in global batches, and each source's slots in it (largest remainders)."""
+    """Return the period in global batches, and each source's slots in it (largest remainder method)."""
     weights = np.array([portion.weight for portion in portions], dtype=np.float64)
     weights /= weights.sum()
     period, quotas = 1, np.zeros(len(portions), dtype=np.int64)
@@ -193,7 +193,7 @@ def _quotas(portions: Sequence[Portion], global_batch_size: int) -> tuple[int, N
         exact = weights * period * global_batch_size
         quotas = np.floor(exact).astype(np.int64)
         missing = period * global_batch_size - int(quotas.sum())
-        # Stable, so that equal remainders go to the sources named first.
+        # Stable sort: on equal remainders, earlier sources win.
         quotas[np.argsort(quotas - exact, kind="stable")[:missing]] += 1
         if (np.abs(quotas - exact) <= _TOLERANCE * exact).all() or period == _MAX_PERIOD:
             break
@@ -208,10 +208,10 @@ def _quotas(portions: Sequence[Portion], global_batch_size: int) -> tuple[int, N
 
 
 def _slots(quotas: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which source fills each slot of a period, and the how-many-th of that source it is.
+    """Return the source of each slot of a period, and the slot's number within that source.
 
-    The ``j``-th slot of source ``i`` would ideally lie at ``(j + 1/2) / Q_i`` of the period; the slots are
-    given out in that order.
+    The ideal position of the ``j``-th slot of source ``i`` is ``(j + 1/2) / Q_i`` of the period; slots are assigned in
+    that order.
     """
     source = np.repeat(np.arange(len(quotas)), quotas)
     turn = np.concatenate([np.arange(quota) for quota in quotas])
@@ -221,5 +221,5 @@ def _slots(quotas: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int
 
 
 def _seed(seed: int, source: int) -> int:
-    """A seed for one source, so that sources of equal sizes have different orders."""
+    """Derive a seed for one source, so that sources of equal size get different orders."""
     return int(np.random.SeedSequence((seed, source)).generate_state(1, np.uint64)[0] >> np.uint64(1))
