@@ -63,7 +63,7 @@ class Field:
         dtype: type of the numbers (``uint8``, ``float32``, ...). For ``tensor``, the type of the raw bytes, which are
             little-endian. For other decoders, a value of another type is bad.
         shape: shape of one value; a value of another shape is bad. For ``image``, the size to resize to:
-            (3, height, width), or (1, height, width) unless ``mode`` is ``rgb``.
+            (3, height, width), or (1, height, width) if ``mode`` is not ``rgb``.
         augment: for ``image``, the crop to take before resizing to ``shape``.
         backend: for ``image``, the JPEG decoder: ``pillow`` or the faster ``simplejpeg``.
         pad: for arrays of varying first dimension, the fill value that pads them to the longest of a micro batch.
