@@ -1,8 +1,8 @@
-"""What can be packed: scikit-learn's embedded data, image folders, CSV and Parquet tables.
+"""Sources that can be packed: scikit-learn's bundled data sets, image folders, CSV and Parquet tables.
 
-:func:`open_source` takes one name for all of them. Opening finds a fingerprint only (a version, the listing of
-a folder, the hash of a file); the data is read when the source is loaded. Keys come from row numbers and file
-names, so a sample can be traced back. Images keep their own bytes. Cost: a table is held in memory, an image
+:func:`open_source` opens any of them by name. Opening only computes a fingerprint (from a version, a folder listing
+or a file hash); the data is read when the source is loaded. Keys come from row numbers and file names, so a sample
+can be traced back. Images are stored as they are, without re-encoding. Cost: a table is held in memory, an image
 folder only as its listing.
 """
 
@@ -36,17 +36,18 @@ _OWN_SPLITS: Final = ("train", "val", "test")
 
 
 def open_source(spec: str, *, target: str = "", task: str = "", features: Sequence[str] = ()) -> Source:
-    """The source that a name stands for.
+    """Open a source by name.
 
     Args:
-        spec: ``sklearn:digits`` and the like, a folder of images by class, a ``.csv`` or a ``.parquet`` file.
-        target: of a table: the column to predict.
-        task: ``classification`` or ``regression``; needed for a table whose target is whole numbers.
-        features: of a table: the columns to learn from; by default all others that hold numbers.
+        spec: ``sklearn:digits`` or another bundled data set, a folder of images by class, or a ``.csv`` or ``.parquet``
+            file.
+        target: for a table: the column to predict.
+        task: ``classification`` or ``regression``; required for a table with whole-number targets.
+        features: for a table: the input columns; by default all other numeric columns.
 
     Raises:
         ConfigError: an option is missing or does not suit the source.
-        DataError: there is no such source, or a library that it needs is missing.
+        DataError: the source does not exist, or a required library is missing.
     """
     if task not in ("", "classification", "regression"):
         raise ConfigError(f"task is {task!r}", mend="use classification or regression")
@@ -102,7 +103,7 @@ def _load_sklearn(name: str) -> Samples:
 
 @dataclass(frozen=True, slots=True)
 class _Image:
-    """A file of an image folder, by its place in it."""
+    """A file in an image folder."""
 
     split: str
     class_name: str
@@ -208,11 +209,11 @@ def _load_images(images: list[_Image], others: list[Path]) -> Samples:
 
 
 def _keys(images: list[_Image]) -> list[str]:
-    """``class/stem`` without dots and white space; the second file that comes to the same key gets ``-2``."""
+    """Return ``class/stem`` without dots and white space for each image; repeated keys get ``-2`` and so on."""
     keys: list[str] = []
     used: set[tuple[str, str]] = set()
     for image in images:
-        # A leading "__" would mark the sample as WebDataset's own.
+        # WebDataset reserves names with a leading "__" for metadata.
         plain = re.sub(r"^__+", "_", f"{_plain(image.class_name)}/{_plain(image.path.stem)}")
         key, count = plain, 1
         while (image.split, key) in used:

@@ -1,8 +1,8 @@
-"""Which bytes of which shards a batch needs: from ids to offsets and sizes, without a loop over samples.
+"""Map ids to shards, byte offsets and sizes, without a loop over samples.
 
-The samples are sorted by shard and number, so that each shard's table is asked once, and every result can be
-put back in the order of the batch. A field that a sample lacks has offset -1. Cost: a sort of the ids and a
-few gathers a shard.
+The samples are sorted by shard and number, so that each shard's table is queried once, and every result can be
+put back in batch order. A field that a sample lacks has offset -1. Cost: a sort of the ids and a few gathers per
+shard.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Alternatives = Sequence[tuple[str, ...]]
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """The samples of a batch in the order of the data: by shard, then by number in the shard.
+    """The samples of a batch in data order: by shard, then by number in the shard.
 
     Attributes:
-        order: which sample of the batch each one is. shape (places,)
+        order: the position in the batch of each sample. shape (places,)
         local: its number in its shard. shape (places,)
         shards: each shard and the range of places that lie in it.
     """
@@ -36,7 +36,7 @@ class Places:
 
     @classmethod
     def of(cls, index: ShardIndex, ids: NDArray[np.int64]) -> Places:
-        """The places of some samples."""
+        """Return the places of some samples."""
         order = np.argsort(ids)
         ids = ids[order]
         shard = np.searchsorted(index.starts, ids, side="right") - 1
@@ -45,15 +45,15 @@ class Places:
         return cls(order, ids - index.starts[shard], shards)
 
     def in_batch_order(self, values: NDArray[Any]) -> NDArray[Any]:
-        """What was found place by place, as the batch has it."""
+        """Reorder values from data order to batch order."""
         out = np.empty_like(values)
         out[self.order] = values
         return out
 
     def keys(self, index: ShardIndex) -> list[str]:
-        """The samples' keys, as the batch has them."""
+        """Return the samples' keys in batch order."""
         local = self.local.tolist()
-        ordered: list[str] = []  # shard by shard: keys that are neighbours in memory are found faster
+        ordered: list[str] = []  # shard by shard, for memory locality
         for shard, here in self.shards:
             keys = index.table(shard).keys
             ordered += [keys[number] for number in local[here]]
@@ -63,16 +63,16 @@ class Places:
 
 
 def spans(index: ShardIndex, alternatives: Alternatives, places: Places) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Byte offset and size of every field of every sample, each of shape (places, fields); -1 where there is none.
+    """Return byte offset and size of every field of every sample, each of shape (places, fields); -1 if absent.
 
     Args:
-        index: where the samples lie.
-        alternatives: the extensions that each field may have; the first that a sample has is taken.
+        index: the index of the samples.
+        alternatives: the extensions that each field may have; the first one present in a sample is used.
         places: the samples.
     """
     shape = (len(places.order), len(alternatives))
     offsets, sizes = np.empty(shape, np.int64), np.empty(shape, np.int64)
-    # Once for all shards with the same columns: a shard adds little to a batch.
+    # Computed once for all shards with the same columns, since each shard contributes only a few samples.
     cells: dict[tuple[str, ...], tuple[list[NDArray[np.int64]], list[int]]] = {}
     for shard, here in places.shards:
         table = index.table(shard)
@@ -92,9 +92,9 @@ def spans(index: ShardIndex, alternatives: Alternatives, places: Places) -> tupl
 
 
 def _columns(alternatives: Alternatives, present: tuple[str, ...]) -> tuple[list[NDArray[np.int64]], list[int]]:
-    """The columns of a table: of the fields' first alternatives, of their second, ...; and the absent fields."""
+    """Return the table columns of the fields' first alternatives, of their second, ...; and the absent fields."""
     choices = [[present.index(extension) for extension in field if extension in present] for field in alternatives]
     absent = [number for number, columns in enumerate(choices) if not columns]
-    # A field with fewer alternatives than another repeats its last one, which changes nothing.
+    # A field with fewer alternatives than another repeats its last one, which has no effect.
     ranks = range(max(1, *map(len, choices), 0))
     return [np.array([c[min(rank, len(c) - 1)] if c else 0 for c in choices]) for rank in ranks], absent

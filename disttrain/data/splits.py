@@ -1,8 +1,7 @@
-"""What a split names: its shards, or several sources with weights, and the training order over them.
+"""Open the sources of a split, with or without weights, and build the training order over them.
 
 A plain specification (a pattern, a manifest, or a list of these) is one source. Sources without weights are
-laid end to end, so that an epoch takes every sample once; with weights they are mixed. Cost: that of opening
-the index of each.
+concatenated, so an epoch takes every sample once; with weights they are mixed. Cost: opening each index.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ class SourceConfig:
 
     Attributes:
         shards: a brace pattern, a glob, a manifest, or a list of these.
-        weight: its share of the samples relative to the others'; either all sources have one or none. Without
+        weight: its share of the samples relative to the others'; set it for all sources or for none. Without
             weights an epoch takes every sample of every source once.
-        name: what reports call it; ``source 1`` and so on by default.
+        name: its name in reports; ``source 1`` and so on by default.
     """
 
     shards: str | list[str]
@@ -44,7 +43,7 @@ class SourceConfig:
 def open_sources(
     spec: Shards | Sequence[SourceConfig], name: str, *, write_sidecars: bool, retry: RetryConfig = DEFAULT_RETRY
 ) -> list[tuple[SourceConfig, ShardIndex]]:
-    """The sources of a split, each with its index; one source for a plain specification. ``retry`` is for servers."""
+    """Open the sources of a split and their indexes; ``retry`` applies to servers."""
     open_index = partial(_open_index, write_sidecars=write_sidecars, retry=retry)
     parts = [spec] if isinstance(spec, str) else list(spec)
     if not any(isinstance(part, SourceConfig) for part in parts):
@@ -69,7 +68,7 @@ def _open_index(spec: Shards, *, name: str, write_sidecars: bool, retry: RetryCo
 
 
 def order_of(sources: list[tuple[SourceConfig, ShardIndex]], config: OrderConfig) -> Order | Mixture:
-    """The order over all samples of the sources once, or their mixture where they have weights."""
+    """Return the order over all samples of the sources, or their mixture if they have weights."""
     weights = [source.weight for source, _ in sources if source.weight is not None]
     if not weights:
         return Order(np.concatenate([index.sizes for _, index in sources]), config)

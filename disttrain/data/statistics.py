@@ -1,8 +1,8 @@
-"""What a data set holds, in numbers: sizes by field, of samples and of shards, and how many of each class.
+"""Statistics of a data set: sizes by field, of samples and of shards, and the number of samples per class.
 
-All but the classes come from the shards' tables. Samples are counted in bins an eighth of an octave wide, which
-are joined when they are shown, so memory grows neither with samples nor with shards. Cost: the tables; for
-classes, the bytes of that field, which in a shard of small samples are all bytes.
+All but the classes come from the shards' tables. Sizes are counted in bins an eighth of an octave wide, which are
+merged for display, so memory does not grow with samples or shards. Cost: the tables; for classes, the bytes of that
+field, which for small samples means reading whole shards.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ABSENT: Final = "(none)"
 
 @dataclass
 class Sizes:
-    """How many there are of something, and their bytes; ``bins`` counts them by size."""
+    """Count and total bytes of some items; ``bins`` counts them by size."""
 
     count: int = 0
     total: int = 0
@@ -34,7 +34,7 @@ class Sizes:
     bins: Counter[int] = field(default_factory=Counter)
 
     def add(self, sizes: NDArray[np.int64]) -> None:
-        """Add some, by their sizes in bytes. shape (n,)"""
+        """Add items by their sizes in bytes. shape (n,)"""
         if not len(sizes):
             return
         low, high = int(sizes.min()), int(sizes.max())
@@ -51,7 +51,7 @@ class Sizes:
         return self.total / max(1, self.count)
 
     def histogram(self, max_bins: int = 12) -> list[tuple[int, int, int]]:
-        """Smallest and largest size of each bin, and how many there are in it; of equal width by factor.
+        """Return the smallest and largest size of each bin, and its count; bins have equal width on a log scale.
 
         Returns:
             at most ``max_bins`` bins, ascending, without gaps; the outer ones end at the extremes.
@@ -72,12 +72,12 @@ class Sizes:
 
 @dataclass
 class Statistics:
-    """The numbers of a data set; see :meth:`add`.
+    """The statistics of a data set; see :meth:`add`.
 
     Attributes:
         shards: sizes of the tars.
         samples: sizes of the samples, all fields together, without headers and padding.
-        per_shard: fewest and most samples of a shard.
+        per_shard: fewest and most samples in a shard.
         fields: sizes of each field.
     """
 
@@ -103,13 +103,13 @@ class _Span(NamedTuple):
 
 
 def count_values(shard: Shard, table: ShardTable, extension: str, *, max_bytes: int = 64) -> Counter[str]:
-    """How often each value of a small text field, such as a class number, occurs in a shard.
+    """Count how often each value of a small text field, such as a class number, occurs in a shard.
 
     Args:
-        shard: where to read.
-        table: the shard's table.
+        shard: the shard to read.
+        table: its table.
         extension: the field; samples without it count as ``(none)``.
-        max_bytes: what is longer is cut off there.
+        max_bytes: longer values are truncated to this.
     """
     column = table.fields.index(extension) if extension in table.fields else None
     if column is None:
@@ -123,7 +123,7 @@ def count_values(shard: Shard, table: ShardTable, extension: str, *, max_bytes: 
 
 
 def _read_spans(place: str, spans: Sequence[_Span]) -> Iterable[bytes]:
-    """The bytes at some ascending places, in windows where they are near each other."""
+    """Yield the bytes of some ascending spans, read in windows if they are close together."""
     with opened(place) as source:
         near = len(spans) > 1 and (spans[-1].offset - spans[0].offset) / (len(spans) - 1) < source.window_bytes / 4
         window, at = b"", 0
@@ -134,5 +134,5 @@ def _read_spans(place: str, spans: Sequence[_Span]) -> Iterable[bytes]:
 
 
 def in_order(counts: Counter[str]) -> list[tuple[str, int]]:
-    """Values as they are listed: numbers by size, then the others by name."""
+    """Return values sorted for display: numbers by size, then the others by name."""
     return sorted(counts.items(), key=lambda item: (not item[0].isdecimal(), len(item[0].lstrip("0")), item[0]))

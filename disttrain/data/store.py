@@ -1,7 +1,7 @@
-"""Where a reader finds its shards: local ones where they lie, remote ones in the node's cache.
+"""Locate a reader's shards: local ones in place, remote ones in the node's cache.
 
-Remote shards are fetched ahead by threads in the order of the plan that the loader gives, and the plan is
-what the cache evicts by. Local shards cost nothing here.
+Threads prefetch remote shards in the order of the plan that the loader supplies; the cache evicts by the same plan.
+Local shards cost nothing here.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from disttrain.data.plan import FAR, Plan
 from disttrain.data.remote import shown
 from disttrain.errors import ConfigError, DataError, DisttrainError
 
-# Threads take reads in order, so of the last few that were begun the first is done or nearly so.
+# Threads start reads in order, so the oldest of the last few is done or nearly so.
 _READS_AT_ONCE: Final = 4
 _LOOK_AGAIN_SECONDS: Final = 1.0
 
 
 class ShardStore:
-    """The shards of one index, opened by number. Safe to use from several threads.
+    """The shards of one index, opened by number. Thread-safe.
 
     Args:
         shards: the shards of the index.
-        config: the cache for those that are remote.
+        config: the cache for remote shards.
 
     Raises:
         ConfigError: the cache is smaller than a shard.
-        DataError: its folder cannot be made.
+        DataError: the cache folder cannot be created.
     """
 
     def __init__(self, shards: Sequence[Shard], config: CacheConfig | None = None) -> None:
@@ -57,11 +57,11 @@ class ShardStore:
 
     @property
     def has_remote(self) -> bool:
-        """Whether any shard is remote, so that a plan is of use."""
+        """Whether any shard is remote, so that a plan is useful."""
         return self._cache is not None
 
     def open(self, number: int) -> int | None:
-        """A descriptor of a remote shard's local copy, to be closed soon after; None for a local shard.
+        """Return a descriptor of a remote shard's local copy, which the caller must close soon; None for a local shard.
 
         Raises:
             DataError: the shard cannot be fetched.
@@ -70,7 +70,7 @@ class ShardStore:
         return self._cache.open(shard) if self._cache is not None and shard.is_remote else None
 
     def follow(self, needs: Needs, step: int) -> None:
-        """Fetch ahead and evict by a new plan, from a step on."""
+        """Prefetch and evict by a new plan, starting at a step."""
         if self._cache is None:
             return
         self._warn_if_small(self._cache.config, needs)
@@ -82,15 +82,15 @@ class ShardStore:
                 f"the cache folder {self._cache.directory} cannot be written: {error.strerror}",
                 mend="free space in it, or set data.cache.directory to another folder",
             ) from None
-        self.finish()  # after the new plan is there, or a shard of both might go in between
+        self.finish()  # after publishing the new plan, or a shard of both might be evicted in between
         self._ahead = ahead
 
     def _warn_if_small(self, config: CacheConfig, needs: Needs) -> None:
-        """Warn, once, of a cache that cannot hold what a single step draws from: it would be fetched each time."""
+        """Warn once if the cache cannot hold the shards of one step, which would be refetched each time."""
         sizes = np.array([shard.size_bytes if shard.is_remote else 0 for shard in self._shards], dtype=np.int64)
         changes = np.concatenate((sizes[needs.shards], -sizes[needs.shards]))
         times = np.concatenate((needs.first, needs.last + 1))
-        # A shard that is let go of in a step makes room for those that the step begins to need.
+        # A shard released at a step makes room for those first needed at that step.
         at_once = int(np.cumsum(changes[np.lexsort((changes, times))]).max(initial=0))
         if at_once > config.max_bytes and not self._warned:
             self._warned = True
@@ -102,22 +102,22 @@ class ShardStore:
             )
 
     def begin(self, step: int) -> None:
-        """A read of the plan's step begins; what only older ones needed may go."""
+        """Record that the read of a step has started; shards needed only by older reads may be evicted."""
         if self._ahead is not None:
             self._begun.append(step)
             self._ahead.stand_at(self._begun[0])
 
     def finish(self, *, again: bool = False) -> None:
-        """The plan is no more.
+        """End the current plan.
 
         Args:
-            again: another plan will need its shards, such as the next validation: they stay while there is
-                something that nobody needs, and go before anything that is planned.
+            again: another plan, such as the next validation, will need its shards. They are evicted after shards that
+                are not needed at all, but before any that are scheduled.
         """
         resting, self._resting = self._resting, None
         if self._ahead is not None:
             if again:
-                with suppress(OSError):  # then they are fetched again, nothing else
+                with suppress(OSError):  # the shards would only be fetched again
                     self._resting = self._ahead.rest()
             self._ahead.close()
             self._ahead = None
@@ -126,7 +126,7 @@ class ShardStore:
 
 
 class _Ahead:
-    """A plan that is being followed, and the threads that fetch by it."""
+    """An active plan, and the threads that prefetch by it."""
 
     def __init__(self, cache: ShardCache, shards: Sequence[Shard], needs: Needs, step: int) -> None:
         self._cache = cache
@@ -144,12 +144,12 @@ class _Ahead:
         with self._changed:
             self._plan.stand_at(step)
             let_go = int(np.searchsorted(self._lasts, step))
-            if let_go != self._let_go:  # not at each step: to look for room costs milliseconds
+            if let_go != self._let_go:  # not at every step: checking for room costs milliseconds
                 self._let_go = let_go
                 self._changed.notify_all()
 
     def rest(self) -> Plan:
-        """A plan that needs the same shards, some time."""
+        """Return a plan that needs the same shards at an unknown later time."""
         shards = np.unique(self._plan.needs.shards)
         some_time = np.full(len(shards), FAR, dtype=np.int64)
         return self._plan_of(Needs(shards, some_time, some_time), 0)
@@ -174,7 +174,7 @@ class _Ahead:
                 with self._changed:
                     if self._closed:
                         return
-                    # Another process that gets on makes room too, unheard of here.
+                    # Progress of another process makes room too, but does not notify this one: poll.
                     self._changed.wait(_LOOK_AGAIN_SECONDS)
 
     def _done(self, shard: int, first: int, last: int) -> bool:
@@ -184,4 +184,4 @@ class _Ahead:
         try:
             return self._cache.prefetch(self._shards[shard], max(0, first - now))
         except (DisttrainError, OSError):
-            return True  # whoever reads the shard meets the same fault, and can say so
+            return True  # the reader of the shard hits the same error and reports it

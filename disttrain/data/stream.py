@@ -1,8 +1,8 @@
-"""Reading a shard once, from front to end, for all who want to see it: the header scan, decoders and a hash.
+"""Read a shard once, front to back, for several consumers: the header scan, decoders and a hash.
 
-A :class:`Stream` is a :class:`~disttrain.data.tar.ByteSource` over another one. It reads large pieces one after
-the other, keeps what lies ahead of the last request, and hashes every byte once if asked to; without a hash,
-what nobody asks for is jumped over. Memory: a piece, and the largest member that is asked for.
+A :class:`Stream` is a :class:`~disttrain.data.tar.ByteSource` over another one. It reads large pieces in sequence,
+buffers everything from the last requested offset on, and optionally hashes every byte once. Without a hash, bytes
+that are never requested are skipped. Memory: a piece, and the largest member requested.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _PIECE_BYTES: Final = 4 * 2**20
 
 @contextmanager
 def opened(place: str) -> Iterator[ByteSource]:
-    """A shard by its path or URL.
+    """Open a shard by path or URL.
 
     Raises:
-        ShardError: it cannot be opened; RemoteError, where it is remote.
+        ShardError: it cannot be opened; RemoteError if it is remote.
     """
     if is_remote(place):
         yield RemoteFile(place)
@@ -34,15 +34,15 @@ def opened(place: str) -> Iterator[ByteSource]:
 
 
 class Stream:
-    """A source whose requests should come in the order of its bytes.
+    """A source for requests in ascending order of offset.
 
     Args:
-        source: what is read.
-        is_hashed: whether :meth:`md5` will be asked for.
-        piece_bytes: what is read at once.
+        source: the source to read.
+        is_hashed: whether :meth:`md5` will be called.
+        piece_bytes: bytes to read at once.
     """
 
-    window_bytes = BLOCK  # requests are served from memory: no need to ask for more
+    window_bytes = BLOCK  # requests are served from memory, so larger ones gain nothing
 
     def __init__(self, source: ByteSource, *, is_hashed: bool, piece_bytes: int = _PIECE_BYTES) -> None:
         self._source, self._piece_bytes = source, piece_bytes
@@ -51,7 +51,7 @@ class Stream:
         self._hash = hashlib.md5(usedforsecurity=False) if is_hashed else None
 
     def read(self, offset: int, length: int) -> bytes:
-        """The bytes from an offset on; what lies before the last request is read from the source once more."""
+        """Return bytes from an offset; offsets before the last request are read from the source again."""
         if offset < self._at:
             return self._source.read(offset, length)
         stop = min(offset + length, self.size)
@@ -61,14 +61,14 @@ class Stream:
         return bytes(self._buffer[offset - self._at : stop - self._at])
 
     def md5(self) -> str:
-        """The hash of all bytes, hexadecimal; reads those that are left."""
+        """Return the hash of all bytes, hexadecimal; reads the remaining ones."""
         assert self._hash is not None, "a stream without a hash"
         while self._advance(self.size):
             pass
         return self._hash.hexdigest()
 
     def _advance(self, wanted: int) -> bool:
-        """Take the next piece, and keep of all what lies at or after ``wanted``; False at the end."""
+        """Read the next piece and keep the bytes from ``wanted`` on; return False at the end."""
         end = self._at + len(self._buffer)
         if self._hash is None and wanted > end:
             self._buffer.clear()

@@ -1,9 +1,9 @@
-"""Tables as sources of samples: CSV and Parquet files.
+"""CSV and Parquet tables as sources of samples.
 
-A row becomes a sample with ``features.npy`` (float32) and ``target.npy`` (float32) or ``cls``. A column holds
-numbers if its first filled cell is a number; from then on a cell that is none is an error that names file, row
-and column, so nothing becomes NaN unseen. Columns that hold no numbers are left out and named in the notes.
-Rows are numbered from 0, as in the samples' keys. Cost: the table is held in memory.
+A row becomes a sample with ``features.npy`` (float32) and ``target.npy`` (float32) or ``cls``. A column is numeric if
+its first filled cell is a number. After that, a cell that is not a number is an error that names file, row and
+column, so nothing silently becomes NaN. Other columns are skipped and listed in the notes. Rows are numbered from 0,
+as in the samples' keys. Cost: the table is held in memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from disttrain.errors import ConfigError, DataError, nearest
 _LARGEST: Final = float(np.finfo(np.float32).max)
 
 Column = list[str] | NDArray[np.float64] | None
-"""Text; numbers, NaN where there is none; or neither."""
+"""Text, or numbers with NaN for missing values; None for any other type."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class _Table:
     path: Path
     columns: dict[str, Column]
     num_rows: int
-    lines: tuple[int, ...] = ()  # of each row in a text file
+    lines: tuple[int, ...] = ()  # line number of each row in a text file
 
     def place(self, row: int, column: str) -> str:
         line = f" (line {self.lines[row]})" if self.lines else ""
@@ -78,7 +78,7 @@ class _Table:
 
 
 def open_table(path: Path, *, target: str, task: str = "", features: Sequence[str] = ()) -> Source:
-    """A CSV or Parquet file as a source; for the arguments see :func:`disttrain.data.sources.open_source`.
+    """Open a CSV or Parquet file as a source; for the arguments see :func:`disttrain.data.sources.open_source`.
 
     Raises:
         ConfigError: no target is given.
@@ -106,10 +106,10 @@ def tabular_samples(
     classes: tuple[str, ...] = (),
     notes: tuple[str, ...] = (),
 ) -> Samples:
-    """Rows of numbers as samples: ``cls`` where the labels are integers, else ``target.npy``.
+    """Return rows of numbers as samples: with ``cls`` if the labels are integers, else with ``target.npy``.
 
     Args:
-        name: what keys begin with.
+        name: prefix of the keys.
         features: shape (samples, features)
         labels: class numbers or targets. shape (samples,)
         classes: names of the classes.
@@ -128,14 +128,14 @@ def tabular_samples(
 
 
 def npy(array: NDArray[Any]) -> bytes:
-    """An array in NumPy's ``.npy`` form."""
+    """Return an array in NumPy's ``.npy`` format."""
     stream = io.BytesIO()
     np.save(stream, array, allow_pickle=False)
     return stream.getvalue()
 
 
 def row_key(name: str, number: int, num_rows: int) -> str:
-    """Key of a row: ``digits-000123``."""
+    """Return the key of a row: ``digits-000123``."""
     return f"{re.sub(r'[^a-zA-Z0-9_-]+', '_', name)}-{number:0{max(6, len(str(num_rows - 1)))}d}"
 
 
@@ -159,7 +159,7 @@ def _samples(table: _Table, target: str, task: str, features: Sequence[str]) -> 
 
 
 def _labels(table: _Table, target: str, task: str) -> tuple[Labels, tuple[str, ...], tuple[str, ...]]:
-    """Labels, names of the classes, and notes."""
+    """Return labels, names of the classes, and notes."""
     column = table.column(target, "the target")
     if task == "regression" or (not task and table.holds_numbers(target)):
         values = table.numbers(target, "the target")
@@ -202,7 +202,7 @@ def _numbered(labels: list[Any], classes: list[Any]) -> tuple[NDArray[np.int64],
 
 def _number(cell: str) -> float | None:
     try:
-        return None if "_" in cell else float(cell)  # Python takes 1_000 for a number; other tools do not
+        return None if "_" in cell else float(cell)  # Python accepts 1_000 as a number; other tools do not
     except ValueError:
         return None
 

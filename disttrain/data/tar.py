@@ -1,13 +1,13 @@
-"""The members of a tar file, read from its headers alone.
+"""Read the members of a tar file from its headers alone.
 
-Reads ustar, v7, GNU long names and PAX headers by their 512-byte blocks: in windows of 64 KiB (1 MiB from a
-remote server) if members are small, one page per member if they are large, so contents are skipped.
-Any :class:`ByteSource` will do: a local file, or ranges of a remote one. It guarantees that every member
-it yields lies whole inside the file, that each archive ends with its end block, and that all bytes of the file
-are accounted for; anything else is a :class:`TarError` with the offset. A hard link is read as the member that it
-names, and archives that were written one after the other into one file are read as one, also by tools that stop
-at the first. Anything that is not read (symbolic links, devices) is reported to the caller. Cost: linear in the
-headers, and one more pass over them for a tar that holds hard links; a header is at most 4 MiB.
+Reads ustar, v7, GNU long names and PAX headers in 512-byte blocks: through windows of 64 KiB (1 MiB from a remote
+server) if members are small, or one page per member if they are large, so that contents are skipped. Any
+:class:`ByteSource` works: a local file, or ranges of a remote one. Guarantees that every member it yields lies
+entirely inside the file, that each archive ends with its end block, and that all bytes of the file are accounted for;
+anything else is a :class:`TarError` with the offset. A hard link is read as the member it names. Concatenated archives
+are read as one, although some tools stop after the first. Unread members (symbolic links, devices) are reported to
+the caller. Cost: linear in the headers, and one more pass over them for a tar with hard links; a header is at most
+4 MiB.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _WINDOW: Final = 64 * 1024
 _PAGE: Final = 4096
 _ZEROS: Final = bytes(BLOCK)
 _REGULAR: Final = (b"0", b"\0", b"7")
-_EMPTY: Final = (b"2", b"3", b"4", b"5", b"6")  # links, devices, directories: no content, whatever the size says
-_EXTENDED: Final = (b"L", b"K", b"x", b"X", b"g")  # headers that describe the next member; X is how Solaris writes x
+_EMPTY: Final = (b"2", b"3", b"4", b"5", b"6")  # links, devices, directories: no content, whatever the size field holds
+_EXTENDED: Final = (b"L", b"K", b"x", b"X", b"g")  # headers that describe the next member; Solaris writes X for x
 _HEADER_LIMIT: Final = 4 * 2**20
-"""Bytes of a name or of a PAX header; GNU tar and libarchive write far less, and libarchive reads up to 1 MiB."""
+"""Most bytes of a name or PAX header. GNU tar and libarchive write far less; libarchive reads up to 1 MiB."""
 _KINDS: Final = {
     b"1": "a hard link",
     b"2": "a symbolic link",
@@ -46,11 +46,11 @@ _KINDS: Final = {
     b"6": "a pipe",
     b"M": "a file begun in another volume",
 }
-_SILENT: Final = (b"5", b"D", b"V", b"N")  # directories, GNU's lists of them, volume labels: nobody's data
+_SILENT: Final = (b"5", b"D", b"V", b"N")  # directories, GNU's directory and name lists, volume labels: not data
 
 
 class Member(NamedTuple):
-    """A regular file in a tar: its name and where its contents lie (bytes)."""
+    """A regular file in a tar: its name, and offset and size of its contents in bytes."""
 
     name: str
     offset: int
@@ -58,7 +58,7 @@ class Member(NamedTuple):
 
 
 class Unread(NamedTuple):
-    """A member that is not read: its name, what it is, and where its header lies (bytes)."""
+    """A member that is not read: its name, its kind, and the byte offset of its header."""
 
     name: str
     kind: str
@@ -66,11 +66,11 @@ class Unread(NamedTuple):
 
 
 class TarError(ShardError):
-    """A tar that is damaged or none, whatever it was read from."""
+    """Raised for a damaged tar or a file that is not a tar, local or remote."""
 
 
 def open_hint(error: OSError, otherwise: str) -> str:
-    """The hint for a file that cannot be opened: a process that has too many files open needs another one."""
+    """Return the hint for a file that cannot be opened; running out of descriptors has its own."""
     if error.errno == errno.EMFILE:
         return "raise the limit of open files (`ulimit -n 65536`), or lower data.loader.workers"
     if error.errno == errno.ENFILE:
@@ -79,22 +79,22 @@ def open_hint(error: OSError, otherwise: str) -> str:
 
 
 class ByteSource(Protocol):
-    """What a tar can be read from: bytes at any place, of a known size."""
+    """Random-access bytes of known size, such as a tar."""
 
     @property
     def name(self) -> str:
-        """What error messages call it."""
+        """Its name in error messages."""
 
     @property
     def size(self) -> int:
-        """Its bytes."""
+        """Its size in bytes."""
 
     @property
     def window_bytes(self) -> int:
-        """What is worth reading at once."""
+        """Preferred size of a read."""
 
     def read(self, offset: int, length: int) -> bytes:
-        """The bytes from an offset on; fewer than asked for only at the end."""
+        """Return bytes from an offset; fewer than requested only at the end."""
 
 
 class LocalFile:
@@ -124,15 +124,15 @@ class LocalFile:
         self.close()
 
     def close(self) -> None:
-        """Close it."""
+        """Close the file."""
         os.close(self._fd)
 
     def read(self, offset: int, length: int) -> bytes:
-        """The bytes from an offset on; fewer than asked for only at the end."""
+        """Return bytes from an offset; fewer than requested only at the end."""
         try:
             data = os.pread(self._fd, length, offset)
             while len(data) < length and (more := os.pread(self._fd, length - len(data), offset + len(data))):
-                data += more  # a system call gives 2 GiB at most
+                data += more  # a system call returns at most 2 GiB
         except OSError as error:
             raise ShardError(
                 f"shard {self.name} at byte {offset}: {error.strerror}", mend="check the disk and the file"
@@ -143,17 +143,17 @@ class LocalFile:
 def scan_source(
     source: ByteSource, *, start: int = 0, window_bytes: int = 0, unread: Callable[[Unread], None] | None = None
 ) -> Iterator[Member]:
-    """The regular files and hard links of a tar that is read from anywhere, in order.
+    """Yield the regular files and hard links of a tar, in order.
 
     Args:
-        source: where its bytes come from.
+        source: the bytes of the tar.
         start: where to begin: the end of a member's last block.
-        window_bytes: what to read at once; by default what the source finds worth while.
+        window_bytes: bytes to read at once; the source's preferred size by default.
         unread: called with each member that is not read, except directories.
 
     Raises:
-        TarError: it is not a tar, is truncated, lacks its end block, or holds a sparse member or a hard link to
-            what it does not hold.
+        TarError: it is not a tar, is truncated, lacks its end block, or holds a sparse member or a hard link whose
+            target it does not hold.
     """
     return _Scanner(source, window_bytes or source.window_bytes, unread).members(start)
 
@@ -163,13 +163,13 @@ class _Scanner:
         self._source, self._path, self._size = source, source.name, source.size
         self._buffer, self._at, self._window = b"", 0, window_bytes
         self._unread = unread
-        # By name, None for what is not read; kept from the first hard link on.
+        # Members by name, None for unread ones; collected from the first hard link on.
         self._targets: dict[str, Member | None] | None = None
 
     def _read(self, offset: int, length: int) -> bytes:
         end = self._at + len(self._buffer)
         if not (self._at <= offset and offset + length <= end):
-            # After a large member another one is likely, and what a window would hold of it is of no use.
+            # A large member is likely followed by another, most of which would fill a window uselessly: read a page.
             is_far = end > 0 and offset - end > self._window // 4
             window = min(_PAGE, self._window) if is_far else self._window
             self._buffer, self._at = self._source.read(offset, max(length, window)), offset
@@ -186,7 +186,7 @@ class _Scanner:
                 following = self._after_end(position + BLOCK)
                 if following is None:
                     return
-                # Another archive, with global headers of its own: `cat a.tar b.tar` makes such a file.
+                # Another archive with its own global headers, as in `cat a.tar b.tar`.
                 described, position, is_after_end = Described(), following, True
                 continue
             if len(header) < BLOCK or not checksum_holds(header):
@@ -210,7 +210,7 @@ class _Scanner:
             position = content + -(-size // BLOCK) * BLOCK
 
     def _no_header(self, header: bytes, position: int, *, is_after_end: bool) -> TarError:
-        """The error of a block that is not a header."""
+        """Return the error for a block that is not a header."""
         if is_after_end:
             return self._fail(
                 f"{self._size - position} bytes after the end block are not a tar",
@@ -226,7 +226,7 @@ class _Scanner:
         return self._fail(what if not self._size else f"{what}; the file ends at byte {self._size}", position)
 
     def _after_end(self, position: int) -> int | None:
-        """The first block after an end block that is not zeros; None if there is none."""
+        """Return the offset of the first nonzero block after an end block; None if there is none."""
         while position < self._size:
             piece = self._read(position, min(max(self._window, _WINDOW), self._size - position))
             rest = piece.lstrip(b"\0")
@@ -238,7 +238,7 @@ class _Scanner:
         return None
 
     def _take(self, kind: bytes, content: int, size: int, described: Described) -> None:
-        """Take up a header that describes the next member, or all that follow."""
+        """Store a header that describes the next member, or all following ones."""
         if size > _HEADER_LIMIT:
             raise self._fail(f"a header of {size} bytes; at most {_HEADER_LIMIT} are read", content - BLOCK)
         data = self._read(content, size)
@@ -251,7 +251,7 @@ class _Scanner:
             raise self._fail(str(error), content) from None
 
     def _member(self, kind: bytes, header: bytes, described: Described, size: int, position: int) -> Member | None:
-        """A member that is read, or None."""
+        """Return a member that is read, or None."""
         name = text(described.get(b"path") or name_of(header))
         if kind == b"S" or described.is_sparse:
             name = text(described.pax.get(b"GNU.sparse.name", b"")) or name
@@ -278,7 +278,7 @@ class _Scanner:
         return found
 
     def _linked(self, name: str, target: str, position: int) -> Member | None:
-        """What a hard link names, a member before it; None if that is not read either."""
+        """Return the earlier member that a hard link names; None if that is not read either."""
         if self._targets is None:
             earlier = _Scanner(self._source, max(self._window, _WINDOW))
             earlier._targets = {}
@@ -297,12 +297,12 @@ class _Scanner:
 
     def _size_of(self, header: bytes, kind: bytes, described: Described, position: int) -> int:
         try:
-            # A PAX size is that of the member, not of a header in between.
+            # A PAX size applies to the member, not to an extended header before it.
             size = size_of(header, b"" if kind in _EXTENDED else described.get(b"size"))
         except BadHeaderError as error:
             raise self._fail(str(error), position) from None
         if kind == b"1" and size:
-            # POSIX lets a hard link have contents in PAX archives; others give a size although nothing follows.
+            # POSIX lets a hard link have contents in PAX archives; others set a size although no contents follow.
             following = self._read(position + BLOCK, BLOCK)
             return 0 if len(following) < BLOCK or following == _ZEROS or checksum_holds(following) else size
         return size

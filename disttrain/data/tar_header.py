@@ -1,7 +1,7 @@
-"""The fields of tar headers: names, sizes, checksums and PAX records, as GNU tar and libarchive read them.
+"""Parse tar header fields (names, sizes, checksums, PAX records) as GNU tar and libarchive do.
 
-Nothing here believes a field: a number is digits of a bounded length, a name ends at its first zero byte, and a PAX
-header is walked once, record by record. Cost: linear in the header.
+No field is trusted: a number has a bounded count of digits, a name ends at its first zero byte, and a PAX header is
+walked once, record by record. Cost: linear in the header.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ from __future__ import annotations
 from typing import Final
 
 BLOCK: Final = 512
-_DIGITS_LIMIT: Final = 20  # of a length or a size in a PAX header: more than any file has bytes
+_DIGITS_LIMIT: Final = 20  # of a length or size in a PAX header; no file is that large
 _KEYS: Final = (b"path", b"linkpath", b"size")
 _SPARSE: Final = b"GNU.sparse."
 _LOW: Final = bytes(range(128))
 
 
 class BadHeaderError(Exception):
-    """A header field that is not what the format says."""
+    """Raised for a header field that violates the format."""
 
 
 class Described:
-    """What the headers before a member say of it.
+    """Metadata from the extended headers before a member.
 
     Attributes:
-        globals: records of global PAX headers, for all members that follow.
+        globals: records of global PAX headers, for all following members.
         pax: records of the next member's own PAX header.
-        long: its name and link target by GNU's headers.
+        long: its name and link target from GNU's headers.
     """
 
     def __init__(self) -> None:
@@ -34,15 +34,15 @@ class Described:
         self.long: dict[bytes, bytes] = {}
 
     def forget(self) -> None:
-        """The next member is another one."""
+        """Drop everything that applied only to the last member."""
         if self.pax:
             self.pax = {}
         if self.long:
             self.long = {}
 
     def get(self, key: bytes) -> bytes:
-        """A value, the nearest to the member; empty if there is none."""
-        if not (self.pax or self.long or self.globals):  # as most members have none
+        """Return a value, preferring the header closest to the member; empty if there is none."""
+        if not (self.pax or self.long or self.globals):  # the common case
             return b""
         return self.pax.get(key) or self.long.get(key) or self.globals.get(key) or b""
 
@@ -55,10 +55,10 @@ class Described:
 
 
 def pax_records(data: bytes) -> dict[bytes, bytes]:
-    """The records of a PAX header that matter here: ``LENGTH KEY=VALUE`` and a line feed, one after the other.
+    """Return the relevant records of a PAX header: a sequence of ``LENGTH KEY=VALUE`` lines.
 
     Raises:
-        BadHeaderError: they do not follow each other so.
+        BadHeaderError: the header is malformed.
     """
     records: dict[bytes, bytes] = {}
     at, end = 0, len(data.rstrip(b"\0"))
@@ -77,14 +77,14 @@ def pax_records(data: bytes) -> dict[bytes, bytes]:
 
 
 def size_of(header: bytes, told: bytes) -> int:
-    """The bytes of a member's contents.
+    """Return the size of a member's contents in bytes.
 
     Args:
         header: its header.
         told: the size in its PAX header; empty if there is none.
 
     Raises:
-        BadHeaderError: that is not a number, or a negative one.
+        BadHeaderError: the size is not a number, or negative.
     """
     if told:
         if not told.isdigit() or len(told) > _DIGITS_LIMIT:
@@ -92,7 +92,7 @@ def size_of(header: bytes, told: bytes) -> int:
             raise BadHeaderError(f"size {brief} in a PAX header is not a number")
         return int(told)
     field = header[124:136]
-    if field[0] & 0x80:  # GNU base-256, for sizes of 8 GiB and more; all bits are set in a negative one
+    if field[0] & 0x80:  # GNU base-256, for sizes of 8 GiB and more; the next bit is the sign
         if field[0] & 0x40:
             raise BadHeaderError(f"size field {field!r} is negative")
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
@@ -103,34 +103,34 @@ def size_of(header: bytes, told: bytes) -> int:
 
 
 def name_of(header: bytes) -> bytes:
-    """The name in a header itself."""
+    """Return the name in the header itself."""
     name = _field(header, 0, 100)
-    # POSIX: the prefix field holds folders, whatever the version says; GNU's own format has times there.
+    # POSIX: the prefix field holds folders, whatever the version field holds; GNU's format stores times there.
     if header[345] and header[257:262] == b"ustar" and header[257:264] != b"ustar  ":
         return _field(header, 345, 500) + b"/" + name
     return name
 
 
 def link_target(header: bytes, described: Described) -> str:
-    """What a link names."""
+    """Return the target of a link."""
     return text(described.get(b"linkpath") or _field(header, 157, 257))
 
 
 def checksum_holds(header: bytes) -> bool:
-    """Whether a block is a header: whether its bytes add up to what it says."""
+    """Return whether a block is a header, by its checksum."""
     field = header[148:156]
     stored = _octal(field)
-    # The sum is taken with the checksum field itself as eight spaces.
+    # The sum counts the checksum field itself as eight spaces.
     total = sum(header) - sum(field) + 8 * 0x20
     if stored == total:
         return True
-    # SunOS and others summed signed bytes.
+    # SunOS and others sum signed bytes.
     high = len(header.translate(None, _LOW)) - len(field.translate(None, _LOW))
     return high > 0 and stored == total - 256 * high
 
 
 def text(name: bytes) -> str:
-    """A name as text, whatever its bytes."""
+    """Decode a name; works for any bytes."""
     return name.decode("utf-8", "surrogateescape")
 
 
@@ -139,7 +139,7 @@ def _field(header: bytes, start: int, stop: int) -> bytes:
 
 
 def _octal(field: bytes) -> int | None:
-    """A number field up to its first zero byte; None if that is not a number."""
+    """Parse a number field up to its first zero byte; return None if it is not a number."""
     digits = field.split(b"\0", 1)[0].strip(b" ") or b"0"
-    # int() alone would also take a sign, a prefix or an underscore.
+    # int() alone would also accept a sign, a prefix or an underscore.
     return int(digits, 8) if digits.isdigit() and max(digits) <= ord("7") else None

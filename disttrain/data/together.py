@@ -1,8 +1,8 @@
-"""Many shards at a time: one function over all of them in threads, with its progress on standard error.
+"""Apply a function to many shards in threads, with progress on standard error.
 
-Results come in the order of the items, as soon as they and those before them are there; the first exception
-ends it, and what had not begun is left undone. Progress is a bar on a terminal and a line every half minute
-elsewhere, so that a log stays readable. Cost: a few microseconds an item.
+Results are yielded in item order, as soon as they and all earlier ones are ready. The first exception ends the
+iteration and cancels calls that have not started. Progress is a bar on a terminal, and one line every half minute
+elsewhere, so that logs stay readable. Cost: a few microseconds per item.
 """
 
 from __future__ import annotations
@@ -28,15 +28,14 @@ _LINE_SECONDS: Final = 30.0
 def together(
     function: Callable[[T], U], items: Iterable[T], *, threads: int = 8, quick: bool = False, told: str = ""
 ) -> Iterator[U]:
-    """Results of a function over some items, in their order.
+    """Yield the results of a function over some items, in order.
 
     Args:
         function: called in threads.
-        items: what it is called with.
-        threads: calls at a time.
-        quick: a call takes microseconds where nothing waits: several are handed to a thread at once, and a few
-            are called right here.
-        told: what is being done, for the progress; none is shown where this is empty.
+        items: its arguments.
+        threads: number of concurrent calls.
+        quick: calls usually take microseconds, so each thread gets several at once, and a few items run in the caller.
+        told: description for the progress display; no progress if empty.
     """
     work = list(items)
     if quick and len(work) < _FEW:
@@ -57,7 +56,7 @@ def together(
 
 @contextmanager
 def _progress(told: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Gives what to call, from any thread, with the number of items done."""
+    """Yield a thread-safe function that takes the number of items done."""
     if not told:
         yield lambda count: None
         return
@@ -69,14 +68,14 @@ def _progress(told: str, total: int) -> Iterator[Callable[[int], None]]:
         yield _Lines(told, total).advance
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # What is printed meanwhile goes above the bar, but never from a file or a pipe to the terminal.
+    # Rich reprints stdout above the bar, on the terminal: not wanted if stdout is a file or a pipe.
     with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
         task = progress.add_task(told, total=total)
         yield lambda count: progress.advance(task, count)
 
 
 class _Lines:
-    """Progress as lines of a log: none for what is soon done."""
+    """Progress as log lines; none for short work."""
 
     def __init__(self, told: str, total: int) -> None:
         self._told, self._total, self._done = told, total, 0

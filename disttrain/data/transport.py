@@ -1,9 +1,9 @@
-"""One attempt to ask a server for some bytes of a file, or to give it some, and what its failure means.
+"""Single attempts to read from or write to a server, with errors classified as retryable or not.
 
-:func:`describe` and :func:`fetch` go through fsspec's file systems; over HTTP the request is that of
-:mod:`disttrain.data.http_range`. Every failure becomes an :class:`AttemptError`: in words, with the status where one
-is known, and whether another attempt may succeed. The retries that the libraries make on their own are switched off,
-so attempts are counted in one place. Cost: one request; two to describe a file on S3 or GCS.
+:func:`describe` and :func:`fetch` use fsspec's file systems; HTTP requests are made by
+:mod:`disttrain.data.http_range`. Every failure becomes an :class:`AttemptError` with a description, the status if
+known, and whether to retry. The libraries' own retries are disabled, so that attempts are counted in one place. Cost:
+one request; two to describe a file on S3 or GCS.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _S3: Final = ("s3", "s3a")
 _GCS: Final = ("gs", "gcs")
 _LOCAL: Final = ("file", "local")
 NO_BUCKET: Final = "bucket does not exist"
-"""What stores say of a bucket that is not there, rather than a file."""
+"""Part of the message with which stores report a missing bucket, as opposed to a missing object."""
 _NO_CREDENTIALS: Final = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError")
 _BAD_URLS: Final = ("InvalidURL", "InvalidUrlClientError", "NonHttpUrlClientError")
 _BUGS: Final = (ImportError, AttributeError, NameError, TypeError)
@@ -41,7 +41,7 @@ _IN_WORDS: Final = {
 
 
 class NoLibraryError(Exception):
-    """URLs of this kind cannot be opened here; ``mend`` says what would help."""
+    """Raised if URLs of this kind cannot be opened here; ``mend`` is the hint."""
 
     def __init__(self, what: str, *, mend: str) -> None:
         super().__init__(what)
@@ -49,19 +49,19 @@ class NoLibraryError(Exception):
 
 
 def tells_state(url: str) -> bool:
-    """Whether every answer tells size and version of the file that it comes from."""
+    """Return whether every response reports size and version of its file."""
     return _scheme(url) in HTTP
 
 
 def describe(url: str, timeout: float) -> Answer:
-    """Size, version and checksum of a file; ``timeout`` is how many seconds a connection may be silent.
+    """Return size, version and checksum of a file; ``timeout`` is how many seconds a connection may be silent.
 
     Raises:
-        AttemptError: the server does not say.
-        NoLibraryError: the library for such URLs is not installed, or there is none.
+        AttemptError: the request failed.
+        NoLibraryError: the library for such URLs is not installed, or does not exist.
     """
     if tells_state(url):
-        # Not HEAD: a signed URL allows one method only, and this also proves that ranges work.
+        # GET, not HEAD: a signed URL allows only one method, and this also verifies that ranges work.
         return _http_get(url, 0, 1, timeout)
     info = _call(url, "info", timeout)
     if info.get("type") == "directory":
@@ -74,54 +74,54 @@ def describe(url: str, timeout: float) -> Answer:
 
 
 def fetch(url: str, start: int, stop: int, timeout: float) -> Answer:
-    """The bytes ``[start, stop)``, which must lie inside the file; errors as those of :func:`describe`."""
+    """Return the bytes ``[start, stop)``, which must lie inside the file; raises like :func:`describe`."""
     if tells_state(url):
         return _http_get(url, start, stop, timeout)
     return Answer(_call(url, "cat_file", timeout, start=start, end=stop))
 
 
 def fetch_whole(url: str, timeout: float) -> bytes:
-    """All bytes of a small object; errors as those of :func:`describe`."""
+    """Return all bytes of a small object; raises like :func:`describe`."""
     return bytes(_call(url, "cat_file", timeout))
 
 
 def put(url: str, data: bytes, timeout: float) -> None:
-    """Make an object of some bytes, or replace it: readers see the old or the new one. Errors as above."""
+    """Create or replace an object; readers see the old or the new one. Raises like :func:`describe`."""
     _call(url, "pipe_file", timeout, data)
 
 
 def upload(path: str, url: str, timeout: float) -> None:
-    """Make an object of a local file; it is there once all of it is. Errors as above.
+    """Upload a local file as an object, which appears once it is complete; raises like :func:`describe`.
 
     Raises:
         OSError: the file cannot be read.
     """
     with open(path, "rb"):
-        pass  # a local error must not look like a server's
+        pass  # report a local error as such, not as the server's
     from fsspec.callbacks import Callback
 
-    # It is told of every part that has gone.
+    # fsspec calls this after every part it has sent.
     progress = Callback(hooks={"beat": lambda *_, **__: beat()})
     _call(url, "put_file", timeout, before=(path,), callback=progress)
 
 
 def remove(url: str, timeout: float) -> None:
-    """Delete an object; errors as above, and an :class:`AttemptError` of status 404 where it is not there."""
+    """Delete an object; raises like :func:`describe`, with status 404 if it does not exist."""
     _call(url, "rm_file", timeout)
-    if _scheme(url) in _LOCAL:  # elsewhere a folder is gone with its last object
+    if _scheme(url) in _LOCAL:  # on object stores a folder vanishes with its last object
         with suppress(OSError):
             os.rmdir(os.path.dirname(_filesystem(url, timeout)._strip_protocol(url)))
 
 
 def listing(url: str, timeout: float) -> dict[str, int]:
-    """Sizes of all objects below a URL, by their names from there on; errors as above."""
+    """Return the sizes of all objects below a URL, by relative name; raises like :func:`describe`."""
     found = _call(url, "find", timeout, detail=True)
     begin = _filesystem(url, timeout)._strip_protocol(url).rstrip("/") + "/"
     return {name.removeprefix(begin): int(of["size"] or 0) for name, of in found.items() if name.startswith(begin)}
 
 
 def _s3_checksum(url: str, etag: str, timeout: float) -> tuple[str, str]:
-    """The MD5 that an ETag of S3's may be; what s3fs tells of an object leaves out how it is encrypted."""
+    """Return the MD5 in an S3 ETag, if it is one. That depends on the encryption, which s3fs does not report."""
     system = _filesystem(url, timeout)
     bucket, key, _ = system.split_path(url)
     try:
@@ -140,7 +140,7 @@ _LOCK: Final = Lock()
 
 
 def _filesystem(url: str, timeout: float) -> Any:
-    """fsspec's file system for a URL: one a process, since fsspec's own cache holds one for every thread."""
+    """Return fsspec's file system for a URL: one per process, since fsspec's own cache keeps one per thread."""
     scheme = _scheme(url)
     with _LOCK:
         key = (os.getpid(), scheme, timeout)
@@ -151,7 +151,7 @@ def _filesystem(url: str, timeout: float) -> Any:
 
 def _new_filesystem(scheme: str, timeout: float) -> Any:
     if scheme in _GCS:
-        # Its support of zonal buckets asks over gRPC, at each read, of what kind the bucket is.
+        # gcsfs's support for zonal buckets queries the bucket type over gRPC at each read.
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         import fsspec
@@ -169,17 +169,17 @@ def _new_filesystem(scheme: str, timeout: float) -> Any:
     elif scheme in _GCS:
         import aiohttp
 
-        if os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"].lower() == "false":  # also where it was imported before
+        if os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"].lower() == "false":  # gcsfs may be imported already
             kind = importlib.import_module("gcsfs.core").GCSFileSystem
         limit = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
         found = kind(**options, requests_timeout=limit)
         once = getattr(kind._request, "__wrapped__", None)
-        if once is not None:  # without the decorator that tries six times
+        if once is not None:  # bypass the decorator that retries six times
             found._request = partial(once, found)
     elif scheme in _LOCAL:
         found = kind(**options, auto_mkdir=True)
     elif scheme in HTTP:
-        # What is compressed in spite of what was asked for is an answer to be refused, not to be tried again.
+        # A body compressed against our request must reach the caller to be rejected, not fail here and be retried.
         found = kind(**options, client_kwargs={"auto_decompress": False})
     else:
         found = kind(**options)
@@ -187,30 +187,30 @@ def _new_filesystem(scheme: str, timeout: float) -> Any:
 
 
 def _call(url: str, method: str, timeout: float, *after: Any, before: tuple[Any, ...] = (), **arguments: Any) -> Any:
-    """A method of fsspec's file system, its failures told apart."""
+    """Call a method of fsspec's file system and classify its failures."""
     try:
         system = _filesystem(url, timeout)
         if not system.async_impl:
             return getattr(system, method)(*before, url, *after, **arguments)
         from fsspec.asyn import sync
 
-        # Those set above bound the silence; of others only the whole can be bounded, and no file's upload may be.
+        # S3 and GCS limit silence, set above. For others only the whole call can be limited, which would break uploads.
         whole = None if method == "put_file" or _scheme(url) in (*_S3, *_GCS) else timeout
         return sync(system.loop, getattr(system, f"_{method}"), *before, url, *after, timeout=whole, **arguments)
     except NoLibraryError:
         raise
-    except Exception as error:  # each library raises its own kinds
+    except Exception as error:  # each library raises its own types
         raise _failed(error, timeout) from None
 
 
 def _failed(error: Exception, timeout: float) -> AttemptError:
-    """What one attempt's exception says, whichever library raised it."""
+    """Translate an exception of any library to an AttemptError."""
     status = _status_of(error)
     _let_go(error)
     kind, text = type(error).__name__, " ".join(str(error).split())
     if status is None and isinstance(error, FileNotFoundError):
         status = 404
-    # gcsfs says it so.
+    # gcsfs reports 403 this way.
     if status is None and (isinstance(error, PermissionError) or text.startswith("Forbidden")):
         status = 403
     if "CERTIFICATE_VERIFY_FAILED" in text or "certificate verify failed" in text:
@@ -224,7 +224,7 @@ def _failed(error: Exception, timeout: float) -> AttemptError:
     may_pass = kind not in _BAD_URLS and not isinstance(error, _BUGS)
     again = may_pass and (status is None or status in WAITING_HELPS)
     if status is not None and status >= 400:
-        # A library names the file in its own way; of the bucket it says something new.
+        # For a missing file the library's text adds nothing; for a missing bucket it does.
         what = f"the server refuses: {text}" if status != 404 or NO_BUCKET in text else "it is not there"
     elif isinstance(error, TimeoutError) or "Timeout" in kind:
         what = f"the server was silent for {timeout:g} s"
@@ -239,8 +239,8 @@ def _failed(error: Exception, timeout: float) -> AttemptError:
 def _let_go(error: BaseException | None) -> None:
     """Drop the tracebacks of an exception and of its causes.
 
-    fsspec's frames refer to it as it to them, so until a garbage collection it would keep all callers' variables
-    alive, and with them locked files.
+    fsspec's frames and the exception form a reference cycle. Until a garbage collection it would keep all callers'
+    variables alive, and with them locked files.
     """
     while error is not None:
         error.__traceback__ = None
@@ -248,7 +248,7 @@ def _let_go(error: BaseException | None) -> None:
 
 
 def _untrusted(text: str) -> AttemptError:
-    """A certificate that does not verify, and why."""
+    """Return the error for a certificate that does not verify, with the reason."""
     found = re.search(r"certificate verify failed:? ?([^(\"'\]]*[^(\"'\] ])?", text)
     why = (found[1] or "").rstrip(". ") if found else ""
     mend = (
@@ -263,13 +263,13 @@ def _untrusted(text: str) -> AttemptError:
 
 
 def _status_of(error: BaseException | None) -> int | None:
-    """The HTTP status in an exception or in what caused it."""
+    """Return the HTTP status in an exception or in one of its causes."""
     while error is not None:
         response = getattr(error, "response", None)
         if isinstance(response, dict):
             found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         elif type(error).__module__ == "aiohttp.http_exceptions":
-            found = None  # its code is made up: 400 for a connection that was cut
+            found = None  # aiohttp invents this code: 400 for a dropped connection
         else:
             found = error.status if hasattr(error, "status") else getattr(error, "code", None)
         if isinstance(found, int) and 100 <= found < 600:

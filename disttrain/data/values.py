@@ -1,8 +1,8 @@
-"""The bytes of one field over a batch, and the decoders of numbers, which see the whole batch at once.
+"""The bytes of one field over a batch, and vectorized decoders of numbers.
 
-Values of one size and one kind become a tensor by one reshape instead of a loop; only what does not fit so is
-looked at one by one. Every decoder lists all the bad values of a batch, by their places, in one
-:class:`BadValuesError`. Nothing is ever unpickled here.
+Values of the same size and type become a tensor by one reshape instead of a loop; only other values are decoded one
+by one. Every decoder reports all bad values of a batch, by place, in one :class:`BadValuesError`. Nothing is ever
+unpickled here.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch import Tensor
 from disttrain.data.device import uses_cuda
 
 _MAX_DIGITS: Final = 18  # of an int64
-_LONGEST_NUMBER: Final = 100  # bytes of a class number and the white space round it
+_LONGEST_NUMBER: Final = 100  # bytes of a class number and the white space around it
 _CLASS: Final = re.compile(rb"[ \t\r\n]*-?[0-9]+[ \t\r\n]*")
 MAX_EXPANDED: Final = 2**30
-"""Bytes of a value once it is decompressed, at most."""
+"""Maximum bytes of a decompressed value."""
 
 Decoded = Tensor | list[Any]
 _Value = TypeVar("_Value")
@@ -37,7 +37,7 @@ class BadValuesError(ValueError):
 
     Args:
         faults: what is wrong with each bad value, by its place in the batch.
-        mend: how to mend it, where it is known better than that another decoder may do.
+        mend: hint, if there is a better one than declaring another decoder.
     """
 
     def __init__(self, faults: Mapping[int, str], mend: str = "") -> None:
@@ -53,7 +53,7 @@ class RawValues:
 
     Args:
         values: the bytes of each sample; or, instead,
-        pieces: memory that holds them, and each one's place in it and size; nothing else of it is touched.
+        pieces: a block of memory, and offset and size of each value in it; no other part of it is accessed.
             shapes (bytes,), (samples,), (samples,)
     """
 
@@ -66,7 +66,7 @@ class RawValues:
         self._values = values
         self._pieces = pieces
         self.size: int | None = None
-        """Bytes of each value, where they are in memory and have one size; else None."""
+        """Bytes of each value if all are in one block and have the same size; else None."""
         if pieces is not None:
             _, _, sizes = pieces
             size = int(sizes[0]) if len(sizes) else 0
@@ -83,13 +83,13 @@ class RawValues:
         return self._values
 
     def first(self, size: int) -> bytes:
-        """The first bytes of the first value, which is in memory."""
+        """Return the first bytes of the first value; needs ``pieces``."""
         assert self._pieces is not None
         memory, at, _ = self._pieces
         return bytes(memory[at[0] : at[0] + size])
 
     def columns(self, start: int, stop: int) -> Tensor:
-        """Some bytes of each value, where they have one size, gathered into new memory, pinned where CUDA is in use.
+        """Copy a byte range of each value, all of one size, to new memory, pinned if CUDA is in use.
 
         Returns:
             uint8, shape (samples, stop - start).
@@ -97,20 +97,20 @@ class RawValues:
         assert self._pieces is not None
         memory, at, _ = self._pieces
         width = stop - start
-        # Every run of so many bytes is seen as a row, without a copy: the rows wanted are the only ones copied.
+        # View every run of `width` bytes as an overlapping row, without a copy; only the rows needed are then copied.
         if uses_cuda():
             rows = _writable(memory).as_strided((len(memory) - width + 1, width), (1, 1))
             out = torch.empty((len(at), width), dtype=torch.uint8, pin_memory=True)
             return torch.index_select(rows, 0, torch.from_numpy(at + start), out=out)
-        # By NumPy, which starts no threads of its own: where cores are busy, PyTorch's wait for each other.
+        # NumPy, because it starts no threads; PyTorch's would wait for each other on busy cores.
         runs: NDArray[Any] = np.ndarray((len(memory) - width + 1,), dtype=f"V{width}", buffer=memory, strides=(1,))
         return torch.from_numpy(runs[at + start].view(np.uint8).reshape(len(at), width))
 
     def aligned(self, max_bytes: int, fill: int) -> NDArray[np.uint8] | None:
-        """The values as rows of one array, filled up on the left.
+        """Return the values as rows of one array, padded on the left.
 
         Returns:
-            None where that does not pay: a value is empty or longer than ``max_bytes``.
+            None if that does not pay off: a value is empty or longer than ``max_bytes``.
         """
         if self._pieces is None or not len(self._pieces[2]):
             return None
@@ -118,12 +118,12 @@ class RawValues:
         width = int(sizes.max())
         if sizes.min() == 0 or width > max_bytes:
             return None
-        columns = np.arange(width) - width + sizes[:, None]  # byte of the value, negative where there is none
+        columns = np.arange(width) - width + sizes[:, None]  # byte index in the value, negative for padding
         return np.where(columns < 0, np.uint8(fill), memory[at[:, None] + np.maximum(columns, 0)])
 
 
 class _Alias:
-    """Memory of an array under another name, which keeps the array alive."""
+    """A second view of an array's memory that keeps the array alive."""
 
     def __init__(self, memory: NDArray[np.uint8]) -> None:
         address, _ = memory.__array_interface__["data"]
@@ -132,19 +132,22 @@ class _Alias:
 
 
 def _writable(memory: NDArray[np.uint8]) -> Tensor:
-    """An array as a tensor that is only read. PyTorch has no read-only tensors and warns of arrays that are."""
+    """Return an array as a tensor, which must not be written to.
+
+    PyTorch has no read-only tensors and warns about read-only arrays.
+    """
     return torch.from_numpy(np.asarray(_Alias(memory)))
 
 
 @dataclass(frozen=True)
 class Declared:
-    """What a field says of the array in each of its values.
+    """What a field declares about the array in each of its values.
 
     Attributes:
-        dtype: its type, such as ``float32``; empty if any will do.
-        shape: its shape; empty if any will do.
-        ragged: the first dimension differs from value to value, so there must be one.
-        exact: an empty shape is that of a single number.
+        dtype: its type, such as ``float32``; empty for any.
+        shape: its shape; empty for any.
+        ragged: the first dimension varies from value to value, so there must be one.
+        exact: an empty shape means a single number.
     """
 
     dtype: str = ""
@@ -153,10 +156,10 @@ class Declared:
     exact: bool = False
 
     def check(self, dtype: str, shape: tuple[int, ...]) -> None:
-        """Compare with the array of a value.
+        """Check the array of a value.
 
         Raises:
-            ValueError: it is another one.
+            ValueError: it does not match.
         """
         if (self.shape or self.exact) and shape != self.shape:
             raise ValueError(f"an array of shape {shape}, but shape {self.shape} is declared")
@@ -166,10 +169,10 @@ class Declared:
             raise ValueError("a single number, but an array of variable length is declared")
 
     def check_value(self, value: object) -> None:
-        """The same for a value that need not be a tensor.
+        """Check a value that may not be a tensor.
 
         Raises:
-            ValueError: something is declared, and it is no tensor or another one.
+            ValueError: something is declared, and the value is not a tensor or does not match.
         """
         if isinstance(value, Tensor):
             self.check(str(value.dtype).removeprefix("torch."), tuple(value.shape))
@@ -187,16 +190,16 @@ def each(
     *,
     catch: type[Exception] | tuple[type[Exception], ...] = ValueError,
 ) -> list[_Value]:
-    """Decode value by value.
+    """Decode values one by one.
 
     Args:
         raw: the values.
         read: decodes one.
-        what: what a value is that raises.
-        catch: what it may raise.
+        what: description of a value that fails.
+        catch: exceptions that ``read`` may raise.
 
     Raises:
-        BadValuesError: some values have raised; the others were tried nevertheless.
+        BadValuesError: some values failed; the others were still tried.
     """
     out, faults = [], {}
     for place, value in enumerate(raw.values):
@@ -210,7 +213,7 @@ def each(
 
 
 def stacked(values: list[Any]) -> Decoded:
-    """One tensor, shape (samples, ...), where all values are tensors of one type and shape; else the list itself."""
+    """Return one tensor, shape (samples, ...), if all values are tensors of one type and shape; else the list."""
     first = values[0] if values else None
     if not isinstance(first, Tensor) or first.layout != torch.strided:
         return values
@@ -219,18 +222,18 @@ def stacked(values: list[Any]) -> Decoded:
 
 
 def npy(raw: RawValues, declared: Declared = _ANYTHING) -> Decoded:
-    """Arrays in NumPy's format."""
+    """Decode arrays in NumPy's format."""
     if raw.size is not None and (batch := _alike_npy(raw, raw.size, declared)) is not None:
         return batch
     return stacked(each(raw, partial(_one_npy, declared=declared)))
 
 
 def _alike_npy(raw: RawValues, size: int, declared: Declared) -> Tensor | None:
-    """Arrays with one header for all: then the batch is what follows it in each."""
+    """Decode arrays that share one header; the batch is the bytes after it."""
     try:
         shape, dtype, start = _npy_header(raw.first(size), declared)
     except ValueError:
-        return None  # one by one, to say of each value whether it is bad
+        return None  # decode one by one, to find which values are bad
     if start == size:
         return None  # arrays without elements
     headers = raw.columns(0, start).numpy()
@@ -240,10 +243,10 @@ def _alike_npy(raw: RawValues, size: int, declared: Declared) -> Tensor | None:
 
 
 def _seen_as(rows: Tensor, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Tensor:
-    """Rows of bytes as numbers, shape (samples, *shape).
+    """View rows of bytes as numbers, shape (samples, *shape).
 
-    The memory stays the tensor's own: one that went through NumPy would be unknown to the allocator of pinned memory,
-    which then gives the block away while a copy to the device still reads it.
+    The tensor keeps its own storage. A round trip through NumPy would hide it from the pinned-memory allocator, which
+    could then reuse the block while a copy to the device still reads it.
     """
     kind = torch.from_numpy(np.empty(0, dtype)).dtype
     if not rows.numel():
@@ -257,7 +260,7 @@ def _npy_header(data: bytes, declared: Declared) -> tuple[tuple[int, ...], np.dt
         version = np.lib.format.read_magic(stream)
         reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran, dtype = reader(stream)
-    except Exception as error:  # NumPy parses the header as Python, whose parser may raise almost anything
+    except Exception as error:  # NumPy parses the header as a Python literal, and that parser may raise almost anything
         raise ValueError(f"not an npy array: {error}") from None
     if min(shape, default=0) < 0 or any(isinstance(size, bool) for size in shape):
         raise ValueError(f"an npy array of shape {shape}")
@@ -281,22 +284,22 @@ def _one_npy(value: memoryview, declared: Declared) -> Tensor:
 
 
 def cls(raw: RawValues) -> Tensor:
-    """Class numbers in decimal digits."""
+    """Decode class numbers in decimal digits."""
     text = raw.aligned(_MAX_DIGITS, fill=ord("0"))
     if text is not None:
-        digits = text - np.uint8(ord("0"))  # what is no digit wraps round to 10 or more
+        digits = text - np.uint8(ord("0"))  # anything but a digit wraps around to 10 or more
         if (digits < 10).all():
             return torch.from_numpy(digits @ 10 ** np.arange(digits.shape[1])[::-1])
     return torch.tensor(each(raw, one_cls), dtype=torch.int64)  # signs, spaces and errors: one by one
 
 
 def one_cls(value: memoryview) -> int:
-    """A class number: decimal digits, with a minus where it is negative; white space round them is no part of it.
+    """Decode a class number: decimal digits with an optional minus sign, ignoring surrounding white space.
 
-    Python would take ``1_0`` and ``+1`` too, which other tools do not.
+    Python would also accept ``1_0`` and ``+1``, which other tools do not.
 
     Raises:
-        ValueError: something else, or more than 64 bits.
+        ValueError: it is something else, or takes more than 64 bits.
     """
     data = bytes(value)
     if len(data) > _LONGEST_NUMBER or not _CLASS.fullmatch(data):
@@ -305,7 +308,7 @@ def one_cls(value: memoryview) -> int:
 
 
 def int64(number: int) -> int:
-    """The number itself.
+    """Return the number unchanged.
 
     Raises:
         ValueError: it takes more than 64 bits.
@@ -316,7 +319,7 @@ def int64(number: int) -> int:
 
 
 def tensor(raw: RawValues, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """Raw little-endian numbers, all of one shape."""
+    """Decode raw little-endian numbers, all of one shape."""
     kind = np.dtype(dtype).newbyteorder("<")
     expected = math.prod(shape) * kind.itemsize
     if raw.size != expected or not expected:

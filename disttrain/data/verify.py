@@ -1,9 +1,9 @@
-"""Every fault of a shard, where reading would stop at the first.
+"""Report every fault of a shard, including those after the first.
 
-Checked are the tar itself, its samples' keys and fields, links and devices in place of fields, its sidecar, what a
-manifest records of it and, with a :class:`Decoding`, the fields' contents. Each fault is one sentence with shard,
-byte offset, sample key and field as far as they apply. A tar that is damaged is checked up to the damage. Shards may be
-local or remote. Cost: its headers; all its bytes, once, where an MD5 is recorded or contents are decoded.
+Checks the tar itself, its samples' keys and fields, links and devices in place of fields, its sidecar, its manifest
+entry and, with a :class:`Decoding`, the fields' contents. Each fault is one sentence with shard, byte offset, sample
+key and field as far as they apply. A damaged tar is checked up to the damage. Shards may be local or remote. Cost: the
+headers; all bytes, once, if an MD5 is recorded or contents are decoded.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from disttrain.errors import ShardError, nearest
 Spans = dict[str, dict[str, tuple[int, int]]]
 
 _BATCH: Final = 256
-_BATCH_BYTES: Final = 2 * 2**20  # images grow tenfold when they are decoded
+_BATCH_BYTES: Final = 2 * 2**20  # images grow tenfold when decoded
 _MOST_UNREAD: Final = 5
 _MEND: Final = "run `disttrain shards index`"
 
 
 class Decoding(Protocol):
-    """What can decode fields; :class:`disttrain.data.verify_decode.Decoders` does, and imports torch for it."""
+    """Decodes fields; implemented by :class:`disttrain.data.verify_decode.Decoders`, which imports torch."""
 
     def wants(self, field: str) -> bool:
-        """Whether there is a decoder for a field."""
+        """Return whether there is a decoder for a field."""
 
     def faults(self, field: str, values: Sequence[bytes]) -> Mapping[int, str]:
-        """Why values of a field do not decode, by their place."""
+        """Return why values of a field do not decode, by place."""
 
 
 def shard_faults(
@@ -46,13 +46,13 @@ def shard_faults(
     decoding: Decoding | None = None,
     tell_keys: Callable[[Collection[str]], None] | None = None,
 ) -> tuple[list[str], int]:
-    """The faults of one shard and the number of its samples.
+    """Return the faults of one shard and the number of its samples.
 
     Args:
-        shard: a shard with what a manifest records of it: -1 or empty where nothing is.
+        shard: a shard with its manifest entry: -1 or empty for what is not recorded.
         fields: what every sample must have; alternatives as ``jpg;png``.
         decoding: decodes the fields' contents.
-        tell_keys: is called with the keys, each once, of a shard that could be opened.
+        tell_keys: called with the unique keys of a shard that could be opened.
     """
     if not shard.is_remote and not Path(shard.path).is_file():
         return [f"shard {shard.path} does not exist"], 0
@@ -83,7 +83,7 @@ def _file_faults(
             tell_keys(found.samples)
     faults, samples, is_whole = found.faults, found.samples, found.is_whole
     faults.extend(_missing_fields(name, samples if is_whole else _without_last(samples), fields))
-    # With a damaged tar there is nothing to compare its sidecar with.
+    # A damaged tar leaves nothing to compare the sidecar with.
     faults.extend(_sidecar_faults(file, samples if is_whole else None))
     if shard.size_bytes not in (-1, file.size):
         faults.append(f"shard {name} has {file.size} bytes, but its manifest says {shard.size_bytes}")
@@ -97,7 +97,7 @@ def _file_faults(
 def _md5_faults(stream: Stream, shard: Shard) -> Iterator[str]:
     try:
         md5 = stream.md5()
-    except ShardError as error:  # what was found before is told nevertheless
+    except ShardError as error:  # still report the faults found so far
         yield _unreadable(error)
         return
     if md5 != shard.md5:
@@ -109,10 +109,10 @@ def _unreadable(error: ShardError) -> str:
 
 
 def first_fields(paths: Iterable[str]) -> tuple[str, ...]:
-    """The fields of the first sample that can be read: what the others are expected to have.
+    """Return the fields of the first readable sample, which the others are expected to have.
 
     Raises:
-        RemoteError: a server does not answer, however often it is asked.
+        RemoteError: a server does not answer despite retries.
     """
     for path in paths:
         samples: Spans = {}
@@ -127,8 +127,8 @@ def first_fields(paths: Iterable[str]) -> tuple[str, ...]:
                     samples.setdefault(parts[0], {})[parts[1]] = (member.offset, member.size)
         except ShardError as error:
             if isinstance(error, RemoteError) and (error.status is None or error.status >= 500):
-                raise  # no server: to try all shards would take hours
-            continue  # named when its turn comes
+                raise  # server down: trying all shards would take hours
+            continue  # reported when the shard itself is checked
         for fields in samples.values():
             return tuple(fields)
     return ()
@@ -136,7 +136,7 @@ def first_fields(paths: Iterable[str]) -> tuple[str, ...]:
 
 @dataclass
 class _Samples:
-    """The samples of a shard up to the first damage, and the faults met on the way there."""
+    """The samples of a shard up to the first damage, and the faults found so far."""
 
     name: str
     source: ByteSource
@@ -149,7 +149,7 @@ class _Samples:
     _num_unread: int = 0
 
     def read(self) -> None:
-        """Read the shard; raises ShardError where the disk or the server fails."""
+        """Read the shard; raises ShardError if the disk or the server fails."""
         last, is_repeat, damage = None, False, ""
         try:
             for member in scan_source(self.source, unread=self._pass_over):
@@ -189,7 +189,7 @@ class _Samples:
             self.faults.append(f"shard {self.name}: {in_words(member)}, is not read")
 
     def _take(self, key: str, extension: str, member: Member) -> None:
-        """Decode a value, together with others of its field."""
+        """Queue a value for decoding in batches of its field."""
         if self.decoding is None or not self.decoding.wants(extension):
             return
         waiting = self._waiting.setdefault(extension, [])
@@ -212,7 +212,7 @@ class _Samples:
 
 
 def _without_last(samples: Spans) -> Spans:
-    return dict(list(samples.items())[:-1])  # the sample that the damage cut off may lack fields for that reason
+    return dict(list(samples.items())[:-1])  # the last sample may lack fields only because of the damage
 
 
 def _missing_fields(name: str, samples: Spans, fields: Sequence[str]) -> Iterator[str]:
@@ -229,7 +229,7 @@ def _missing_fields(name: str, samples: Spans, fields: Sequence[str]) -> Iterato
 
 
 def _sidecar_faults(file: ByteSource, samples: Spans | None) -> Iterator[str]:
-    """What is wrong with the sidecar beside a shard, if it has one."""
+    """Yield what is wrong with a shard's sidecar, if it has one."""
     if isinstance(file, RemoteFile):
         sidecar = shown(sidecar_url(file.url))
         try:

@@ -1,8 +1,8 @@
-"""Whether the contents of samples decode, by the decoders that a run would use.
+"""Check whether the contents of samples decode, with the decoders that a run would use.
 
-Each extension is decoded as :class:`~disttrain.data.decode.Field` would by default, or by a decoder that is named
-for it. Extensions without one, and images where Pillow is missing, are not looked at; they are counted, so that
-a check says what it left out. Safe to use from several threads. Cost: that of decoding.
+Each extension is decoded by the default decoder of :class:`~disttrain.data.decode.Field`, or by one named for it.
+Extensions without a decoder, and images if Pillow is missing, are skipped and recorded, so that a check reports what
+it did not cover. Thread-safe. Cost: that of decoding.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from disttrain.errors import ConfigError
 
 
 class Decoders:
-    """Decodes values to see whether it can be done.
+    """Decodes values to find those that fail.
 
     Args:
-        named: decoders by extension, where it is not the one that the extension names.
+        named: decoders by extension, to override the default.
 
     Raises:
-        ConfigError: a decoder that is named does not exist.
+        ConfigError: a named decoder does not exist.
 
     Attributes:
-        left_out: why the values of an extension are not looked at.
+        left_out: why each skipped extension is not checked.
     """
 
     def __init__(self, named: Mapping[str, str] | None = None) -> None:
@@ -33,7 +33,7 @@ class Decoders:
         self._lock = Lock()
 
     def wants(self, field: str) -> bool:
-        """Whether there is a decoder for a field, and one that can fail."""
+        """Return whether a field has a decoder that can fail."""
         with self._lock:
             if field not in self._fields:
                 try:
@@ -44,7 +44,7 @@ class Decoders:
             return found is not None and found.kind != "bytes"
 
     def faults(self, field: str, values: Sequence[bytes]) -> dict[int, str]:
-        """Why values of a field do not decode, by their place."""
+        """Return why values of a field do not decode, by place."""
         declared = self._fields[field]
         assert declared is not None, f"field {field!r} has no decoder"
         try:

@@ -1,9 +1,9 @@
-"""Keys that occur in more than one shard, of a data set of any size.
+"""Find keys that occur in more than one shard, for data sets of any size.
 
-Within a shard a key is unique, or it is a fault; over shards it need not be, but where it is not meant so, data is
-there twice, or in two splits. Of each key only a hash of 64 bits is kept. Hashes that occur twice are looked up in
-their shards again, so that no key is named that only shares its hash. Cost: 8 bytes a key, as much again to
-sort them; for the keys that are named, the headers of their shards once more.
+Within a shard a repeated key is a fault. Across shards it is allowed, but usually means that data is duplicated or is
+in two splits. Only a 64-bit hash of each key is kept. Hashes that occur twice are looked up in their shards again, so
+hash collisions are never reported. Cost: 8 bytes per key, and as much again to sort them; for the reported keys, the
+headers of their shards once more.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from disttrain.errors import ShardError
 
 
 class Repeat(NamedTuple):
-    """A key, the first shard that holds it, and the next one that does."""
+    """A key, and the first two shards that hold it."""
 
     key: str
     first: Shard
@@ -33,7 +33,7 @@ class Repeat(NamedTuple):
 
 
 class Keys:
-    """The keys of some shards, as hashes. Safe to use from several threads.
+    """The keys of some shards, as hashes. Thread-safe.
 
     Args:
         shards: all shards.
@@ -45,19 +45,19 @@ class Keys:
         self._lock = Lock()
 
     def add(self, number: int, keys: Collection[str]) -> None:
-        """Take up the keys of a shard, none of which is there twice."""
+        """Add the keys of a shard, which must be unique."""
         hashes = _hashes(keys)
         with self._lock:
             self._hashes[number] = hashes
 
     def repeats(self, most: int) -> tuple[list[Repeat], int]:
-        """Keys that several shards hold.
+        """Return keys that occur in several shards.
 
         Args:
-            most: how many are looked up.
+            most: how many to look up.
 
         Returns:
-            those, in the order of the shards, and how many keys there are in all.
+            those keys, in shard order, and the total number of repeated keys.
         """
         whole = np.sort(np.concatenate(self._hashes)) if self._hashes else np.empty(0, dtype=np.int64)
         repeated = np.unique(whole[1:][whole[1:] == whole[:-1]])
@@ -72,11 +72,11 @@ class Keys:
             if key is not None and key == keys_of(second).get(value):
                 named.append(Repeat(key, self._shards[first], self._shards[second]))
             else:
-                total -= 1  # two keys of one hash, or a shard that cannot be read any more
+                total -= 1  # a hash collision, or a shard that is no longer readable
         return named, total
 
     def _places(self, repeated: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
-        """Each hash that is repeated, and the numbers of the first two shards that have it."""
+        """Yield each repeated hash, and the numbers of the first two shards that hold it."""
         unseen, told = -1, -2
         seen_in = np.full(len(repeated), unseen, dtype=np.int64)
         for number, hashes in enumerate(self._hashes if len(repeated) else ()):
@@ -87,7 +87,7 @@ class Keys:
             seen_in[at] = np.where(seen_in[at] == unseen, number, told)
 
     def _keys_of(self, number: int) -> dict[int, str]:
-        """The keys of a shard by their hashes, up to where it is damaged."""
+        """Return the keys of a shard by hash, up to the first damage."""
         found: dict[int, str] = {}
         with suppress(ShardError), opened(self._shards[number].path) as file:
             for member in scan_source(file):
@@ -97,5 +97,5 @@ class Keys:
 
 
 def _hashes(keys: Collection[str]) -> NDArray[np.int64]:
-    # Python's own: 64 bits that are as good as random, the same within a process, at a few nanoseconds a key.
+    # Python's hash: 64 pseudorandom bits, stable within a process, at a few nanoseconds per key.
     return np.fromiter(map(hash, keys), dtype=np.int64, count=len(keys))

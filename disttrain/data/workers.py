@@ -1,10 +1,9 @@
-"""Worker processes that make micro batches, for transforms and decoders that hold the interpreter's lock.
+"""Worker processes that make micro batches, for transforms and decoders that hold the GIL.
 
-Each reading thread of the trainer owns one process, gives it ids, and copies the arrays that come back out of
-memory that both map; the rest travels pickled through a pipe. The batches are those that threads would have
-made, bit by bit, in the same order. A process ends when its trainer does, however that ends, since it then
-reads the end of its pipe. Cost: one start of an interpreter a node and a fork a process, one copy of each
-batch.
+Each reading thread of the trainer uses one process: it sends ids and copies the resulting arrays out of shared memory;
+everything else is pickled through a pipe. The batches are bit-identical to those made by threads, in the same order. A
+process exits when its trainer does, however the trainer dies, because it then reads EOF from its pipe. Cost: one
+interpreter start per node, one fork per process, one copy of each batch.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ _ALIGN: Final = 64
 _FIRST_BYTES: Final = 2**20
 _JOIN_SECONDS: Final = 5.0
 _SECOND_RUN: Final = 93
-"""Exit code of a worker process in which the user's script began to train once more."""
+"""Exit code of a worker process in which the user's script started a second training run."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,11 @@ class MakerSpec:
 
     Attributes:
         shards: the shards of the index.
-        name: what errors call the data.
+        name: name of the data in error messages.
         fields: the fields of a batch.
         hooks: transform and collate.
-        cache: where remote shards are kept.
-        unsafe_decoders: those that are allowed.
+        cache: cache for remote shards.
+        unsafe_decoders: unsafe decoders that are allowed.
         allowed: the numbers that fields may hold.
         skip_bad: mask bad samples.
     """
@@ -74,7 +73,7 @@ class MakerSpec:
 
     @classmethod
     def of(cls, maker: BatchMaker) -> MakerSpec:
-        """That of a maker."""
+        """Return the spec of a maker."""
         reader = maker.reader
         return cls(
             reader.index.shards,
@@ -88,7 +87,7 @@ class MakerSpec:
         )
 
     def build(self) -> BatchMaker:
-        """A maker of the same batches."""
+        """Build a maker of the same batches."""
         index = ShardIndex(self.shards, name=self.name, retry=self.cache.retry)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the trainer has warned already
@@ -108,17 +107,17 @@ class WorkerPool:
         self._idle: SimpleQueue[_Worker | None] = SimpleQueue()
         self._workers: list[_Worker] = []
         for _ in range(num_workers):
-            self._idle.put(None)  # a place for a process that is yet to start
+            self._idle.put(None)  # a slot for a process not yet started
         weakref.finalize(self, _close_all, self._workers)
 
     def make(
         self, maker: BatchMaker, ids: NDArray[np.int64], counts: NDArray[np.int64] | None, draws: Draws | None
     ) -> list[Batch]:
-        """As :meth:`BatchMaker.make`, in one of the processes.
+        """Run :meth:`BatchMaker.make` in one of the processes.
 
         Raises:
-            DisttrainError: what the maker raised.
-            ConfigError: a hook cannot be sent to a process.
+            DisttrainError: raised by the maker.
+            ConfigError: a hook cannot be pickled.
             DataError: the process died.
         """
         refuse_second_run()
@@ -126,7 +125,7 @@ class WorkerPool:
             return worker.make(maker, ids, counts, draws)
 
     def close(self) -> None:
-        """End the processes; a later :meth:`make` starts new ones."""
+        """Stop the processes; a later :meth:`make` starts new ones."""
         _close_all(self._workers)
 
     @contextmanager
@@ -142,9 +141,9 @@ class WorkerPool:
 
 
 def refuse_second_run() -> None:
-    """End a worker process in which the user's script, that the process imports to find the hooks, trains again.
+    """Exit if this is a worker process whose import of the user's script, needed to find the hooks, started training.
 
-    Its owner reports why. Nothing has been done yet: no rank joined, no run folder claimed.
+    The owner reports the reason. At this point no rank has joined and no run folder is claimed.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         os._exit(_SECOND_RUN)
@@ -173,7 +172,7 @@ class _Worker:
         self.is_closed = False
         self._process = context.Process(target=_serve, args=(theirs, _Handle(self._fd)), daemon=True)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of threads, from Pythons that ask how the process was started
+            warnings.simplefilter("ignore")  # some Python versions warn about starting a process while threads run
             self._process.start()
         theirs.close()
 
@@ -226,7 +225,7 @@ class _Worker:
 
 
 class _Handle:
-    """A file descriptor that can be handed to a process as it starts."""
+    """A file descriptor that can be passed to a starting process."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -250,9 +249,9 @@ def _pickled_task(task: tuple[Any, ...]) -> bytes:
 
 
 def _serve(connection: Connection, handle: _Handle) -> None:
-    """The life of a process: make what is asked for until nobody asks any more."""
-    # Ctrl-C and what a launcher sends to the trainer's group of processes, or SLURM to every process of a step, is the
-    # trainer's: it goes on to the end of its step, for which it needs batches, and then closes the pipe.
+    """Main loop of a worker process: serve requests until the pipe closes."""
+    # Leave signals to the trainer: Ctrl-C, those a launcher sends to the trainer's process group, and those SLURM
+    # sends to every process of a step. The trainer needs batches to finish its step, and then closes the pipe.
     os.setpgid(0, 0)
     for request in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(request, signal.SIG_IGN)
@@ -276,14 +275,14 @@ def _serve(connection: Connection, handle: _Handle) -> None:
             for (at, length), buffer in zip(spans, buffers, strict=True):
                 arena[at : at + length] = buffer
             answer: tuple[Any, ...] = (pickled, spans, size, None)
-        except Exception as error:  # told to the trainer, whatever it is
+        except Exception as error:  # any error is reported to the trainer
             answer = (b"", (), 0, _portable(error))
         with suppress(BrokenPipeError):
             connection.send_bytes(pickle.dumps(answer))
 
 
 def _portable(error: Exception) -> Exception:
-    """An error that survives the journey, with the traceback of its own process as a note."""
+    """Return an error that survives pickling, with its traceback as a note."""
     if isinstance(error, DisttrainError):
         return error
     import traceback
@@ -291,7 +290,7 @@ def _portable(error: Exception) -> Exception:
     text = "".join(traceback.format_exception(error))
     try:
         rebuilt = pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever its class does when it is pickled
+    except Exception:  # pickling a custom exception class may raise anything
         rebuilt = RuntimeError(f"{type(error).__name__}: {error}")
     rebuilt.add_note(f"in a worker process:\n{text}")
     assert isinstance(rebuilt, Exception)
@@ -299,14 +298,14 @@ def _portable(error: Exception) -> Exception:
 
 
 class _BatchPickler(pickle.Pickler):
-    """Pickles tensors as arrays, whose bytes stay where they are."""
+    """Pickles tensors as arrays whose bytes are passed out of band."""
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, Tensor):
             dtype = obj.dtype
-            # NumPy has no bfloat16: such numbers travel as the whole numbers of their bits.
+            # NumPy has no bfloat16, so send its bits as int16.
             plain = obj.view(torch.int16) if dtype == torch.bfloat16 else obj
-            array = np.asarray(plain.detach().numpy(), order="C")  # which, other than ascontiguousarray, keeps shape ()
+            array = np.asarray(plain.detach().numpy(), order="C")  # unlike ascontiguousarray, keeps shape ()
             return _tensor, (array, dtype == torch.bfloat16)
         return NotImplemented
 
@@ -329,7 +328,7 @@ def _pickled_batches(batches: list[Batch]) -> tuple[bytes, list[memoryview]]:
 
 
 def _layout(buffers: Sequence[memoryview]) -> tuple[list[tuple[int, int]], int]:
-    """Where each buffer goes in the shared memory, and the end of the last."""
+    """Return where each buffer goes in shared memory, and the total size."""
     spans, end = [], 0
     for buffer in buffers:
         spans.append((end, buffer.nbytes))

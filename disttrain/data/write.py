@@ -1,7 +1,7 @@
-"""Writing one WebDataset tar, through webdataset's own ``TarWriter``.
+"""Write one WebDataset tar with webdataset's ``TarWriter``.
 
-Times, owners and modes are fixed, so the same samples give the same bytes anywhere. The tar has its name only
-once it is whole and on the disk; its sidecar follows. Cost: one pass over the samples, which also hashes.
+Times, owners and modes are fixed, so the same samples give the same bytes anywhere. The tar gets its final name only
+once it is complete and on disk; its sidecar follows. Cost: one pass over the samples, which also hashes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from disttrain.errors import DataError
 from disttrain.files import publish
 
 Tick = Callable[[int], None]
-"""Is told of samples that are done."""
+"""Called with the number of samples just completed."""
 
 
 class _Hashing:
@@ -41,10 +41,10 @@ def write_shard(samples: Samples, ids: Ids, path: Path, tick: Tick) -> Shard:
     """Write some samples as one shard, and its sidecar.
 
     Raises:
-        DataError: a sample could not be read back from the tar as it was given.
+        DataError: a sample would not be read back from the tar unchanged.
         OSError: the file cannot be written.
     """
-    # Imported here: it may import torch, which takes seconds that a complete packing need not wait for.
+    # Imported here because it may import torch: that takes seconds, which a complete packing need not spend.
     webdataset: Any = importlib.import_module("webdataset")
     temporary = path.with_name(f".{path.name}.part")
     keys: set[str] = set()
@@ -71,7 +71,7 @@ def write_shard(samples: Samples, ids: Ids, path: Path, tick: Tick) -> Shard:
 
 
 def _check(sample: Sample, keys: set[str]) -> None:
-    """What is written must be read back as the same sample."""
+    """Check that a sample can be read back unchanged."""
     if sample.key in keys:
         raise DataError(f"two samples have the key {sample.key!r}", mend="give every sample of a source its own key")
     keys.add(sample.key)
@@ -86,7 +86,7 @@ def _check(sample: Sample, keys: set[str]) -> None:
 
 
 def md5_of(path: str, size_bytes: int | None = None) -> str:
-    """Hexadecimal MD5 of a file; empty where it is missing or not of the size given."""
+    """Return the hexadecimal MD5 of a file; empty if it is missing or its size differs from the one given."""
     try:
         with open(path, "rb") as file:
             if size_bytes is not None and os.fstat(file.fileno()).st_size != size_bytes:
