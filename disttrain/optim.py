@@ -1,10 +1,10 @@
 """Optimizers and learning-rate schedules from frozen configurations, in optimizer steps.
 
-Weight decay is never applied to norms and biases (parameters of fewer than two dimensions) unless asked for;
-``sgd`` and ``adam`` add it to the gradient (L2 regularization), ``adamw`` decays the weights directly
-(Loshchilov & Hutter 2019, arXiv:1711.05101). Parameters may have settings of their own, by patterns over their names,
-which no strategy changes: the groups are the same in all layouts. Schedules are closed forms of the step, so that a
-resumed run goes on with the same values. No cost beyond the optimizer's own.
+Weight decay is not applied to norms and biases (parameters with fewer than two dimensions) by default. ``sgd`` and
+``adam`` add it to the gradient (L2 regularization); ``adamw`` decays the weights directly (Loshchilov & Hutter 2019,
+arXiv:1711.05101). Parameters can have their own settings, by patterns over their names. Strategies do not change the
+names, so the groups are the same in all layouts. Schedules are closed forms of the step, so a resumed run continues
+with the same values. No cost beyond the optimizer's own.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from disttrain.errors import ConfigError
 OptimizerName = Literal["sgd", "adam", "adamw"]
 ScheduleName = Literal["constant", "cosine", "linear", "step"]
 REST: Final = "rest"
-"""The group of the parameters that match no pattern."""
+"""The group of parameters that match no pattern."""
 
 
 @dataclass(frozen=True)
 class ParameterGroupConfig:
-    """Settings of the parameters whose names match; what is not set is the optimizer's.
+    """Settings for the parameters whose names match; unset ones come from the optimizer.
 
     Attributes:
-        pattern: glob over the parameter's whole name, such as ``model.head.*`` (``*`` matches dots too), or several.
-        name: what the group is called; by default its patterns.
+        pattern: glob over the parameter's full name, such as ``model.head.*`` (``*`` matches dots too), or several.
+        name: name of the group; by default its patterns.
         lr: peak learning rate.
         lr_scale: factor on the optimizer's peak learning rate, instead of ``lr``.
-        weight_decay: as the optimizer's, for the group's parameters that decay.
-        betas: as the optimizer's.
-        decay_norm_and_bias: as the optimizer's.
+        weight_decay: overrides the optimizer's, for the group's parameters that decay.
+        betas: overrides the optimizer's.
+        decay_norm_and_bias: overrides the optimizer's.
     """
 
     pattern: str | tuple[str, ...]
@@ -79,29 +79,29 @@ class ParameterGroupConfig:
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """The patterns, one or several."""
+        """The patterns, as a tuple."""
         return (self.pattern,) if isinstance(self.pattern, str) else tuple(self.pattern)
 
     @property
     def label(self) -> str:
-        """What the group is called."""
+        """The name of the group."""
         return self.name or ", ".join(self.patterns)
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Which optimizer, with which hyper-parameters.
+    """Optimizer and its hyper-parameters.
 
     Attributes:
         name: ``sgd``, ``adam`` or ``adamw``.
         lr: peak learning rate.
         weight_decay: L2 coefficient for ``sgd`` and ``adam``, decoupled decay for ``adamw``.
         momentum: momentum of ``sgd``.
-        nesterov: Nesterov's form of that momentum.
+        nesterov: use Nesterov momentum.
         betas: decay rates of the moments of ``adam`` and ``adamw``.
         eps: added to the denominator of ``adam`` and ``adamw``.
-        decay_norm_and_bias: apply weight decay to parameters of fewer than two dimensions too.
-        groups: parameters with settings of their own, by name; the first that matches counts.
+        decay_norm_and_bias: also apply weight decay to parameters with fewer than two dimensions.
+        groups: parameters with their own settings, by name; the first match wins.
     """
 
     name: OptimizerName = "adamw"
@@ -145,14 +145,15 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How the learning rate moves, in optimizer steps.
+    """Learning-rate schedule, in optimizer steps.
 
     Attributes:
         name: ``constant``; ``cosine`` or ``linear`` decay to ``final_fraction``; ``step`` decay by ``gamma``
             every ``step_size`` steps.
-        warmup_steps: steps of linear warm-up from 0. A run that is not longer and decays takes a tenth of its steps.
+        warmup_steps: steps of linear warm-up from 0. With a decay, a run no longer than this warms up for a tenth of
+            its steps instead.
         total_steps: steps until the end of a decay; 0 takes the run's limit (``max_steps`` or ``max_epochs``).
-        final_fraction: what is left of the peak at the end of a decay.
+        final_fraction: fraction of the peak that remains at the end of a decay.
         step_size: steps between two drops.
         gamma: factor of a drop.
     """
@@ -181,10 +182,10 @@ class ScheduleConfig:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """The configured optimizer over a model's trainable parameters, in groups.
+    """Build the configured optimizer over a model's trainable parameters, in groups.
 
     Raises:
-        ConfigError: the model has no trainable parameters, or a pattern of the groups matches none.
+        ConfigError: the model has no trainable parameters, or a group's pattern matches none.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:
@@ -198,18 +199,18 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
 
 
 def can_skip_on_device(optimizer: Optimizer) -> bool:
-    """Whether the next step does nothing where the optimizer's ``found_inf`` is 1, which its fused kernels look at.
+    """Return whether the next step is a no-op if the optimizer's ``found_inf`` is 1, which its fused kernels check.
 
-    Fused SGD begins with momentum in memory that nothing has written yet, which stays so if the step is skipped; and it
-    fails where only some parameters have momentum. So momentum that is missing is set to zero here: with that and no
-    dampening, the step has the same result. With dampening the first momentum cannot be made up, and the step cannot
-    be skipped on the device. To be called when the gradients are there.
+    Call this once the gradients exist. Fused SGD allocates momentum uninitialized, which stays so if the step is
+    skipped, and it fails if only some parameters have momentum. So this fills in missing momentum with zeros: without
+    dampening, the step then has the same result. With dampening the initial momentum cannot be emulated, so the step
+    cannot be skipped on the device.
     """
     groups = optimizer.param_groups
     if not getattr(optimizer, "_step_supports_amp_scaling", False) or not all(group.get("fused") for group in groups):
         return False
     if not isinstance(optimizer, torch.optim.SGD):
-        return True  # those that PyTorch has make their state with values
+        return True  # PyTorch's other fused optimizers initialize their state
     for group in groups:
         for parameter in group["params"] if group["momentum"] else ():
             if parameter.grad is None or optimizer.state[parameter].get("momentum_buffer") is not None:
@@ -221,13 +222,13 @@ def can_skip_on_device(optimizer: Optimizer) -> bool:
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """PyTorch's parameter groups: what matches no pattern, then those of the patterns, each by whether it decays.
+    """Return PyTorch's parameter groups: unmatched parameters, then each configured group, split by whether they decay.
 
-    A group's ``name`` is its label, with ``, no decay`` for its norms and biases; empty groups are left out.
+    A group's ``name`` is its label, with ``, no decay`` for its norms and biases; empty groups are omitted.
 
     Raises:
-        ConfigError: a pattern matches no parameter, or only ones that an earlier group has, or a group's weight decay
-            reaches nothing.
+        ConfigError: a pattern matches no parameter, or only ones of earlier groups, or a group's weight decay applies
+            to none of its parameters.
     """
     named = list(named)
     _check_patterns([name for name, _ in named], config.groups)
@@ -263,7 +264,7 @@ def _match(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _check_patterns(names: list[str], groups: tuple[ParameterGroupConfig, ...]) -> None:
-    """Each pattern must have a parameter to itself that no earlier group has."""
+    """Check that each pattern matches a parameter that no earlier group has."""
     left = names
     for group in groups:
         for pattern in group.patterns:
@@ -282,12 +283,12 @@ def _check_patterns(names: list[str], groups: tuple[ParameterGroupConfig, ...]) 
 
 
 def build_schedule(optimizer: Optimizer, config: ScheduleConfig, *, total_steps: int) -> LambdaLR:
-    """The configured schedule; step it once an optimizer step.
+    """Build the configured schedule; step it once per optimizer step.
 
     Args:
-        optimizer: whose learning rates to move.
+        optimizer: the optimizer whose learning rates it sets.
         config: which schedule.
-        total_steps: the run's limit in steps, for ``total_steps: 0``; 0 where the run has none.
+        total_steps: the run's limit in steps, used for ``total_steps: 0``; 0 if the run has none.
 
     Raises:
         ConfigError: a decay has no end.
@@ -305,14 +306,14 @@ def build_schedule(optimizer: Optimizer, config: ScheduleConfig, *, total_steps:
 
 
 def fit_warmup(config: ScheduleConfig, total_steps: int) -> ScheduleConfig:
-    """A schedule whose warm-up ends before the run does, which is a short trial of a longer one's configuration.
+    """Shorten a warm-up that would outlast the run, as in a short trial of a longer run's configuration.
 
     Args:
-        config: which schedule; one with a ``total_steps`` of its own stays as it is.
-        total_steps: the run's limit in steps, 0 where it has none.
+        config: which schedule; one that sets ``total_steps`` is returned unchanged.
+        total_steps: the run's limit in steps, 0 if it has none.
 
     Returns:
-        The same, or one with a warm-up of a tenth of the run, 0 steps of fewer than ten.
+        The same schedule, or one with a warm-up of a tenth of the run, rounded down.
     """
     decays = config.name in ("cosine", "linear") and not config.total_steps
     if decays and 0 < total_steps <= config.warmup_steps:
@@ -321,7 +322,7 @@ def fit_warmup(config: ScheduleConfig, total_steps: int) -> ScheduleConfig:
 
 
 def lr_factor(config: ScheduleConfig, total_steps: int) -> Callable[[int], float]:
-    """The factor on the peak learning rate as a function of the step, counted from 0."""
+    """Return the factor on the peak learning rate as a function of the step, counted from 0."""
 
     def factor(step: int) -> float:
         if step < config.warmup_steps:

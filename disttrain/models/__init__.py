@@ -1,4 +1,4 @@
-"""Plain PyTorch modules: no trainer, no parallelism, no data in them."""
+"""Plain PyTorch modules, independent of trainer, parallelism and data."""
 
 from disttrain.models.convnet import ConvNet
 from disttrain.models.mlp import MLP

@@ -1,9 +1,9 @@
 """A small convolutional network for small images.
 
-Group norm instead of batch norm: what it computes for a sample does not depend on the other samples of the
-micro batch, hence not on how a batch is cut over ranks. GELU and average pooling instead of ReLU and maximum
-pooling: they have no kinks, at which the last bit of a sum, which may differ with the number of ranks, would
-now and then choose another gradient.
+Uses group norm instead of batch norm: a sample's output does not depend on the other samples of the micro batch,
+hence not on how a batch is split over ranks. Uses GELU and average pooling instead of ReLU and max pooling: those
+have kinks, where a difference in the last bit of a sum, which may depend on the number of ranks, occasionally selects
+a different gradient.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ConvNet(nn.Module):
     Args:
         in_channels: channels of an image.
         widths: channels of each stage; each must be a multiple of ``groups``.
-        num_classes: size of an output.
+        num_classes: number of logits.
         dropout: probability of zeroing a pooled feature.
         groups: groups of the group norms.
     """
@@ -52,7 +52,7 @@ class ConvNet(nn.Module):
         )
 
     def tensor_plan(self) -> dict[str, ParallelStyle]:
-        """What tensor parallelism divides: the linear layer, by inputs. Convolutions stay whole on every rank."""
+        """Return the tensor-parallel plan: the linear layer is row-wise; convolutions are replicated."""
         from torch.distributed.tensor import Replicate
         from torch.distributed.tensor.parallel import RowwiseParallel
 

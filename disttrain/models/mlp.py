@@ -16,9 +16,9 @@ class MLP(nn.Module):
     """Linear layers with ReLU and dropout between them.
 
     Args:
-        in_features: size of an input.
+        in_features: features of an input.
         hidden: sizes of the hidden layers.
-        out_features: size of an output.
+        out_features: features of an output.
         dropout: probability of zeroing a hidden unit.
     """
 
@@ -33,7 +33,7 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], out_features))
 
     def tensor_plan(self) -> dict[str, ParallelStyle]:
-        """How tensor parallelism divides the layers: in pairs, the first by outputs and the second by inputs."""
+        """Return the tensor-parallel plan: layers in pairs, the first column-wise and the second row-wise."""
         from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
         from disttrain.parallel.tensor import ShardedDropout
