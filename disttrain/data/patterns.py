@@ -245,7 +245,7 @@ def _require_files(paths: Sequence[str], *, name: str) -> None:
 
 
 def why_missing(path: str, listed: str = "") -> tuple[str, str]:
-    """Return what is at the path of a missing shard, and a hint; ``listed`` says what names the shard."""
+    """Return what is wrong with the path of a missing shard, and a hint; ``listed`` says where it is listed."""
     folder = Path(path).parent
     try:
         kind = os.stat(path).st_mode

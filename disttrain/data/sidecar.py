@@ -114,8 +114,8 @@ def fitting_sidecar(path: str) -> tuple[ShardTable | None, str]:
 def misfit(table: ShardTable, source: ByteSource) -> str:
     """Return why a table does not match a tar; empty if every check passes.
 
-    Checks the headers of the first, middle and last members, each from the end of the member before it, that of the
-    member with the largest gap before it, and what follows the last.
+    Checks the headers of the first, middle and last members and of the one with the largest gap before it, each from
+    the end of the previous member, and what follows the last.
     """
     present = np.flatnonzero(table.offsets >= 0)
     present = present[np.argsort(table.offsets.ravel()[present])]
@@ -373,7 +373,7 @@ def build_sidecar(path: str) -> tuple[ShardTable, bool]:
     """Build a shard's table from its headers and write it as sidecar; also return whether that was possible.
 
     Raises:
-        ShardError: as :func:`build_table`, or the shard was modified meanwhile.
+        ShardError: as :func:`build_table`, or the shard was modified during the read.
     """
     before = state_of(path)
     table = build_table(path)

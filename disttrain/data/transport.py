@@ -165,7 +165,7 @@ def _new_filesystem(scheme: str, timeout: float) -> Any:
     if scheme in _S3:
         limits = {"connect_timeout": timeout, "read_timeout": timeout}
         found = kind(**options, config_kwargs={"retries": {"max_attempts": 0}, **limits})
-        found.retries = 1
+        found.retries = 1  # attempts of s3fs's own loop, on top of botocore's
     elif scheme in _GCS:
         import aiohttp
 

@@ -141,10 +141,11 @@ class WorkerPool:
 
 
 def refuse_second_run() -> None:
-    """Exit if this is a worker process whose import of the user's script, needed to find the hooks, started training.
+    """Exit a worker process that starts training while it imports the user's script to find the hooks.
 
     The owner reports the reason. At this point no rank has joined and no run folder is claimed.
     """
+    # multiprocessing sets _inheriting while a child imports the parent's main module.
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         os._exit(_SECOND_RUN)
 
@@ -202,9 +203,10 @@ class _Worker:
             ) from None
         if error is not None:
             raise error
-        if size > len(self._arena):
+        if size > len(self._arena):  # the process has grown the file, but a mapping keeps its length
             self._arena.close()
             self._arena = mmap.mmap(self._fd, 0)
+        # Copy, because the process reuses this memory for its next batches.
         view = memoryview(self._arena)
         buffers = [np.frombuffer(view[at : at + length], np.uint8).copy() for at, length in spans]
         batches: list[Batch] = pickle.loads(pickled, buffers=buffers)
