@@ -39,7 +39,6 @@ from disttrain.callbacks.run_record import RunRecord
 from disttrain.callbacks.settings import SettingsNotes
 from disttrain.callbacks.step_log import StepLog
 from disttrain.callbacks.stragglers import Stragglers
-from disttrain.callbacks.validation_interval import ValidationInterval
 from disttrain.callbacks.watchdog import Watchdog
 from disttrain.data.user_loaders import give_back
 from disttrain.data.workers import refuse_second_run
@@ -156,7 +155,7 @@ class Trainer(TrainerBase):
         self.run_dir = resolve_path(run_dir, name="trainer.run_dir")
         self.settings: dict[str, Any] = {}
         """Settings by dotted name, for :meth:`connect` to compare."""
-        self._compared = False
+        self._compared, self._validate_every_steps = False, validate_every_steps
         self._loads: str | Path | None = None  # the checkpoint that fit, validate, test or predict is given
         self._over: AttemptOver | None = None  # how the attempt before ended, if the next one follows in this process
         bad_samples = BadSamples(self.run_dir, log_every_steps)
@@ -170,7 +169,6 @@ class Trainer(TrainerBase):
             self._introductions,
             self.watchdog,
             KeyedRandomness(seed),
-            ValidationInterval(validate_every_steps),
             bad_samples,
             self.step_log,
             Stragglers(self.record),
@@ -213,7 +211,7 @@ class Trainer(TrainerBase):
         )
         quieten()
         self._introductions.introduce(self.callbacks)  # type: ignore[attr-defined]
-        use_own_loops(self)
+        use_own_loops(self, validate_every_steps=validate_every_steps)
         without_signal_handlers(self)
 
     @property
@@ -326,7 +324,9 @@ class Trainer(TrainerBase):
             if self._over is None:
                 return
             ckpt_path = self._over.checkpoint
-            use_own_loops(self)  # Lightning's second fit would count on from where the first ended
+            use_own_loops(
+                self, validate_every_steps=self._validate_every_steps
+            )  # Lightning's second fit would count on from where the first ended
 
     def validate(self, *args: Any, **kwargs: Any) -> Any:
         """Lightning's; ``ckpt_path`` may be ``best`` or ``last``, of those in the run's folder."""

@@ -18,12 +18,12 @@ class Loop:
     def __init__(self) -> None:
         self.global_step = 0
         self.strategy = SimpleNamespace(broadcast=lambda value: value)
-        epoch_loop = SimpleNamespace(_num_ready_batches_reached=lambda: self.global_step % 10 == 0)
-        self.fit_loop = SimpleNamespace(epoch_loop=epoch_loop, epoch_progress=self)
+        self.fit_loop = SimpleNamespace(epoch_loop=self, epoch_progress=self)
+        self.batch_progress, self.num_training_batches, self.is_last_batch = self, 10, False
 
     @property
     def current(self) -> Any:
-        return SimpleNamespace(processed=(self.global_step - 1) // 10)
+        return SimpleNamespace(processed=(self.global_step - 1) // 10, ready=(self.global_step - 1) % 10 + 1)
 
 
 def due_steps(times: SaveTimes, steps: int) -> list[int]:

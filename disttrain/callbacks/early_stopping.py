@@ -17,6 +17,8 @@ from lightning.pytorch.callbacks import Callback
 from disttrain.callbacks.checkpointing import Checkpointing
 from disttrain.callbacks.monitor import Mode, Monitor, begin_validation, expect
 from disttrain.errors import ConfigError
+from disttrain.lightning.loops import first_validation
+from disttrain.lightning.position import steps_per_epoch
 from disttrain.terminal import tell
 
 
@@ -86,20 +88,16 @@ class EarlyStopping(Callback):
     def _check_interval(self, trainer: pl.Trainer) -> None:
         """Say so where the run ends before its first validation, so that nothing is ever decided here."""
         assert self.monitor is not None
-        each, batches = trainer.check_val_every_n_epoch, trainer.num_training_batches
-        interval = trainer.val_check_batch or math.inf
-        # A loader without a length has infinitely many batches, and 0 times infinity is not a number.
-        first = interval if each is None else ((each - 1) * batches if each > 1 else 0) + min(interval, batches)
-        limits: list[float] = [trainer.max_steps * trainer.accumulate_grad_batches] if trainer.max_steps > 0 else []
-        limits += [trainer.max_epochs * batches] if trainer.max_epochs is not None and trainer.max_epochs > 0 else []
+        first, epoch = first_validation(trainer), steps_per_epoch(trainer)
+        limits: list[float] = [trainer.max_steps] if trainer.max_steps > 0 else []
+        limits += [trainer.max_epochs * epoch] if trainer.max_epochs is not None and trainer.max_epochs > 0 else []
         last = min(limits, default=math.inf)
         if first <= last or math.isinf(first):
             return
-        steps, end = (math.ceil(number / trainer.accumulate_grad_batches) for number in (first, last))
         self._tell(
             trainer,
-            f"the first validation would be at step {steps} and the run ends at step {end}: early stopping on"
-            f" {self.monitor.name!r} never acts; set trainer.validate_every_steps to {end} or less",
+            f"the first validation would be at step {first} and the run ends at step {last}: early stopping on"
+            f" {self.monitor.name!r} never acts; set trainer.validate_every_steps to {last} or less",
         )
 
     def _tell(self, trainer: pl.Trainer, text: str) -> None:

@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 from disttrain.data.batches import KEY
 from disttrain.files import append_lines
 from disttrain.lightning.callback import Callback
+from disttrain.lightning.position import micro_batch_of_global_batch
 from disttrain.parallel.ranks import data_ranks
 from disttrain.reading import read_json_lines
 
@@ -45,8 +46,7 @@ class SampleLedger(Callback):
         """Note one micro batch."""
         if self._file is None:
             return
-        accumulation = trainer.accumulate_grad_batches
-        index = data_ranks(trainer).rank * accumulation + batch_idx % accumulation
+        index = micro_batch_of_global_batch(trainer, data_ranks(trainer).rank)
         line = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,

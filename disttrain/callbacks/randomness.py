@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from disttrain.lightning.position import micro_batch_of_global_batch
 from disttrain.parallel.randomness import seed_micro_batch
 from disttrain.parallel.ranks import data_ranks
 
@@ -25,6 +26,5 @@ class KeyedRandomness(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Key the generators by step and by the micro batch's index in the global batch."""
-        accumulation = trainer.accumulate_grad_batches
-        index = data_ranks(trainer).rank * accumulation + batch_idx % accumulation
+        index = micro_batch_of_global_batch(trainer, data_ranks(trainer).rank)
         seed_micro_batch(self.seed, trainer.global_step, index, pl_module.device)

@@ -22,6 +22,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from disttrain.callbacks.ema import EMA
 from disttrain.checkpoint.optimizers import NOT_COMPARED
 from disttrain.errors import ConfigError
+from disttrain.lightning.position import steps_per_epoch
+from disttrain.lightning_advice import check_by_hand
 from disttrain.tasks.base import run_steps
 from disttrain.terminal import redacted, tell
 
@@ -65,6 +67,11 @@ class SettingsNotes(Callback):
         self._note = note
         self._now: dict[str, dict[str, Any]] = {}
         self._saved: dict[str, dict[str, Any]] | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse an accumulation that the data module has set and the module cannot do."""
+        if stage == "fit":
+            check_by_hand(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the settings down as they are configured, before a checkpoint changes some.
@@ -173,7 +180,7 @@ def _check_length(trainer: pl.Trainer, batches: float = math.inf) -> None:
     """Refuse a one-cycle schedule that is too short; a custom loader's ``batches`` are known when training starts."""
     steps = run_steps(trainer)
     if trainer.max_epochs is not None and trainer.max_epochs > 0 and not math.isinf(batches):
-        of_epochs = trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches)
+        of_epochs = trainer.max_epochs * int(steps_per_epoch(trainer))
         steps = of_epochs if steps is None else min(steps, of_epochs)
     for config in trainer.lr_scheduler_configs:
         scheduler = config.scheduler

@@ -19,10 +19,12 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch.optim import Optimizer
 
+from disttrain.lightning.position import micro_batch_of_step
+
 
 def begins_step(trainer: pl.Trainer) -> bool:
     """Whether the micro batch under way is the first of its optimizer step."""
-    return trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches == 0
+    return micro_batch_of_step(trainer) == 0
 
 
 def ends_step(trainer: pl.Trainer) -> bool:
@@ -35,12 +37,14 @@ def ends_step(trainer: pl.Trainer) -> bool:
 
 def ends_epoch(trainer: pl.Trainer) -> bool:
     """Whether the micro batch under way, or the one just done, is the last of its epoch."""
-    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    # A loader without a length shows only by its end that a micro batch was its last.
+    return progress.current.ready == trainer.num_training_batches or progress.is_last_batch
 
 
 def ends_training(trainer: pl.Trainer) -> bool:
     """Whether the step just done is the last of its epoch, or of the run by its limit in steps."""
-    return trainer.fit_loop.epoch_loop._is_training_done
+    return ends_epoch(trainer) or 0 <= trainer.max_steps <= trainer.global_step
 
 
 def validation_follows(trainer: pl.Trainer) -> bool:
@@ -72,11 +76,6 @@ def end_midway(trainer: pl.Trainer) -> None:
     trainer._teardown()
     call._call_teardown_hook(trainer)
     trainer.state.status, trainer.state.stage = TrainerStatus.FINISHED, None
-
-
-def forget_hook(module: pl.LightningModule) -> None:
-    """Let a module know that no hook is running: Lightning does so only if the hook returns."""
-    module._current_fx_name = None
 
 
 def without_signal_handlers(trainer: pl.Trainer) -> None:

@@ -1,10 +1,23 @@
-"""Training loops that count optimizer steps and finish what an interrupted run had left: they stand in for Lightning's.
+"""The training loop, which counts optimizer steps; it stands in for Lightning's, which counts micro batches.
 
-``on_step_end`` of a :class:`~disttrain.lightning.callback.Callback` is called once everything of an optimizer step is
-done, before the validation that may follow. Lightning calls ``on_train_batch_end`` of all callbacks before that of the
-module, so what a module does there, such as moving a teacher's weights, belongs to a step whose checkpoint has been
-taken already, and a resumed run would lack it. What saves or ends a run does so in ``on_step_end``. Cost: one look at
-each callback a step.
+What happens in a fit, with the hooks of callbacks and module in their places::
+
+    for epoch in epochs:                     on_train_epoch_start
+        for step in epoch:
+            for micro_batch in step:         on_train_batch_start
+                loss = training_step(micro_batch)
+                loss.backward()              on_before_backward, on_after_backward
+                if micro_batch is last:      on_before_optimizer_step
+                    clip gradients; step the optimizer and the schedules
+                                             on_train_batch_end
+                                             on_step_end
+            if a validation is due:          on_validation_start, ..., on_validation_end
+                                             on_train_epoch_end
+
+Lightning calls ``on_train_batch_end`` of all callbacks before that of the module. What a module does there, such as
+moving a teacher's weights, belongs to the step, so what saves or ends a run does so in ``on_step_end``, which comes
+later. Lightning's own counters of micro batches are kept as it keeps them, for its callbacks and loggers;
+:mod:`disttrain.lightning.position` turns them into steps and back. Cost: one look at each callback a step.
 """
 
 from __future__ import annotations
@@ -21,14 +34,28 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from disttrain.lightning.callback import Callback
 from disttrain.lightning.internals import ends_step, validation_follows
+from disttrain.lightning.position import steps_per_epoch
 
 
-def use_own_loops(trainer: pl.Trainer) -> None:
-    """Give a trainer loops that count from 0, with the limits of those that it has; loading a checkpoint sets them."""
+def use_own_loops(trainer: pl.Trainer, *, validate_every_steps: int | None = None) -> None:
+    """Give a trainer loops that count from 0, with the limits of those that it has; loading a checkpoint sets them.
+
+    Args:
+        trainer: it has not run yet, or not since it was given loops.
+        validate_every_steps: optimizer steps between validations; by default Lightning's settings say when.
+    """
     given = trainer.fit_loop
     own = FitLoop(trainer, min_epochs=given.min_epochs, max_epochs=given.max_epochs)
-    own.epoch_loop = StepLoop(trainer, min_steps=given.min_steps, max_steps=given.max_steps)
+    own.epoch_loop = StepLoop(trainer, given.min_steps, given.max_steps, validate_every_steps=validate_every_steps)
     trainer.fit_loop = own
+
+
+def first_validation(trainer: pl.Trainer) -> float:
+    """The step at which a new run validates first, once the loader is set up; infinite if that is not known."""
+    loop = trainer.fit_loop.epoch_loop
+    if isinstance(loop, StepLoop) and loop.validate_every_steps is not None:
+        return loop.validate_every_steps
+    return (trainer.check_val_every_n_epoch or 1) * steps_per_epoch(trainer)
 
 
 class FitLoop(_FitLoop):
@@ -54,7 +81,25 @@ class FitLoop(_FitLoop):
 
 
 class StepLoop(_TrainingEpochLoop):
-    """Lightning's loop over the micro batches of an epoch, with the hook after those that end a step."""
+    """An epoch, step by step: :meth:`advance` is one optimizer step, :meth:`on_advance_end` the validation after it.
+
+    Args:
+        trainer: whose loop it is.
+        min_steps: optimizer steps before which nothing stops the run early.
+        max_steps: optimizer steps at which the run ends, -1 for no limit.
+        validate_every_steps: optimizer steps between validations; by default Lightning's settings say when.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        min_steps: int | None = None,
+        max_steps: int = -1,
+        *,
+        validate_every_steps: int | None = None,
+    ) -> None:
+        super().__init__(trainer, min_steps, max_steps)
+        self.validate_every_steps = validate_every_steps
 
     plateaus_due = False
     """A step was done, and schedules that wait for a metric (``ReduceLROnPlateau``) have not seen it yet."""
@@ -98,16 +143,30 @@ class StepLoop(_TrainingEpochLoop):
         super().update_lr_schedulers(interval, update_plateau_schedulers)
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
-        """Train on a micro batch."""
-        before = self.batch_progress.total.ready
-        super().advance(data_fetcher)
-        # A resumed loop may only stand where it stood.
-        if self.batch_progress.total.ready == before or not ends_step(self.trainer):
+        """Train for one optimizer step."""
+        self._advance_by_micro_batch(data_fetcher)
+        while not ends_step(self.trainer):
+            self.on_iteration_done()  # which Lightning calls after each: only the first may be one that was resumed
+            self._advance_by_micro_batch(data_fetcher)
+        if self._stands:
             return
         self.plateaus_due = True
         for callback in self.trainer.callbacks:
             if isinstance(callback, Callback):
                 callback.on_step_end(self.trainer, self.trainer.lightning_module)
+
+    def _advance_by_micro_batch(self, data_fetcher: _DataFetcher) -> None:
+        before = self.batch_progress.total.ready
+        super().advance(data_fetcher)
+        # A loop that was resumed where a validation had been due only comes past it once more.
+        self._stands = self.batch_progress.total.ready == before
+
+    def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
+        if self.validate_every_steps is None:
+            return super()._should_check_val_fx(data_fetcher)
+        stops = self.trainer.should_stop and self.trainer.fit_loop._can_stop_early
+        due = stops or self.global_step % self.validate_every_steps == 0
+        return bool(due and ends_step(self.trainer) and self.trainer.enable_validation)
 
     def _broadcast_sigterm_tensor(self) -> None:
         # Lightning asks before every batch whether a rank was signalled, which costs a collective a step

@@ -8,6 +8,7 @@ due there, so three numbers suffice.
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -50,6 +51,27 @@ def steps_into_epoch(trainer: pl.Trainer) -> int:
 def micro_batches_into_epoch(trainer: pl.Trainer) -> int:
     """Micro batches begun in the epoch that is under way."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+
+def micro_batch_of_step(trainer: pl.Trainer) -> int:
+    """Number of the micro batch under way within its optimizer step, on this rank, from 0."""
+    return trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches
+
+
+def micro_batch_of_global_batch(trainer: pl.Trainer, rank: int) -> int:
+    """Number of the micro batch under way within the global batch, of which each rank has a run.
+
+    Args:
+        trainer: what trains.
+        rank: this rank's number among those that divide the data.
+    """
+    return rank * trainer.accumulate_grad_batches + micro_batch_of_step(trainer)
+
+
+def steps_per_epoch(trainer: pl.Trainer) -> float:
+    """Optimizer steps of an epoch, once the loader is set up; infinite if it has no length."""
+    batches = trainer.num_training_batches
+    return batches if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
 
 
 def progress_of(trainer: pl.Trainer) -> Progress:

@@ -1,7 +1,7 @@
 """What disttrain asks of Lightning's protected parts: against another Lightning, these fail first and say what moved.
 
-One rank in this process: three epochs of five micro batches, two of them a step, so that the last step of an epoch has
-one; a validation every second step.
+One rank in this process: three epochs of five micro batches, two of which make a step, so that the last step of an
+epoch has one; a validation every second step.
 """
 
 from __future__ import annotations
@@ -40,10 +40,8 @@ class Line(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(2, 1)
-        self.hooks: list[str | None] = []
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        self.hooks.append(self._current_fx_name)
         return self.layer(batch[0]).square().mean()
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
@@ -90,8 +88,6 @@ def trainer_of(folder: Path, *callbacks: Callback, kind: type[pl.Trainer] = pl.T
         "devices": 1,
         "accumulate_grad_batches": ACCUMULATION,
         "max_epochs": EPOCHS,
-        "val_check_interval": 2 * ACCUMULATION,
-        "check_val_every_n_epoch": None,
         "num_sanity_val_steps": 0,
         "logger": False,
         "enable_checkpointing": False,
@@ -101,7 +97,7 @@ def trainer_of(folder: Path, *callbacks: Callback, kind: type[pl.Trainer] = pl.T
         **options,
     }
     trainer = kind(callbacks=list(callbacks), **settings)
-    use_own_loops(trainer)
+    use_own_loops(trainer, validate_every_steps=2)
     internals.without_signal_handlers(trainer)
     return trainer
 
@@ -129,24 +125,42 @@ def test_steps_begin_and_end(run: tuple[pl.Trainer, Line, Watch]) -> None:
 def test_epochs_and_training_end(run: tuple[pl.Trainer, Line, Watch]) -> None:
     watch = run[2]
     last = [False, False, True] * EPOCHS
-    assert watch.ends_epoch == last, "epoch_loop._num_ready_batches_reached() has another meaning"
-    assert watch.ends_training == last, "epoch_loop._is_training_done has another meaning"
+    assert watch.ends_epoch == last, "batch_progress or num_training_batches has another meaning"
+    assert watch.ends_training == last, "the epoch ends elsewhere"
 
 
 def test_the_last_step_of_a_limited_run_ends_the_training(tmp_path: Path) -> None:
     watch = Watch()
     trainer_of(tmp_path, watch, max_epochs=None, max_steps=2).fit(Line(), loader())
-    assert watch.ends_training == [False, True], "epoch_loop._is_training_done does not look at max_steps"
+    assert watch.ends_training == [False, True], "max_steps or global_step has another meaning"
 
 
 def test_a_validation_follows_where_it_is_said_to(run: tuple[pl.Trainer, Line, Watch]) -> None:
-    watch, expected = run[2], []
-    for micro_batch in range(1, MICRO_BATCHES * EPOCHS + 1):
-        in_epoch, due = (micro_batch - 1) % MICRO_BATCHES + 1, micro_batch % (2 * ACCUMULATION) == 0
-        if in_epoch % ACCUMULATION == 0 or in_epoch == MICRO_BATCHES:
-            expected.append("step, and a validation follows" if due else "step")
-        expected += ["validation"] * due
-    assert watch.events == expected, "epoch_loop._should_check_val_fx(fit_loop._data_fetcher) has another meaning"
+    expected = []
+    for step in range(1, STEPS * EPOCHS + 1):
+        expected += ["step, and a validation follows", "validation"] if step % 2 == 0 else ["step"]
+    assert run[2].events == expected, "_TrainingEpochLoop does not ask _should_check_val_fx(data_fetcher) any more"
+
+
+def test_a_validation_follows_the_last_step_of_an_epoch(tmp_path: Path) -> None:
+    watch = Watch()
+    trainer = trainer_of(tmp_path, watch)
+    use_own_loops(trainer)  # which say nothing of validations, so that Lightning decides
+    trainer.fit(Line(), loader(), loader(1))
+    epoch = ["step", "step", "step, and a validation follows", "validation"]
+    assert watch.events == epoch * EPOCHS, "_should_check_val_fx(data_fetcher) decides otherwise"
+
+
+def test_a_run_that_is_told_to_stop_ends_its_step_and_validates(tmp_path: Path) -> None:
+    class Stop(Watch):
+        def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+            super().on_train_batch_start(trainer, *args)
+            trainer.should_stop = True
+
+    stop = Stop()
+    trainer_of(tmp_path, stop).fit(Line(), loader(), loader(1))
+    assert stop.begins == [True, False], "a step is cut short"
+    assert stop.events == ["step, and a validation follows", "validation"], "fit_loop._can_stop_early says otherwise"
 
 
 def test_the_position(run: tuple[pl.Trainer, Line, Watch]) -> None:
@@ -231,14 +245,6 @@ def test_a_fit_ends_midway(tmp_path: Path) -> None:
     trainer.fit(Line(), loader())
     assert ends.events == ["teardown"], "Trainer._run or _call_teardown_hook() does something else"
     assert (trainer.state.finished, trainer.state.stage) == (True, None), "a fit that is done leaves another state"
-
-
-def test_a_hook_is_forgotten(run: tuple[pl.Trainer, Line, Watch]) -> None:
-    module = run[1]
-    assert set(module.hooks) == {"training_step"}, "LightningModule._current_fx_name does not name the hook any more"
-    module._current_fx_name = "training_step"
-    internals.forget_hook(module)
-    assert module._current_fx_name is None
 
 
 def test_no_signal_handler_is_set(tmp_path: Path) -> None:
