@@ -1,8 +1,8 @@
 """Describe what a process is doing, from the Python stacks of its threads.
 
 Distinguishes the reader (and its shard), a collective, the backward pass and user code by the files that the frames
-belong to. It only inspects frames and calls nothing that could block, so it works from a thread next to hanging
-training. Cost: none until called.
+belong to, and disttrain's own waits by the marks that they set (:class:`waiting_for`). It calls nothing that could
+block, so it works from a thread next to hanging training. Cost: a microsecond per mark.
 """
 
 from __future__ import annotations
@@ -14,58 +14,83 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 _PACKAGE: Final = str(Path(__file__).parent) + "/"
 _LIBRARIES: Final = tuple({f"{sysconfig.get_path(name)}/" for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 _LOADER: Final = "data/loader.py"
 _MOST_SHARDS: Final = 3
 
-# Where disttrain itself waits for other ranks: a wait inside C code has no Python frame of its own.
-_WAITS: Final = {
-    ("parallel/votes.py", "result"): "the vote on stopping",
-    ("parallel/votes.py", "begin"): "the vote on stopping",
-    ("tasks/base.py", "on_before_optimizer_step"): "the gathering of the step's loss",
-    ("tasks/base.py", "_gather_sums"): "the gathering of the step's loss",
-    ("parallel/agree.py", "raise_together"): "an agreement on whether a part failed",
-}
-# Where it waits for its own thread that writes or copies a checkpoint.
-_SAVES: Final = (
-    ("checkpoint/saver.py", "wait"),
-    ("checkpoint/saver.py", "poll"),
-    ("checkpoint/saver.py", "_finish_done"),
-)
-_SAVES_ANY: Final = "waits for a save or a copy"
+_READERS: Final = "disttrain-reader"  # threads that read ahead
+_SAVERS: Final = "disttrain-save"  # threads that write and copy checkpoints
+_WAITS: Final[dict[int, list[waiting_for]]] = {}  # by thread, the innermost last
+
+
+class waiting_for:  # noqa: N801 - it reads as a sentence
+    """Mark a wait inside C code, which has no Python frame of its own.
+
+    Example:
+        >>> with waiting_for("the vote on stopping"):
+        ...     work.wait()
+
+    Args:
+        what: the collective in which this process waits for the other ranks.
+        own: it waits for one of its own threads instead, which writes or copies a checkpoint.
+    """
+
+    def __init__(self, what: str, *, own: bool = False) -> None:
+        self.phrase, self.own = f"waits for {what}" if own else f"waits for the other ranks in {what}", own
+
+    def __enter__(self) -> None:
+        _WAITS.setdefault(threading.get_ident(), []).append(self)
+
+    def __exit__(self, *unused: object) -> None:
+        thread = threading.get_ident()
+        _WAITS[thread].pop()
+        if not _WAITS[thread]:
+            del _WAITS[thread]
+
+
+class Place(NamedTuple):
+    """What a thread is doing."""
+
+    stack: Sequence[FrameType]
+    """Its frames, innermost first."""
+    wait: waiting_for | None = None
+    """The innermost wait that it has marked."""
+
+
+def place_of(thread: threading.Thread) -> Place:
+    """Look at a thread; one that has ended has no frames."""
+    frames = list(_outwards(sys._current_frames().get(thread.ident or 0)))
+    return Place(frames, next(reversed(_WAITS.get(thread.ident or 0, ())), None))
 
 
 def whereabouts() -> tuple[str, str]:
     """Describe the main thread, with a phrase such as ``is in user code train.py:12 (forward)``, and all stacks."""
-    frames = sys._current_frames()
-    stacks = {
-        thread.name: list(_outwards(frames[thread.ident])) for thread in threading.enumerate() if thread.ident in frames
-    }
-    main = stacks.get(threading.main_thread().name, [])
+    places = {thread.name: place_of(thread) for thread in threading.enumerate()}
     own = threading.current_thread().name
     parts = []
-    for name, stack in stacks.items():
-        if name != own and stack:
-            parts.append(f"thread {name}\n" + "".join(traceback.format_stack(stack[0])))
-    readers, savers = (
-        [stack for name, stack in stacks.items() if name.startswith(f"disttrain-{kind}")] for kind in ("reader", "save")
-    )
-    return describe(main, readers, savers), "\n".join(parts)
+    for name, place in places.items():
+        if name != own and place.stack:
+            parts.append(f"thread {name}\n" + "".join(traceback.format_stack(place.stack[0])))
+    readers = [place.stack for name, place in places.items() if name.startswith(_READERS)]
+    savers = [place for name, place in places.items() if name.startswith(_SAVERS)]
+    return describe(places[threading.main_thread().name], readers, savers), "\n".join(parts)
 
 
-def describe(
-    main: Sequence[FrameType], readers: Sequence[Sequence[FrameType]], savers: Sequence[Sequence[FrameType]] = ()
-) -> str:
+def describe(place: Place, readers: Sequence[Sequence[FrameType]], savers: Sequence[Place] = ()) -> str:
     """Describe a main thread in one phrase.
 
     Args:
-        main: its frames, innermost first.
+        place: what it is doing.
         readers: frames of the reader threads.
-        savers: frames of the threads that write and copy checkpoints.
+        savers: what the threads that write and copy checkpoints are doing.
     """
+    main, wait = place
+    if wait is not None:
+        # Of several savers, the latest one counts: a copy, if there is one.
+        return f"{wait.phrase}, which {describe(savers[-1], [])}" if wait.own and savers else wait.phrase
     if any(_loads(frame) for frame in main):  # reading in the main thread, without reader threads
         return _in_reader([main])
     for position, frame in enumerate(main):
@@ -74,11 +99,6 @@ def describe(
             part = path.removeprefix(_PACKAGE)
             if part == _LOADER:
                 return _in_reader(readers)
-            if (part, name) in _SAVES:
-                # The latest one: a copy, if there is one.
-                return f"waits for a save or a copy, which {describe(savers[-1], [])}" if savers else _SAVES_ANY
-            if (part, name) in _WAITS:
-                return f"waits for the other ranks in {_WAITS[part, name]}"
         elif "/torch/distributed/" in path and "/torch/distributed/checkpoint/" not in path:  # the latter writes files
             inside = next((i for i in range(position, len(main)) if not _is_torch(main[i])), len(main))
             called = [f.f_code.co_name for f in main[position:inside] if "/torch/distributed/" in f.f_code.co_filename]

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 import pytest
 import torch
@@ -22,18 +20,8 @@ from disttrain.data.loader import EvaluationLoader, LoaderConfig
 from disttrain.data.reader import Reader
 from disttrain.reading import read_run
 from disttrain.runs import write_run
-from disttrain.whereabouts import describe, whereabouts
+from disttrain.whereabouts import describe, place_of, waiting_for, whereabouts
 from tests.support.shards import write_numbered
-
-
-def stack_of(thread: threading.Thread) -> list[FrameType]:
-    """Its frames, innermost first."""
-    frame: FrameType | None = sys._current_frames().get(thread.ident or 0)
-    frames = []
-    while frame is not None:
-        frames.append(frame)
-        frame = frame.f_back
-    return frames
 
 
 def place_in(call: Callable[[], object], reached: threading.Event) -> str:
@@ -41,7 +29,7 @@ def place_in(call: Callable[[], object], reached: threading.Event) -> str:
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     assert reached.wait(20)
-    return describe(stack_of(thread), [])
+    return describe(place_of(thread), [])
 
 
 def test_user_code_is_named_with_its_line_also_in_the_backward_pass() -> None:
@@ -80,7 +68,7 @@ def test_a_fifo_in_place_of_a_shard_is_named(tmp_path: Path) -> None:
     thread.start()
     wanted, place, tick = f"is in the reader, shard {path.name}", "", threading.Event()
     for _ in range(400):
-        place = describe(stack_of(thread), [])
+        place = describe(place_of(thread), [])
         if place == wanted:
             break
         tick.wait(0.05)
@@ -103,14 +91,37 @@ def test_who_waits_for_a_save_says_where_that_is() -> None:
     waiting.start()
     assert reached.wait(20)
     tick = threading.Event()
-    while not any(frame.f_code.co_name == "join" for frame in stack_of(waiting)):
+    while not any(frame.f_code.co_name == "join" for frame in place_of(waiting).stack):
         tick.wait(0.01)
     saving = next(thread for thread in threading.enumerate() if thread.name == "disttrain-save")
-    place = describe(stack_of(waiting), [], [stack_of(saving)])
+    place = describe(place_of(waiting), [], [place_of(saving)])
     assert place.startswith("waits for a save or a copy, which is in user code tests/test_whereabouts.py:"), place
-    assert describe(stack_of(waiting), []) == "waits for a save or a copy"
+    assert describe(place_of(waiting), []) == "waits for a save or a copy"
     go_on.set()
     waiting.join(20)
+
+
+def test_a_wait_that_is_marked_is_named_while_it_lasts() -> None:
+    reached, go_on = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        with waiting_for("the outer one"):
+            with waiting_for("the vote on stopping"):
+                reached.set()
+                go_on.wait()
+            go_on.clear()
+            reached.set()
+            go_on.wait()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    for name in ("the vote on stopping", "the outer one"):
+        assert reached.wait(20)
+        assert describe(place_of(thread), []) == f"waits for the other ranks in {name}"
+        reached.clear()
+        go_on.set()
+    thread.join(20)
+    assert describe(place_of(thread), []) == "has no Python frame"
 
 
 def test_a_process_tells_the_stacks_of_its_other_threads() -> None:

@@ -31,6 +31,9 @@ from disttrain.checkpoint.write import Job, pack_meta
 from disttrain.data.device import same_device
 from disttrain.errors import DisttrainError
 from disttrain.parallel.agree import is_distributed, new_group, raise_together
+from disttrain.whereabouts import waiting_for
+
+_SAVE = "a save or a copy"
 
 
 class Work(Protocol):
@@ -150,8 +153,9 @@ class Saver:
             return None
         with flight.changed:
             self._boundary += 1
-            while flight.state == "agreeing":  # brief: all ranks have finished writing
-                flight.changed.wait()
+            with waiting_for(_SAVE, own=True):
+                while flight.state == "agreeing":  # brief: all ranks have finished writing
+                    flight.changed.wait()
             if flight.state != "decided" or self._boundary < flight.due:
                 return None
         return self._take(flight)
@@ -163,7 +167,8 @@ class Saver:
             self._finish_done(timeout_seconds)
             return None
         if flight.thread is not None:
-            flight.thread.join(timeout_seconds)
+            with waiting_for(_SAVE, own=True):
+                flight.thread.join(timeout_seconds)
             if flight.thread.is_alive():
                 return None
         return self._take(flight)
@@ -171,7 +176,8 @@ class Saver:
     def _finish_done(self, timeout_seconds: float | None = None) -> None:
         """Wait for ``done`` of a save whose outcome was already returned."""
         if self._doing is not None:
-            self._doing.join(timeout_seconds)
+            with waiting_for(_SAVE, own=True):
+                self._doing.join(timeout_seconds)
             self._doing = self._doing if self._doing.is_alive() else None
 
     def _take(self, flight: _Flight) -> Outcome:

@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 import torch.distributed as dist
 
 from disttrain.errors import DisttrainError, RankError
+from disttrain.whereabouts import waiting_for
 
 T = TypeVar("T")
 PYTORCHS_TIMEOUT: Final = timedelta(minutes=30)
@@ -78,7 +79,8 @@ def raise_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         own = error
     if is_distributed():
         what = None if own is None else str(own) if isinstance(own, DisttrainError) else f"{type(own).__name__}: {own}"
-        told = gather(what, group)
+        with waiting_for("an agreement on whether a part failed"):
+            told = gather(what, group)
         failed = [rank for rank, text in enumerate(told) if text is not None]
         if failed and (own is None or what in told[: dist.get_rank()]):
             raise RankError(f"rank {', '.join(map(str, failed))} failed: {told[failed[0]]}")

@@ -8,11 +8,16 @@ bytes, in the background.
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from disttrain.parallel.agree import is_distributed, new_group
+from disttrain.whereabouts import waiting_for
+
+_NAME: Final = "the vote on stopping"
 
 
 class Votes:
@@ -38,7 +43,8 @@ class Votes:
             return
         self._value = torch.tensor([own], dtype=torch.int64)
         if self._group is not None:
-            self._work = dist.all_reduce(self._value, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+            with waiting_for(_NAME):  # gloo may hold it up until the others have joined
+                self._work = dist.all_reduce(self._value, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def result(self) -> int:
         """The largest number that was brought, the same on all ranks; 0 where no vote is under way."""
@@ -47,7 +53,8 @@ class Votes:
         value, work = self._value, self._work
         self._value = self._work = None
         if work is not None:
-            work.wait()
+            with waiting_for(_NAME):
+                work.wait()
         return int(value)
 
     def now(self, own: int) -> int:

@@ -46,6 +46,7 @@ from disttrain.parallel.ranks import data_ranks
 from disttrain.parallel.trained import class_name
 from disttrain.tasks.metrics import WeightedMean
 from disttrain.terminal import tell
+from disttrain.whereabouts import waiting_for
 
 LOSS = "loss"
 
@@ -141,7 +142,8 @@ class Task(pl.LightningModule):
         """Divide the summed gradient by the global batch's weight."""
         assert self._all_sums is not None
         if self._pending is not None:
-            self._pending.wait()
+            with waiting_for("the gathering of the step's loss"):
+                self._pending.wait()
             self._pending = None
         # One sum over all micro batches in one order: the same bits, whoever ran them.
         sums, self._all_sums = self._all_sums.sum(dim=0), None
@@ -231,8 +233,7 @@ class Task(pl.LightningModule):
         Raises:
             ConfigError: there is not one loss a sample, or the weights do not fit the losses.
         """
-        size = batch[WEIGHT].shape[0]
-        losses = self.losses(outputs, batch)
+        size, losses = batch[WEIGHT].shape[0], self.losses(outputs, batch)
         self._check_losses(losses, size)
         losses = losses if losses.dtype.itemsize >= 4 else losses.float()  # a sum in half precision may overflow
         weights = _like(batch[WEIGHT], losses)
