@@ -2,8 +2,8 @@
 
 The statistics are those of the micro batches that all ranks run at the same time, each sample counted once: means,
 variances and counts are gathered and combined in float64 in one order, so all ranks normalize by the same bits, and the
-gradient flows through the statistics of all ranks. On CUDA and the CPU alike; nothing waits for the device. Classes and
-names of the layers stay; in evaluation and on one rank they are PyTorch's own.
+gradient flows through the statistics of all ranks. On CUDA and the CPU alike; nothing waits for the device. Names of
+the layers stay, and they remain instances of their classes; in evaluation and on one rank they do what those do.
 
 Cost: two small collectives a layer and micro batch, one in each direction, and a few passes over the activations more
 than PyTorch's fused layer.
@@ -11,7 +11,7 @@ than PyTorch's fused layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,36 +27,49 @@ from disttrain.parallel.collectives import all_gather_single
 def sync_batch_norms(module: nn.Module) -> int:
     """Let a module's batch norms take their statistics over all ranks; gives their number.
 
-    Those that do already are left as they are, PyTorch's ``SyncBatchNorm`` among them.
+    Each is replaced by one of a subclass that has the same name, parameters, buffers and hooks. Those that do so
+    already are left as they are, PyTorch's ``SyncBatchNorm`` among them.
     """
-    count = 0
-    for inner in module.modules():
-        if isinstance(inner, _BatchNorm) and not isinstance(inner, nn.SyncBatchNorm):
-            count += 1
-            if not isinstance(inner.forward, _Synced):
-                inner.forward = _Synced(inner)  # type: ignore[method-assign]
-    return count
+    synced: dict[Any, _Synced] = {}  # a norm may have several names
+    for name, norm in list(module.named_modules(remove_duplicate=False)):
+        if not isinstance(norm, _BatchNorm) or isinstance(norm, nn.SyncBatchNorm):
+            continue
+        if norm not in synced:
+            synced[norm] = norm if isinstance(norm, _Synced) else _synced(norm)
+        if synced[norm] is not norm:
+            module.set_submodule(name, synced[norm])
+    return len(synced)
 
 
-class _Synced:
-    """The forward pass of a batch norm over all ranks."""
-
-    def __init__(self, norm: _BatchNorm) -> None:
-        self._norm = norm
-        self._alone: Callable[[Tensor], Tensor] = norm.forward
+class _Synced(_BatchNorm):
+    """A batch norm over all ranks, mixed into one that is over a single rank."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # collectives inside a compiled block are a graph break
-    def __call__(self, inputs: Tensor) -> Tensor:
-        norm = self._norm
-        if not norm.training or not is_distributed():
-            return self._alone(inputs)
-        norm._check_input_dim(inputs)  # type: ignore[no-untyped-call]
+    def forward(self, inputs: Tensor) -> Tensor:
+        """In an evaluation, and on one rank, the pass of the class it is mixed into."""
+        if not self.training or not is_distributed():
+            return super().forward(inputs)
+        self._check_input_dim(inputs)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             mean, variance, total = _statistics(inputs)
-            if norm.track_running_stats:
-                _track(norm, mean, variance, total)
-        out: Tensor = _Normalize.apply(inputs, norm.weight, norm.bias, mean, variance, total, norm.eps)  # type: ignore[no-untyped-call]
+            if self.track_running_stats:
+                _track(self, mean, variance, total)
+        out: Tensor = _Normalize.apply(inputs, self.weight, self.bias, mean, variance, total, self.eps)  # type: ignore[no-untyped-call]
         return out
+
+
+def _synced(norm: _BatchNorm) -> _Synced:
+    """The same norm over all ranks: it shares parameters, buffers and hooks, whatever class of batch norm it is."""
+    kind: Any = type(norm)
+    mixed = _mixed(kind)
+    made: _Synced = mixed.__new__(mixed)
+    vars(made).update(vars(norm))
+    return made
+
+
+@cache
+def _mixed(kind: Any) -> Any:
+    return type(kind.__name__, (_Synced, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
 def _statistics(inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,6 +43,8 @@ def compare_in(kind: str) -> None:
     synced = copy.deepcopy(plain)
     assert sync_batch_norms(synced) == sync_batch_norms(synced) == 2
     assert list(synced.state_dict()) == list(plain.state_dict())
+    assert repr(synced) == repr(plain)
+    assert all(isinstance(a, type(b)) for a, b in zip(synced, plain, strict=True))
     inputs, weights = batch(kind)
     mine = slice(*[(0, 4), (4, 5), (5, 9)][rank])
     for _ in range(2):
