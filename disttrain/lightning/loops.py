@@ -100,11 +100,11 @@ class StepLoop(_TrainingEpochLoop):
     ) -> None:
         super().__init__(trainer, min_steps, max_steps)
         self.validate_every_steps = validate_every_steps
-
-    plateaus_due = False
-    """A step was done, and schedules that wait for a metric (``ReduceLROnPlateau``) have not seen it yet."""
-    resumed_metrics: Mapping[str, float] | None = None
-    """What such schedules may want of the metrics before a checkpoint that was loaded."""
+        self.plateaus_due = False
+        """A step was done, and schedules that wait for a metric (``ReduceLROnPlateau``) have not seen it yet."""
+        self.resumed_metrics: Mapping[str, float] | None = None
+        """What such schedules may want of the metrics before a checkpoint that was loaded."""
+        self._stands = False  # whether the last advance only came past a validation, without a micro batch
 
     @property
     def global_step(self) -> int:
@@ -158,7 +158,7 @@ class StepLoop(_TrainingEpochLoop):
     def _advance_by_micro_batch(self, data_fetcher: _DataFetcher) -> None:
         before = self.batch_progress.total.ready
         super().advance(data_fetcher)
-        # A loop that was resumed where a validation had been due only comes past it once more.
+        # Lightning's loop, resumed where a validation had been due, first comes past that place once more.
         self._stands = self.batch_progress.total.ready == before
 
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
