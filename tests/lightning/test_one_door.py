@@ -17,8 +17,6 @@ import disttrain
 PACKAGE = Path(disttrain.__file__).parent
 MOST_INSIDE = 45
 DEFINED = re.compile(r"(?:def|class) (_\w+)|self\.(_\w+)(?:, self\._\w+)* *[:=]|^(_\w+) *[:=]", re.MULTILINE)
-ON_THE_WAY_OUT = {"callbacks/micro_batch_size.py"}
-"""It goes once a lack of memory begins a new attempt instead of mending the one that it is in."""
 ELSEWHERE = {
     *("_C", "_apply", "_asdict", "_replace", "_exit", "_version", "_actions", "_lengths", "_spec", "_timeout"),
     *("_check_input_dim", "_ddp_params_and_buffers_to_ignore"),
@@ -96,7 +94,7 @@ def found_in(tree: dict[str, ast.Module], *, inside: bool) -> list[str]:
     return [
         place
         for name, module in tree.items()
-        if name.startswith("lightning/") is inside and name not in ON_THE_WAY_OUT
+        if name.startswith("lightning/") is inside
         for place in references(name, module, lightnings_names(), disttrains_names())
     ]
 
