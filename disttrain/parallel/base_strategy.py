@@ -1,8 +1,8 @@
-"""What DDP and FSDP do alike at the places that Lightning gives a strategy.
+"""What DDP and FSDP share: the overrides of Lightning's strategy methods.
 
-Loaders are accepted or refused (:mod:`disttrain.data.user_loaders`), padding is cut off what is predicted
-(:mod:`disttrain.data.padding`), and an optimizer steps only what the strategy reduces
-(:mod:`disttrain.parallel.trained`). A module that optimizes by hand runs its backward passes within its training step.
+Loaders are accepted or rejected (:mod:`disttrain.data.user_loaders`), padding is removed from predictions
+(:mod:`disttrain.data.padding`), and an optimizer may only step parameters that the strategy reduces
+(:mod:`disttrain.parallel.trained`). With manual optimization, backward passes run inside the training step.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from disttrain.tasks.base import Task
 
 
 class BaseStrategy(CheckpointMixin, SummationMixin, ClippingMixin, JoiningMixin):
-    """What both strategies do at the places that Lightning gives them."""
+    """Base class of both strategies."""
 
     config: ParallelConfig
     seed: int
@@ -46,25 +46,25 @@ class BaseStrategy(CheckpointMixin, SummationMixin, ClippingMixin, JoiningMixin)
     _in_backward = _went_backward = False
     _handles: Sequence[RemovableHandle] = ()
     _outside = False
-    """Whether parameters got gradients outside of :meth:`backward`, where DDP does not reduce them."""
+    """Whether parameters received gradients outside :meth:`backward`, where DDP does not reduce them."""
     _manual: BackwardInside | None = None
 
     @cached_property
     def _sizes(self) -> WeakKeyDictionary[Optimizer, tuple[int, ...]]:
-        """How many parameters optimizers held when that was last looked at, by group."""
+        """Number of parameters per group of each optimizer, when last checked."""
         return WeakKeyDictionary()
 
     def process_dataloader(self, dataloader: object) -> object:
-        """Refuse a loader whose samples the ranks would not share; let a resume continue in it. A collective."""
+        """Reject a loader that would not divide its samples among the ranks; make it resumable. Collective."""
         return accept(dataloader, self._trainer(), seed=self.seed)
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """Note what is real of a micro batch before the module may change its form."""
+        """Record which rows of a micro batch are real, before the module may change the batch's structure."""
         self._rows = rows_of(batch)
         return super().batch_to_device(batch, device, dataloader_idx)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module predicts, without that of padding."""
+        """Return the module's predictions without those for padding."""
         outputs, module = super().predict_step(*args, **kwargs), self._module()
         if isinstance(module, Task):
             return outputs
@@ -80,7 +80,7 @@ class BaseStrategy(CheckpointMixin, SummationMixin, ClippingMixin, JoiningMixin)
         return real_outputs(outputs, rows, module, check=pads and loop.batch_progress.current.ready == 1)
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Run a backward pass, and note that one ran."""
+        """Run a backward pass, and record that one ran."""
         self._in_backward = self._went_backward = True
         try:
             return super().backward(closure_loss, optimizer, *args, **kwargs)
@@ -88,25 +88,25 @@ class BaseStrategy(CheckpointMixin, SummationMixin, ClippingMixin, JoiningMixin)
             self._in_backward = False
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a forward pass, and what a module that optimizes by hand does within it."""
+        """Run the training step, including the backward passes of manual optimization."""
         with self._manual.inside() if self._manual is not None else nullcontext():
             return super().training_step(*args, **kwargs)
 
     def pre_backward(self, closure_loss: Tensor) -> None:
-        """End the forward pass for FSDP, if the training step is not over."""
+        """End FSDP's forward pass, if the training step is still running."""
         super().pre_backward(closure_loss)
         if self._manual is not None:
             self._manual.before_backward(closure_loss)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Begin the next one."""
+        """Begin FSDP's next forward pass."""
         super().post_backward(closure_loss)
         if self._manual is not None:
             self._manual.after_backward()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """This rank's part of an optimizer's state, by parameter name."""
-        # A forward pass may have left gathered parameters, which no optimizer holds.
+        """Return this rank's part of an optimizer's state, by parameter name."""
+        # A forward pass may have left parameters gathered; the optimizers hold the sharded ones.
         if self._manual is not None:
             self._manual.release()
         elif isinstance(self.model, FSDPModule):
@@ -114,7 +114,7 @@ class BaseStrategy(CheckpointMixin, SummationMixin, ClippingMixin, JoiningMixin)
         return super().optimizer_state(optimizer)
 
     def check_reduced(self, optimizer: Optimizer) -> None:
-        """Before an optimizer steps: refuse what would let the ranks drift apart.
+        """Before an optimizer step, reject anything that would make the ranks diverge.
 
         Raises:
             ConfigError: it would step parameters whose gradients were not reduced over the ranks.
@@ -147,7 +147,7 @@ class BaseStrategy(CheckpointMixin, SummationMixin, ClippingMixin, JoiningMixin)
         super().teardown()
 
     def _change_for_training(self, module: nn.Module) -> None:
-        """Change layers as the configuration says; once, before the module is wrapped or sharded."""
+        """Modify layers as configured: once, before the module is wrapped or sharded."""
         if self.config.sync_batchnorm and self.world_size > 1:
             sync_batch_norms(module)
         if self.config.activation_checkpointing != "none":
@@ -156,7 +156,7 @@ class BaseStrategy(CheckpointMixin, SummationMixin, ClippingMixin, JoiningMixin)
             compile_blocks(module, self.root_device)
 
     def _watch_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Note whether these get gradients outside of :meth:`backward`; those watched before no longer."""
+        """Record whether these parameters get gradients outside :meth:`backward`; stop watching earlier ones."""
 
         def note(_: Tensor) -> None:
             self._outside = self._outside or not self._in_backward
@@ -172,9 +172,9 @@ class BaseStrategy(CheckpointMixin, SummationMixin, ClippingMixin, JoiningMixin)
         return manual
 
     def _reducible(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters whose gradients are reduced, or will be once they are trained."""
+        """Yield parameters whose gradients are reduced, or will be once they are trained."""
         raise NotImplementedError
 
     def _unreduced(self) -> str:
-        """A parameter whose gradient was not reduced."""
+        """Return the name of a parameter whose gradient was not reduced, or an empty string."""
         raise NotImplementedError

@@ -1,11 +1,11 @@
-"""Clipping for modules that leave it to Lightning: one norm over the whole gradient, under every strategy.
+"""Gradient clipping by Lightning's options, by one norm over the whole gradient under every strategy.
 
-PyTorch's own clipping cannot take the norm of gradients that are divided along different axes, as with tensor
-parallelism, and its norm has other bits in every layout. So Lightning's precision plugin is given disttrain's own
-(:mod:`disttrain.parallel.gradients`): with ``reduction: tree`` the same bits in all layouts. A ``Task`` calls that
-itself.
+PyTorch's clipping cannot compute the norm of gradients sharded along different mesh axes, as with tensor parallelism,
+and its norm differs in the last bits between layouts. So Lightning's precision plugin calls disttrain's clipping
+(:mod:`disttrain.parallel.gradients`), which with ``reduction: tree`` is bit-identical in all layouts. A ``Task`` calls
+that itself.
 
-Cost: as there.
+Cost: see there.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ else:
 
 
 class ClippingMixin(_Base):
-    """Clips for any LightningModule; to be mixed into a Lightning strategy, before its base."""
+    """Clips gradients of any LightningModule; list it before the base in a Lightning strategy."""
 
     config: ParallelConfig
     grad_norm: Tensor | None = None
-    """Norm before clipping of the last gradient that Lightning asked to clip. float64 scalar."""
+    """Norm, before clipping, of the last gradient that Lightning asked to clip. float64 scalar."""
 
     def setup_precision_plugin(self) -> None:
-        """Attach the plugin, with clipping of disttrain's."""
+        """Attach the precision plugin, with disttrain's clipping."""
         super().setup_precision_plugin()
         plugin: Any = self.precision_plugin
         plugin.clip_grad_by_norm = self._clip_by(clip_gradient_norm)
@@ -48,16 +48,16 @@ class ClippingMixin(_Base):
 
 
 def check_clipping(norm: float | None, value: float | None) -> None:
-    """Refuse bounds of the gradient that cannot be.
+    """Reject invalid clipping bounds.
 
     Raises:
-        ConfigError: both are given, or one is not positive.
+        ConfigError: both are given, or a bound is negative or NaN, or ``value`` is 0.
     """
     if norm is not None and value is not None:
         raise ConfigError(
             f"trainer.gradient_clip_norm is {norm} and gradient_clip_value {value}", mend="set one of them to null"
         )
-    # Lightning does not clip by 0; gradient_clip_norm: 0 has meant that from the start.
+    # Lightning does not clip for a norm of 0, and gradient_clip_norm: 0 has always meant that.
     if (norm is not None and not norm >= 0) or (value is not None and not value > 0):
         name, bound = ("norm", norm) if value is None else ("value", value)
         raise ConfigError(f"trainer.gradient_clip_{name} is {bound}", mend="use a positive number, or null for none")

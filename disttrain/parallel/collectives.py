@@ -1,4 +1,4 @@
-"""Collectives whose names differ between the supported versions of PyTorch."""
+"""Collectives whose names differ between supported PyTorch versions."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 def all_gather_single(
     output: Tensor, own: Tensor, *, group: dist.ProcessGroup | None = None, async_op: bool = False
 ) -> dist.Work | None:
-    """Gather one tensor a rank into one tensor, by rank. A collective of the group, by default of all ranks."""
-    # PyTorch 2.13 warns of the older name.
+    """Gather one tensor per rank into one, in rank order. Collective over the group (default: all ranks)."""
+    # PyTorch 2.13 deprecates the older name with a warning.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     work: dist.Work | None = gather(output, own, group=group, async_op=async_op)
     return work
 
 
 def reduce_scatter_single(output: Tensor, parts: Tensor, *, op: Any, group: dist.ProcessGroup) -> None:
-    """Reduce one tensor a rank and leave each rank its part of the result. A collective of the group."""
+    """Reduce one tensor per rank, and leave each rank its part of the result. Collective over the group."""
     reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     reduce(output, parts, op=op, group=group)

@@ -1,13 +1,13 @@
-"""``compile: blocks``: every block of the model is compiled by ``torch.compile`` (TorchInductor).
+"""``compile: blocks``: compile every block of the model with ``torch.compile`` (TorchInductor).
 
-Blocks are those that FSDP shards (:func:`disttrain.parallel.shard.shard_units`). Only their ``forward`` is compiled, so
-FSDP's hooks stay outside, DDP reduces between blocks as before, and classes and names stay as they are. Blocks of one
-structure share their compiled code. Activation checkpointing is compiled with its block. :func:`compilation` tells
-where compilation broke off, which costs speed and nothing else.
+Blocks are the units that FSDP shards (:func:`disttrain.parallel.shard.shard_units`). Only their ``forward`` is
+compiled, so FSDP's hooks stay outside, DDP still reduces between blocks, and classes and names are unchanged. Blocks of
+the same structure share compiled code. Activation checkpointing is compiled along with its block. :func:`compilation`
+reports graph breaks, which only cost speed.
 
-Random numbers in compiled code are TorchInductor's own: other masks than without compiling, but keyed by the same
-generators, hence the same in every layout. Cost: seconds to a minute for each structure, for training and for
-evaluation, at the first step of a process; compiled code is kept on disk by PyTorch.
+Compiled code uses TorchInductor's random numbers: dropout masks differ from eager mode, but the same generators seed
+them, so they are the same in every layout. Cost: seconds to a minute per structure, for training and again for
+evaluation, in the first step of a process; PyTorch caches compiled code on disk.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _Codes = dict[tuple[types.CodeType | None, str], types.CodeType]
 
 @dataclass(frozen=True)
 class Compilation:
-    """What a process has compiled so far.
+    """What this process has compiled so far.
 
     Attributes:
-        graphs: graphs that were compiled; one a structure and mode where nothing breaks.
-        breaks: how often a graph broke off, by reason.
-        recompiled: how often code was compiled anew, by reason.
+        graphs: number of compiled graphs; without breaks, one per structure and mode.
+        breaks: number of graph breaks by reason.
+        recompiled: number of recompilations by reason.
     """
 
     graphs: int = 0
@@ -42,25 +42,25 @@ class Compilation:
     recompiled: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """For the record of a run."""
+        """Return a dictionary for the run's record."""
         return {"graphs": self.graphs, "graph_breaks": self.breaks, "recompiled": self.recompiled}
 
 
 def compile_blocks(module: nn.Module, device: torch.device) -> None:
-    """Compile the blocks of a module at their first use; blocks that are compiled already are left as they are.
+    """Make a module's blocks compile on first use; skip blocks that already do.
 
     Args:
-        module: whose blocks.
-        device: where they will run.
+        module: the module.
+        device: where the blocks will run.
 
     Raises:
-        ConfigError: the module has no blocks, or nothing here can compile for the device.
+        ConfigError: the module has no blocks, or this machine lacks a compiler for the device.
     """
     blocks = shard_units(module)
     if not blocks:
         raise no_blocks("parallel.compile is blocks", module, "compile")
     _check_compiler(device)
-    # It would cut graphs at the borders of DDP's buckets; blocks are cut already, and it refuses checkpointed ones.
+    # DDPOptimizer splits graphs at bucket boundaries. Blocks are split already, and it rejects checkpointed ones.
     torch._dynamo.config.optimize_ddp = False
     codes: _Codes = {}
     for block in blocks:
@@ -69,7 +69,7 @@ def compile_blocks(module: nn.Module, device: torch.device) -> None:
 
 
 def compilation() -> Compilation:
-    """What this process has compiled so far."""
+    """Return what this process has compiled so far."""
     from torch._dynamo import utils
 
     recompiled: dict[str, int] = {}
@@ -84,7 +84,7 @@ def compilation() -> Compilation:
 
 
 class _Compiled(BlockForward):
-    """A block's forward pass, compiled."""
+    """A block's compiled forward pass."""
 
     def __init__(self, block: nn.Module, codes: _Codes) -> None:
         self._call: Callable[..., Any] = torch.compile(_function(block.forward, repr(block), codes))
@@ -94,10 +94,10 @@ class _Compiled(BlockForward):
 
 
 def _function(forward: Callable[..., Any], structure: str, codes: _Codes) -> Callable[..., Any]:
-    """The same function, with a code object for each structure.
+    """Copy a function, with one code object per structure.
 
-    PyTorch keeps compiled variants with a function's code object and gives up compiling when there are too many: blocks
-    of one structure should share one, blocks of different structures must not.
+    PyTorch attaches compiled variants to a function's code object, and stops compiling when there are too many. Blocks
+    of the same structure should share one; blocks of different structures must not.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -133,6 +133,6 @@ def _check_compiler(device: torch.device) -> None:
 
 
 def _brief(reason: str) -> str:
-    """The first line of what PyTorch explains at length, and where in the code it was."""
+    """Return the first line of PyTorch's long explanation."""
     lines = [line.strip() for line in str(reason).splitlines() if line.strip()]
     return lines[0] if lines else "unknown"

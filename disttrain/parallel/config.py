@@ -1,7 +1,7 @@
-"""How a global batch is cut over ranks and micro batches, and which strategy runs it.
+"""How a global batch is divided into ranks and micro batches, and which strategy runs it.
 
-Pure decisions over frozen, self-validating dataclasses: no torch, no process group. The arithmetic is exact
-or an error that lists the sizes that work; nothing is rounded down silently.
+Frozen, self-validating dataclasses: no torch, no process group. The arithmetic is exact, or an error lists sizes that
+work; nothing is rounded down silently.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _USUAL_SIZE: Final = 32
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The cut of a global batch: ``global_batch_size = ranks x accumulation x micro_batch_size``.
+    """The division of a global batch: ``global_batch_size = ranks x accumulation x micro_batch_size``.
 
-    Rank ``r`` takes positions ``[r * G / R, (r + 1) * G / R)`` of the global batch, in ``accumulation``
-    micro batches of ``micro_batch_size`` positions each.
+    Rank ``r`` takes positions ``[r * G / R, (r + 1) * G / R)`` of the global batch, in ``accumulation`` micro batches
+    of ``micro_batch_size`` positions each.
 
     Attributes:
         global_batch_size: samples per optimizer step, over all ranks (a hyper-parameter).
-        micro_batch_size: samples per rank per forward pass (a memory figure).
+        micro_batch_size: samples per rank and forward pass (limited by memory).
         num_ranks: data-parallel ranks.
 
     Raises:
@@ -63,17 +63,17 @@ class BatchPlan:
 
     @property
     def rank_batch_size(self) -> int:
-        """Samples of a global batch that one rank takes."""
+        """Samples per rank in a global batch."""
         return self.global_batch_size // self.num_ranks
 
     @property
     def accumulation(self) -> int:
-        """Micro batches per optimizer step on each rank."""
+        """Micro batches per rank in an optimizer step."""
         return self.rank_batch_size // self.micro_batch_size
 
 
 class Degrees(NamedTuple):
-    """How many ranks each axis of the mesh has; their product is the number of ranks."""
+    """Degree of each mesh axis; their product is the number of ranks."""
 
     replicate: int
     shard: int
@@ -81,41 +81,42 @@ class Degrees(NamedTuple):
 
     @property
     def data(self) -> int:
-        """Parts into which a global batch is cut: the ranks of a tensor group take the same one."""
+        """Number of parts a global batch is divided into: all ranks of a tensor group take the same part."""
         return self.replicate * self.shard
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the model is spread over the ranks. It names no hardware: ranks come from the launcher.
+    """How the model is distributed over the ranks. Names no hardware: the launcher determines the ranks.
 
     Attributes:
-        strategy: ``ddp`` (every rank holds the whole model) or ``fsdp`` (FSDP2: parameters, gradients and
-            optimizer state are sharded over the ranks).
+        strategy: ``ddp`` (every rank holds the whole model) or ``fsdp`` (FSDP2: parameters, gradients and optimizer
+            state are sharded over the ranks).
         bucket_mib: size of DDP's gradient buckets, in MiB.
-        find_unused_parameters: let DDP search for parameters that took no part in a forward pass.
-        reshard_after_forward: let FSDP free the gathered parameters after the forward pass (less memory,
-            one more all-gather in the backward pass).
-        reduction: ``fast`` (sums in the order that the communication library chooses) or ``tree`` (one fixed order
-            over the micro batches of the global batch: the weights have the same bits on any number of ranks).
-        reduce_dtype: type in which gradients travel between ranks: ``fp32`` or ``bf16`` (half the bytes, two to three
-            digits).
-        replicate: copies of the sharded model, FSDP only: each is sharded over ``shard`` ranks. -1 derives it.
-        shard: ranks over which FSDP shards each copy. -1 derives it from the number of ranks.
-        tensor: ranks that share the work of each layer, FSDP only, by the model's ``tensor_plan()``: neighbours in
-            the numbering of ranks, who see the same samples. -1 derives it.
-        activation_checkpointing: ``none``, ``blocks`` (the model's blocks keep their inputs alone and run again in the
-            backward pass: less memory, one more forward pass, the same bits) or ``selective`` (they keep the results
-            of matrix products and attention too, and run only the rest again).
-        meta_init: the model is built on the meta device and gets memory and initial values when it is sharded; the
-            values are keyed by seed and module name, whatever the layout.
-        offload: FSDP keeps parameters, gradients and optimizer state in the CPU's memory (pinned, for CUDA), and the
-            optimizer steps there. On a CPU nothing changes.
-        gradient_as_bucket_view: DDP's gradients live in its buckets: less memory, one copy fewer.
-        static_graph: DDP takes it that every step runs the same graph: parameters that the first step did not use are
-            left out without a search.
-        compile: ``none`` or ``blocks`` (``torch.compile`` for each block of the model).
-        sync_batchnorm: batch norms take their statistics over the micro batches of all ranks.
+        find_unused_parameters: let DDP search for parameters that a forward pass did not use.
+        reshard_after_forward: let FSDP free gathered parameters after the forward pass (less memory, one more
+            all-gather in the backward pass).
+        reduction: ``fast`` (the communication library chooses the order of summation) or ``tree`` (one fixed order
+            over the micro batches of the global batch: weights are bit-identical on any number of ranks).
+        reduce_dtype: dtype in which gradients are reduced between ranks: ``fp32`` or ``bf16`` (half the bytes, two to
+            three significant digits).
+        replicate: number of copies of the sharded model, FSDP only; each is sharded over ``shard`` ranks. -1 derives
+            it.
+        shard: number of ranks over which FSDP shards each copy. -1 derives it from the number of ranks.
+        tensor: number of ranks that share the work of each layer, FSDP only, by the model's ``tensor_plan()``:
+            consecutive ranks, which see the same samples. -1 derives it.
+        activation_checkpointing: ``none``, ``blocks`` (the model's blocks keep only their inputs and run again in the
+            backward pass: less memory, one more forward pass, the same bits) or ``selective`` (they also keep the
+            results of matrix products and attention, and recompute only the rest).
+        meta_init: build the model on the meta device, and allocate and initialize it when it is sharded; initial
+            values depend only on seed and module name, not on the layout.
+        offload: let FSDP keep parameters, gradients and optimizer state in CPU memory (pinned, for CUDA), and run the
+            optimizer there. No effect on a CPU.
+        gradient_as_bucket_view: make DDP's gradients views of its buckets: less memory, one copy fewer.
+        static_graph: let DDP assume that every step runs the same graph: parameters unused in the first step are
+            skipped without a search.
+        compile: ``none`` or ``blocks`` (``torch.compile`` each block of the model).
+        sync_batchnorm: compute batch norm statistics over the micro batches of all ranks.
     """
 
     strategy: StrategyName = "ddp"
@@ -177,7 +178,7 @@ class ParallelConfig:
         self._check_options()
 
     def _check_options(self) -> None:
-        """Refuse options that belong to the other strategy, or that exclude each other."""
+        """Reject options of the other strategy, and options that exclude each other."""
         others = {"offload": self.offload, "reshard_after_forward": not self.reshard_after_forward}
         if self.strategy == "fsdp":
             others = {
@@ -214,10 +215,10 @@ class ParallelConfig:
             )
 
     def degrees(self, num_ranks: int) -> Degrees:
-        """The sizes of the axes for a number of ranks.
+        """Return the mesh degrees for a number of ranks.
 
         Raises:
-            ConfigError: they do not fit the ranks; the message lists what does.
+            ConfigError: they do not fit the number of ranks; the message lists degrees that do.
         """
         if self.strategy == "ddp":
             return Degrees(num_ranks, 1, 1)
@@ -227,7 +228,7 @@ class ParallelConfig:
         fills = math.prod(found) == num_ranks
         if fills and (found.shard > 1 or found.data == 1):
             return found
-        # Offer what keeps the tensor axis, where that is possible at all.
+        # Suggest degrees that keep the tensor axis, if possible.
         tensors = [found.tensor] if found.tensor and num_ranks % found.tensor == 0 else divisors(num_ranks)
         with_tensor = tensors != [1]
         fits = [
@@ -247,15 +248,15 @@ class ParallelConfig:
 
 
 def usual_micro_batch_size(global_batch_size: int) -> int:
-    """The micro batch size where none is given: the largest divisor of the global batch size up to 32.
+    """Return the default micro batch size: the largest divisor of the global batch size up to 32.
 
-    It does not depend on the ranks, on which batch norms and dropout would then depend in silence.
+    It does not depend on the number of ranks, which would otherwise silently affect batch norm and dropout.
     """
     return max((size for size in divisors(max(1, global_batch_size)) if size <= _USUAL_SIZE), default=1)
 
 
 def divisors(n: int) -> list[int]:
-    """All divisors of ``n``, ascending."""
+    """Return all divisors of ``n`` in ascending order."""
     small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
 

@@ -1,9 +1,9 @@
-"""Kernels of CUDA that give the same bits each time they run on the same numbers, and those that do not.
+"""Deterministic CUDA kernels, and detection of nondeterministic ones.
 
-Some kernels add by atomic operations, in whichever order the threads arrive. ``trainer.deterministic`` makes PyTorch
-take others, or refuse. Without it, ``reduction: tree`` cannot hold what it promises, so a step that is known to use
-such a kernel is refused then: :func:`unordered_sums` finds it in the graph of the loss. No cost but one walk over that
-graph, and slower kernels where they are asked for.
+Some kernels sum with atomic operations, in whatever order threads arrive. ``trainer.deterministic`` makes PyTorch use
+other kernels or raise. Without it, ``reduction: tree`` cannot keep its guarantee, so it rejects steps known to use such
+a kernel: :func:`unordered_sums` searches the graph of the loss. Cost: one walk over that graph, and slower kernels if
+requested.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from disttrain.errors import ConfigError
 _VARIABLE: Final = "CUBLAS_WORKSPACE_CONFIG"
 _VALUES: Final = (":4096:8", ":16:8")
 
-# By the names of autograd's nodes: what torch.use_deterministic_algorithms() replaces or refuses on CUDA. Some add in
-# the forward pass (cumsum, scatter_add), the others in the backward pass of the node. Convolutions are left out: for
-# them cuDNN is told to be deterministic.
+# Names of autograd nodes that torch.use_deterministic_algorithms() replaces or rejects on CUDA. Some sum in the forward
+# pass (cumsum, scatter_add), the others in the node's backward pass. Convolutions are not listed: cuDNN is set to be
+# deterministic.
 _UNORDERED: Final = re.compile(
     r"(ScaledDotProduct(Flash|Efficient|FusedAttentionOverrideable|Cudnn)(Attention)?"
     r"|FlashAttention|EfficientAttention"
@@ -35,13 +35,13 @@ _UNORDERED: Final = re.compile(
 
 
 def use_deterministic_kernels(device: str) -> None:
-    """Have PyTorch use deterministic kernels or refuse, for the whole process. Before anything runs on a device.
+    """Make PyTorch use deterministic kernels or raise, process-wide. Call before anything runs on a device.
 
     Args:
-        device: kind of device.
+        device: device type.
 
     Raises:
-        ConfigError: cuBLAS has been told otherwise, or this process has used CUDA before.
+        ConfigError: cuBLAS is configured otherwise, or this process has already used CUDA.
     """
     if device == "cuda":
         given = os.environ.get(_VARIABLE)
@@ -61,16 +61,16 @@ def use_deterministic_kernels(device: str) -> None:
 
 
 def use_deterministic_convolutions() -> None:
-    """Have cuDNN choose deterministic kernels, for the whole process; they are often those it would have chosen."""
+    """Make cuDNN choose deterministic kernels, process-wide; often they are the ones it would choose anyway."""
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
 
 
 def check_ordered_sums(loss: Tensor, device: torch.device) -> None:
-    """See that nothing in the graph of a loss adds in an order of its own on this device.
+    """Check that nothing in the graph of a loss sums in a nondeterministic order on this device.
 
     Raises:
-        ConfigError: something is known to.
+        ConfigError: an operation is known to do so.
     """
     if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
         return
@@ -82,7 +82,7 @@ def check_ordered_sums(loss: Tensor, device: torch.device) -> None:
 
 
 def unordered_sums(loss: Tensor) -> list[str]:
-    """Names of the nodes in the graph of a loss whose kernels on CUDA add in no fixed order, by default; sorted."""
+    """Return sorted names of nodes in the graph of a loss whose default CUDA kernels sum in no fixed order."""
     found: set[str] = set()
     nodes: list[Any] = [loss.grad_fn]
     seen: set[Any] = {None}

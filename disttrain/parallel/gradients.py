@@ -1,9 +1,8 @@
-"""Scaling and clipping gradients, plain or sharded, the same in all layouts.
+"""Scale and clip gradients, plain or sharded, identically in all layouts.
 
-A gradient may be a plain tensor (DDP: the same on every rank) or a DTensor (FSDP: each rank holds a part).
-The norm is taken over the whole gradient either way: squares are summed locally in float64, then over the
-mesh of the sharded ones. :func:`ordered_gradient_norm` gives the same bits for every layout. Nothing here waits
-for the device.
+A gradient is a plain tensor (DDP: the same on every rank) or a DTensor (FSDP: each rank holds a shard). Either way the
+norm is that of the whole gradient: squares are summed locally in float64, then over the mesh for sharded gradients.
+:func:`ordered_gradient_norm` is bit-identical in every layout. Nothing here synchronizes with the device.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ from disttrain.errors import ConfigError
 from disttrain.parallel.agree import is_distributed
 from disttrain.parallel.collectives import all_gather_single
 
-_ROWS_ELEMENTS: Final = {"cpu": 2**18, "cuda": 2**24}  # squared at a time; changes no bit
+_ROWS_ELEMENTS: Final = {"cpu": 2**18, "cuda": 2**24}  # elements squared at a time; does not affect the result
 
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """The parts of the gradients that this rank holds, as plain tensors that share their memory."""
+    """Return this rank's parts of the gradients, as plain tensors that share their memory."""
     grads = [gradient for gradient in map(_gradient, parameters) if gradient is not None]
     return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in grads]
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor | None:
-    """A parameter's gradient; of a sparse one the rows that it has, each of them once."""
+    """Return a parameter's gradient; for a sparse one, its coalesced rows."""
     grad = parameter.grad
     if grad is None or isinstance(grad, DTensor) or not grad.is_sparse:
         return grad
-    if not grad.is_coalesced():  # rows that occur several times are still to be added
+    if not grad.is_coalesced():  # duplicate rows still have to be summed
         parameter.grad = grad = grad.coalesce()
     return grad._values()
 
@@ -43,26 +42,26 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
     """Multiply all gradients in place by a scalar tensor, without reading it on the host."""
     grads = local_gradients(parameters)
     if grads:
-        # Offloaded gradients are on the CPU; reading the factor there waits for the device, as offloading does anyway.
+        # Offloaded gradients are on the CPU. Copying the factor there synchronizes, which offloading does anyway.
         for kind in {(grad.dtype, grad.device): None for grad in grads}:
             _scale_alike([grad for grad in grads if (grad.dtype, grad.device) == kind], factor)
 
 
 def _scale_alike(grads: list[Tensor], factor: Tensor) -> None:
-    """Multiply tensors of one type on one device; half-precision ones in float32, rounding the product alone."""
+    """Multiply tensors of one dtype and device; for half precision, compute in float32 and round only the product."""
     dtype, device = grads[0].dtype, grads[0].device
     if dtype.itemsize >= 4:
         torch._foreach_mul_(grads, factor.to(device, dtype))
         return
-    # A scalar tensor would be rounded to the gradients' type first; one of a dimension has its own type count.
+        # A 0-d factor would first be rounded to the gradients' dtype; a 1-d one takes part in type promotion.
     wide = factor.to(device, torch.float32).view(1)
     torch._foreach_mul_([grad if grad.ndim else grad.view(1) for grad in grads], [wide] * len(grads))
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The Euclidean norm of the whole gradient, the same on every rank. float64 scalar on the device.
+    """Return the Euclidean norm of the whole gradient, the same on every rank. float64 scalar on the device.
 
-    A collective over the mesh of the sharded gradients, if there are any.
+    Collective over the mesh of the sharded gradients, if any.
     """
     replicated: list[Tensor] = []
     sharded: dict[object, tuple[DTensor, list[Tensor]]] = {}
@@ -76,7 +75,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     for example, tensors in sharded.values():
         total = _square_sum(tensors)
         for axis, placement in enumerate(example.placements):
-            if not placement.is_replicate():  # is_shard() does not know of strided shards
+            if not placement.is_replicate():  # is_shard() is false for _StridedShard
                 dist.all_reduce(total, group=example.device_mesh.get_group(axis))
         parts.append(total)
     if not parts:
@@ -85,12 +84,12 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def ordered_gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The norm of the whole gradient, with the same bits however it is sharded. float64 scalar on the device.
+    """Return the norm of the whole gradient, bit-identical however it is sharded. float64 scalar on the device.
 
-    Rows (dimension 0) are the unit of sharding: a rank squares and adds its own rows, the sums of all rows are
-    gathered, and all ranks add them in one order. Every addition is of two tensors, so no kernel chooses an order.
-    A replicated gradient is treated as if it were sharded, which divides the work. Cost: two to three passes over
-    a rank's share in float64; 8 bytes a row of all parameters are gathered. A collective.
+    Rows (dimension 0) are the unit of sharding: each rank sums the squares of its own rows, the row sums are gathered,
+    and all ranks add them in one order. Every addition is elementwise between two tensors, so no kernel chooses an
+    order. A replicated gradient is treated as if it were sharded, which divides the work. Cost: two to three passes
+    over a rank's share in float64, and a gather of 8 bytes per row of all parameters. Collective.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     if any(grad.is_sparse for grad in grads):
@@ -102,12 +101,12 @@ def ordered_gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def norm_of(strategy: object) -> Callable[[Iterable[nn.Parameter]], Tensor]:
-    """The norm that goes with a strategy's sums: with ``reduction: tree`` the one whose bits no layout changes."""
+    """Return the norm function that matches a strategy's reduction: with ``tree``, the layout-independent one."""
     return ordered_gradient_norm if adds_in_tree(strategy) else gradient_norm
 
 
 def adds_in_tree(strategy: object) -> bool:
-    """Whether a strategy, which may be Lightning's, adds gradients with ``reduction: tree``."""
+    """Return whether a strategy (possibly Lightning's) uses ``reduction: tree``."""
     return bool(getattr(strategy, "reduction", "fast") == "tree")
 
 
@@ -115,27 +114,27 @@ def clip_gradient_norm(parameters: Iterable[nn.Parameter], max_norm: float, *, o
     """Scale all gradients so that their norm is at most ``max_norm``.
 
     Args:
-        parameters: whose gradients to scale.
+        parameters: parameters whose gradients to scale.
         max_norm: the bound.
-        ordered: take the norm by :func:`ordered_gradient_norm`.
+        ordered: use :func:`ordered_gradient_norm`.
 
     Returns:
         The norm before clipping, float64 scalar on the device.
     """
     parameters = list(parameters)
     norm = ordered_gradient_norm(parameters) if ordered else gradient_norm(parameters)
-    # Where the norm is within bounds the factor is exactly 1, so that clipping changes no bit.
+    # Within the bound the factor is exactly 1, so clipping does not change a bit.
     scale_gradients(parameters, torch.where(norm <= max_norm, 1.0, max_norm / norm))
     return norm
 
 
 def clip_gradient_value(parameters: Iterable[nn.Parameter], bound: float, *, ordered: bool = False) -> Tensor:
-    """Bring every element of all gradients into ``-bound`` to ``bound``; one that is not a number stays.
+    """Clamp every element of all gradients to ``[-bound, bound]``; NaN stays.
 
     Args:
-        parameters: whose gradients to clip.
+        parameters: parameters whose gradients to clip.
         bound: the largest absolute value.
-        ordered: take the norm by :func:`ordered_gradient_norm`.
+        ordered: use :func:`ordered_gradient_norm`.
 
     Returns:
         The norm before clipping, float64 scalar on the device.
@@ -151,21 +150,21 @@ def clip_gradient_value(parameters: Iterable[nn.Parameter], bound: float, *, ord
 
 
 def _square_sum(tensors: list[Tensor]) -> Tensor:
-    # Accumulated in float64, the sum does not depend on how a gradient is sharded, but for its last bits.
+    # Accumulated in float64, the sum depends on the sharding only in its last bits.
     return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64)).square().sum()
 
 
 class _Layout(NamedTuple):
-    """How a gradient is divided: its rows over a group, and before that the whole over a tensor group."""
+    """How a gradient is sharded: its rows over one group, and before that the whole over a tensor group."""
 
     rows: dist.ProcessGroup | None
     tensor: dist.ProcessGroup | None
 
 
 def _gathered_rows(grads: list[Tensor]) -> list[Tensor]:
-    """The sum of squares of each row of each gradient, in float64, on every rank. A collective.
+    """Return each gradient's sums of squares per row, in float64, on every rank. Collective.
 
-    Of a gradient that a tensor group divides, those of each part's rows, one part after the other.
+    For a gradient sharded over a tensor group, rows are those of each part, one part after the other.
     """
     found: list[Tensor] = [torch.empty(0)] * len(grads)
     by_layout: dict[_Layout, list[int]] = {}
@@ -174,7 +173,7 @@ def _gathered_rows(grads: list[Tensor]) -> list[Tensor]:
     for layout, places in by_layout.items():
         rank, size = _place_in(layout.rows)
         counts = [_num_rows(grads[place]) for place in places]
-        shares = [-(-count // size) for count in counts]  # as torch.chunk deals rows
+        shares = [-(-count // size) for count in counts]  # rows per rank, as torch.chunk divides them
         own = [_own_rows(grads[place], rank, share) for place, share in zip(places, shares, strict=True)]
         parts = torch.split(_gathered(torch.cat(own), layout.rows), shares, dim=1)
         rows = [part.reshape(-1)[:count] for count, part in zip(counts, parts, strict=True)]
@@ -187,7 +186,7 @@ def _gathered_rows(grads: list[Tensor]) -> list[Tensor]:
 
 
 def _gathered(own: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """A vector of every rank of a group, shape (ranks, elements). A collective of the group."""
+    """Gather a vector from every rank of a group, shape (ranks, elements). Collective over the group."""
     size = _place_in(group)[1]
     if size == 1:
         return own.view(1, -1)
@@ -201,7 +200,7 @@ def _place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
 
 
 def _layout(grad: Tensor) -> _Layout:
-    """The ranks over which the rows of a gradient are, or may be, divided."""
+    """Return the groups over which a gradient's rows are sharded or, if replicated, may be divided."""
     if not isinstance(grad, DTensor):
         return _Layout(dist.group.WORLD if is_distributed() else None, None)
     names = grad.device_mesh.mesh_dim_names or ()
@@ -215,7 +214,7 @@ def _layout(grad: Tensor) -> _Layout:
 
 
 def _num_rows(grad: Tensor) -> int:
-    """Rows over all ranks of the group that divides them; with a tensor group, of the largest part."""
+    """Return the number of rows over the group that shards them; with a tensor group, of the largest part."""
     rows = grad.shape[0] if grad.ndim else 1
     if isinstance(grad, DTensor):
         for placement, name in zip(grad.placements, grad.device_mesh.mesh_dim_names or (), strict=False):
@@ -225,7 +224,7 @@ def _num_rows(grad: Tensor) -> int:
 
 
 def _own_rows(grad: Tensor, rank: int, share: int) -> Tensor:
-    """Sums of squares of this rank's rows, padded with zeros to its share. float64, shape (share,)."""
+    """Return sums of squares of this rank's rows, zero-padded to its share. float64, shape (share,)."""
     if isinstance(grad, DTensor):
         local = grad.to_local()
     else:
@@ -241,7 +240,7 @@ def _own_rows(grad: Tensor, rank: int, share: int) -> Tensor:
 
 
 def _pairwise_sum(values: Tensor) -> Tensor:
-    """Sums over the last dimension, the upper half added to the lower until one is left. Overwrites its input."""
+    """Sum over the last dimension by repeatedly adding the upper half to the lower. Overwrites its input."""
     width = values.shape[-1]
     while width > 1:
         half = (width + 1) // 2

@@ -1,14 +1,14 @@
-"""Initial weights keyed by name and seed, for models built on the meta device: ``meta_init: true``.
+"""``meta_init: true``: initial weights keyed by name and seed, for models built on the meta device.
 
-The model is built without memory (``torch.device("meta")``), sharded, and only then filled. Every module fills its own
-tensors by its ``reset_parameters()`` (or ``_reset_parameters()``, ``init_weights()``), with generators seeded from
-(seed, name of the module): the values depend on no other module, no order and no layout, so they have the same bits
-under DDP, FSDP and HSDP on any number of ranks with the same kind of device. Numbers of half precision are drawn in
-float32 and rounded.
+The model is built without memory (``torch.device("meta")``), sharded, and only then initialized. Every module fills its
+own tensors with ``reset_parameters()`` (or ``_reset_parameters()``, ``init_weights()``), with generators seeded from
+(seed, module name). The values depend on no other module, no order and no layout, so they are bit-identical under DDP,
+FSDP and HSDP on any number of ranks with the same type of device. Half-precision values are drawn in float32 and
+rounded.
 
-Cost: a rank holds its shards and, while a module is filled, that module's tensors in full; an initializer of a whole
-model holds the whole model. Every rank draws all numbers. Nothing is sent, but where an initializer reaches into the
-module's children.
+Cost: a rank holds its shards and, while a module is initialized, that module's full tensors; an initializer of the
+whole model holds the whole model. Every rank draws all numbers. There is no communication, unless an initializer
+accesses tensors of child modules.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _INITIALIZERS: Final = ("reset_parameters", "_reset_parameters", "init_weights")
 
 
 def starts_on_meta(module: nn.Module, *, wanted: bool, fitting: bool) -> bool:
-    """Whether a module still has to be given memory and values.
+    """Return whether a module still needs memory and initial values.
 
     Args:
-        module: the whole.
-        wanted: the configuration's ``parallel.meta_init``.
-        fitting: weights are about to be trained, so that they have to start from somewhere.
+        module: the root module.
+        wanted: the setting ``parallel.meta_init``.
+        fitting: the weights are about to be trained, so they need initial values.
 
     Raises:
-        ConfigError: the module is not where the configuration says.
+        ConfigError: the module's device contradicts the setting.
     """
     tensors = list(_tensors(module))
     meta = [name for name, _, _, tensor in tensors if tensor.is_meta]
@@ -56,19 +56,19 @@ def starts_on_meta(module: nn.Module, *, wanted: bool, fitting: bool) -> bool:
 
 
 def initialize(module: nn.Module, device: torch.device, *, seed: int, offload: bool = False) -> None:
-    """Give a module on the meta device, sharded or not, memory on a device and its initial values, in place.
+    """Allocate and initialize a module on the meta device, sharded or not, in place.
 
-    Tensors that two modules share stay shared and have the values of the first by name. Buffers that are not on the
-    meta device keep theirs. A collective where parameters are sharded; every rank must call it.
+    Tensors shared between modules stay shared, and get the values of the first module by name. Buffers that are not on
+    the meta device keep their values. Collective if parameters are sharded; every rank must call it.
 
     Args:
-        module: the whole; names are those from here on.
-        device: where to.
+        module: the root module; names are relative to it.
+        device: the target device.
         seed: the run's seed.
-        offload: shards live on the CPU; values are drawn on the device all the same.
+        offload: keep shards on the CPU; values are still drawn on the device.
 
     Raises:
-        ConfigError: something has no initial value, or is a tensor that only its module's constructor can make.
+        ConfigError: a tensor has no initializer, or only its module's constructor could create it.
     """
     _refuse_lost_tensors(module)
     first = {id(tensor): name for name, _, _, tensor in reversed(list(_tensors(module))) if tensor.is_meta}
@@ -82,7 +82,7 @@ def initialize(module: nn.Module, device: torch.device, *, seed: int, offload: b
     for name, _, _, tensor in list(_tensors(module)):
         owners.setdefault(id(tensor), name)
     cuda = [device] if device.type == "cuda" else []
-    # Children stand before their parents, whose initializers may change what the children drew.
+    # Reversed, so that children precede their parents, whose initializers may change the children's values.
     for name, inner in reversed(list(module.named_modules())):
         initializer = _initializer(inner)
         if initializer is None:
@@ -97,7 +97,7 @@ def initialize(module: nn.Module, device: torch.device, *, seed: int, offload: b
 def _fill(
     inner: nn.Module, name: str, initializer: Callable[[], object], device: torch.device, owners: dict[int, str]
 ) -> set[str]:
-    """Let a module fill full copies of its tensors and take this rank's part; gives the names of those filled."""
+    """Let a module initialize full copies of its tensors, and keep this rank's part; return the names filled."""
     prefix = f"{name}." if name else ""
     held = [(f"{prefix}{own}", kind, place, tensor) for own, kind, place, tensor in _tensors(inner)]
     copies: dict[int, Tensor] = {}
@@ -124,7 +124,7 @@ def _fill(
 
 
 def _copy(tensor: Tensor, kind: str, device: torch.device, *, blank: bool) -> Tensor:
-    """The full value of a tensor; that of a module's own tensors is marked as not filled."""
+    """Return a tensor's full value; with ``blank``, a copy marked as not yet filled (NaN)."""
     wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
     if blank:
         copy = torch.empty(tensor.shape, dtype=wide, device=device)
@@ -144,7 +144,7 @@ def _was_filled(copy: Tensor, version: int | None) -> bool:
 
 
 def _take(tensor: Tensor, full: Tensor) -> None:
-    """Copy the part of a full value that this rank holds."""
+    """Copy this rank's part of a full value."""
     full = full.detach().to(tensor.dtype)
     if isinstance(tensor, DTensor):
         own = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
@@ -155,7 +155,7 @@ def _take(tensor: Tensor, full: Tensor) -> None:
 
 def _give_memory(module: nn.Module, device: torch.device, *, offload: bool) -> None:
     if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-        # FSDP2 takes note of new tensors in this hook; those that are shared stay so, as they are swapped in place.
+        # FSDP2 hooks _apply to register the new tensors. They are swapped in place, so shared ones stay shared.
 
         def give(tensor: Tensor) -> Tensor:
             place = torch.device("cpu") if offload and isinstance(tensor, DTensor) else device
@@ -172,7 +172,7 @@ def _give_memory(module: nn.Module, device: torch.device, *, offload: bool) -> N
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, str, tuple[nn.Module, str], Tensor]]:
-    """All parameters and buffers: name, kind, where they are held, and themselves; shared ones more than once."""
+    """Yield name, kind, location and tensor of all parameters and buffers; shared ones more than once."""
     for name, inner in module.named_modules():
         for kind, table in (("parameter", inner._parameters), ("buffer", inner._buffers)):
             for key, tensor in list(table.items()):
@@ -198,7 +198,7 @@ def _key(name: str) -> int:
 
 
 def _refuse_lost_tensors(module: nn.Module) -> None:
-    """Tensors that are neither parameters nor buffers have lost their values on the meta device."""
+    """Reject meta tensors that are neither parameters nor buffers: their values are lost."""
     for name, inner in module.named_modules():
         for key, value in vars(inner).items():
             if isinstance(value, Tensor) and value.is_meta:
@@ -210,7 +210,7 @@ def _refuse_lost_tensors(module: nn.Module) -> None:
 
 
 def leave_meta(module: nn.Module) -> None:
-    """Give a module that was never filled some memory, so that it can be moved: an error is on its way to the user."""
+    """Allocate memory for a module that was never initialized, so that teardown after an error can move it."""
     if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         module.to_empty(device="cpu")
 

@@ -1,10 +1,10 @@
-"""How the ranks of a job find each other, and not those of another job or of the attempt before.
+"""How the ranks of a job find each other, and not the ranks of another job or an earlier attempt.
 
-One of them, rank 0 or torchrun's agent, keeps a store at the place of the :class:`~disttrain.meeting.Meeting`. torchrun
-(seen in PyTorch 2.13) lets all attempts of a job meet in one store, under the same keys. A restarted rank may so read
-the address at which a dead one listened: the attempt fails to connect, or hangs. Here the ranks first agree on a name
-that is new for each attempt, by a handshake that no older key can disturb, and meet under it. Who does not come is
-named. Cost: some requests to the store for each rank, once.
+Rank 0 or torchrun's agent hosts a store at the rendezvous (:class:`~disttrain.meeting.Meeting`). torchrun (as of
+PyTorch 2.13) uses one store, with the same keys, for all attempts of a job. A restarted rank may then read the address
+at which a dead one listened, so the attempt fails to connect or hangs. Here the ranks first agree on a name unique to
+the attempt, by a handshake that stale keys cannot disturb, and join under it. Missing ranks are named. Cost: a few
+requests to the store per rank, once.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _NOTE_SECONDS: Final = 30.0
 
 
 class LoneEnvironment(LightningEnvironment):
-    """Lightning's view of one rank alone, whoever started it."""
+    """Lightning's view of a single rank, however it was started."""
 
     def teardown(self) -> None:
-        """Leave torchrun's WORLD_SIZE, which Lightning's own takes away: what follows the fit asks for it."""
+        """Keep torchrun's WORLD_SIZE, which Lightning's version deletes: code after the fit reads it."""
 
 
 class WorldEnvironment(ClusterEnvironment):
-    """Lightning's view of the launcher: the ranks of :func:`~disttrain.world.detect_world`, whichever it was.
+    """Lightning's view of the launcher: the ranks of :func:`~disttrain.world.detect_world`.
 
-    Lightning's own classes would look at torchrun's and SLURM's variables by rules of their own.
+    Lightning's own classes would interpret torchrun's and SLURM's variables by different rules.
     """
 
     def __init__(self, world: World) -> None:
@@ -51,52 +51,52 @@ class WorldEnvironment(ClusterEnvironment):
 
     @property
     def creates_processes_externally(self) -> bool:
-        """The launcher has started all ranks."""
+        """True: the launcher has started all ranks."""
         return True
 
     @property
     def main_address(self) -> str:
-        """Host of the meeting."""
+        """Host of the rendezvous."""
         return find_meeting(self._world).host
 
     @property
     def main_port(self) -> int:
-        """Port of the meeting; under SLURM the first of several until the ranks have met."""
+        """Port of the rendezvous; under SLURM, the first of several candidates until the ranks have joined."""
         return find_meeting(self._world).ports[0]
 
     @staticmethod
     def detect() -> bool:
-        """Never chosen by Lightning; the Trainer passes it."""
+        """Return False: Lightning must not pick this class by itself; the Trainer passes it."""
         return False
 
     def world_size(self) -> int:
-        """Number of ranks."""
+        """Return the number of ranks."""
         return self._world.size
 
     def set_world_size(self, size: int) -> None:
-        """The launcher has set it."""
+        """Do nothing: the launcher has set it."""
 
     def global_rank(self) -> int:
-        """This rank."""
+        """Return the global rank."""
         return self._world.rank
 
     def set_global_rank(self, rank: int) -> None:
-        """The launcher has set it."""
+        """Do nothing: the launcher has set it."""
 
     def local_rank(self) -> int:
-        """This rank among those of its node."""
+        """Return the rank within this node."""
         return self._world.local_rank
 
     def node_rank(self) -> int:
-        """Number of this node."""
+        """Return the index of this node."""
         return self._world.node
 
 
 class JoiningMixin(StrategyBase):
-    """Joins the ranks of this attempt; to be mixed into a Lightning strategy, before its base."""
+    """Joins the ranks of this attempt; list it before the base in a Lightning strategy."""
 
     def setup_distributed(self) -> None:
-        """Make the process group, unless there is one. A collective."""
+        """Create the process group, unless it exists. Collective."""
         world = detect_world()
         self.set_world_ranks()
         if world.size == self.world_size and not dist.is_initialized():
@@ -105,7 +105,7 @@ class JoiningMixin(StrategyBase):
             with ends_with_launcher():
                 dist.init_process_group(
                     self.backend_name(),
-                    # A rank alone meets nobody: it needs no port, which another program could take meanwhile.
+                    # A single rank needs no rendezvous: no port, which another program could take meanwhile.
                     store=join(world, min(timeout, PYTORCHS_TIMEOUT)) if world.size > 1 else dist.HashStore(),  # type: ignore[attr-defined]
                     rank=world.rank,
                     world_size=world.size,
@@ -116,11 +116,11 @@ class JoiningMixin(StrategyBase):
 
 
 def join(world: World, timeout: timedelta) -> Store:
-    """Meet the other ranks of this attempt; what is returned holds nothing of any other. A collective.
+    """Join the other ranks of this attempt; return a store private to it. Collective.
 
     Raises:
-        ConfigError: the environment does not say where to meet, or another program has the port.
-        JoinError: some ranks did not come in time, or rank 0 cannot be reached.
+        ConfigError: the environment does not define a rendezvous, or another program uses the port.
+        JoinError: some ranks did not arrive in time, or rank 0 cannot be reached.
     """
     meeting = find_meeting(world)
     deadline = time.monotonic() + timeout.total_seconds()
@@ -135,21 +135,20 @@ def _number(rank: int) -> str:
 
 
 def agree_on_a_name(store: Store, rank: int, size: int, timeout: float, *, call: Callable[[int], str] = _number) -> str:
-    """A name that the ranks of this attempt have in common, and with no other attempt.
+    """Agree on a name for this attempt that no other attempt has. Every rank must call this.
 
-    Each rank brings a word of its own that nobody could have used before, so rank 0's answer to it is no old one;
-    rank 0 answers until it has seen every rank take the name, and tells every half minute whom it waits for. Every
-    rank calls this.
+    Each rank writes a fresh random word, so a stale answer cannot be mistaken for rank 0's. Rank 0 answers until every
+    rank has confirmed the name, and logs every half minute which ranks are missing.
 
     Args:
-        store: the store of all ranks.
+        store: the store shared by all ranks.
         rank: this rank.
         size: number of ranks.
         timeout: seconds to wait for the others.
-        call: words for a rank, for messages.
+        call: formats a rank for messages.
 
     Raises:
-        JoinError: some ranks did not come in time.
+        JoinError: some ranks did not arrive in time.
     """
     own, started = uuid.uuid4().hex, time.monotonic()
     deadline, noted = started + timeout, started + _NOTE_SECONDS
@@ -179,7 +178,7 @@ def agree_on_a_name(store: Store, rank: int, size: int, timeout: float, *, call:
 
 
 def _read(store: Store, key: str) -> str:
-    """What a key holds; empty where it does not exist."""
+    """Return a key's value; empty if it does not exist."""
     return store.get(key).decode() if store.check([key]) else ""
 
 

@@ -1,8 +1,8 @@
-"""The tensors of a user's module, whatever their type and layout, on their way between ranks.
+"""Broadcast a user module's tensors between ranks, whatever their dtype and layout.
 
-gloo and NCCL know a dozen types, and gloo sends the memory behind a view as if it were contiguous. Here every tensor
-is sent as the bytes of a contiguous copy, many in one broadcast, and written back through its own strides: exact for
-each type. What no strategy can train is refused by name. Cost: one copy of at most a bucket of what is sent.
+gloo and NCCL support a dozen dtypes, and gloo sends the memory behind a view as if it were contiguous. Here every
+tensor is sent as the bytes of a contiguous copy, many per broadcast, and written back through its own strides: exact
+for every dtype. Tensors that no strategy can train are rejected by name. Cost: a copy of at most one bucket.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ _SENT_BY_DDP: Final = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
     *(torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool),
 }
-"""Types that gloo and NCCL broadcast both."""
+"""Dtypes that both gloo and NCCL can broadcast."""
 
 
 def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
-    """Give all ranks rank 0's values. A collective of all ranks, which bring tensors of the same types and shapes."""
+    """Broadcast rank 0's values. Collective over all ranks, which pass tensors of the same dtypes and shapes."""
     if is_distributed():
         for bucket in _buckets(tensors):
             _broadcast(bucket)
 
 
 def check_types(module: nn.Module, *, sharded: bool) -> None:
-    """Refuse parameters that cannot be trained on several ranks, before PyTorch does in the midst of a step.
+    """Reject parameters that cannot be trained on several ranks, before PyTorch fails in the middle of a step.
 
     Args:
-        module: the whole.
-        sharded: under FSDP.
+        module: the root module.
+        sharded: whether FSDP is used.
 
     Raises:
-        ConfigError: a trained parameter is complex, or one is of a type or layout that cannot be sharded.
+        ConfigError: a trained parameter is complex, or a parameter's dtype or layout cannot be sharded.
     """
     for name, parameter in module.named_parameters():
         kind = str(parameter.dtype).removeprefix("torch.")
@@ -60,10 +60,10 @@ def check_types(module: nn.Module, *, sharded: bool) -> None:
 
 
 def check_units(module: nn.Module) -> None:
-    """Refuse trained parameters of several types in one unit of a sharded module, which FSDP reduces together.
+    """Reject FSDP units that mix dtypes of trained parameters, since FSDP reduces a unit's gradients together.
 
     Raises:
-        ConfigError: there are some.
+        ConfigError: a unit mixes dtypes.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for unit in fsdp_modules(module):
@@ -78,10 +78,10 @@ def check_units(module: nn.Module) -> None:
 
 
 def settle_layout(module: nn.Module, *, sharded: bool) -> None:
-    """Give each tensor of a module memory of its own shape, in place, where it cannot be filled or sharded otherwise.
+    """Make tensors contiguous in place if they otherwise cannot be filled or sharded.
 
-    A buffer whose elements share memory (``expand``) cannot be written to, by a broadcast or a checkpoint; FSDP shards
-    contiguous parameters alone, so that ``channels_last`` ones become such.
+    A buffer whose elements share memory (``expand``) cannot be written by a broadcast or a checkpoint. FSDP only shards
+    contiguous parameters, so ``channels_last`` ones are converted.
     """
     made: dict[int, Tensor] = {}
     for inner in module.modules():
@@ -94,19 +94,19 @@ def settle_layout(module: nn.Module, *, sharded: bool) -> None:
 
 
 def odd_names(module: nn.Module) -> list[str]:
-    """The parameters and buffers that DDP cannot send between ranks."""
+    """Return the names of parameters and buffers that DDP cannot broadcast."""
     named = (*module.named_parameters(), *module.named_buffers())
     return [name for name, tensor in named if tensor.dtype not in _SENT_BY_DDP]
 
 
 def leave_out_of_ddp(module: nn.Module, names: Sequence[str]) -> None:
-    """Have DDP pass over some parameters and buffers, none of them trained; to be called before it is made."""
+    """Make DDP ignore some parameters and buffers (none of them trained); call before DDP is constructed."""
     ignored = [*getattr(module, "_ddp_params_and_buffers_to_ignore", ()), *names]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)  # type: ignore[no-untyped-call]
 
 
 def send_with_forward(model: DistributedDataParallel, names: Sequence[str]) -> None:
-    """Send what DDP passes over: all of it now, and buffers when DDP sends its own, before a forward pass."""
+    """Broadcast what DDP ignores: everything now, and buffers whenever DDP broadcasts its own, before a forward."""
     held = dict((*model.module.named_parameters(), *model.module.named_buffers()))
     broadcast_tensors(held[name] for name in names)
     buffers = [name for name in names if not isinstance(held[name], nn.Parameter)]
@@ -127,12 +127,12 @@ def _broadcast(bucket: list[Tensor]) -> None:
     if dist.get_rank() == 0:
         return
     for tensor, part in zip(bucket, torch.split(sent, [_num_bytes(tensor) for tensor in bucket]), strict=True):
-        # A part may begin at any byte; its type asks for an address of its own.
+        # A part may start at any byte offset; viewing it as another dtype requires alignment, hence the clone.
         tensor.detach().copy_(part.clone().view(tensor.dtype).view(tensor.shape))
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one device, as many as fit."""
+    """Yield groups of tensors on one device, each as large as fits a bucket."""
     bucket: list[Tensor] = []
     for tensor in tensors:
         if isinstance(tensor, DTensor) or not tensor.numel():
@@ -151,7 +151,7 @@ def _num_bytes(tensor: Tensor) -> int:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether two elements may share memory, as far as strides tell."""
+    """Return whether two elements may share memory, judging by the strides."""
     if tensor.layout != torch.strided or not tensor.numel():
         return False
     extent = 1

@@ -1,4 +1,4 @@
-"""Optimizers and gradients that a layout cannot train as one rank would: refused at the set-up."""
+"""Reject, at setup, optimizers and gradients that cannot train in a layout as they would on one rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from disttrain.errors import ConfigError
 from disttrain.parallel.config import ParallelConfig
 
 _WHOLE: Final = (torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.Muon, torch.optim.Rprop, torch.optim.SparseAdam)
-"""Optimizers that look at more than one element of a parameter, or that PyTorch cannot run on a part of one."""
+"""Optimizers that look at several elements of a parameter at once, or that PyTorch cannot run on a shard."""
 
 _EMBEDDINGS: Final = (nn.Embedding, nn.EmbeddingBag)
 
@@ -21,12 +21,12 @@ _EMBEDDINGS: Final = (nn.Embedding, nn.EmbeddingBag)
 def check_optimizers(
     optimizers: Sequence[Optimizer], module: nn.Module, config: ParallelConfig, *, ranks: int, accumulation: int
 ) -> None:
-    """Refuse what would be wrong or fail in this layout.
+    """Reject what would fail or give wrong results in this layout.
 
     Raises:
-        ConfigError: an optimizer needs whole parameters, which FSDP divides; LBFGS, which runs a step's batch several
-            times and decides by its loss, on several ranks or micro batches; sparse gradients where they cannot be
-            added.
+        ConfigError: an optimizer needs whole parameters, which FSDP shards; LBFGS, which evaluates a step's batch
+            several times and decides by its loss, is used with several ranks or micro batches; or sparse gradients
+            cannot be summed.
     """
     for optimizer in optimizers:
         kind = type(optimizer).__name__
@@ -52,7 +52,7 @@ def check_optimizers(
 
 
 def _no_sparse(config: ParallelConfig, module: nn.Module) -> str:
-    """The setting under which sparse gradients cannot be added, or an empty text."""
+    """Return the setting with which sparse gradients cannot be summed, or an empty string."""
     if config.strategy == "fsdp":
         return "parallel.strategy fsdp"
     if config.reduction == "tree":

@@ -1,9 +1,8 @@
-"""Random numbers in training that do not depend on who draws them.
+"""Random numbers in training that do not depend on which rank draws them.
 
-Before each micro batch, PyTorch's generators are seeded from (seed, optimizer step, index of the micro batch
-in the global batch). A micro batch at the same place of the same step draws the same dropout masks whichever
-rank runs it, on any number of ranks, and after any resume: there is no generator state to keep. Cost: a few
-microseconds a micro batch.
+Before each micro batch, PyTorch's generators are seeded from (seed, optimizer step, index of the micro batch in the
+global batch). So a micro batch at the same position of the same step draws the same dropout masks on any rank, with any
+number of ranks, and after any resume; there is no generator state to save. Cost: a few microseconds per micro batch.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ _MASK = 2**64 - 1
 
 
 def mix(*values: int) -> int:
-    """A 64-bit hash of some integers: SplitMix64's finalizer over their chain (Steele et al. 2014)."""
+    """Hash integers to 64 bits: SplitMix64's finalizer, chained (Steele et al. 2014)."""
     state = 0
     for value in values:
         state = (state + value + 0x9E3779B97F4A7C15) & _MASK
@@ -25,7 +24,7 @@ def mix(*values: int) -> int:
 
 
 def seed_micro_batch(seed: int, step: int, micro_batch: int, device: torch.device) -> None:
-    """Key the generators of the CPU and of ``device`` for one micro batch."""
+    """Seed the generators of the CPU and of ``device`` for one micro batch."""
     seed_generators(mix(seed, step, micro_batch), device)
 
 

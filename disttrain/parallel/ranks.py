@@ -1,7 +1,7 @@
-"""Which part of the data a rank takes.
+"""Data-parallel ranks: which part of the data a rank takes.
 
-Ranks that share the work of each layer (tensor parallelism) see the same samples, so they are one where a global
-batch is cut, where micro batches are numbered and where samples are counted. Every other rank stands for itself.
+Ranks that share the work of each layer (tensor parallelism) see the same samples. So they count as one when a global
+batch is divided, micro batches are numbered and samples are counted. Otherwise each rank counts separately.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from disttrain.parallel.config import Degrees
 
 @dataclass(frozen=True)
 class DataRanks:
-    """A rank's place among those that divide the data.
+    """A rank's position among the data-parallel ranks.
 
     Attributes:
-        rank: number of the part that this rank takes.
-        size: parts.
-        leads: whether this rank speaks for its part, where several take the same one.
-        group: one rank of each part, this rank among them; None stands for all ranks.
+        rank: index of the part this rank takes.
+        size: number of parts.
+        leads: whether this rank represents its part, if several ranks take the same one.
+        group: one rank of each part, including this rank; None means all ranks.
     """
 
     rank: int
@@ -33,16 +33,16 @@ class DataRanks:
 
 
 def data_ranks(trainer: pl.Trainer) -> DataRanks:
-    """This rank's place, as the trainer's strategy says; with a strategy of another library, every rank has its own."""
+    """Return this rank's position from the trainer's strategy; with a foreign strategy, every rank has its own part."""
     own = getattr(trainer.strategy, "data_ranks", None)
     return own if isinstance(own, DataRanks) else DataRanks(trainer.global_rank, trainer.world_size)
 
 
 def divide_ranks(degrees: Degrees, rank: int) -> DataRanks:
-    """A rank's place on a mesh whose innermost axis is the tensor axis. A collective where that is longer than one."""
+    """Return a rank's position on a mesh whose innermost axis is the tensor axis. Collective if ``tensor > 1``."""
     tensor = degrees.tensor
     if tensor == 1:
         return DataRanks(rank, degrees.data)
     every_part = [[part * tensor + place for part in range(degrees.data)] for place in range(tensor)]
-    groups = [new_group(part) for part in every_part]  # every rank makes all of them
+    groups = [new_group(part) for part in every_part]  # new_group() requires every rank to create every group
     return DataRanks(rank // tensor, degrees.data, leads=rank % tensor == 0, group=groups[rank % tensor])

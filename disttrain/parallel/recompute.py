@@ -1,10 +1,11 @@
-"""Activation checkpointing: blocks keep little and run again in the backward pass.
+"""Activation checkpointing: blocks keep few activations and run again in the backward pass.
 
-``blocks`` keeps a block's inputs alone; ``selective`` keeps the results of matrix products, convolutions and attention
-too, and runs only the rest again. The second run draws the same random numbers, so the weights of a run have the same
-bits with and without it. Blocks are those that FSDP shards (:func:`disttrain.parallel.shard.shard_units`); classes and
-parameter names stay as they are. Cost: ``blocks`` one more forward pass of the blocks, for the memory of everything
-inside a block but one at a time; ``selective`` a few per cent of time, for that of norms, activations and dropouts.
+``blocks`` keeps only a block's inputs. ``selective`` also keeps the results of matrix products, convolutions and
+attention, and recomputes only the rest. The second run draws the same random numbers, so training is bit-identical with
+and without it. Blocks are the units that FSDP shards (:func:`disttrain.parallel.shard.shard_units`); classes and
+parameter names are unchanged. Cost: ``blocks`` adds one forward pass of the blocks, and saves the activations inside
+all blocks but one; ``selective`` adds a few per cent of time, and saves those of norms, activation functions and
+dropout.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ _KEPT_OPS: Final = frozenset(getattr(torch.ops.aten, name).default for name in _
 
 
 def checkpoint_blocks(module: nn.Module, kind: Literal["blocks", "selective"] = "blocks") -> None:
-    """Let the blocks of a module run again in the backward pass; blocks that do so already are left as they are.
+    """Make a module's blocks recompute in the backward pass; skip blocks that already do.
 
     Args:
-        module: whose blocks.
-        kind: keep the blocks' inputs alone, or the results of expensive operations too.
+        module: the module.
+        kind: keep only the blocks' inputs, or also the results of expensive operations.
 
     Raises:
         ConfigError: the module has no blocks.
@@ -57,11 +58,11 @@ def checkpoint_blocks(module: nn.Module, kind: Literal["blocks", "selective"] = 
 
 
 class BlockForward:
-    """What stands in for a block's forward pass; known by its class, so that a block is changed once."""
+    """Base class of replacement forward passes; marks a block as already changed."""
 
 
 class _Recomputed(BlockForward):
-    """A block's forward pass that keeps little while gradients are wanted."""
+    """A block's forward pass that keeps few activations while gradients are enabled."""
 
     def __init__(self, block: nn.Module, *, selective: bool) -> None:
         self._forward = block.forward
@@ -70,7 +71,7 @@ class _Recomputed(BlockForward):
         if selective or norms:
             self._more["context_fn"] = partial(_contexts, selective, norms)
         if selective and _KNOWS_HOOKS:
-            # As all versions below do: PyTorch 2.14 warns around hooks such as save_on_cpu where it is not said.
+            # The default of all earlier versions; without it, PyTorch 2.14 warns inside hooks such as save_on_cpu.
             self._more["respect_saved_tensors_hooks"] = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,7 +81,7 @@ class _Recomputed(BlockForward):
 
 
 def _contexts(selective: bool, norms: list[_BatchNorm]) -> tuple[Any, Any]:
-    """What surrounds the first and the second run of a block."""
+    """Return contexts for a block's first run and its recomputation."""
     first: Any = nullcontext()
     second: Any = nullcontext()
     if selective:
@@ -90,7 +91,7 @@ def _contexts(selective: bool, norms: list[_BatchNorm]) -> tuple[Any, Any]:
 
 @contextmanager
 def _counted_once(norms: list[_BatchNorm], inner: AbstractContextManager[Any]) -> Iterator[None]:
-    """Running statistics are those of the first run alone."""
+    """Restore running statistics after the recomputation, so that each batch counts once."""
     before = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
     try:
         with inner:
@@ -102,10 +103,10 @@ def _counted_once(norms: list[_BatchNorm], inner: AbstractContextManager[Any]) -
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """What is kept: everything expensive, unless it draws random numbers.
+    """Decide what to keep: everything expensive, unless it draws random numbers.
 
-    An attention with dropout that was left out of the second run would leave out its random numbers too, and what
-    comes after it would draw others than in the first run.
+    If the recomputation skipped an attention with dropout, it would also skip its random numbers, and later operations
+    would draw different ones than in the first run.
     """
     if operation not in _KEPT_OPS:
         return CheckpointPolicy.PREFER_RECOMPUTE

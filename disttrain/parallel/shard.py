@@ -1,9 +1,8 @@
-"""Apply FSDP2 to a module from outside: blocks first, then the module itself.
+"""Apply FSDP2 to a module from outside: first to its blocks, then to the module itself.
 
-The blocks come from the model's own ``shard_units()`` where it has one; else they are the large children of
-its ``ModuleList`` and ``Sequential`` containers, or of what such a child holds where it has no ``forward`` of its own,
-such as a list in a list. The module keeps its class and its parameter names, so the
-same one runs under DDP, FSDP or alone.
+The blocks are given by the model's own ``shard_units()`` if it has one. Otherwise they are the large children of its
+``ModuleList`` and ``Sequential`` containers; a child without a ``forward``, such as a nested list, is replaced by its
+children. The module keeps its class name and parameter names, so the same module runs under DDP, FSDP or alone.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _MIN_UNIT_PARAMETERS: Final = 500_000
 
 
 def shard_units(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a model that are gathered and freed together, in forward order."""
+    """Return the blocks of a model that are gathered and freed as units, in forward order."""
     for module in model.modules():
         declared = getattr(module, "shard_units", None)
         if callable(declared):
@@ -47,12 +46,12 @@ def shard_units(model: nn.Module) -> list[nn.Module]:
 
 
 def no_blocks(what: str, module: nn.Module, setting: str) -> ConfigError:
-    """The error for a module without blocks.
+    """Return the error for a module without blocks.
 
     Args:
-        what: the setting that needs them, with its value.
-        module: which has none.
-        setting: its name, to be set to none.
+        what: the setting that needs blocks, with its value.
+        module: the module.
+        setting: name of the setting to set to none.
     """
     return ConfigError(
         f"{what}, and {type(module).__name__} has no blocks: no child of a ModuleList or Sequential has"
@@ -62,18 +61,18 @@ def no_blocks(what: str, module: nn.Module, setting: str) -> ConfigError:
 
 
 def _runs(module: nn.Module) -> bool:
-    """Whether a module has a forward pass, around which its parameters can be gathered and freed."""
+    """Return whether a module has a forward pass, around which its parameters can be gathered and freed."""
     return getattr(module.forward, "__func__", module.forward) is not nn.Module.forward
 
 
 def _runnable_children(module: nn.Module) -> Iterator[nn.Module]:
-    """The children of a module; instead of one without a forward pass, its children."""
+    """Yield a module's children, replacing those without a forward pass by their own children."""
     for child in module.children():
         yield from (child,) if _runs(child) else _runnable_children(child)
 
 
 def _check(module: nn.Module, units: list[nn.Module]) -> None:
-    """Refuse what FSDP2 cannot shard."""
+    """Reject what FSDP2 cannot shard."""
     for unit in units:
         if not _runs(unit):
             raise ConfigError(
@@ -98,18 +97,18 @@ def shard_module(
     offload: OffloadPolicy | None = None,
     precision: MixedPrecisionPolicy | None = None,
 ) -> None:
-    """Shard a module's parameters over a mesh, in place; a module that is sharded already is left as it is.
+    """Shard a module's parameters over a mesh, in place; skip a module that is already sharded.
 
     Args:
-        module: whose parameters to shard.
-        mesh: the data-parallel ranks: one axis to shard over, or two, copies first.
+        module: the module.
+        mesh: the data-parallel ranks: one axis to shard over, or a replicate axis and a shard axis.
         reshard_after_forward: free gathered parameters after the forward pass.
         forward_methods: methods besides ``forward`` that run the module.
         offload: where shards live between uses; by default on the device.
-        precision: types of gathered parameters and reduced gradients; by default their own.
+        precision: dtypes of gathered parameters and reduced gradients; by default unchanged.
 
     Raises:
-        ConfigError: a unit has no forward pass, or a parameter has no dimension.
+        ConfigError: a unit has no forward pass, or a parameter is 0-dimensional.
     """
     if isinstance(module, FSDPModule):
         return
@@ -123,14 +122,14 @@ def shard_module(
     for name in forward_methods:
         register_fsdp_forward_method(module, name)
     if dist.get_backend(mesh.get_group(mesh.ndim - 1)) == "gloo":
-        # gloo lacks the PREMUL_SUM reduction by which FSDP2 averages; sums are divided afterwards instead.
+        # gloo lacks the PREMUL_SUM reduction that FSDP2 averages with; sum first and divide afterwards instead.
         for inner in module.modules():
             if isinstance(inner, FSDPModule):
                 inner.set_force_sum_reduction_for_comms(True)
 
 
 def move_all_but_shards(module: nn.Module, device: torch.device) -> None:
-    """Move buffers, and modules without parameters, such as metrics, to a device; parameters stay where they are."""
+    """Move buffers and modules without parameters (such as metrics) to a device; parameters stay where they are."""
     for inner in module.modules():
         if next(inner.parameters(), None) is None:
             inner.to(device)
@@ -138,11 +137,11 @@ def move_all_but_shards(module: nn.Module, device: torch.device) -> None:
             if buffer is not None:
                 inner._buffers[name] = buffer.to(device)
         if isinstance(inner, pl.LightningModule):
-            set_device(inner, device)  # what a LightningModule says its device is
+            set_device(inner, device)  # what LightningModule.device returns
 
 
 def without_tensor(mesh: DeviceMesh) -> DeviceMesh:
-    """The axes of a mesh along which the data are divided."""
+    """Return the mesh axes along which the data is divided."""
     names = mesh.mesh_dim_names or ()
     if "tensor" not in names:
         return mesh

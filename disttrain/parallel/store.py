@@ -1,6 +1,6 @@
-"""The store at the place where ranks meet: torchrun's agent keeps it, or rank 0 does and tells the others its port.
+"""The store at the rendezvous: hosted by torchrun's agent, or by rank 0, which sends the others its port.
 
-It needs PyTorch and nothing of Lightning, so that ``disttrain doctor`` starts sooner. Cost: a connection for each rank.
+Needs PyTorch but not Lightning, so that ``disttrain doctor`` starts faster. Cost: one connection per rank.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _AGENT_TIMEOUT: Final = timedelta(minutes=2)
 
 @contextmanager
 def meet(meeting: Meeting, world: World, timeout: timedelta) -> Iterator[Store]:
-    """The store of the meeting; rank 0 answers who comes for as long as the context lasts.
+    """Provide the store of the rendezvous; within the context, rank 0 answers the other ranks.
 
     Raises:
-        ConfigError: another program has the port.
+        ConfigError: another program uses the port.
         JoinError: rank 0 cannot be reached.
     """
     if has_agent_store():
         yield _agents_store(meeting, timeout)
     elif world.rank == 0:
-        # It listens at all addresses; what the meeting's is called need not lead back here.
+        # The store listens on all addresses. Connect by localhost: the rendezvous host may not resolve to this node.
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timeout)
         with announce(meeting, store.port):
             yield store
@@ -44,7 +44,7 @@ def meet(meeting: Meeting, world: World, timeout: timedelta) -> Iterator[Store]:
 
 
 def _agents_store(meeting: Meeting, timeout: timedelta) -> TCPStore:
-    """That of torchrun's agent, which is there before any rank is: where it cannot be reached, the agent has died."""
+    """Connect to the store of torchrun's agent. It exists before any rank; if unreachable, the agent has died."""
     host, port = meeting.host, meeting.ports[0]
     try:
         store = _client(host, port, min(timeout, _AGENT_TIMEOUT))
@@ -62,5 +62,5 @@ def _client(host: str, port: int, timeout: timedelta) -> TCPStore:
 
 
 def has_agent_store() -> bool:
-    """Whether torchrun's agent keeps the store."""
+    """Return whether torchrun's agent hosts the store."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

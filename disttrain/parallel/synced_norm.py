@@ -1,12 +1,13 @@
-"""Batch normalization over the micro batches of all ranks: ``sync_batchnorm: true``.
+"""``sync_batchnorm: true``: batch normalization over the micro batches of all ranks.
 
-The statistics are those of the micro batches that all ranks run at the same time, each sample counted once: means,
-variances and counts are gathered and combined in float64 in one order, so all ranks normalize by the same bits, and the
-gradient flows through the statistics of all ranks. On CUDA and the CPU alike; nothing waits for the device. Names of
-the layers stay, and they remain instances of their classes; in evaluation and on one rank they do what those do.
+The statistics are those of the micro batches that all ranks run at the same time, with each sample counted once. Means,
+variances and counts are gathered and combined in float64 in a fixed order, so all ranks normalize with identical bits,
+and the gradient flows through the statistics of all ranks. Works on CUDA and the CPU without synchronizing with the
+device. Layers keep their names and remain instances of their classes, whose own code runs in evaluation and on one
+rank.
 
-Cost: two small collectives a layer and micro batch, one in each direction, and a few passes over the activations more
-than PyTorch's fused layer.
+Cost: per layer and micro batch, two small collectives (one in each direction) and a few more passes over the
+activations than PyTorch's fused layer.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from disttrain.parallel.collectives import all_gather_single
 
 
 def sync_batch_norms(module: nn.Module) -> int:
-    """Let a module's batch norms take their statistics over all ranks; gives their number.
+    """Make a module's batch norms compute statistics over all ranks; return how many there are.
 
-    Each is replaced by one of a subclass that has the same name, parameters, buffers and hooks. Those that do so
-    already are left as they are, PyTorch's ``SyncBatchNorm`` among them.
+    Each is replaced by an instance of a subclass with the same class name, parameters, buffers and hooks. Layers that
+    already synchronize are skipped, including PyTorch's ``SyncBatchNorm``.
     """
     synced: dict[Any, _Synced] = {}  # a norm may have several names
     for name, norm in list(module.named_modules(remove_duplicate=False)):
@@ -42,11 +43,11 @@ def sync_batch_norms(module: nn.Module) -> int:
 
 
 class _Synced(_BatchNorm):
-    """A batch norm over all ranks, mixed into one that is over a single rank."""
+    """A batch norm over all ranks, to be mixed into a single-rank batch norm class."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # collectives inside a compiled block are a graph break
     def forward(self, inputs: Tensor) -> Tensor:
-        """In an evaluation, and on one rank, the pass of the class it is mixed into."""
+        """Normalize over all ranks; in evaluation and on one rank, use the forward pass of the original class."""
         if not self.training or not is_distributed():
             return super().forward(inputs)
         self._check_input_dim(inputs)  # type: ignore[no-untyped-call]
@@ -59,7 +60,7 @@ class _Synced(_BatchNorm):
 
 
 def _synced(norm: _BatchNorm) -> _Synced:
-    """The same norm over all ranks: it shares parameters, buffers and hooks, whatever class of batch norm it is."""
+    """Return the same norm over all ranks: it shares the original's parameters, buffers and hooks."""
     kind: Any = type(norm)
     mixed = _mixed(kind)
     made: _Synced = mixed.__new__(mixed)
@@ -73,14 +74,14 @@ def _mixed(kind: Any) -> Any:
 
 
 def _statistics(inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance of each channel over all ranks, and their number of values; float64. A collective."""
+    """Return per-channel mean and biased variance over all ranks, and the number of values; float64. Collective."""
     dims = [dim for dim in range(inputs.ndim) if dim != 1]
     variance, mean = torch.var_mean(inputs.to(_wide(inputs)), dim=dims, correction=0)
     own = torch.cat([mean.double(), variance.double(), mean.new_full((1,), inputs.numel() // inputs.shape[1]).double()])
     gathered = own.new_empty(dist.get_world_size() * own.numel())
     all_gather_single(gathered, own)
     means, variances, counts = gathered.view(-1, own.numel()).split([len(mean), len(mean), 1], dim=1)  # type: ignore[no-untyped-call]
-    # A rank without samples has the mean of nothing.
+    # A rank without samples contributes NaN, which a count of 0 would not cancel.
     means, variances = torch.where(counts > 0, means, 0.0), torch.where(counts > 0, variances, 0.0)
     total = counts.sum()
     whole = (means * counts).sum(dim=0) / total
@@ -88,7 +89,7 @@ def _statistics(inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _track(norm: _BatchNorm, mean: Tensor, variance: Tensor, total: Tensor) -> None:
-    """Move the running statistics, as PyTorch does: by the unbiased variance."""
+    """Update the running statistics like PyTorch, with the unbiased variance."""
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
     share: Any = 1.0 / norm.num_batches_tracked.double() if norm.momentum is None else norm.momentum
@@ -98,7 +99,7 @@ def _track(norm: _BatchNorm, mean: Tensor, variance: Tensor, total: Tensor) -> N
 
 
 class _Normalize(torch.autograd.Function):
-    """Normalizes by given statistics; the backward pass differentiates through them, on all ranks."""
+    """Normalizes by given statistics; the backward pass differentiates through them, over all ranks."""
 
     @staticmethod
     def forward(
@@ -121,7 +122,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """A collective, by all ranks in the order of their backward passes."""
+        """Compute gradients. Collective: all ranks must run their backward passes in the same order."""
         inputs, weight, mean, inverse, total = ctx.saved_tensors  # type: ignore[attr-defined]
         wide = _wide(inputs)
         grad, inverse = gradients[0].to(wide), inverse.to(wide)
@@ -144,5 +145,5 @@ def _wide(inputs: Tensor) -> torch.dtype:
 
 
 def _channels(values: Tensor, like: Tensor) -> Tensor:
-    """A value a channel, shaped to go with a batch: (channels,) becomes (1, channels, 1, ...)."""
+    """Reshape per-channel values to broadcast with a batch: (channels,) becomes (1, channels, 1, ...)."""
     return values.view(1, -1, *(1 for _ in range(like.ndim - 2)))

@@ -1,13 +1,13 @@
-"""Tensor parallelism by the model's own plan: neighbouring ranks share the work of each layer.
+"""Tensor parallelism by the model's own plan: consecutive ranks share the work of each layer.
 
-A model says how in ``tensor_plan()``: names of its modules (with ``*`` for any) to PyTorch's styles
-(``torch.distributed.tensor.parallel``), as ``parallelize_module`` takes them; sequence parallelism is a style among
-them. Parameters that the plan leaves out are whole on every rank. The random numbers of a micro batch are the same on
-all ranks of a tensor group, so dropout on whole tensors needs nothing; where a rank holds a part of a tensor,
-:class:`ShardedDropout` gives it that part of the whole tensor's mask.
+A model defines the plan in ``tensor_plan()``: a mapping from module names (with ``*`` as a wildcard) to PyTorch's
+styles (``torch.distributed.tensor.parallel``), as ``parallelize_module`` takes it; one of the styles is sequence
+parallelism. Parameters outside the plan are replicated. All ranks of a tensor group draw the same random numbers for a
+micro batch, so dropout on whole tensors needs nothing special. If a rank holds a part of a tensor,
+:class:`ShardedDropout` applies that part of the whole tensor's mask.
 
-Guarantee: the same samples, masks and gradients as without it, to rounding; the sums inside a layer are cut, so not
-to the bit. Cost: two collectives a block and direction on the activations, by the plan.
+Guarantee: the same samples, masks and gradients as without it, up to rounding; not bit-identical, since sums inside a
+layer are split. Cost: two collectives on the activations per block and direction, depending on the plan.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Plan = dict[str, ParallelStyle]
 
 
 class ShardedDropout(ParallelStyle):
-    """Dropout on a rank's part of a tensor, with that part of the mask that the whole tensor would have.
+    """Dropout on a rank's part of a tensor, with the matching part of the whole tensor's mask.
 
     Args:
         dim: the dimension along which the ranks of a tensor group hold equal parts.
@@ -60,14 +60,14 @@ class _SharedMask:
         own = part.to_local() if isinstance(part, DTensor) else part
         shape = list(own.shape)
         shape[self._dim] *= self._mesh.size()
-        # What dropout draws for a tensor depends on its shape alone.
+        # For a given generator state, dropout's mask depends only on the tensor's shape.
         mask = F.dropout(own.new_ones(shape), self._module.p, training=True)
         kept = own * mask.chunk(self._mesh.size(), dim=self._dim)[self._mesh.get_local_rank()]
         return DTensor.from_local(kept, part.device_mesh, part.placements) if isinstance(part, DTensor) else kept
 
 
 def apply_tensor_plan(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Divide the layers of a module over the ranks of a mesh of one axis, in place. A collective of the mesh.
+    """Parallelize a module's layers over a one-dimensional mesh, in place. Collective over the mesh.
 
     Raises:
         ConfigError: the model has no plan, or the plan does not fit it.
@@ -99,7 +99,7 @@ def _find_plan(module: nn.Module) -> tuple[nn.Module, Plan]:
 
 
 def _matching(pattern: str, owner: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that a pattern names: each of its parts matches one part of a name, as in PyTorch's own search."""
+    """Yield the modules that a pattern matches, part by part, as PyTorch's own search does."""
     tokens = pattern.split(".") if pattern else []
     for name, inner in owner.named_modules():
         parts = name.split(".") if name else []

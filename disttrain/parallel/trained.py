@@ -1,8 +1,8 @@
-"""Whether what an optimizer steps is what the strategy reduces.
+"""Check that an optimizer only steps parameters that the strategy reduces.
 
-A parameter whose gradient is not reduced over the ranks is trained by each rank on its own samples, and nothing says
-so: the ranks drift apart, and the checkpoint holds rank 0's. So the parameters of every optimizer are compared with
-those of the module when they are first stepped and whenever their number changes.
+If a parameter's gradient is not reduced, each rank silently trains it on its own samples: the ranks diverge, and the
+checkpoint holds rank 0's values. So every optimizer's parameters are compared with the module's at their first step and
+whenever their number changes.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from disttrain.errors import ConfigError
 
 
 def class_name(module: nn.Module) -> str:
-    """The name of a module's class, as its author wrote it: FSDP2 makes a class of its own, with a prefix."""
+    """Return a module's class name as its author wrote it: ``fully_shard`` creates a subclass with a prefix."""
     kind = type(module)
     return kind.__mro__[2].__name__ if isinstance(module, FSDPModule) else kind.__name__
 
 
 def check_members(optimizer: Optimizer, reducible: Mapping[str, nn.Parameter], module: nn.Module) -> None:
-    """Refuse an optimizer that steps parameters which the ranks do not share.
+    """Reject an optimizer that steps parameters which the strategy does not reduce.
 
     Args:
-        optimizer: any.
+        optimizer: the optimizer.
         reducible: the parameters whose gradients are reduced, or will be once they are trained, by name.
         module: the LightningModule, for the message.
 

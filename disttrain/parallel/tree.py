@@ -1,12 +1,12 @@
-"""The one binary tree in which the gradients of a step's micro batches are added.
+"""The fixed binary tree in which a step's micro-batch gradients are added.
 
-The leaves are the micro batches of a global batch, numbered ``rank * accumulation + position on the rank``; the
-tree depends on their number alone (a node of n leaves has the largest power of two below n on its left). A rank
-holds a contiguous run of leaves, and so some whole nodes: it adds those up by itself and the rest is added over
-the ranks. Whoever adds, the same pairs are added, so the sum has the same bits for every number of ranks.
+The leaves are the micro batches of a global batch, numbered ``rank * accumulation + position on the rank``. The tree
+depends only on their number (a node of n leaves has the largest power of two below n on its left). A rank holds a
+contiguous range of leaves, and so some whole nodes: it sums those locally, and the rest is summed across ranks.
+Whichever rank adds them, the same pairs are added, so the sum is bit-identical for every number of ranks.
 
-Cost: nothing; these are decisions, made once. A rank holds at most ``log2(accumulation) + 1`` partial sums at a
-time. With powers of two it ends with one; with other numbers with a few, and sends each of them.
+Cost: none per step; the plan is made once. A rank holds at most ``log2(accumulation) + 1`` partial sums at a time. With
+powers of two it ends with one; otherwise with a few, and sends each of them.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from functools import cache
 
 Node = tuple[int, int]
-"""A run of micro batches, ``[first, end)``, that the tree adds up before it adds anything else."""
+"""A range of micro batches ``[first, end)`` that forms a subtree."""
 
 
 def split(node: Node) -> int:
-    """Where a node of two leaves or more is divided into its left and right part."""
+    """Return where a node of two or more leaves splits into left and right."""
     first, end = node
     return first + (1 << ((end - first - 1).bit_length() - 1))
 
 
 def nodes_within(first: int, end: int, num_leaves: int) -> tuple[Node, ...]:
-    """The largest nodes of the tree that lie in ``[first, end)``, left to right. They fill it."""
+    """Return the largest nodes of the tree inside ``[first, end)``, left to right; together they cover it."""
 
     def inside(node: Node) -> list[Node]:
         if first <= node[0] and node[1] <= end:
@@ -40,7 +40,7 @@ def nodes_within(first: int, end: int, num_leaves: int) -> tuple[Node, ...]:
 
 
 def merges(nodes: Sequence[Node], num_leaves: int) -> tuple[int, ...]:
-    """For nodes that arrive left to right: how often, after each, the newest two partial sums become one."""
+    """Return how often, after each node arriving left to right, the newest two partial sums are merged."""
     open_nodes: list[Node] = []
     counts = []
     for node in nodes:
@@ -56,14 +56,14 @@ def merges(nodes: Sequence[Node], num_leaves: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class TreePlan:
-    """Who adds what in a step.
+    """Which rank adds what in a step.
 
     Attributes:
-        num_ranks: ranks among which the micro batches are divided.
-        accumulation: micro batches of each rank.
+        num_ranks: number of ranks that share the micro batches.
+        accumulation: micro batches per rank.
         sent: for each rank, how many partial sums it ends with.
-        own_merges: for each rank and each of its micro batches, how many additions follow it there.
-        joint_merges: for each of all ranks' partial sums, by rank, how many additions follow it.
+        own_merges: for each rank and each of its micro batches, how many additions follow it locally.
+        joint_merges: for each partial sum of all ranks, in rank order, how many additions follow it.
     """
 
     num_ranks: int
@@ -74,18 +74,18 @@ class TreePlan:
 
     @property
     def num_leaves(self) -> int:
-        """Micro batches of a step, over all ranks."""
+        """Micro batches per step, over all ranks."""
         return self.num_ranks * self.accumulation
 
     @property
     def scale_exponent(self) -> int:
-        """The gradients are scaled by ``2 ** -scale_exponent``: exact, and near a mean of the micro batches."""
+        """Gradients are scaled by ``2 ** -scale_exponent``: exact, and close to the mean over micro batches."""
         return (self.num_leaves - 1).bit_length()
 
 
 @cache
 def plan_tree(num_ranks: int, accumulation: int) -> TreePlan:
-    """The plan for a number of ranks and of micro batches on each."""
+    """Return the plan for a number of ranks and of micro batches per rank."""
     total = num_ranks * accumulation
     runs = [(rank * accumulation, (rank + 1) * accumulation) for rank in range(num_ranks)]
     held = [nodes_within(first, end, total) for first, end in runs]

@@ -1,9 +1,9 @@
-"""A number that every rank brings, and its maximum that all of them get, without waiting for any device.
+"""Asynchronous max-all-reduce of one integer per rank, on the CPU.
 
-Whatever changes control flow is decided from a reduced value (law 5). A vote begins before the work of a step
-and is read after it, so the ranks exchange it while they compute. It has a gloo group of its own on the host:
-it neither waits for the device nor gets between the collectives of training. Cost: one all-reduce of eight
-bytes, in the background.
+Anything that changes control flow is decided from a reduced value (law 5). A vote starts before the work of a step and
+is read after it, so the exchange overlaps with the computation. It uses its own gloo group on the host, so it neither
+synchronizes with the device nor interleaves with training's collectives. Cost: one all-reduce of eight bytes, in the
+background.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NAME: Final = "the vote on stopping"
 
 
 class Votes:
-    """Votes of all ranks. To be made on every rank at the same place: that is a collective."""
+    """Votes of all ranks. The constructor is collective: create it on every rank at the same point."""
 
     def __init__(self) -> None:
         self._group = new_group(backend="gloo") if is_distributed() else None
@@ -29,15 +29,15 @@ class Votes:
         self._work: dist.Work | None = None
 
     def close(self) -> None:
-        """End the group; no vote may be under way."""
+        """Destroy the group; no vote may be in progress."""
         if self._group is not None and dist.is_initialized():
             dist.destroy_process_group(self._group)
         self._group = None
 
     def begin(self, own: int) -> None:
-        """Bring this rank's number, 0 or more; every rank does so. Does not wait.
+        """Start a vote with this rank's number, 0 or more, without waiting. Collective.
 
-        A vote that is under way already stays as it is.
+        Does nothing if a vote is already in progress.
         """
         if self._value is not None:
             return
@@ -47,7 +47,7 @@ class Votes:
                 self._work = dist.all_reduce(self._value, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def result(self) -> int:
-        """The largest number that was brought, the same on all ranks; 0 where no vote is under way."""
+        """Wait for the vote, and return the largest number, the same on all ranks; 0 if no vote is in progress."""
         if self._value is None:
             return 0
         value, work = self._value, self._work
@@ -58,6 +58,6 @@ class Votes:
         return int(value)
 
     def now(self, own: int) -> int:
-        """A vote begun and read at once."""
+        """Vote and wait for the result."""
         self.begin(own)
         return self.result()
