@@ -35,7 +35,7 @@ class waiting_for:  # noqa: N801 - it reads as a sentence
 
     Args:
         what: the collective in which this process waits for the other ranks.
-        own: it waits for one of its own threads instead, which writes or copies a checkpoint.
+        own: the wait is for one of this process's own threads, which writes or copies a checkpoint.
     """
 
     def __init__(self, what: str, *, own: bool = False) -> None:
@@ -55,13 +55,13 @@ class Place(NamedTuple):
     """What a thread is doing."""
 
     stack: Sequence[FrameType]
-    """Its frames, innermost first."""
+    """The thread's frames, innermost first."""
     wait: waiting_for | None = None
-    """The innermost wait that it has marked."""
+    """The innermost wait that the thread has marked."""
 
 
 def place_of(thread: threading.Thread) -> Place:
-    """Look at a thread; one that has ended has no frames."""
+    """Return the place of a thread; a thread that has ended has no frames."""
     frames = list(_outwards(sys._current_frames().get(thread.ident or 0)))
     return Place(frames, next(reversed(_WAITS.get(thread.ident or 0, ())), None))
 

@@ -6,8 +6,8 @@ or damaged, or in which a file has a different size, is torn; it is skipped, wit
 per file; contents are only read on request, and by all ranks in :mod:`disttrain.checkpoint.verify`. Needs no torch.
 Takes no lock: a checkpoint that another process deletes during a listing counts as absent.
 
-Format 1 listed sizes only; 2 added checksums, run, attempt and metric; 3 changed ``meta.pt`` alone (optimizer and extra
-state that are not tensors, frozen parameters). Every later disttrain reads all of them.
+Format 1 listed sizes only; 2 added checksums, run, attempt and metric; 3 added optimizer and extra
+state that are not tensors, and which parameters are frozen. Every later disttrain reads all of them.
 """
 
 from __future__ import annotations

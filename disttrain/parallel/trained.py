@@ -18,7 +18,7 @@ from disttrain.errors import ConfigError
 
 def class_name(module: nn.Module) -> str:
     """Return a module's class name as its author wrote it: ``fully_shard`` creates a subclass with a prefix."""
-    kind = type(module)
+    kind = type(module)  # under FSDP2, the MRO begins with the subclass, FSDPModule and the original class
     return kind.__mro__[2].__name__ if isinstance(module, FSDPModule) else kind.__name__
 
 

@@ -35,7 +35,7 @@ class Votes:
         self._group = None
 
     def begin(self, own: int) -> None:
-        """Start a vote with this rank's number, 0 or more, without waiting. Collective.
+        """Start a vote with this rank's number, 0 or more, without waiting for its result. Collective.
 
         Does nothing if a vote is already in progress.
         """
@@ -43,7 +43,7 @@ class Votes:
             return
         self._value = torch.tensor([own], dtype=torch.int64)
         if self._group is not None:
-            with waiting_for(_NAME):  # gloo may hold it up until the others have joined
+            with waiting_for(_NAME):  # gloo may block here until the other ranks have joined
                 self._work = dist.all_reduce(self._value, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def result(self) -> int:
