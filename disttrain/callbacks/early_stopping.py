@@ -52,7 +52,7 @@ class EarlyStopping(Callback):
         self.waited = 0
         self.stop_reason = ""
         self.checkpoints: Checkpointing | None = None
-        """What keeps the best weights; the Trainer says it."""
+        """The callback that keeps the best weights; set by the Trainer."""
         self._told = False  # of a validation without the metric
 
     @property

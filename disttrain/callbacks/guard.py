@@ -102,7 +102,7 @@ class UpdateGuard(Callback):
         self.rollbacks: list[Rollback] = []
         """Those of the run so far."""
         self.checkpoints: Checkpointing | None = None
-        """What keeps the checkpoints to go back to; the Trainer says it, and the record."""
+        """The callback that keeps the checkpoints to roll back to; set by the Trainer, as is ``record``."""
         self.record: RunRecord | None = None
         self._planned: set[int] = set()  # steps that they leave out
         self._streak = Streak(patience)

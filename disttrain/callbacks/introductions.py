@@ -1,4 +1,4 @@
-"""Hands callbacks those that they work with, so that none looks for another."""
+"""Hand callbacks the callbacks that they work with, so that none searches the trainer's list."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from disttrain.callbacks.trace import StepTrace
 
 
 class Introductions(Callback):
-    """Introduces the Trainer's callbacks and those of the user to each other; the first of a trainer's callbacks.
+    """Introduces the Trainer's and the user's callbacks to each other; it comes first in the trainer's list.
 
     Args:
         record: the run's record.
-        step_log: what logs the loss.
+        step_log: the log of training metrics.
     """
 
     def __init__(self, record: RunRecord, step_log: StepLog) -> None:
@@ -28,11 +28,11 @@ class Introductions(Callback):
         """The callback that saves: the user's or the Trainer's own."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Introduce those that the module has added by ``configure_callbacks``, too."""
+        """Also introduce the callbacks that the module has added by ``configure_callbacks``."""
         self.introduce(trainer.callbacks)  # type: ignore[attr-defined]
 
     def introduce(self, callbacks: list[Callback]) -> None:
-        """Hand each of them what it works with."""
+        """Hand each callback the others that it works with."""
         self.checkpoints = next((one for one in callbacks if isinstance(one, Checkpointing)), None)
         self._record.stopping = next((one for one in callbacks if isinstance(one, EarlyStopping)), None)
         for one in callbacks:

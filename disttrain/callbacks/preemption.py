@@ -56,7 +56,7 @@ class Preemption(Callback, Checkpoint):  # Lightning calls its checkpoint callba
     def __init__(self, run_dir: Path, record: RunRecord, *, stop_after: str | None = None) -> None:
         self.run_dir, self.record = run_dir, record
         self.checkpoints: Checkpointing | None = None
-        """What saves; the Trainer says it."""
+        """The callback that saves; set by the Trainer."""
         seconds = parse_duration(stop_after, "trainer.stop_after") if stop_after is not None else 0.0
         self._deadline = time.monotonic() - _age_seconds() + seconds if seconds else None
         self._signals = NotedSignals(speaks=detect_world().rank == 0)

@@ -60,7 +60,7 @@ class RunRecord(Callback):
         """What was decided before the run started; its notes become events."""
         self.record: dict[str, Any] = {}
         self.checkpoints: Checkpointing | None = None
-        """What saves; the Trainer says it, and what may stop the run."""
+        """The callback that saves; set by the Trainer, as is ``stopping``."""
         self.stopping: EarlyStopping | None = None
         self.awaits_result = False
         """Whether the run is complete only once :meth:`add_result` was called."""

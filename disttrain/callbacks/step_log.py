@@ -36,7 +36,7 @@ class StepLog(Callback):
             raise ConfigError(f"trainer.log_every_steps is {every_steps}", mend="use at least 1")
         self.every_steps, self.bad_samples = every_steps, bad_samples
         self.checkpoints: Checkpointing | None = None
-        """What saves, whose time does not count; the Trainer says it."""
+        """The callback that saves, whose time is subtracted; set by the Trainer."""
         self.latest: dict[str, float] = {}
         """The last values logged, by name."""
         self.samples = 0

@@ -48,7 +48,7 @@ class StepTrace(Callback):
     def __init__(self, stop_at: int = -1, kill_at: int = -1) -> None:
         self._stop_at, self._kill_at = stop_at, kill_at
         self.step_log: StepLog | None = None
-        """What knows the loss of a task's step; the Trainer says it."""
+        """The log that holds the loss of a task's step; set by the Trainer."""
         self._folder = Path()
         self._drawn: set[str] = set()
         self._before: dict[str, str] = {}

@@ -15,26 +15,26 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class TrainerBase(pl.Trainer):
-    """A trainer that says where a run begins and ends."""
+    """Lightning's trainer with public hooks around a run and its teardown."""
 
     def around_run(self, run: Callable[[], Any]) -> Any:
-        """Fit or evaluate, from the set-up to the teardown.
+        """Fit or evaluate, from set-up to teardown.
 
         Args:
-            run: does it.
+            run: Lightning's implementation.
         """
         return run()
 
     def around_teardown(self, teardown: Callable[[], None]) -> None:
-        """Release what a run has held, whether it failed or not.
+        """Release a run's resources, whether it failed or not.
 
         Args:
-            teardown: does it.
+            teardown: Lightning's implementation.
         """
         teardown()
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        # The state, and so what runs, is known here; fit() and the like are too early for that.
+        # Lightning has set trainer.state and trainer.lightning_module by now, which fit() and its siblings have not.
         return self.around_run(lambda: super(TrainerBase, self)._run(*args, **kwargs))
 
     def _teardown(self) -> None:
@@ -42,7 +42,7 @@ class TrainerBase(pl.Trainer):
 
 
 class StrategyBase(DDPStrategy):
-    """Lightning's DDP, from which both of disttrain's strategies take environment, launcher and set-up."""
+    """Lightning's DDP, whose environment, launcher and set-up both of disttrain's strategies use."""
 
     @property
     def timeout(self) -> timedelta | None:
@@ -50,11 +50,11 @@ class StrategyBase(DDPStrategy):
         return self._timeout
 
     def backend_name(self) -> str:
-        """PyTorch's name of the backend of the process group."""
+        """PyTorch's name for the process group's backend."""
         return str(super()._get_process_group_backend())
 
     def synchronize_layers(self) -> None:
-        """Apply ``Trainer(sync_batchnorm=True)`` of Lightning's own trainer; nothing under disttrain's."""
+        """Apply ``sync_batchnorm=True`` of Lightning's own trainer; does nothing under disttrain's."""
         if self._layer_sync:
             assert self.model is not None
             self.model = self._layer_sync.apply(self.model)
@@ -63,14 +63,14 @@ class StrategyBase(DDPStrategy):
         return self.backend_name()
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        # On the stream that trains: Lightning 2.6.6 wraps on another one, which the nodes that gather gradients then
-        # stay on, and every backward pass waits for it (https://github.com/Lightning-AI/pytorch-lightning/pull/21746).
+        # On the current stream: Lightning 2.6.6 wraps on a side stream, on which the nodes that accumulate gradients
+        # then stay, so that every backward pass waits for it (https://github.com/Lightning-AI/pytorch-lightning/pull/21746).
         return DistributedDataParallel(model, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
 
 
 class PrecisionBase(MixedPrecision):
-    """Lightning's mixed precision, whose parts can be called one by one."""
+    """Lightning's mixed precision with public access to a part of its optimizer step."""
 
     def before_step(self, model: pl.LightningModule, optimizer: Optimizable) -> None:
-        """Call ``on_before_optimizer_step``, then clip; Lightning does so once the backward passes are done."""
+        """Call ``on_before_optimizer_step``, then clip, as Lightning does after the backward pass."""
         self._after_closure(model, optimizer)

@@ -8,22 +8,22 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 
 class CLIBase(LightningCLI):
-    """A command line whose subcommands are methods of its own, which take what they need from the configuration."""
+    """A command line whose subcommands are its own methods, which read what they need from the configuration."""
 
     runs = True
-    """Whether to run the subcommand, or to read its configuration alone."""
+    """Whether to run the subcommand or only read its configuration."""
 
     def given(self, name: str) -> Any:
-        """The value of a setting of this subcommand; None if it has none of that name."""
+        """Return a setting of this subcommand; None if there is none of that name."""
         assert self.subcommand is not None
         return self.config[self.subcommand].get(name)
 
     def fills(self, subcommand: str) -> bool:
-        """Whether the parser of a subcommand is needed; filling one takes a fifth of a second."""
+        """Whether a subcommand's parser is needed; filling one takes 0.2 s."""
         return True
 
     def add_subcommand_arguments(self, parser: LightningArgumentParser, subcommand: str) -> None:
-        """Add to the arguments that Lightning has put into a subcommand's parser."""
+        """Add arguments to a subcommand's parser, after Lightning's."""
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if not self.fills(subcommand):

@@ -1,8 +1,8 @@
-"""What disttrain asks of Lightning's protected parts, in disttrain's words.
+"""Access to Lightning's protected parts, by functions with names of our own.
 
-Lightning moved its loops and connectors behind underscores to be free to change them. So nothing outside of this
-package names a protected part, and each function below has a contract test (``tests/lightning/test_internals.py``) that
-says what has moved when it fails. The loops themselves are in :mod:`disttrain.lightning.loops`.
+Lightning 2.0 made its loops and connectors protected so that it can change them. Nothing outside this package names
+such a part, and each function below has a contract test (``tests/lightning/test_internals.py``) whose message says what
+has moved. The loops themselves are in :mod:`disttrain.lightning.loops`.
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ from disttrain.lightning.position import micro_batch_of_step
 
 
 def begins_step(trainer: pl.Trainer) -> bool:
-    """Whether the micro batch under way is the first of its optimizer step."""
+    """Whether the current micro batch is the first of its optimizer step."""
     return micro_batch_of_step(trainer) == 0
 
 
 def ends_step(trainer: pl.Trainer) -> bool:
-    """Whether the micro batch under way, or the one just done, is the last of its optimizer step.
+    """Whether the micro batch that runs, or ran last, is the last of its optimizer step.
 
-    Lightning steps early on the last micro batch of an epoch, so this is more than counting.
+    Lightning also steps on the last micro batch of an epoch, however many the step has, so counting is not enough.
     """
     return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def ends_epoch(trainer: pl.Trainer) -> bool:
-    """Whether the micro batch under way, or the one just done, is the last of its epoch."""
+    """Whether the micro batch that runs, or ran last, is the last of its epoch."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     # A loader without a length shows only by its end that a micro batch was its last.
     return progress.current.ready == trainer.num_training_batches or progress.is_last_batch
 
 
 def ends_training(trainer: pl.Trainer) -> bool:
-    """Whether the step just done is the last of its epoch, or of the run by its limit in steps."""
+    """Whether the last step was the last of its epoch, or reached ``max_steps``."""
     return ends_epoch(trainer) or 0 <= trainer.max_steps <= trainer.global_step
 
 
 def validation_follows(trainer: pl.Trainer) -> bool:
-    """Whether Lightning validates after the micro batch that is just done."""
+    """Whether Lightning is about to validate, after the step that has just ended."""
     loop = trainer.fit_loop
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]  # set while it trains
 
 
 def run_validation(trainer: pl.Trainer) -> None:
-    """Validate before the first step, as Lightning does after one, and leave its loops as if nothing had run."""
+    """Validate before the first step, as Lightning does after one, and leave no trace in its loops."""
     loop, logger = trainer.fit_loop.epoch_loop, trainer._logger_connector
     first, restarting = logger._first_loop_iter, loop.val_loop.restarting
     loop.val_loop.restarting = False
@@ -62,13 +62,13 @@ def run_validation(trainer: pl.Trainer) -> None:
     loop.val_loop.run()
     trainer.training = True
     logger._first_loop_iter = first
-    # Or the loop would take the validation that follows the first step for one that it has to end.
+    # Otherwise the loop would take the validation after the first step for an interrupted one, and only end it.
     _reset_progress(loop.val_loop)
     loop.val_loop._has_run, loop.val_loop.restarting = False, restarting
 
 
 def end_midway(trainer: pl.Trainer) -> None:
-    """End a fit in the midst of it, in the order in which Lightning ends one that is done. A collective.
+    """End a fit early, in the order in which Lightning ends one that is complete. A collective.
 
     Lightning's own way out of an exception calls ``on_exception`` and marks the loggers' runs as failed; this one has
     not failed.
@@ -79,29 +79,29 @@ def end_midway(trainer: pl.Trainer) -> None:
 
 
 def without_signal_handlers(trainer: pl.Trainer) -> None:
-    """Keep Lightning from handling signals: its handlers broadcast and save, which hangs while ranks are apart."""
+    """Keep Lightning from installing signal handlers, which broadcast and save, and hang if ranks are out of step."""
     trainer._signal_connector = _NoSignals(trainer)
 
 
 class _NoSignals(_SignalConnector):
-    """Handles nothing, and so has nothing to undo; the trainer's ``received_sigterm`` stays False."""
+    """Installs nothing, so it has nothing to restore; the trainer's ``received_sigterm`` stays False."""
 
     def register_signal_handlers(self) -> None:
         """Leave the process's handlers alone."""
 
 
 def checkpoint_of(trainer: pl.Trainer) -> dict[str, Any]:
-    """What Lightning would save now: loops, callbacks, data module, optimizers, weights, and what hooks add."""
+    """Return what Lightning would save now: loops, callbacks, data module, optimizers, weights, and what hooks add."""
     return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
 
 
 def train_loaders(trainer: pl.Trainer) -> Any:
-    """The ``CombinedLoader`` in which Lightning keeps the train loaders; None before they are set up."""
+    """Return the ``CombinedLoader`` that holds the training loaders; None before they are set up."""
     return trainer.fit_loop._combined_loader
 
 
 def set_device(module: pl.LightningModule, device: torch.device) -> None:
-    """Set what a module says its device is, without moving it."""
+    """Set what ``module.device`` returns, without moving the module."""
     module._device = device
 
 

@@ -38,10 +38,10 @@ from disttrain.lightning.position import steps_per_epoch
 
 
 def use_own_loops(trainer: pl.Trainer, *, validate_every_steps: int | None = None) -> None:
-    """Give a trainer loops that count from 0, with the limits of those that it has; loading a checkpoint sets them.
+    """Replace a trainer's loops by ours, which start at step 0 with the same limits; loading a checkpoint moves them.
 
     Args:
-        trainer: it has not run yet, or not since it was given loops.
+        trainer: a trainer that is not running.
         validate_every_steps: optimizer steps between validations; by default Lightning's settings say when.
     """
     given = trainer.fit_loop
@@ -51,7 +51,7 @@ def use_own_loops(trainer: pl.Trainer, *, validate_every_steps: int | None = Non
 
 
 def first_validation(trainer: pl.Trainer) -> float:
-    """The step at which a new run validates first, once the loader is set up; infinite if that is not known."""
+    """Return the step of a new run's first validation, once the loader is set up; infinite if it is not known."""
     loop = trainer.fit_loop.epoch_loop
     if isinstance(loop, StepLoop) and loop.validate_every_steps is not None:
         return loop.validate_every_steps
@@ -68,15 +68,15 @@ class FitLoop(_FitLoop):
 
     @property
     def skip(self) -> bool:
-        """Whether there is nothing to do; a resumed run always has its end to come to."""
+        """Whether there is nothing to do; a resumed run always has to run the hooks of its end."""
         nothing_to_read = self.max_batches == 0 or self.trainer.limit_train_batches == 0
         return super().skip and (nothing_to_read or not self._loaded_from_state_dict)
 
     def advance(self) -> None:
         """Run an epoch, or the rest of one."""
         super().advance()
-        # While it restarts, Lightning skips schedules that wait for a metric at the end of an epoch, since it keeps no
-        # metrics; ours do. Not by its property `restarting`, which would set it again if there is a limit in steps.
+        # While restarting, Lightning skips schedules that need a metric at the end of an epoch, since its checkpoints
+        # hold no metrics; ours do. Its property `restarting` would set this again if there is a limit in steps.
         self._restarting = False
 
 
@@ -101,14 +101,14 @@ class StepLoop(_TrainingEpochLoop):
         super().__init__(trainer, min_steps, max_steps)
         self.validate_every_steps = validate_every_steps
         self.plateaus_due = False
-        """A step was done, and schedules that wait for a metric (``ReduceLROnPlateau``) have not seen it yet."""
+        """Whether schedules that need a metric (``ReduceLROnPlateau``) have yet to see the last step."""
         self.resumed_metrics: Mapping[str, float] | None = None
-        """What such schedules may want of the metrics before a checkpoint that was loaded."""
-        self._stands = False  # whether the last advance only came past a validation, without a micro batch
+        """The metrics that such schedules may need, from a checkpoint that was loaded."""
+        self._stands = False  # whether the last advance ran no micro batch
 
     @property
     def global_step(self) -> int:
-        """Optimizer steps done: one a global batch, however often a module that optimizes by hand steps in it."""
+        """Optimizer steps done: one per global batch, even if a module that optimizes by hand steps more often."""
         module = self.trainer.lightning_module
         if module is None or module.automatic_optimization:
             return super().global_step
@@ -117,20 +117,20 @@ class StepLoop(_TrainingEpochLoop):
         return int(counts.processed // self.trainer.accumulate_grad_batches)
 
     def reset(self) -> None:
-        """Begin an epoch, or continue one."""
+        """Begin or continue an epoch."""
         with warnings.catch_warnings():
-            # disttrain's loaders take the position from the trainer; of others disttrain.data.user_loaders tells.
+            # disttrain's loaders take the position from the trainer; disttrain.data.user_loaders warns about others.
             warnings.filterwarnings("ignore", message=".*dataloader is not resumable")
             super().reset()
 
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
-        """Begin or continue an epoch; what a checkpoint was taken before is done now."""
+        """Begin or continue an epoch, and step the schedules that a checkpoint was saved before."""
         super().on_run_start(data_fetcher)
         if self.resumed_metrics is None:
             return
         metrics, self.resumed_metrics = self.resumed_metrics, None
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
-        # Where a validation was due at the step, Lightning comes past it once more, without running it.
+        # If a validation was due at this step, Lightning passes that place again without one, and steps them there.
         if self.plateaus_due and not validation_follows(self.trainer):
             self.update_lr_schedulers("step", update_plateau_schedulers=True)
 
@@ -146,7 +146,7 @@ class StepLoop(_TrainingEpochLoop):
         """Train for one optimizer step."""
         self._advance_by_micro_batch(data_fetcher)
         while not ends_step(self.trainer):
-            self.on_iteration_done()  # which Lightning calls after each: only the first may be one that was resumed
+            self.on_iteration_done()  # Lightning's run() calls it after each: it ends the state of restarting
             self._advance_by_micro_batch(data_fetcher)
         if self._stands:
             return
@@ -158,7 +158,7 @@ class StepLoop(_TrainingEpochLoop):
     def _advance_by_micro_batch(self, data_fetcher: _DataFetcher) -> None:
         before = self.batch_progress.total.ready
         super().advance(data_fetcher)
-        # Lightning's loop, resumed where a validation had been due, first comes past that place once more.
+        # When it restarts at a step with a validation, Lightning's first advance returns at once to pass that place.
         self._stands = self.batch_progress.total.ready == before
 
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:

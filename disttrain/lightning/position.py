@@ -1,9 +1,9 @@
-"""Where a run stands, in optimizer steps, and Lightning's loop counters made from it.
+"""The position of a run in optimizer steps, and Lightning's loop counters for a position.
 
-Lightning counts micro batches and keeps some sixty counters; a run on another number of ranks has another
-accumulation, so none of them can be stored. A checkpoint holds three numbers instead, and the counters are
-made anew for the layout that resumes. Checkpoints are taken at step boundaries, after the validation that is
-due there, so three numbers suffice.
+This is the only place that converts between micro batches and steps. Lightning counts micro batches and keeps some
+sixty counters; a run on another number of ranks has another accumulation, so none of them can be stored. A checkpoint
+holds three numbers instead, and the counters are rebuilt for the layout that resumes. Checkpoints are taken at step
+boundaries, after the validation that is due there, so three numbers suffice.
 """
 
 from __future__ import annotations
@@ -38,47 +38,47 @@ class Progress:
 
 
 def epochs_done(trainer: pl.Trainer) -> int:
-    """Epochs that the trainer has completed, without the one under way."""
+    """Return the number of completed epochs."""
     epochs: Any = trainer.fit_loop.epoch_progress.current
     return int(epochs.processed)
 
 
 def steps_into_epoch(trainer: pl.Trainer) -> int:
-    """Optimizer steps begun in the epoch that is under way."""
+    """Return the number of optimizer steps of the current epoch that have begun."""
     return micro_batches_into_epoch(trainer) // trainer.accumulate_grad_batches
 
 
 def micro_batches_into_epoch(trainer: pl.Trainer) -> int:
-    """Micro batches begun in the epoch that is under way."""
+    """Return the number of micro batches of the current epoch that have begun."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
 
 def micro_batch_of_step(trainer: pl.Trainer) -> int:
-    """Number of the micro batch under way within its optimizer step, on this rank, from 0."""
+    """Return the index of the current micro batch within its optimizer step on this rank, from 0."""
     return trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches
 
 
 def micro_batch_of_global_batch(trainer: pl.Trainer, rank: int) -> int:
-    """Number of the micro batch under way within the global batch, of which each rank has a run.
+    """Return the index of the current micro batch within the global batch; each rank has a contiguous part of it.
 
     Args:
-        trainer: what trains.
-        rank: this rank's number among those that divide the data.
+        trainer: the trainer.
+        rank: this rank's data-parallel rank.
     """
     return rank * trainer.accumulate_grad_batches + micro_batch_of_step(trainer)
 
 
 def steps_per_epoch(trainer: pl.Trainer) -> float:
-    """Optimizer steps of an epoch, once the loader is set up; infinite if it has no length."""
+    """Return the optimizer steps per epoch once the loader is set up; infinite if it has no length."""
     batches = trainer.num_training_batches
     return batches if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
 
 
 def progress_of(trainer: pl.Trainer) -> Progress:
-    """Where a trainer stands.
+    """Return the position of a trainer.
 
     Raises:
-        CheckpointError: it stands between two micro batches of a step, whose gradients would be lost.
+        CheckpointError: it is between two micro batches of a step, whose gradients would be lost.
     """
     loop = trainer.fit_loop
     micro, accumulation = loop.epoch_loop.batch_progress.current.ready, trainer.accumulate_grad_batches
@@ -97,7 +97,7 @@ def progress_of(trainer: pl.Trainer) -> Progress:
 
 
 def loop_state(trainer: pl.Trainer, progress: Progress) -> dict[str, Any]:
-    """The state of Lightning's fit loop at a step boundary, for this trainer's accumulation."""
+    """Return the state of Lightning's fit loop at a step boundary, for this trainer's accumulation."""
     state: dict[str, Any] = trainer.fit_loop.state_dict()
     accumulation = trainer.accumulate_grad_batches
     begun = progress.epoch + (1 if progress.step else 0)
