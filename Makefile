@@ -6,7 +6,7 @@ WORKERS ?= 2
 # One thread a rank: ranks share the cores, and sums of one thread do not depend on how many there are.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-slow lint format benchmark clean
+.PHONY: train test test-fast test-slow lint format benchmark clean
 
 train: $(VENV)/installed
 	$(VENV)/bin/disttrain shards pack sklearn:digits data/digits --shards 4
@@ -15,6 +15,9 @@ train: $(VENV)/installed
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
+test-fast: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu and not ranks"
+
 test-slow: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "slow and not gpu"
 
@@ -22,6 +25,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	git ls-files -z | xargs -0 $(VENV)/bin/codespell
 
 format: $(VENV)/installed
 	$(VENV)/bin/ruff format .

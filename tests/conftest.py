@@ -11,6 +11,19 @@ import pytest
 from disttrain.commands import shards
 from disttrain.meeting import reserve_port
 
+_PROCESSES = ("ranks", "launching", "torchrun", "sameness", "slurm", "slurm_jobs", "preemption", "memory", "kills")
+"""Modules of ``tests.support`` that start processes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests whose file uses one of these modules; ``make test-fast`` leaves them out."""
+    starts = tuple(f"tests.support.{name}" for name in _PROCESSES)
+    for item in items:
+        values = vars(getattr(item, "module", item)).values()
+        modules = {getattr(value, "__module__", None) or getattr(value, "__name__", "") for value in values}
+        if any(str(module).startswith(starts) for module in modules):
+            item.add_marker("ranks")
+
 
 def pytest_collection_finish() -> None:
     """Have garbage collections, of which each fit makes some, pass over what is imported by now."""
