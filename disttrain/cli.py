@@ -38,14 +38,14 @@ _TRAINING = {
     "predict": "write one result for each sample, in order",
 }
 _TOOLS = {
-    "launch": "run a subcommand in several ranks on this machine",
+    "launch": "run a subcommand with several ranks on this machine",
     "doctor": "check devices, network, folders and speed, on one rank or all",
     "shards": "pack, index, verify, list and measure shards",
     "checkpoints": "list, verify, export and prune the checkpoints of a run",
     "submit": "check a training job and queue it on a SLURM cluster",
     "jobs": "list runs with the state of their SLURM jobs",
     "parity": "show that a recipe trains the same in several layouts",
-    "report": "draw the report of a run, or compare several",
+    "report": "plot the report of a run, or compare several runs",
 }
 
 _BACKENDS = ("gloo", "NCCL", "nccl")
@@ -126,7 +126,8 @@ def _main(arguments: list[str]) -> int:
         if error.errno in _OF_THE_DISK:
             told = DisttrainError(
                 f"{error.filename or 'the output or a file'} cannot be written: {error.strerror}",
-                mend="check free space, quota and permissions; the same command then goes on from the last checkpoint",
+                mend="check free space, quota and permissions; then rerun the same command to resume from the last"
+                " checkpoint",
             )
         elif error.errno in _OF_A_PATH and error.filename is not None and not passed_through_users_code(error):
             told = DisttrainError(
@@ -166,7 +167,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _interrupted() -> int:
-    tell("interrupted; the same command goes on from the last checkpoint")
+    tell("interrupted; rerun the same command to resume from the last checkpoint")
     return 130
 
 
@@ -199,9 +200,7 @@ def _unexpected(error: Exception) -> int:
     if type(error).__name__ == "MisconfigurationException":  # Lightning's, of a setting or a module
         told: DisttrainError = ConfigError(words, mend="correct the setting or the module that it names")
     elif isinstance(error, MemoryError):
-        told = DisttrainError(
-            f"memory does not suffice{place}: {words}", mend="see what the sizes in the command ask for"
-        )
+        told = DisttrainError(f"not enough memory{place}: {words}", mend="check the sizes that the command asks for")
         told.exit_code = 1
     else:
         told = DisttrainError(

@@ -110,8 +110,8 @@ def _end(error: BaseException) -> None:
     if not told:
         tell(f"error (rank {rank}): {text}")
     tell(
-        f"rank {rank} ends by force, {TEARDOWN_SECONDS:g} s after its error: it cannot free its device, which waits for"
-        " the other ranks"
+        f"rank {rank} is forced to exit {TEARDOWN_SECONDS:g} s after its error: it cannot free its device, which"
+        " waits for the other ranks"
     )
     os._exit(code)
 

@@ -49,15 +49,15 @@ def expand_path(text: str | Path, *, name: str) -> Path:
         variable = missing.group(1).strip("{}")
         raise ConfigError(
             f"{name} is {str(text)!r}, but the environment variable {variable} is not set",
-            mend=f"export {variable}=..., or write the path out",
+            mend=f"export {variable}=..., or write out the full path",
         )
     if expanded.startswith("~"):
         raise ConfigError(
             f"{name} is {str(text)!r}, but there is no user {expanded[1:].partition('/')[0]!r}",
-            mend="write the path out; a folder whose name begins with ~ is ./~NAME",
+            mend="write out the full path; for a folder whose name begins with ~, use ./~NAME",
         )
     if not expanded or "\0" in expanded:
-        raise ConfigError(f"{name} is {str(text)!r}, which is not a path", mend="name a file or folder")
+        raise ConfigError(f"{name} is {str(text)!r}, which is not a path", mend="give a file or folder")
     return Path(expanded)
 
 
@@ -71,8 +71,8 @@ def resolve_path(text: str | Path, *, name: str) -> Path:
     try:
         return path.resolve()
     except (OSError, RuntimeError) as error:  # Python 3.11 raises RuntimeError for a symlink cycle
-        why = error.strerror if isinstance(error, OSError) else "its symbolic links lead in a circle"
-        raise ConfigError(f"{name} {str(text)!r} cannot be found: {why}", mend="name another folder") from None
+        why = error.strerror if isinstance(error, OSError) else "its symbolic links form a loop"
+        raise ConfigError(f"{name} {str(text)!r} cannot be found: {why}", mend="use another folder") from None
 
 
 def place(text: str, *, name: str) -> str:
@@ -105,9 +105,9 @@ def check_held(path: Path) -> None:
             try:
                 found = os.stat(folder)
             except OSError:
-                raise OSError(errno.ESTALE, "its run's folder was removed or moved away", str(path)) from None
+                raise OSError(errno.ESTALE, "its run folder was removed or moved", str(path)) from None
             if (found.st_dev, found.st_ino) != identity:
-                raise OSError(errno.ESTALE, "its run's folder was replaced by another one", str(path))
+                raise OSError(errno.ESTALE, "its run folder was replaced by another one", str(path))
 
 
 def make_folder(path: Path) -> None:

@@ -69,6 +69,6 @@ def _watch(agent: int, over: int) -> None:
     if over in ready:
         return
     rank = os.environ.get("RANK", "?")
-    tell(f"rank {rank} ends: torchrun has died before all ranks had met")
+    tell(f"rank {rank} exits: torchrun died before all ranks had joined")
     note_ending(JoinError.exit_code, follows=True)
     os._exit(JoinError.exit_code)

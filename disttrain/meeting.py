@@ -141,10 +141,10 @@ def _listen(meeting: Meeting) -> socket.socket:
             return socket.create_server(("", port), family=family, backlog=1024, dualstack_ipv6=both)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
-                raise ConfigError(f"rank 0 cannot listen at port {port}: {error.strerror}") from None
+                raise ConfigError(f"rank 0 cannot listen on port {port}: {error.strerror}") from None
     raise ConfigError(
-        f"rank 0 cannot listen at port {', '.join(map(str, meeting.ports))} of {socket.gethostname()}: another program"
-        " does",
+        f"rank 0 cannot listen on port {', '.join(map(str, meeting.ports))} of {socket.gethostname()}: it is used by"
+        " another program",
         mend="set MASTER_PORT to a free port, the same for all ranks; on one node `disttrain launch` finds one",
     )
 
@@ -168,13 +168,13 @@ def hear(meeting: Meeting, deadline: float) -> int:
             name, _, announced = rest.rpartition(" ")
             if word == _GREETING and name == meeting.name and announced.isdigit():
                 return int(announced)
-            why[port] = said if word != _GREETING else f"{name} meets there, not {meeting.name}"
+            why[port] = said if word != _GREETING else f"it is used by {name}, not {meeting.name}"
         ports = {text: [str(port) for port in why if why[port] == text] for text in why.values()}
         told = "; ".join(f"port {', '.join(numbers)}: {text}" for text, numbers in ports.items())
         if time.monotonic() > deadline:
             raise JoinError(
                 f"rank 0 at {meeting.host} was not reached in time; {told}",
-                mend="see whether rank 0 has started, and whether a firewall is between; `disttrain doctor` tells more",
+                mend="check that rank 0 has started and that no firewall blocks it; `disttrain doctor` shows more",
             )
         if time.monotonic() > noted:
             noted = time.monotonic() + _NOTE_SECONDS
@@ -191,7 +191,7 @@ def _listen_to(host: str, port: int, seconds: float) -> str:
         return "no answer"
     except (OSError, UnicodeDecodeError) as error:
         return getattr(error, "strerror", None) or str(error)
-    return line if line.startswith(f"{_GREETING} ") else "what listens there is not rank 0"
+    return line if line.startswith(f"{_GREETING} ") else "another program listens there"
 
 
 def slurm_hosts(env: Mapping[str, str]) -> list[str]:
@@ -205,12 +205,12 @@ def slurm_hosts(env: Mapping[str, str]) -> list[str]:
     if not text:
         raise ConfigError(
             f"SLURM started this process, but none of {', '.join(names)} is set",
-            mend="pass SLURM's variables on (srun --export=ALL; --env of the container), or set MASTER_ADDR",
+            mend="pass on SLURM's variables (srun --export=ALL; --env of the container), or set MASTER_ADDR",
         )
     try:
         return expand_nodes(text)
     except ValueError:
-        return _scontrol("hostnames", text, f"the list of nodes {text!r} is in no form that disttrain knows").split()
+        return _scontrol("hostnames", text, f"the list of nodes {text!r} has an unknown format").split()
 
 
 def expand_nodes(text: str) -> list[str]:
@@ -250,7 +250,7 @@ def _address(host: str) -> str:
     found = re.search(r"\bNodeAddr=(\S+)", shown)
     if found is None:
         raise ConfigError(
-            f"the node name {host!r} does not resolve, and scontrol tells no address of it", mend="set MASTER_ADDR"
+            f"the node name {host!r} does not resolve, and scontrol gives no address for it", mend="set MASTER_ADDR"
         )
     return found.group(1)
 
@@ -259,8 +259,8 @@ def _scontrol(what: str, argument: str, why: str) -> str:
     command = shutil.which("scontrol")
     if command is None:
         raise ConfigError(
-            f"{why}, and there is no `scontrol` on PATH to ask",
-            mend="set MASTER_ADDR to the first node's address, or put SLURM's commands into the container's PATH",
+            f"{why}, and `scontrol` is not on PATH",
+            mend="set MASTER_ADDR to the first node's address, or add SLURM's commands to the container's PATH",
         )
     try:
         done = subprocess.run(

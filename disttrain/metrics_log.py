@@ -91,12 +91,12 @@ class MetricsLog(Logger):
         except OSError as error:  # e.g. a full disk: the checkpoints decide whether that ends the run
             if not self._missing:
                 tell(
-                    f"{self._metrics_file.path} cannot be written: {error.strerror}; its rows are left out until it can"
+                    f"{self._metrics_file.path} cannot be written: {error.strerror}; its rows are skipped until it can"
                 )
             self._missing += 1
             return
         if self._missing:
-            tell(f"{self._metrics_file.path} is written again; {self._missing} rows are missing")
+            tell(f"{self._metrics_file.path} can be written again; {self._missing} rows are missing")
             self._missing = 0
 
     @rank_zero_only
@@ -172,5 +172,5 @@ class EventsLog(TensorBoardLogger):
             if not isinstance(first, OSError):
                 raise
             if not self._lost:
-                tell(f"no more events for TensorBoard in {self.log_dir}: {first.strerror}")
+                tell(f"stopped writing TensorBoard events to {self.log_dir}: {first.strerror}")
             self._lost = True

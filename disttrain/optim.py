@@ -66,7 +66,7 @@ class ParameterGroupConfig:
         if not self.lr_scale > 0:
             raise ConfigError(
                 f"lr_scale of {self.label!r} in optimizer.groups is {self.lr_scale}",
-                mend="use a positive number; what is not to be trained is frozen by requires_grad_(False) in the model",
+                mend="use a positive number; to freeze parameters, call requires_grad_(False) in the model",
             )
         if self.weight_decay is not None and not self.weight_decay >= 0:
             raise ConfigError(
@@ -134,13 +134,11 @@ class OptimizerConfig:
         twice = sorted({label for label in labels if labels.count(label) > 1 or label == REST})
         if twice:
             raise ConfigError(
-                f"optimizer.groups has the name {twice[0]!r} twice, or it is taken", mend="give them names of their own"
+                f"the name {twice[0]!r} in optimizer.groups occurs twice or is reserved", mend="use unique names"
             )
         for group in self.groups:
             if self.name == "sgd" and group.betas is not None:
-                raise ConfigError(
-                    f"group {group.label!r} of optimizer.groups sets betas for sgd", mend="leave them out"
-                )
+                raise ConfigError(f"group {group.label!r} of optimizer.groups sets betas for sgd", mend="remove them")
 
 
 @dataclass(frozen=True)
@@ -244,9 +242,9 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
         kept = [p for p in own if not (p.ndim >= 2 or everything)]
         if group.weight_decay and not decayed:
             raise ConfigError(
-                f"group {group.label!r} of optimizer.groups has weight_decay {group.weight_decay}, but holds norms and"
-                " biases alone, which do not decay",
-                mend="set decay_norm_and_bias in the group, or leave its weight_decay out",
+                f"group {group.label!r} of optimizer.groups has weight_decay {group.weight_decay}, but holds only"
+                " norms and biases, which do not decay",
+                mend="set decay_norm_and_bias in the group, or remove its weight_decay",
             )
         settings: dict[str, Any] = {}
         if group.lr is not None or group.lr_scale != 1:
@@ -276,8 +274,8 @@ def _check_patterns(names: list[str], groups: tuple[ParameterGroupConfig, ...]) 
                 )
             if not any(fnmatchcase(name, pattern) for name in left):
                 raise ConfigError(
-                    f"pattern {pattern!r} of optimizer.groups matches only parameters that earlier groups have",
-                    mend="the first match counts: put the narrower pattern first",
+                    f"pattern {pattern!r} of optimizer.groups matches only parameters of earlier groups",
+                    mend="the first match wins: put the narrower pattern first",
                 )
         left = [name for name in left if not _match(name, group.patterns)]
 

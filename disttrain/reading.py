@@ -85,7 +85,7 @@ def decode(data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ReadError(f"is not text in UTF-8 (byte {error.start})") from None
+        raise ReadError(f"is not UTF-8 text (byte {error.start})") from None
 
 
 def read_json(path: Path | str, *, limit: int = MAX_BYTES) -> Any:
@@ -192,7 +192,7 @@ def check_yaml(text: str) -> None:
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
             if isinstance(event, yaml.AliasEvent):
                 if any(node.anchor == event.anchor for node in open_nodes):
-                    raise ReadError(f"has {event.anchor!r} within itself{_line(event.start_mark)}")
+                    raise ReadError(f"has an alias {event.anchor!r} within its own anchor{_line(event.start_mark)}")
                 _add(open_nodes, *sizes.get(event.anchor or "", (1, 0)))
             elif isinstance(event, yaml.ScalarEvent):
                 if event.implicit[0] and len(event.value) > _MAX_DIGITS and _DIGITS.fullmatch(event.value):
@@ -231,7 +231,7 @@ def _add(open_nodes: list[_Node], values: int, depth: int) -> None:
     node.values += values
     node.depth = max(node.depth, depth)
     if sum(one.values for one in open_nodes) > MAX_NODES:
-        raise ReadError(f"holds more than {MAX_NODES:,} values, counting each alias as what it stands for")
+        raise ReadError(f"holds more than {MAX_NODES:,} values, with aliases expanded")
     if len(open_nodes) + depth > MAX_DEPTH:
         raise ReadError(f"nests values more than {MAX_DEPTH} deep")
 

@@ -39,7 +39,7 @@ from disttrain.slurm.requeue import is_restarted_by_slurm, job_of
 CHECKPOINTS: Final = "checkpoints"
 COMPLETED: Final = "completed"
 PREEMPTED: Final = "preempted"
-_PASSED_OVER: Final = "passed over: "
+_SKIPPED: Final = "skipped: "
 _begun: Final[dict[Path, None]] = {}
 """Run folders in which this process has begun an attempt, the latest last; its next start there is not a restart."""
 
@@ -106,7 +106,7 @@ def find_start(
             assert agreed.attempt is not None
             fault = fetch(mirror, copy, run_dir / CHECKPOINTS, agreed.attempt)
             unfit[copy.name] = fault
-            notes.append(f"{_PASSED_OVER}{fault}" if fault else f"fetched {mirror.url}/{copy.name}")
+            notes.append(f"{_SKIPPED}{fault}" if fault else f"fetched {mirror.url}/{copy.name}")
         if wanted:
             continue
         agreed = replace(agreed, faulty=tuple(faulty))
@@ -135,8 +135,8 @@ def _take_over(
     # From here on, no earlier attempt can commit or prune while we look.
     attempt, cleared = begin(run_dir / CHECKPOINTS, mirror, run=_recorded_id(run_dir), adopt=True)
     after = _choose(run_dir, resume, {}, restart).notes
-    local = [note for note in before if note not in after and note.startswith(_PASSED_OVER)]
-    return attempt, [*local, *(f"{_PASSED_OVER}{reason}" for reason in cleared)]
+    local = [note for note in before if note not in after and note.startswith(_SKIPPED)]
+    return attempt, [*local, *(f"{_SKIPPED}{reason}" for reason in cleared)]
 
 
 def _choose(run_dir: Path, resume: str, faulty: Mapping[Path, str], restart: Restart | None) -> Start:
@@ -152,7 +152,7 @@ def _choose(run_dir: Path, resume: str, faulty: Mapping[Path, str], restart: Res
         store.check(start.checkpoint).global_step < restart.from_step and Path(resume).exists()
     ):
         return choose_start(run_dir, resume, faulty=faulty)
-    note = [] if resume == "auto" else [f"started again by {restart.by}, so --resume {resume} is taken as auto"]
+    note = [] if resume == "auto" else [f"restarted by {restart.by}, so --resume {resume} is treated as auto"]
     return replace(start, notes=[*note, *start.notes])
 
 
@@ -161,7 +161,7 @@ def _newer(
 ) -> tuple[list[Stored], list[str]]:
     """Return the copies to fetch (the one to resume from first; none if the local one is as new), and notes."""
     found, passed_over = mirror.committed()
-    notes = [] if unfit else [f"{_PASSED_OVER}{reason}" for reason in passed_over]
+    notes = [] if unfit else [f"{_SKIPPED}{reason}" for reason in passed_over]
     here = store.check(start.checkpoint).global_step if start.checkpoint is not None else -1
     sound = [copy for copy in found if not unfit.get(copy.name)]
     newest = sound[-1] if sound else None
@@ -192,11 +192,11 @@ def choose_start(run_dir: Path, resume: str, *, faulty: Mapping[Path, str] | Non
     """
     faulty = faulty or {}
     if resume == "never":
-        return _anew(run_dir, [])
+        return _start_over(run_dir, [])
     if is_remote(resume):
         raise CheckpointError(
             f"--resume {shown(resume)} is a URL",
-            mend="name its folder in checkpoint.mirror.url, and use --resume auto with a run_dir that is not there yet",
+            mend="set checkpoint.mirror.url to its folder, and use --resume auto with a new run_dir",
         )
     if resume != "auto":
         return _named(Path(resume), faulty)
@@ -205,7 +205,7 @@ def choose_start(run_dir: Path, resume: str, *, faulty: Mapping[Path, str] | Non
     if start.checkpoint is not None:
         _check_owner(run_dir, start.checkpoint)
     elif complete:
-        return _anew(run_dir, complete)
+        return _start_over(run_dir, complete)
     return replace(start, notes=[*complete, *start.notes])
 
 
@@ -234,7 +234,7 @@ def best_checkpoint(run_dir: Path, which: str, *, tell: Callable[[str], object] 
     for entry in found:
         if entry.global_step == step:
             return entry.path
-    tell(f"no checkpoint in {run_dir} holds a monitored metric: the newest is taken as the best")
+    tell(f"no checkpoint in {run_dir} holds a monitored metric: using the newest as the best")
     return start.checkpoint
 
 
@@ -341,14 +341,14 @@ def _check_owner(run_dir: Path, checkpoint: Path) -> None:
     ours, recorded = run_of(run_dir / CHECKPOINTS), _recorded_id(run_dir)
     if ours and recorded and ours != recorded:
         raise CheckpointError(
-            f"{run_dir / RUN_FILE} is the record of run {recorded}, the checkpoints beside it are those of run {ours}",
-            mend="put back what belongs together, or name the checkpoint: --resume PATH",
+            f"{run_dir / RUN_FILE} is the record of run {recorded}, but the checkpoints beside it are from run {ours}",
+            mend="restore the files that belong together, or name the checkpoint: --resume PATH",
         )
     if owner and owner != (ours or recorded):
         raise CheckpointError(
-            f"checkpoint {checkpoint} was made by run {owner}, this folder is that of"
-            f" {f'run {ours or recorded}' if ours or recorded else 'a run that is not known'}",
-            mend=f"move it out of the folder; or, to go on from it all the same, --resume {checkpoint}",
+            f"checkpoint {checkpoint} was made by run {owner}, but this folder belongs to"
+            f" {f'run {ours or recorded}' if ours or recorded else 'an unknown run'}",
+            mend=f"move it out of the folder; or, to resume from it anyway, --resume {checkpoint}",
         )
 
 
@@ -357,13 +357,13 @@ def _named(path: Path, faulty: Mapping[Path, str]) -> Start:
         start = _newest(path / CHECKPOINTS, faulty)
         if start.checkpoint is None:
             raise CheckpointError(
-                f"run folder {path} holds no committed checkpoint", mend="name another one, or use --resume never"
+                f"run folder {path} holds no committed checkpoint", mend="use another one, or --resume never"
             )
         return start
     if ABANDONED in path.name and path.is_dir():
         raise CheckpointError(
-            f"checkpoint {path} was set aside, as its run did not go on from it",
-            mend=f"rename it to {path.name.partition(ABANDONED)[0]}, and name it so or use --resume auto",
+            f"checkpoint {path} was abandoned: its run continued from an earlier one",
+            mend=f"rename it to {path.name.partition(ABANDONED)[0]}, then resume from that name or with --resume auto",
         )
     store.check(path)
     if path in faulty:
@@ -374,7 +374,7 @@ def _named(path: Path, faulty: Mapping[Path, str]) -> Start:
 def _newest(directory: Path, faulty: Mapping[Path, str]) -> Start:
     found, passed_over = store.committed(directory)
     found = [entry for entry in found if entry.path not in faulty]
-    notes = [f"{_PASSED_OVER}{reason}" for reason in (*passed_over, *faulty.values())]
+    notes = [f"{_SKIPPED}{reason}" for reason in (*passed_over, *faulty.values())]
     if not found:
         return Start(None, notes)
     return Start(found[-1].path, [*notes, f"resuming from {found[-1].path}"])
@@ -387,7 +387,7 @@ def take_back(run_dir: Path, aside: Path) -> None:
     sync_directory(run_dir.parent)
 
 
-def _anew(run_dir: Path, notes: list[str]) -> Start:
+def _start_over(run_dir: Path, notes: list[str]) -> Start:
     if not (run_dir / RUN_FILE).exists() and not any(path.is_dir() for path in (run_dir / CHECKPOINTS).glob("*")):
         return Start(None)
     number = 1
@@ -395,4 +395,4 @@ def _anew(run_dir: Path, notes: list[str]) -> Start:
         number += 1
     os.rename(run_dir, aside)
     sync_directory(run_dir.parent)
-    return Start(None, [*notes, f"starting anew; the older run was moved to {aside}"], aside)
+    return Start(None, [*notes, f"starting over; the older run was moved to {aside}"], aside)

@@ -108,7 +108,7 @@ def _short(line: str) -> str:
     if len(line) <= _MOST_LETTERS:
         return line
     half = _MOST_LETTERS // 2
-    return f"{line[:half]} ... {len(line) - 2 * half:,} letters more ... {line[-half:]}"
+    return f"{line[:half]} ... {len(line) - 2 * half:,} more characters ... {line[-half:]}"
 
 
 def _code(found: re.Match[str]) -> str:

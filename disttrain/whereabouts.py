@@ -118,7 +118,7 @@ def _in_reader(readers: Sequence[Sequence[FrameType]]) -> str:
             users = next((frame for frame in stack[:depth] if _is_users(frame)), None)
             told = [_shards(stack[:depth]), f"in user code {_spot(users)}" if users is not None else ""]
             return ", ".join(["is in the reader", *filter(None, told)])
-    return "waits for the reader, whose threads have nothing to do"
+    return "waits for the reader, whose threads are idle"
 
 
 def _loads(frame: FrameType) -> bool:

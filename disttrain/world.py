@@ -78,13 +78,14 @@ class World:
         what = f"this node has {self.local_size} ranks, but PyTorch sees {_count(num_devices, 'GPU')}"
         if self.launcher == "slurm" and num_devices == 1:
             raise ConfigError(
-                f"{what}: SLURM shows each task one of its own",
-                mend="ask for GPUs by node, not by task (--gpus-per-node=N, no --gpus-per-task), and give srun"
-                " --gpu-bind=none: local rank i takes GPU i of the node",
+                f"{what}: SLURM gives each task its own GPU",
+                mend="request GPUs per node, not per task (--gpus-per-node=N, no --gpus-per-task), and give srun"
+                " --gpu-bind=none: local rank i uses GPU i of the node",
             )
         raise ConfigError(
             what,
-            mend="start at most one rank a GPU, or correct CUDA_VISIBLE_DEVICES; to use none: trainer.accelerator cpu",
+            mend="start at most one rank per GPU, or correct CUDA_VISIBLE_DEVICES; to use none:"
+            " trainer.accelerator cpu",
         )
 
 
@@ -119,10 +120,10 @@ def _check_mpi(env: Mapping[str, str]) -> None:
             rank = env.get(rank_name, "?")
             raise ConfigError(
                 f"mpirun started this process as rank {rank} of {size} ({size_name}), but disttrain does not join ranks"
-                " through MPI: each would be a run of one rank in the same folder",
-                mend="start the ranks by `disttrain launch`, torchrun or srun; or have each export"
+                " through MPI: each would be a separate run of one rank in the same folder",
+                mend="start the ranks with `disttrain launch`, torchrun or srun; or have each export"
                 f" RANK=${rank_name} WORLD_SIZE=${size_name} LOCAL_RANK=${local_name} LOCAL_WORLD_SIZE, MASTER_ADDR"
-                f" and MASTER_PORT; or, if mpirun is not meant, unset {size_name}",
+                f" and MASTER_PORT; or, if mpirun is not used, unset {size_name}",
             )
 
 
@@ -141,15 +142,15 @@ def _slurm_step(env: Mapping[str, str]) -> World | None:
     if len(counts) > 1 or (nodes < size and size % nodes):
         raise ConfigError(
             f"srun spreads {size} tasks unevenly over {nodes} nodes ({spread or 'not the same number on each'})",
-            mend="give --nodes=N --ntasks-per-node=K, and no other number with --ntasks",
+            mend="give --nodes=N --ntasks-per-node=K, and no conflicting --ntasks",
         )
     rank, local_rank = _number(env, "SLURM_PROCID"), _number(env, "SLURM_LOCALID")
     world = World(rank, size, local_rank, size // nodes, launcher="slurm")
     dealt = env.get("SLURM_DISTRIBUTION", "").partition(":")[0] in ("cyclic", "plane", "arbitrary")
     if 1 < nodes < size and (dealt or rank % world.local_size != local_rank):
         raise ConfigError(
-            f"srun gave task {rank} the place {local_rank} on its node: the tasks are dealt to the nodes by turns",
-            mend="give srun --distribution=block: the ranks of a node are to follow each other",
+            f"srun gave task {rank} position {local_rank} on its node: tasks are distributed to the nodes in turn",
+            mend="give srun --distribution=block: the ranks of a node must be consecutive",
         )
     return world
 
@@ -162,21 +163,21 @@ def _check_mixture(env: Mapping[str, str], world: World, step: World) -> None:
         raise ConfigError(
             f"srun started this process as task {step.rank} of {step.size}, but RANK, WORLD_SIZE and LOCAL_RANK say"
             f" rank {world.rank} of {world.size}, local rank {world.local_rank}",
-            mend="unset RANK WORLD_SIZE LOCAL_RANK before srun: another launcher or a script has left them",
+            mend="unset RANK WORLD_SIZE LOCAL_RANK before srun: they are left over from another launcher or a script",
         )
     if step.local_size > 1:
         raise ConfigError(
-            f"torchrun runs inside srun with {step.local_size} tasks a node: each of them has started ranks of its own,"
+            f"torchrun runs inside srun with {step.local_size} tasks per node: each of them started its own ranks,"
             f" and this is rank {world.rank} of {world.size} in task {step.rank} of {step.size}",
-            mend="give srun --ntasks-per-node=1 where torchrun starts the ranks, or leave torchrun out and let srun"
-            " start a task a rank; if torchrun is not meant, unset its TORCHELASTIC_RUN_ID, RANK, ... before srun",
+            mend="give srun --ntasks-per-node=1 if torchrun starts the ranks, or drop torchrun and let srun start"
+            " one task per rank; if torchrun is not used, unset its TORCHELASTIC_RUN_ID, RANK, ... before srun",
         )
     # --standalone uses a random UUID as run id. A restarted elastic job may legitimately be down to one node.
     own_name = re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", env["TORCHELASTIC_RUN_ID"]) is not None
     first = _number(env, "TORCHELASTIC_RESTART_COUNT", default=0) == 0
     if own_name and first and _number(env, "GROUP_WORLD_SIZE", default=2) == 1:
         raise ConfigError(
-            f"srun started torchrun on {step.size} nodes, but each of these has no other node than its own:"
+            f"srun started torchrun on {step.size} nodes, but each torchrun uses only its own node:"
             f" {step.size} separate runs of {_count(world.size, 'rank')}",
             mend=f"give torchrun --nnodes {step.size}, --rdzv-backend c10d and --rdzv-endpoint with the first node's"
             " name, not --standalone",

@@ -247,8 +247,8 @@ def test_a_full_disk_costs_rows_and_says_so(tmp_path: Path, capsys: pytest.Captu
     assert rows == [(step, {"loss": 0.5}) for step in steps]
     assert told == [
         f"disttrain: {run_dir}/metrics.csv cannot be written: No space left on device;"
-        " its rows are left out until it can",
-        f"disttrain: {run_dir}/metrics.csv is written again; {missing} rows are missing",
+        " its rows are skipped until it can",
+        f"disttrain: {run_dir}/metrics.csv can be written again; {missing} rows are missing",
     ]
 
 
@@ -264,4 +264,4 @@ def test_a_full_disk_costs_tensorboard_and_says_so(tmp_path: Path, capsys: pytes
             log.log_metrics({"loss": 1 / step}, step=step)
         log.finalize("success")
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("disttrain:")]
-    assert told == [f"disttrain: no more events for TensorBoard in {run_dir}/tensorboard: No space left on device"]
+    assert told == [f"disttrain: stopped writing TensorBoard events to {run_dir}/tensorboard: No space left on device"]

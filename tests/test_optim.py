@@ -349,8 +349,8 @@ def test_a_schedule_scales_each_groups_own_learning_rate() -> None:
         ((Group("haed.*"),), r"'haed.\*' of optimizer.groups matches none of the 9 .*\n.* head.weight"),
         ((Group("frozen.*"),), "'frozen.*' of optimizer.groups matches none"),
         ((Group(("head.*", "heads.*")),), "'heads.*' of optimizer.groups matches none"),
-        ((Group("*.weight"), Group("head.weight")), "'head.weight' .* only parameters that earlier groups have"),
-        ((Group("norm.*", weight_decay=0.1),), "'norm.*' .* has weight_decay 0.1, but holds norms and biases"),
+        ((Group("*.weight"), Group("head.weight")), "'head.weight' .* only parameters of earlier groups"),
+        ((Group("norm.*", weight_decay=0.1),), "'norm.*' .* has weight_decay 0.1, but holds only norms and biases"),
     ],
 )
 def test_patterns_without_effect_are_refused(groups: tuple[ParameterGroupConfig, ...], words: str) -> None:
@@ -369,8 +369,11 @@ def test_patterns_without_effect_are_refused(groups: tuple[ParameterGroupConfig,
         (lambda: Group("a", lr_scale=0), "lr_scale of 'a' in optimizer.groups is 0"),
         (lambda: Group("a", weight_decay=-1), "weight_decay of 'a' in optimizer.groups is -1"),
         (lambda: Group("a", betas=(0.9, 1.0)), "betas of 'a'"),
-        (lambda: OptimizerConfig(groups=(Group("a"), Group("b", name="a"))), "has the name 'a' twice"),
-        (lambda: OptimizerConfig(groups=(Group("a", name="rest"),)), "the name 'rest' twice, or it is taken"),
+        (
+            lambda: OptimizerConfig(groups=(Group("a"), Group("b", name="a"))),
+            "the name 'a' in optimizer.groups occurs twice",
+        ),
+        (lambda: OptimizerConfig(groups=(Group("a", name="rest"),)), "the name 'rest' .* occurs twice or is reserved"),
         (lambda: OptimizerConfig("sgd", groups=(Group("a", betas=(0.9, 0.9)),)), "'a' .* sets betas for sgd"),
     ],
 )
@@ -385,9 +388,12 @@ def test_checkpoints_from_before_groups_had_names_are_accepted() -> None:
     old = [{"params": ["b", "a"], "lr": 0.05, "initial_lr": 0.1}]
     agreed_groups(Path("c"), "AdamW", old, now)
     for wrong, words in (
-        ([*old, *old], "other settings or parameter groups than this run's AdamW"),
-        ([{**old[0], "momentum": 0.9}], "other settings or parameter groups"),
-        ([{**old[0], "params": ["a", "c"]}], "other members of the optimizer's parameter group 'rest': b and 1 more"),
+        ([*old, *old], "settings or parameter groups that differ from this run's AdamW"),
+        ([{**old[0], "momentum": 0.9}], "settings or parameter groups that differ"),
+        (
+            [{**old[0], "params": ["a", "c"]}],
+            "different parameters in the optimizer's parameter group 'rest': b and 1 more",
+        ),
     ):
         with pytest.raises(CheckpointError, match=words):
             agreed_groups(Path("c"), "AdamW", wrong, now)

@@ -29,8 +29,8 @@ from disttrain.reading import (
 
 ALIASES = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
 YAML = {
-    "a list in itself": ("a: &a [*a]", "within itself"),
-    "a name in itself": ("a: &a {b: {c: *a}}", "within itself"),
+    "a list in itself": ("a: &a [*a]", "within its own anchor"),
+    "a name in itself": ("a: &a {b: {c: *a}}", "within its own anchor"),
     "nested aliases": (ALIASES, "more than 200,000 values"),
     "deep aliases": ("\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [*a{i - 1}]" for i in range(1, 120))]), "deep"),
     "deep lists": ("[" * 5000 + "]" * 5000, "deep"),

@@ -78,9 +78,9 @@ def test_auto_passes_over_torn_checkpoints_and_says_why(run_dir: Path) -> None:
     start = choose_start(run_dir, "auto")
     assert start.checkpoint == checkpoints / "step-10"
     assert start.notes == [
-        f"passed over: checkpoint {cut} is torn: __0_0.distcp has 3 bytes, its marker says 7",
-        f"passed over: checkpoint {bare} was never committed",
-        f"passed over: checkpoint {half} was never committed",
+        f"skipped: checkpoint {cut} is torn: __0_0.distcp has 3 bytes, but its marker says 7",
+        f"skipped: checkpoint {bare} was never committed",
+        f"skipped: checkpoint {half} was never committed",
         f"resuming from {checkpoints / 'step-10'}",
     ]
 
@@ -90,7 +90,7 @@ def test_auto_starts_anew_where_all_checkpoints_are_torn(run_dir: Path) -> None:
         (path / "COMMITTED").unlink()
     start = choose_start(run_dir, "auto")
     assert start.checkpoint is None
-    assert [note.partition(":")[0] for note in start.notes] == ["passed over"] * 2
+    assert [note.partition(":")[0] for note in start.notes] == ["skipped"] * 2
     assert run_dir.exists()
 
 
@@ -104,7 +104,7 @@ def test_auto_goes_on_from_the_end_of_a_complete_run(run_dir: Path) -> None:
     assert tree(run_dir) == before, "the run was changed"
     shutil.rmtree(run_dir / "checkpoints")
     start, aside = choose_start(run_dir, "auto"), run_dir.with_name("mine.1")
-    told = ["the run in this folder is complete", f"starting anew; the older run was moved to {aside}"]
+    told = ["the run in this folder is complete", f"starting over; the older run was moved to {aside}"]
     assert start == Start(None, told, aside)
     assert not run_dir.exists()
 
@@ -114,7 +114,7 @@ def test_never_sets_any_run_aside_under_the_next_free_number(run_dir: Path) -> N
         before = tree(run_dir)
         start = choose_start(run_dir, "never")
         assert start.checkpoint is None
-        assert start.notes == [f"starting anew; the older run was moved to {run_dir.with_name(f'mine.{number}')}"]
+        assert start.notes == [f"starting over; the older run was moved to {run_dir.with_name(f'mine.{number}')}"]
         assert tree(run_dir.with_name(f"mine.{number}")) == before
         run_dir.mkdir()
         write_run(run_dir, {"attempt": number})
@@ -144,7 +144,7 @@ def test_a_path_names_a_checkpoint_or_a_run(run_dir: Path, tmp_path: Path, statu
 def test_a_path_that_cannot_be_resumed_is_refused(run_dir: Path, tmp_path: Path) -> None:
     torn = run_dir / "checkpoints" / "step-10"
     (torn / "meta.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"is torn: meta\.pt is missing, its marker says 4"):
+    with pytest.raises(CheckpointError, match=r"is torn: meta\.pt is missing, but its marker says 4"):
         choose_start(run_dir, str(torn))
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         choose_start(run_dir, str(tmp_path / "typo"))
@@ -200,7 +200,7 @@ def test_a_restart_goes_on_with_what_its_launch_has_saved(launcher: Launcher, ru
     for resume in ("never", str(elsewhere), str(run_dir / "checkpoints" / "step-2")):
         start = find_start(run_dir, resume)
         assert start.checkpoint == newest, f"--resume {resume}"
-        assert f"started again by {launcher.kind}, so --resume {resume} is taken as auto" in start.notes
+        assert f"restarted by {launcher.kind}, so --resume {resume} is treated as auto" in start.notes
         assert not run_dir.with_name("mine.1").exists(), "the run was set aside"
     launcher.trained((11, None))
     later = make_checkpoint(tmp_path / "other" / "checkpoints", "step-11", 11)

@@ -110,9 +110,9 @@ def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch)
         (SRUN | {"SLURM_NNODES": "9"}, ["slurm environment is contradictory"]),
         (SRUN | {"SLURM_NNODES": "3"}, ["8 tasks unevenly over 3 nodes", "--ntasks-per-node"]),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "3(x2),2"}, ["unevenly", "3(x2),2"]),
-        (SRUN | {"SLURM_DISTRIBUTION": "cyclic"}, ["by turns", "--distribution=block"]),
-        (SRUN | {"SLURM_LOCALID": "2"}, ["task 5", "place 2", "--distribution=block"]),
-        (SRUN | TORCHRUN, ["torchrun runs inside srun with 4 tasks a node", "task 5 of 8", "--ntasks-per-node=1"]),
+        (SRUN | {"SLURM_DISTRIBUTION": "cyclic"}, ["in turn", "--distribution=block"]),
+        (SRUN | {"SLURM_LOCALID": "2"}, ["task 5", "position 2", "--distribution=block"]),
+        (SRUN | TORCHRUN, ["torchrun runs inside srun with 4 tasks per node", "task 5 of 8", "--ntasks-per-node=1"]),
         (
             SRUN | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
             ["task 5 of 8", "rank 0 of 2, local rank 0", "unset RANK WORLD_SIZE LOCAL_RANK before srun"],
@@ -145,7 +145,7 @@ def test_uneven_nodes_are_refused() -> None:
 def test_ranks_need_a_device_each() -> None:
     World(3, 4, 3, 4, "torchrun").check_devices(4)
     World(3, 4, 3, 4, "torchrun").check_devices(8)
-    with pytest.raises(ConfigError, match=r"this node has 4 ranks, but PyTorch sees 2 GPUs\n.*one rank a GPU"):
+    with pytest.raises(ConfigError, match=r"this node has 4 ranks, but PyTorch sees 2 GPUs\n.*one rank per GPU"):
         World(3, 4, 3, 4, "torchrun").check_devices(2)
     with pytest.raises(ConfigError, match=r"this node has 4 ranks, but PyTorch sees 1 GPU: .*\n.*--gpu-bind=none"):
         World(3, 4, 3, 4, "slurm").check_devices(1)

@@ -72,13 +72,13 @@ def plain_contents(contents: Mapping[str, Any]) -> dict[str, Any]:
         shown = ", ".join(f"{name} (of type {kind})" for name, kind in faults[:_SHOWN])
         hints = []
         if any(name.startswith(_HYPER_PARAMETERS) for name, _ in faults):
-            hints.append("leave them out with save_hyperparameters(ignore=[...])")
+            hints.append("exclude them with save_hyperparameters(ignore=[...])")
         if any(not name.startswith(_HYPER_PARAMETERS) for name, _ in faults):
             hints.append(
                 "keep plain values and tensors in state_dict() and on_save_checkpoint(), and convert them back"
             )
         raise CheckpointError(
-            f"a checkpoint cannot hold {shown}{and_more(faults, _SHOWN)}, which could only be unpickled",
+            f"a checkpoint cannot store {shown}{and_more(faults, _SHOWN)}: loading it would need unpickling",
             mend="; ".join(hints),
         )
     return found
@@ -105,8 +105,8 @@ def check_tensors(tensors: Tensors) -> None:
         kind = kind or ("quantized" if tensor.is_quantized else "meta" if tensor.is_meta else "")
         if kind or tensor.is_nested:
             raise CheckpointError(
-                f"a checkpoint cannot hold {name}, a {kind or 'nested'} tensor",
-                mend="register it with persistent=False if it can be built anew, or keep it as a dense tensor",
+                f"a checkpoint cannot store {name}, a {kind or 'nested'} tensor",
+                mend="register it with persistent=False if it can be rebuilt, or make it a dense tensor",
             )
 
 
@@ -130,15 +130,15 @@ def check_hooks(given: Mapping[str, Any], saved: Mapping[str, Any], *, partly: b
         raise CheckpointError(
             f"on_save_checkpoint() of {who} {'replaces' if replaced else 'adds'} {name} in the checkpoint's state_dict,"
             " which a resume would not undo",
-            mend="keep further tensors under a key of the checkpoint's own, and convert weights after training; for"
+            mend="store extra tensors under another key of the checkpoint, and convert weights after training; for"
             " averaged weights use disttrain.EMA",
         )
     removed = [name for name in given if name not in saved]
     if removed and not partly:
         raise CheckpointError(
             f"on_save_checkpoint() of {who} removes {removed[0]}{and_more(removed)} from the checkpoint's state_dict:"
-            " it could not be resumed",
-            mend="set strict_loading = False in the module, if it fills these weights itself",
+            " it could not be resumed from",
+            mend="set strict_loading = False if the module restores these weights itself",
         )
 
 
@@ -158,7 +158,7 @@ def _plain(value: Any, name: str, faults: list[tuple[str, str]], *, lenient: boo
     if type(value) in _AS_THEY_ARE:
         return value
     if len(outer) > DEEPEST or id(value) in outer:
-        faults.append((name, f"{_kind(value)}, nested without an end"))
+        faults.append((name, f"{_kind(value)}, nested in itself or too deep"))
         return None
     inner = functools.partial(_plain, faults=faults, lenient=lenient, outer=(*outer, id(value)))
     if isinstance(value, Tensor):
@@ -196,7 +196,7 @@ def _hashable(value: Any, plain: Any, name: str, faults: list[tuple[str, str]]) 
     try:
         hash(plain)
     except TypeError:
-        faults.append((name, f"{_kind(value)}, as a key or in a set"))
+        faults.append((name, f"{_kind(value)}, used as a key or in a set"))
         return None
     return plain
 

@@ -85,8 +85,8 @@ def claim(directory: Path, *, run: str = "", after: int = 0) -> Attempt:
         _clear(directory, attempt)
     except OSError as error:
         raise CheckpointError(
-            f"the folder of checkpoints {directory} cannot be written: {error.strerror}",
-            mend="set trainer.run_dir to a folder that you may write to",
+            f"the checkpoint folder {directory} cannot be written: {error.strerror}",
+            mend="set trainer.run_dir to a folder that you can write to",
         ) from error
     return attempt
 
@@ -114,8 +114,9 @@ def guard(directory: Path, attempt: Attempt | None) -> None:
     else:
         who = f"{directory / FENCE} is gone, so the folder was moved or cleared"
     raise FencedError(
-        f"this process is attempt {attempt.number} of the run in {directory.parent}, but {who}; it publishes nothing",
-        mend="leave the newer attempt to itself; this process was forgotten, and ends here",
+        f"this process is attempt {attempt.number} of the run in {directory.parent}, but {who};"
+        " it will not publish anything",
+        mend="let the newer attempt run; this process is stale and exits",
     )
 
 

@@ -105,9 +105,9 @@ def leave_behind(
         if left:
             sync_directory(directory)
             _point(directory, attempt)
-    told = [f"set aside as {', '.join(sorted(moved))}"] if moved else []
+    told = [f"renamed to {', '.join(sorted(moved))}"] if moved else []
     told += [f"deleted the copies {', '.join(copies)}"] if copies else []
-    return f"the run goes on from step {step}, not from what is later: {'; '.join(told)}" if told else ""
+    return f"the run continues from step {step}; later checkpoints were abandoned: {'; '.join(told)}" if told else ""
 
 
 def _not_gone_on_from(
@@ -145,6 +145,6 @@ def _changing(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"the folder of checkpoints {directory} cannot be changed: {error.strerror}",
-            mend="make the folder writable, and start the run again",
+            f"the checkpoint folder {directory} cannot be modified: {error.strerror}",
+            mend="make the folder writable, and restart the run",
         ) from error

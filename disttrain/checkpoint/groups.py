@@ -74,7 +74,7 @@ def freeze_as_saved(module: nn.Module, frozen: Iterable[str]) -> None:
     if changed:
         kind = "frozen" if changed[0] in before else "trained"
         warnings.warn(
-            f"{changed[0]}{f' and {len(changed) - 1} more' if len(changed) > 1 else ''} began otherwise and is now"
-            f" {kind}, as in the checkpoint",
+            f"{changed[0]}{f' and {len(changed) - 1} more' if len(changed) > 1 else ''} changed to {kind}, as in"
+            " the checkpoint",
             stacklevel=4,
         )

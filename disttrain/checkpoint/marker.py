@@ -131,8 +131,8 @@ def check(path: Path) -> Committed:
     itself = _look(path)
     if itself is None or not stat.S_ISDIR(itself.st_mode):
         raise CheckpointError(
-            f"there is no checkpoint {path}{': it is a file' if itself is not None else ''}",
-            mend="name a run folder, or a directory under its checkpoints/",
+            f"there is no checkpoint at {path}{': it is a file' if itself is not None else ''}",
+            mend="give a run folder, or a directory under its checkpoints/",
         )
     found = replace(_read(path), changed_ns=itself.st_mtime_ns)
     for name, entry in found.files.items():
@@ -141,7 +141,7 @@ def check(path: Path) -> Committed:
         if there != entry.num_bytes:
             state = "is missing" if there is None else f"has {there} bytes"
             raise CheckpointError(
-                f"checkpoint {path} is torn: {name} {state}, its marker says {entry.num_bytes}",
+                f"checkpoint {path} is torn: {name} {state}, but its marker says {entry.num_bytes}",
                 mend="resume from an earlier one",
             )
     return found
@@ -165,8 +165,8 @@ def faults(path: Path, files: Mapping[str, Sum] | None = None) -> list[str]:
             continue
         if there != entry:
             told.append(
-                f"checkpoint {path} is damaged: the {there.num_bytes:,} bytes of {name} have checksum {there.crc32},"
-                f" its marker says {entry.crc32}"
+                f"checkpoint {path} is damaged: {name} ({there.num_bytes:,} bytes) has checksum {there.crc32},"
+                f" but its marker says {entry.crc32}"
             )
     return told
 
@@ -213,8 +213,8 @@ def _entries(directory: Path) -> list[Path]:
         return []
     except OSError as error:
         raise CheckpointError(
-            f"the folder of checkpoints {directory} cannot be read: {error.strerror}",
-            mend="make it readable, or name another run folder",
+            f"the checkpoint folder {directory} cannot be read: {error.strerror}",
+            mend="make it readable, or use another run folder",
         ) from error
 
 
@@ -262,7 +262,8 @@ def free_path(directory: Path, name: str) -> Path:
 def newer_format(path: Path | str, found: object) -> CheckpointError:
     """Return the error for a checkpoint written by a newer disttrain."""
     return CheckpointError(
-        f"{path} has checkpoint format {found}, this disttrain reads up to {FORMAT}", mend="install a newer disttrain"
+        f"{path} has checkpoint format {found}, but this disttrain reads up to {FORMAT}",
+        mend="install a newer disttrain",
     )
 
 
@@ -310,7 +311,7 @@ def _first(path: Path, content: Mapping[str, Any]) -> Committed:
 
 def _second(path: Path, content: dict[str, Any]) -> Committed:
     if content.pop("crc32") != _own_sum(content):
-        raise ValueError("the marker's own checksum is another")
+        raise ValueError("the marker's own checksum does not match")
     files = {_inside(name): Sum(_whole(size), str(crc)) for name, (size, crc) in content["files"].items()}
     step, epoch, metric = _whole(content["global_step"]), content["epoch"], None
     if content["metric"] is not None:
@@ -345,7 +346,7 @@ def _inside(name: str) -> str:
         ValueError: it is not.
     """
     if name in ("", ".", "..") or "/" in name or "\0" in name:
-        raise ValueError(f"{name!r} is not within the checkpoint")
+        raise ValueError(f"{name!r} is outside the checkpoint")
     return name
 
 

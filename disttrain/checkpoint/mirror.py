@@ -35,9 +35,9 @@ from disttrain.reading import parse_json
 _NAME: Final = re.compile(r"(step-\d{8,}(?:\.\d+)?)\.(a\d+-[0-9a-f]+)")
 _READ_ONLY: Final = ("http", "https")
 _MENDS: Final = {
-    401: "give credentials that may read, write, list and delete there",
-    403: "give credentials that may read, write, list and delete there",
-    404: "make the bucket, or correct the URL",
+    401: "give credentials that can read, write, list and delete there",
+    403: "give credentials that can read, write, list and delete there",
+    404: "create the bucket, or correct the URL",
 }
 
 
@@ -111,8 +111,8 @@ class Mirror:
             content = None
         if not isinstance(content, dict) or not content.get("run"):
             raise CheckpointError(
-                f"{self.url}/{FENCE} is damaged, so it is not known whose checkpoints these are",
-                mend="remove that object, or name another checkpoint.mirror.url",
+                f"{self.url}/{FENCE} is damaged, so it is unknown which run owns these checkpoints",
+                mend="delete that object, or use another checkpoint.mirror.url",
             )
         return content
 
@@ -140,14 +140,14 @@ class Mirror:
         there = self.owner()
         if not there:
             raise CheckpointError(
-                f"{self.url}/{FENCE} is gone, so the copies were moved or deleted", mend="start the run again"
+                f"{self.url}/{FENCE} is gone, so the copies were moved or deleted", mend="restart the run"
             )
         if there.get("token") != attempt.token:
             who = f"attempt {there.get('number')} (host {there.get('host')}, process {there.get('pid')})"
             raise FencedError(
                 f"this process is attempt {attempt.number} of run {attempt.run}, but {who} has taken over {self.url};"
-                " it publishes nothing",
-                mend="leave the newer attempt to itself; this process was forgotten, and ends here",
+                " it will not publish anything",
+                mend="let the newer attempt run; this process is stale and exits",
             )
 
     def committed(self) -> tuple[list[Stored], list[str]]:
@@ -211,7 +211,9 @@ class Mirror:
                 self.guard(attempt)  # after listing, so none of these belong to a newer attempt
             if after and not any(one.name == after for one in found):
                 why = next((reason for reason in passed_over if f"/{after} " in reason), self._never(after))
-                raise CheckpointError(f"{why}, though it was just uploaded", mend="see who else deletes there")
+                raise CheckpointError(
+                    f"{why}, though it was just uploaded", mend="check what else deletes objects there"
+                )
             if not dry_run:
                 self._remove(gone)
                 self._folder.remove(unfinished)
@@ -263,8 +265,8 @@ class Mirror:
         if there == due:
             return ""
         return (
-            f"checkpoint {self.url}/{stored.name} is damaged: the {size:,} bytes of {file} have checksum {there.crc32},"
-            f" its marker says {due.crc32}"
+            f"checkpoint {self.url}/{stored.name} is damaged: {file} ({size:,} bytes) has checksum {there.crc32},"
+            f" but its marker says {due.crc32}"
         )
 
     def _copies(self) -> dict[str, dict[str, int]]:
@@ -298,7 +300,9 @@ class Mirror:
         for file, due in entry.files.items():
             if files.get(file) != due.num_bytes:
                 state = f"has {files[file]} bytes" if file in files else "is missing"
-                raise CheckpointError(f"checkpoint {where} is torn: {file} {state}, its marker says {due.num_bytes}")
+                raise CheckpointError(
+                    f"checkpoint {where} is torn: {file} {state}, but its marker says {due.num_bytes}"
+                )
         return Stored(name, entry, data)
 
     def _never(self, name: str) -> str:
@@ -311,7 +315,7 @@ class Mirror:
             yield
         except RemoteError as error:
             raise CheckpointError(
-                f"the folder of checkpoints {self.url} {what}: {error.what}",
+                f"the checkpoint folder {self.url} {what}: {error.what}",
                 mend=_MENDS.get(error.status or 0, error.mend),
             ) from None
 
@@ -356,9 +360,8 @@ def begin(directory: Path, mirror: Mirror | None, *, run: str = "", adopt: bool 
 
 def another_run(mirror: Mirror, theirs: str, ours: str) -> CheckpointError:
     """Return the error for copies that belong to another run."""
-    this = f"this folder is that of run {ours}" if ours else "this is a new run"
+    this = f"this folder belongs to run {ours}" if ours else "this is a new run"
     return CheckpointError(
-        f"checkpoint.mirror.url {mirror.url} holds the checkpoints of run {theirs}, {this}",
-        mend="name another checkpoint.mirror.url for this run; or, to go on with that one, a run_dir that is not there"
-        " yet and --resume auto",
+        f"checkpoint.mirror.url {mirror.url} holds the checkpoints of run {theirs}, but {this}",
+        mend="use another checkpoint.mirror.url for this run; or, to resume that one, a new run_dir with --resume auto",
     )

@@ -150,7 +150,7 @@ def fetch(mirror: Mirror, stored: Stored, directory: Path, attempt: Attempt) -> 
             free = shutil.disk_usage(directory).free
             if free < stored.entry.num_bytes:
                 raise CheckpointError(
-                    f"{mirror.url}/{stored.name} takes {stored.entry.num_bytes:,} bytes, {free:,} are free for"
+                    f"{mirror.url}/{stored.name} takes {stored.entry.num_bytes:,} bytes, but only {free:,} are free for"
                     f" {directory}",
                     mend="free space, or move trainer.run_dir",
                 )

@@ -52,21 +52,22 @@ def named_state(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
         found = optimizer.state_dict()
     except KeyError:
         raise CheckpointError(
-            f"{kind} holds state of a parameter that is in none of its parameter groups",
-            mend="delete a parameter's entry of optimizer.state when you take it out of its group",
+            f"{kind} holds state for a parameter that is in none of its parameter groups",
+            mend="when you remove a parameter from its group, also delete its entry in optimizer.state",
         ) from None
     if not {"state", "param_groups"} <= found.keys():
         raise CheckpointError(
-            f"state_dict() of {kind} lacks 'state' or 'param_groups'", mend="extend what torch.optim.Optimizer returns"
+            f"state_dict() of {kind} lacks 'state' or 'param_groups'",
+            mend="extend the dict that torch.optim.Optimizer returns",
         )
     groups = []
     for group, held in zip(found["param_groups"], optimizer.param_groups, strict=True):
         for number, parameter in zip(group["params"], held["params"], strict=True):
             if id(parameter) not in names:
                 raise CheckpointError(
-                    f"{kind} holds a parameter of shape {tuple(parameter.shape)} that is not one of"
+                    f"{kind} holds a parameter of shape {tuple(parameter.shape)} that does not belong to"
                     f" {class_name(module)}",
-                    mend="register it in the module, so that it is saved, moved and reduced like all others",
+                    mend="register it in the module, so that it is saved, moved and reduced like the others",
                 )
             numbered[number] = names[id(parameter)]
         groups.append({**group, "params": [numbered[number] for number in group["params"]]})
@@ -123,9 +124,9 @@ def divide(value: Any, path: str, tensors: dict[str, Tensor], where: str, depth:
         if type(value) not in (Tensor, nn.Parameter, DTensor) or value.layout != torch.strided or value.is_quantized:
             raise _refused(where, f"{type(value).__name__} of layout {value.layout}")
         if isinstance(value, DTensor) and any(placement.is_partial() for placement in value.placements):
-            raise _refused(where, "DTensor whose parts are not yet added")
+            raise _refused(where, "DTensor with pending partial sums")
         if path in tensors:
-            raise CheckpointError(f"{where} has the name of another tensor, {path}", mend="give it another key")
+            raise CheckpointError(f"{where} has the same name as another tensor, {path}", mend="give it another key")
         tensors[path] = value.detach()
         return ("tensor", value.device.type)
     if isinstance(value, np.generic):
@@ -133,7 +134,7 @@ def divide(value: Any, path: str, tensors: dict[str, Tensor], where: str, depth:
     if type(value) in _PLAIN:
         return ("value", value)
     if depth > DEEPEST:
-        raise _refused(where, f"{type(value).__name__}, nested without an end")
+        raise _refused(where, f"{type(value).__name__}, nested in itself or too deep")
     if type(value) is dict:
         for key in value:
             if type(key) not in _PLAIN:
@@ -243,7 +244,7 @@ class Filling:
         """
         if path not in self._index:
             raise CheckpointError(
-                f"the checkpoint has no tensor {path} of an optimizer", mend="resume from another one"
+                f"the checkpoint lacks the optimizer tensor {path}", mend="resume from another checkpoint"
             )
         shape, dtype = self._index[path]
         parameter = self._parameters.get(name) if name is not None else None
@@ -272,7 +273,7 @@ def restore_groups(optimizer: Optimizer, module: nn.Module, saved: list[dict[str
         optimizer.add_param_group({**settings, "params": parameters})
         warnings.warn(
             f"the checkpoint's parameter group with {group['params'][0] if group['params'] else 'no parameter'}"
-            f" ({len(parameters)} parameters) is added to {type(optimizer).__name__}, which began without it",
+            f" ({len(parameters)} parameters) was added to {type(optimizer).__name__}, which was built without it",
             stacklevel=4,
         )
 
@@ -298,22 +299,22 @@ def agreed_groups(
     Raises:
         CheckpointError: the settings differ, or a parameter is in a different group.
     """
-    mend = "use the model and the optimizer that it was made with, or start over with --resume never"
+    mend = "use the model and optimizer that it was made with, or start over with --resume never"
     # Group names were added together with configurable groups; older checkpoints have none.
     if len(saved) != len(now) or any(
         set(was) - NOT_COMPARED != set(is_) - NOT_COMPARED for was, is_ in zip(saved, now, strict=False)
     ):
         raise CheckpointError(
-            f"checkpoint {path} holds the state of an optimizer with other settings or parameter groups than this"
-            f" run's {kind}",
+            f"checkpoint {path} holds optimizer state with settings or parameter groups that differ from"
+            f" this run's {kind}",
             mend=mend,
         )
     for number, (was, is_) in enumerate(zip(saved, now, strict=True)):
         moved = sorted(set(was["params"]) ^ set(is_["params"]))
         if moved:
             raise CheckpointError(
-                f"checkpoint {path} has other members of the optimizer's parameter group {is_.get('name', number)!r}:"
-                f" {moved[0]}{and_more(moved)} moved",
+                f"checkpoint {path} has different parameters in the optimizer's parameter group"
+                f" {is_.get('name', number)!r}: {moved[0]}{and_more(moved)} moved",
                 mend=mend,
             )
     return [_agreed(was, is_) for was, is_ in zip(saved, now, strict=True)]
@@ -353,7 +354,7 @@ def _as_saved(saved: Any, loaded: Any, same_type: bool) -> Any:
 
 def _refused(where: str, kind: str) -> CheckpointError:
     return CheckpointError(
-        f"{where} is of type {kind}, which a checkpoint cannot hold",
-        mend="keep tensors, numbers, texts, None, and lists, tuples and dictionaries of these; or convert it where the"
-        " state is given and taken (state_dict() and load_state_dict(), get_extra_state() and set_extra_state())",
+        f"{where} is of type {kind}, which a checkpoint cannot store",
+        mend="use tensors, numbers, strings, None, and lists, tuples and dicts of these; or convert it in state_dict()"
+        " and load_state_dict(), or in get_extra_state() and set_extra_state()",
     )

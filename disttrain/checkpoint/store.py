@@ -168,8 +168,8 @@ def read_group(path: Path, group: str) -> dict[str, torch.Tensor]:
 def no_group(path: Path, group: str, there: Iterable[str]) -> CheckpointError:
     """Return the error for a group of tensors that a checkpoint does not hold."""
     return CheckpointError(
-        f"checkpoint {path} has no tensors {group!r}",
-        mend="its run kept no moving average; take the trained weights" if group == "ema" else nearest(group, there),
+        f"checkpoint {path} has no {group!r} tensors",
+        mend="its run kept no moving average; use the trained weights" if group == "ema" else nearest(group, there),
     )
 
 
@@ -192,7 +192,7 @@ def cause(error: BaseException) -> str:
         return error.strerror
     if isinstance(error, pickle.UnpicklingError) and "eights only" in str(error):  # torch suggests trusting the file
         found = re.search(r"(?:GLOBAL|global:?|class|function) <?(?:built-in function )?([\w.]{3,})", str(error))
-        return f"it would need {found[1]}" if found else "it is damaged, or no file of PyTorch's"
+        return f"it would need {found[1]}" if found else "it is damaged or not a PyTorch file"
     return first_line(error)
 
 
@@ -208,7 +208,7 @@ def _compare(path: Path, metadata: Metadata, into: Tensors) -> None:
             )
         if entry.size != tensor.shape:
             raise CheckpointError(
-                f"checkpoint {path}: {name} has shape {tuple(entry.size)}, the model's has {tuple(tensor.shape)}",
+                f"checkpoint {path}: {name} has shape {tuple(entry.size)}, but the model's has {tuple(tensor.shape)}",
                 mend="use the model that the checkpoint was made with",
             )
 
@@ -235,7 +235,9 @@ class _SafeReader(FileSystemReader):
                     mend="resume from an earlier one",
                 ) from None
         if not (isinstance(metadata, Metadata) and hasattr(metadata, "state_dict_metadata")):
-            raise CheckpointError(f"the index of checkpoint {self.path} is none", mend="resume from an earlier one")
+            raise CheckpointError(
+                f"the index of checkpoint {self.path} is not an index", mend="resume from an earlier one"
+            )
         if why := _misfit(metadata, Path(self.path)):
             raise CheckpointError(
                 f"the index of checkpoint {self.path} is damaged: {why}", mend="resume from an earlier one"
@@ -257,7 +259,7 @@ def _misfit(metadata: Metadata, path: Path) -> str:
         if name not in there:
             return f"it names a file {name!r:.100}, which is not in the checkpoint"
         if not (_are_counts([offset, length]) and offset + length <= there[name]):
-            return f"{index.fqn!r:.100} is said to lie beyond the end of {name}"
+            return f"it places {index.fqn!r:.100} beyond the end of {name}"
         parts.setdefault(index.fqn, set()).add(tuple(index.offset or ()))
     most = sum(there.values())
     for name, entry in metadata.state_dict_metadata.items():
@@ -265,14 +267,14 @@ def _misfit(metadata: Metadata, path: Path) -> str:
             continue
         size, kind = list(entry.size), entry.properties.dtype
         if not (isinstance(kind, torch.dtype) and _are_counts(size) and math.prod(size) * kind.itemsize <= most):
-            return f"{name!r:.100} is said to have shape {size!r:.60} of {kind}, more than all files hold"
+            return f"it gives {name!r:.100} the shape {size!r:.60} of {kind}, more than all files hold"
         for chunk in entry.chunks:
             places = [list(chunk.offsets), list(chunk.sizes)]
             fits = all(len(one) == len(size) and _are_counts(one) for one in places)
             if not fits or any(at + length > all_ for at, length, all_ in zip(*places, size, strict=True)):
-                return f"a part of {name!r:.100} is said to lie outside of its shape {size!r:.60}"
+                return f"it places a part of {name!r:.100} outside its shape {size!r:.60}"
             if 0 not in chunk.sizes and tuple(chunk.offsets) not in parts.get(name, ()):
-                return f"a part of {name!r:.100} is said to lie in no file"
+                return f"it names no file for a part of {name!r:.100}"
     return ""
 
 

@@ -46,7 +46,7 @@ class Taken:
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
-        parts = [f"{len(self.loaded)} tensors taken"]
+        parts = [f"{len(self.loaded)} tensors loaded"]
         for kind in ("missing", "unexpected", "mismatched"):
             names: list[str] = getattr(self, kind)
             if names:
@@ -63,7 +63,7 @@ def refuse_folder(path: object) -> None:
     """
     if isinstance(path, str | Path) and Path(path).is_dir():
         raise CheckpointError(
-            f"load_from_checkpoint reads a file of Lightning's, and {path} is a folder",
+            f"load_from_checkpoint reads a Lightning file, but {path} is a folder",
             mend=f"disttrain checkpoints export {path} weights.pt, then"
             " module.load_state_dict(torch.load('weights.pt')); or Trainer.test(module, ckpt_path=...), which reads it",
         )
@@ -88,7 +88,7 @@ def read_weights(path: Path, *, group: str = "model") -> dict[str, Tensor]:
             raise CheckpointError(wrong[0], mend="use another checkpoint")
         return read_group(path, group)
     if not path.is_file():
-        raise CheckpointError(f"there is neither a checkpoint nor a file {path}", mend="correct the path")
+        raise CheckpointError(f"there is no checkpoint or file at {path}", mend="correct the path")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -103,13 +103,13 @@ def read_weights(path: Path, *, group: str = "model") -> dict[str, Tensor]:
     inner = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(inner, dict):
         raise CheckpointError(
-            f"{path} is no state_dict, but of type {type(inner).__name__}", mend="save a dictionary of tensors"
+            f"{path} is not a state_dict: it is of type {type(inner).__name__}", mend="save a dictionary of tensors"
         )
     other = next((name for name, value in inner.items() if not isinstance(value, Tensor)), None)
     if other is not None:
         raise CheckpointError(
-            f"{path} is no state_dict: {other!r} is of type {type(inner[other]).__name__}",
-            mend="save a dictionary of tensors alone, as model.state_dict() gives",
+            f"{path} is not a state_dict: {other!r} is of type {type(inner[other]).__name__}",
+            mend="save a dictionary of tensors only, as model.state_dict() returns",
         )
     return {str(name): value for name, value in inner.items()}
 
@@ -126,7 +126,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], *, about: Mapping[s
         CheckpointError: the extension is unknown, or the file cannot be written.
     """
     if path.suffix not in (".safetensors", ".pt", ".pth"):
-        raise CheckpointError(f"{path} says no format that is known", mend="name it .safetensors, .pt or .pth")
+        raise CheckpointError(f"{path} does not end in a known suffix", mend="name it .safetensors, .pt or .pth")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         make_folder(path.parent)
@@ -142,10 +142,10 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], *, about: Mapping[s
         publish(temporary, path)
     except OSError as error:
         no_folder = isinstance(error, FileExistsError | NotADirectoryError)
-        reason = f"{path.parent} is no folder" if no_folder else error.strerror or error
+        reason = f"{path.parent} is not a folder" if no_folder else error.strerror or error
         raise CheckpointError(
             f"{path} cannot be written: {reason}",
-            mend="name a file in a folder" if no_folder else "check space and permissions",
+            mend="give a path inside a folder" if no_folder else "check space and permissions",
         ) from None
     finally:
         with suppress(OSError):
@@ -176,7 +176,7 @@ def initialize(model: nn.Module, path: Path, *, strict: bool = True) -> Taken:
         missing=sorted(name for name in own if name not in there and own[name].data_ptr() not in filled),
         unexpected=sorted(name for name in there if name not in own),
         mismatched=[
-            f"{name} {tuple(value.shape)} where the model has {tuple(own[name].shape)}"
+            f"{name} (shape {tuple(value.shape)}, expected {tuple(own[name].shape)})"
             for name, value in sorted(there.items())
             if name in own and own[name].shape != value.shape
         ],
@@ -184,8 +184,8 @@ def initialize(model: nn.Module, path: Path, *, strict: bool = True) -> Taken:
     if not fitting or (strict and not taken.complete):
         hint = nearest(taken.missing[0], taken.unexpected) if taken.missing and taken.unexpected else ""
         raise CheckpointError(
-            f"the weights of {path} are not those of this model: {taken}",
-            mend="use the model that they were made with, or --initialize_strict false to take what fits"
+            f"the weights in {path} do not match this model: {taken}",
+            mend="use the model that they were made with, or --initialize_strict false to load what fits"
             + (f"; for {taken.missing[0]}, {hint}" if hint.startswith("did") else ""),
         )
     with torch.no_grad():

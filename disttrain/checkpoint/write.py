@@ -207,8 +207,8 @@ def pack_meta(meta: dict[str, Any]) -> bytes:
         torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"the state to save holds an object that could only be unpickled: {cause(error)}",
-            mend="keep plain values and tensors in state_dict() and on_save_checkpoint() of callbacks and modules",
+            f"the state to save holds an object that would need unpickling: {cause(error)}",
+            mend="return only plain values and tensors from state_dict() and on_save_checkpoint()",
         ) from None
     return stream.getvalue()
 
@@ -241,7 +241,7 @@ def _check_space(directory: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < num_bytes:
         raise CheckpointError(
-            f"cannot write a checkpoint to {directory}: it takes about {num_bytes:,} bytes, {free:,} are free",
+            f"cannot write a checkpoint to {directory}: it needs about {num_bytes:,} bytes, but only {free:,} are free",
             mend="free space, keep fewer checkpoints (checkpoint.keep_last, keep_best), or move trainer.run_dir",
         )
 

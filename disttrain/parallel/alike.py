@@ -57,7 +57,7 @@ def check_alike(settings: Mapping[str, Any]) -> None:
     if not differing:
         return
     raise ConfigError(
-        f"the ranks do not run the same thing:\n    {differing}",
+        f"the ranks differ in versions, code or settings:\n    {differing}",
         mend="install the same versions and the same code on every node, and give every rank the same settings",
     )
 
@@ -89,9 +89,9 @@ def describe_differences(every: Sequence[Mapping[str, str]], hosts: Sequence[str
     for name in sorted({name for facts in every for name in facts}, key=_order):
         by_value: dict[str, list[int]] = {}
         for rank, facts in enumerate(every):
-            by_value.setdefault(facts.get(name, "not there"), []).append(rank)
+            by_value.setdefault(facts.get(name, "missing"), []).append(rank)
         if name.startswith(_MODULE):
-            by_value.pop("not there", None)  # not a difference: ranks may have loaded different sets of modules
+            by_value.pop("missing", None)  # not a difference: ranks may have loaded different sets of modules
         if len(by_value) > 1:
             shown = around_the_difference([redacted(value) for value in by_value])
             if len(set(shown)) == 1:

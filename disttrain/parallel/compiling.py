@@ -117,7 +117,7 @@ def _check_compiler(device: torch.device) -> None:
 
         if not has_triton():
             raise ConfigError(
-                f"parallel.compile is blocks, and Triton cannot compile for {torch.cuda.get_device_name(device)}",
+                f"parallel.compile is blocks, but Triton cannot compile for {torch.cuda.get_device_name(device)}",
                 mend="install triton (it needs compute capability 7.0), or set parallel.compile to none",
             )
         return
@@ -127,7 +127,7 @@ def _check_compiler(device: torch.device) -> None:
         get_cpp_compiler()
     except Exception as error:
         raise ConfigError(
-            "parallel.compile is blocks, and there is no C++ compiler to compile for the CPU",
+            "parallel.compile is blocks, but there is no C++ compiler for the CPU",
             mend="install g++ or set the environment variable CXX, or set parallel.compile to none",
         ) from error
 

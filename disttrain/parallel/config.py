@@ -51,12 +51,12 @@ class BatchPlan:
             nearest_below, nearest_above = g - g % r, g + r - g % r
             sizes = [str(size) for size in (nearest_below, nearest_above) if size > 0]
             raise ConfigError(
-                f"global_batch_size {g} cannot be cut evenly over {r} ranks",
+                f"global_batch_size {g} cannot be divided evenly over {r} ranks",
                 mend=f"use {_listed(divisors(g))} ranks, or global_batch_size {' or '.join(sizes)}",
             )
         if (g // r) % b:
             raise ConfigError(
-                f"micro_batch_size {b} does not divide the {g // r} samples that each of {r} ranks takes of"
+                f"micro_batch_size {b} does not divide the {g // r} samples that each of {r} ranks takes from"
                 f" global_batch_size {g}",
                 mend=f"use micro_batch_size {_listed(divisors(g // r))}",
             )
@@ -159,7 +159,7 @@ class ParallelConfig:
             raise ConfigError(
                 "parallel.reduction is tree, which needs a gradient of every parameter, and"
                 " parallel.find_unused_parameters is true",
-                mend="freeze what is not used and set find_unused_parameters to false, or reduction to fast",
+                mend="freeze unused parameters and set find_unused_parameters to false, or reduction to fast",
             )
         axes = {"replicate": self.replicate, "shard": self.shard, "tensor": self.tensor}
         for name, degree in axes.items():
@@ -171,8 +171,8 @@ class ParallelConfig:
             raise ConfigError(f"{' and '.join(derived)} are {'both' if len(derived) == 2 else 'all'} -1", mend=mend)
         if self.strategy == "ddp" and (self.replicate, self.shard, self.tensor) != (1, -1, 1):
             raise ConfigError(
-                "parallel.replicate, parallel.shard and parallel.tensor are for fsdp, and parallel.strategy is ddp",
-                mend="set parallel.strategy to fsdp, or leave them out",
+                "parallel.replicate, parallel.shard and parallel.tensor are for fsdp, but parallel.strategy is ddp",
+                mend="set parallel.strategy to fsdp, or remove them",
             )
 
         self._check_options()
@@ -191,16 +191,18 @@ class ParallelConfig:
             if changed:
                 home = "fsdp" if self.strategy == "ddp" else "ddp"
                 raise ConfigError(
-                    f"parallel.{name} is for {home}, and parallel.strategy is {self.strategy}",
-                    mend=f"set parallel.strategy to {home}, or leave {name} out",
+                    f"parallel.{name} is for {home}, but parallel.strategy is {self.strategy}",
+                    mend=f"set parallel.strategy to {home}, or remove {name}",
                 )
         if self.compile not in ("none", "blocks"):
             raise ConfigError(f"parallel.compile is {self.compile!r}", mend="set it to 'none' or 'blocks'")
         if self.static_graph and (self.find_unused_parameters or self.reduction == "tree"):
             which = "parallel.find_unused_parameters" if self.find_unused_parameters else "parallel.reduction: tree"
-            why = "searches every step anew" if self.find_unused_parameters else "needs a gradient of every parameter"
+            why = (
+                "searches again in every step" if self.find_unused_parameters else "needs a gradient of every parameter"
+            )
             raise ConfigError(
-                f"parallel.static_graph is true, and {which} {why}",
+                f"parallel.static_graph is true, but {which} {why}",
                 mend="use one of the two",
             )
         if self.sync_batchnorm and self.tensor != 1:
@@ -241,7 +243,7 @@ class ParallelConfig:
         said = " x ".join(f"parallel.{name} {degree}" for name, degree in zip(names, wanted, strict=False))
         ranks = f"{num_ranks} rank{'s' * (num_ranks > 1)}"
         raise ConfigError(
-            f"{said} " + (f"leaves nothing to shard on {ranks}" if fills else f"is not {ranks}"),
+            f"{said} " + (f"leaves nothing to shard on {ranks}" if fills else f"does not equal {ranks}"),
             mend=f"use {' x '.join(names)} of {_or(fits)}"
             + (", or parallel.strategy: ddp" if fills and not with_tensor else ""),
         )

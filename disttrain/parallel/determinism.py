@@ -76,7 +76,8 @@ def check_ordered_sums(loss: Tensor, device: torch.device) -> None:
         return
     if found := unordered_sums(loss):
         raise ConfigError(
-            f"parallel.reduction is tree, and the model's {', '.join(found)} on CUDA adds in another order each time",
+            f"parallel.reduction is tree, and the model's {', '.join(found)} on CUDA adds in a different order"
+            " each time",
             mend="set trainer.deterministic to true, or parallel.reduction to fast",
         )
 

@@ -218,7 +218,7 @@ def leave_meta(module: nn.Module) -> None:
 def _no_value(module: nn.Module, tensor: str) -> ConfigError:
     kind = type(module.get_submodule(tensor.rpartition(".")[0])).__name__
     return ConfigError(
-        f"parallel.meta_init is true, and nothing gives {tensor} of {class_name(module)} an initial value",
-        mend=f"give {kind} a method reset_parameters() that fills all of its parameters and buffers (a buffer that is"
+        f"parallel.meta_init is true, but nothing initializes {tensor} of {class_name(module)}",
+        mend=f"give {kind} a reset_parameters() method that fills all of its parameters and buffers (a buffer"
         ' built with device="cpu" keeps its value), or set meta_init to false',
     )

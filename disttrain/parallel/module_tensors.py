@@ -55,7 +55,7 @@ def check_types(module: nn.Module, *, sharded: bool) -> None:
         if sharded and not parameter.is_floating_point():
             raise ConfigError(
                 f"parameter {name} is {kind}, which FSDP cannot shard",
-                mend="register it as a buffer, as it is not trained, or set parallel.strategy to ddp",
+                mend="register it as a buffer, since it is not trained, or set parallel.strategy to ddp",
             )
 
 
@@ -72,8 +72,8 @@ def check_units(module: nn.Module) -> None:
         if other is not None:
             one, two = (f"{names[id(each)]} ({str(each.dtype)[6:]})" for each in (trained[0], other))
             raise ConfigError(
-                f"parameters {one} and {two} are of one unit that FSDP shards, in which all must have one type",
-                mend="convert one of them, name units by shard_units() in the model, or set parallel.strategy to ddp",
+                f"parameters {one} and {two} are in one FSDP unit, where all must have the same type",
+                mend="convert one of them, define units in the model's shard_units(), or set parallel.strategy to ddp",
             )
 
 

@@ -32,13 +32,13 @@ def check_optimizers(
         kind = type(optimizer).__name__
         if config.strategy == "fsdp" and isinstance(optimizer, _WHOLE):
             raise ConfigError(
-                f"{kind} needs whole parameters and gradients, which parallel.strategy fsdp divides",
-                mend="set parallel.strategy to ddp, or use an optimizer that treats each element alone, such as AdamW",
+                f"{kind} needs whole parameters and gradients, but parallel.strategy fsdp shards them",
+                mend="set parallel.strategy to ddp, or use an element-wise optimizer, such as AdamW",
             )
         if isinstance(optimizer, torch.optim.LBFGS) and (ranks > 1 or accumulation > 1):
             raise ConfigError(
-                f"{kind} runs the batch of a step several times and decides by its loss, which no rank or micro batch"
-                f" has of the global batch: there are {ranks} ranks with {accumulation} micro batches a step",
+                f"{kind} evaluates the batch of a step several times and uses its loss, but no rank or micro batch has"
+                f" the loss of the global batch: there are {ranks} ranks with {accumulation} micro batches per step",
                 mend="train on one rank with micro_batch_size equal to global_batch_size, or use another optimizer",
             )
     layers = [(name, inner) for name, inner in module.named_modules() if isinstance(inner, _EMBEDDINGS)]

@@ -54,9 +54,9 @@ def no_blocks(what: str, module: nn.Module, setting: str) -> ConfigError:
         setting: name of the setting to set to none.
     """
     return ConfigError(
-        f"{what}, and {type(module).__name__} has no blocks: no child of a ModuleList or Sequential has"
+        f"{what}, but {type(module).__name__} has no blocks: no child of a ModuleList or Sequential has"
         f" {_MIN_UNIT_PARAMETERS:,} parameters or more",
-        mend=f"give the model a method shard_units() that returns its blocks, or set {setting} to none",
+        mend=f"give the model a shard_units() method that returns its blocks, or set {setting} to none",
     )
 
 
@@ -76,9 +76,9 @@ def _check(module: nn.Module, units: list[nn.Module]) -> None:
     for unit in units:
         if not _runs(unit):
             raise ConfigError(
-                f"shard_units() in {type(module).__name__} gives a {type(unit).__name__}, which has no forward() around"
-                " which FSDP could gather its parameters",
-                mend="give the modules that it holds",
+                f"shard_units() in {type(module).__name__} returns a {type(unit).__name__}, which has no forward(),"
+                " so FSDP cannot gather its parameters",
+                mend="return the modules that it holds",
             )
     for name, parameter in module.named_parameters():
         if parameter.ndim == 0:

@@ -41,8 +41,8 @@ class ShardedDropout(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, nn.Dropout):
             raise ConfigError(
-                f"tensor_plan() gives a {type(module).__name__} the style ShardedDropout",
-                mend="use it for modules of the class torch.nn.Dropout",
+                f"tensor_plan() gives the style ShardedDropout to a {type(module).__name__}",
+                mend="use it only for torch.nn.Dropout modules",
             )
         module.forward = _SharedMask(module, self.dim, device_mesh)  # type: ignore[method-assign, assignment]
         return module
@@ -78,7 +78,7 @@ def apply_tensor_plan(module: nn.Module, mesh: DeviceMesh) -> None:
         found = list(_matching(pattern, owner))
         if not found:
             raise ConfigError(
-                f"tensor_plan() of {type(owner).__name__} names {pattern!r}, which is no module of it",
+                f"tensor_plan() of {type(owner).__name__} names {pattern!r}, which matches no module of it",
                 mend=f"correct the plan; {nearest(pattern, names)}",
             )
         for name, inner in found:
@@ -92,8 +92,8 @@ def _find_plan(module: nn.Module) -> tuple[nn.Module, Plan]:
         if callable(declared):
             return inner, dict(declared())
     raise ConfigError(
-        f"parallel.tensor is set, and {type(module).__name__} does not say how its layers are divided",
-        mend="give the model a method tensor_plan() that returns names of modules to styles of"
+        f"parallel.tensor is set, but {type(module).__name__} does not say how to divide its layers",
+        mend="give the model a tensor_plan() method that maps module names to styles of"
         " torch.distributed.tensor.parallel, or set parallel.tensor to 1",
     )
 
@@ -115,5 +115,5 @@ def _check_size(name: str, module: nn.Module, style: ParallelStyle, degree: int)
         if isinstance(style, kind) and size % degree:
             raise ConfigError(
                 f"parallel.tensor {degree} does not divide {what} {size} of {name}",
-                mend=f"use a parallel.tensor that divides {size}, or leave {name} out of tensor_plan()",
+                mend=f"use a parallel.tensor that divides {size}, or remove {name} from tensor_plan()",
             )

@@ -40,9 +40,9 @@ def check_members(optimizer: Optimizer, reducible: Mapping[str, nn.Parameter], m
         return
     kind, count = type(optimizer).__name__, len(strange)
     raise ConfigError(
-        f"{kind} of {class_name(module)} steps {count} parameter{'s' * (count > 1)}, the first of shape"
-        f" {tuple(strange[0].shape)}, that the strategy does not know: the module does not hold"
-        f" {'them' if count > 1 else 'it'}, or did not when training was set up, and the ranks would drift apart",
-        mend="make layers in __init__, hold them in a module or nn.ModuleList (not a plain list), and optimizers in"
-        " configure_optimizers",
+        f"{kind} of {class_name(module)} updates {count} parameter{'s' * (count > 1)}, the first of shape"
+        f" {tuple(strange[0].shape)}, that the strategy does not manage: the module does not hold"
+        f" {'them' if count > 1 else 'it'}, or did not when training was set up, so the ranks would diverge",
+        mend="create layers in __init__, hold them in a module or nn.ModuleList (not a plain list), and create"
+        " optimizers in configure_optimizers",
     )

@@ -185,10 +185,8 @@ class Task(pl.LightningModule):
         steps, config = run_steps(self.trainer) or 0, self.schedule_config
         fitted = fit_warmup(config, steps)
         if fitted != config and self.trainer.is_global_zero:
-            text = (
-                f"the run has {steps} steps, schedule.warmup_steps is {config.warmup_steps}: the warm-up is shortened"
-            )
-            tell(f"{text} to {fitted.warmup_steps}")
+            text = f"the run has {steps} steps, but schedule.warmup_steps is {config.warmup_steps}"
+            tell(f"{text}: the warm-up is shortened to {fitted.warmup_steps}")
         schedule = build_schedule(optimizer, fitted, total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -249,9 +247,9 @@ class Task(pl.LightningModule):
             return
         raise ConfigError(
             f"{class_name(self)}.losses() returned {_shape(losses)}, for a micro batch of {size} samples; expected"
-            f" is one loss a sample, shape ({size},), or ({size}, tokens) for losses of tokens",
-            mend="return the losses as they are, neither averaged, summed nor flattened (reduction='none'); the task"
-            " weighs, masks and averages them over the global batch",
+            f" one loss per sample, shape ({size},), or one per token, shape ({size}, tokens)",
+            mend="return unreduced losses (reduction='none'), not averaged, summed or flattened; the task"
+            " weights, masks and averages them over the global batch",
         )
 
     def _check_weights(self, weights: Any, losses: Tensor) -> None:
@@ -260,8 +258,8 @@ class Task(pl.LightningModule):
             if all(fits):
                 return
         raise ConfigError(
-            f"{class_name(self)}.loss_weights() returned {_shape(weights)}, and losses() {_shape(losses)}",
-            mend=f"return weights of shape ({losses.shape[0]},), one a sample, or of the losses' shape, or None",
+            f"{class_name(self)}.loss_weights() returned {_shape(weights)}, but losses() {_shape(losses)}",
+            mend=f"return weights of shape ({losses.shape[0]},), one per sample, or of the losses' shape, or None",
         )
 
     def _nominal_weight(self, batch: Batch) -> float:
@@ -292,7 +290,7 @@ class Task(pl.LightningModule):
             own = self.build_metrics()
             if LOSS in own:
                 raise ConfigError(
-                    f"{class_name(self)}.build_metrics() has a metric {LOSS!r}, which is that of losses()",
+                    f"{class_name(self)}.build_metrics() has a metric {LOSS!r}, a name reserved for losses()",
                     mend="give it another name",
                 )
             metrics = {LOSS: WeightedMean(), **own}
@@ -346,12 +344,12 @@ def tensor_field(batch: Batch, name: str) -> Tensor:
     if name not in batch:
         fields = [field for field in batch if not field.startswith("__")]
         raise DataError(
-            f"the batch has no field {name!r}", mend=f"correct the task's or data.fields; {nearest(name, fields)}"
+            f"the batch has no field {name!r}", mend=f"correct the task's field or data.fields; {nearest(name, fields)}"
         )
     value = batch[name]
     if not isinstance(value, Tensor):
         raise DataError(
-            f"field {name!r} is a {type(value).__name__}, not a tensor: its values are no numbers of one shape",
+            f"field {name!r} is a {type(value).__name__}, not a tensor: its values are not numbers of one shape",
             mend=f"declare another decoder for data.fields.{name}",
         )
     return value

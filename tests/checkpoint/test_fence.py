@@ -1,4 +1,4 @@
-"""Attempts are fenced: whatever an older one was about to do when a newer one began, it publishes nothing."""
+"""Attempts are fenced: whatever an older one was about to do when a newer one began, it will not publish anything."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_stale_process_publishes_nothing(tmp_path: Path, place: str, monkeypat
         return known(*arguments, **more)
 
     monkeypatch.setattr(owner, name, overtaken)
-    with pytest.raises(FencedError, match="it publishes nothing"):
+    with pytest.raises(FencedError, match="it will not publish anything"):
         job(directory, stale).run()
     newer, before = seen
     assert tree(directory) == before, "the newer attempt's files were changed"
@@ -106,7 +106,7 @@ def test_a_stale_process_does_not_turn_latest_back(tmp_path: Path, name: str, mo
         return known(*arguments, **more)
 
     monkeypatch.setattr(os, name, overtaken)
-    with pytest.raises(FencedError, match="it publishes nothing"):
+    with pytest.raises(FencedError, match="it will not publish anything"):
         job(directory, stale).run()
     assert (directory / "LATEST").read_text() == "step-00000012\n"
     assert [c.path.name for c in committed(directory)[0]] == ["step-00000009", "step-00000012"]
@@ -132,7 +132,7 @@ def test_the_fence_survives_a_damaged_file(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file in its place")
-    with pytest.raises(CheckpointError, match=r"the folder of checkpoints .* cannot be written"):
+    with pytest.raises(CheckpointError, match=r"the checkpoint folder .* cannot be written"):
         claim(tmp_path / "checkpoints")
 
 
@@ -151,7 +151,7 @@ def test_auto_begins_an_attempt_before_it_looks(tmp_path: Path) -> None:
     start = find_start(run_dir, "auto")
     assert start.checkpoint == run_dir / "checkpoints" / "step-00000003"
     assert start.notes == [
-        f"passed over: checkpoint {half} was never committed",
+        f"skipped: checkpoint {half} was never committed",
         f"resuming from {run_dir / 'checkpoints' / 'step-00000003'}",
     ], "what was cleared away is not told"
     assert not half.exists()
@@ -171,7 +171,7 @@ def test_another_runs_checkpoint_is_not_restored_unasked(tmp_path: Path) -> None
         write_marker(opened, about, {})
     with pytest.raises(CheckpointError) as caught:
         find_start(run_dir, "auto")
-    for word in (str(moved), f"made by run {other.run}", f"that of run {ours.run}", f"--resume {moved}"):
+    for word in (str(moved), f"made by run {other.run}", f"belongs to run {ours.run}", f"--resume {moved}"):
         assert word in str(caught.value), f"the message does not say {word!r}"
     assert find_start(run_dir, str(moved)).checkpoint == moved, "what is named is taken"
 
@@ -179,7 +179,7 @@ def test_another_runs_checkpoint_is_not_restored_unasked(tmp_path: Path) -> None
 def test_checkpoints_under_another_runs_record_are_not_restored_unasked(tmp_path: Path) -> None:
     run_dir, ours = own_run(tmp_path, "ours")
     write_run(run_dir, {"status": "running", "id": "else"})
-    with pytest.raises(CheckpointError, match=f"the record of run else, the checkpoints beside it .* {ours.run}"):
+    with pytest.raises(CheckpointError, match=f"the record of run else, but the checkpoints beside it .* {ours.run}"):
         find_start(run_dir, "auto")
 
 
@@ -188,7 +188,7 @@ def test_a_bare_checkpoint_in_an_empty_folder_is_not_restored_unasked(tmp_path: 
     bare = tmp_path / "bare" / "checkpoints"
     bare.mkdir(parents=True)
     os.rename(source / "checkpoints" / "step-00000003", bare / "step-00000003")
-    with pytest.raises(CheckpointError, match="a run that is not known"):
+    with pytest.raises(CheckpointError, match="an unknown run"):
         find_start(bare.parent, "auto")
 
 

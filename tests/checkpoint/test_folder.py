@@ -39,7 +39,7 @@ def aside(folder: Path) -> list[str]:
 def test_what_is_later_than_a_start_no_longer_counts(folder: Path) -> None:
     attempt = claim(folder)
     told = leave_behind(folder, 8, start=folder / "step-00000008", attempt=attempt)
-    assert told == "the run goes on from step 8, not from what is later: set aside as step-00000012.abandoned"
+    assert told == "the run continues from step 8; later checkpoints were abandoned: renamed to step-00000012.abandoned"
     assert counting(folder) == ["step-00000004", "step-00000008"]
     assert (folder / "LATEST").read_text() == "step-00000008\n"
     assert leave_behind(folder, 8, start=folder / "step-00000008", attempt=attempt) == "", "there is nothing left"
@@ -72,9 +72,9 @@ def test_a_start_elsewhere_and_a_faulty_checkpoint_of_the_same_step(folder: Path
 def test_what_was_set_aside_can_be_gone_on_from(folder: Path) -> None:
     """By its old name alone: under the other one it would not be found by the next start."""
     leave_behind(folder, 8, start=folder / "step-00000008")
-    with pytest.raises(CheckpointError, match="was set aside") as caught:
+    with pytest.raises(CheckpointError, match="was abandoned") as caught:
         choose_start(folder.parent, str(folder / "step-00000012.abandoned"))
-    assert "rename it to step-00000012, and" in caught.value.mend
+    assert "rename it to step-00000012, then" in caught.value.mend
     (folder / "step-00000012.abandoned").rename(folder / "step-00000012")
     assert choose_start(folder.parent, "auto").checkpoint == folder / "step-00000012"
 

@@ -82,7 +82,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(saved: Path, name: str) -> None:
         flip(saved / name, place, 1 << place % 8)
         check(saved)  # the sizes are right
         (fault,) = verify.faults(saved)
-        assert f"{saved} is damaged: the {len(whole):,} bytes of {name} have checksum" in fault
+        assert f"{saved} is damaged: {name} ({len(whole):,} bytes) has checksum" in fault
         (saved / name).write_bytes(whole)
     assert verify.faults(saved) == []
 
@@ -132,11 +132,11 @@ def test_all_ranks_pass_over_what_is_damaged_and_say_why(tmp_path: Path) -> None
     for output in outcome.outputs:
         _, checkpoint, *notes = output.splitlines()
         assert checkpoint == str(paths[0])
-        assert f"passed over: checkpoint {paths[1]} is torn: meta.pt has" in notes[0]
-        assert f"passed over: checkpoint {paths[2]} is damaged: the" in notes[1]
+        assert f"skipped: checkpoint {paths[1]} is torn: meta.pt has" in notes[0]
+        assert f"skipped: checkpoint {paths[2]} is damaged: " in notes[1]
         assert notes[2] == f"resuming from {paths[0]}"
         assert "refused" in output
-        assert "bytes of __0_0.distcp have checksum" in notes[3], "a named checkpoint was taken although it is damaged"
+        assert "is damaged: __0_0.distcp (" in notes[3], "a named checkpoint was taken although it is damaged"
 
 
 def test_sizes_alone_are_compared_where_that_is_asked_for(tmp_path: Path) -> None:

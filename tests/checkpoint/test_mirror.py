@@ -205,7 +205,10 @@ DAMAGES: dict[str, tuple[Callable[[S3Server, str, str], object], str]] = {
         lambda s3, bucket, name: s3.write(bucket, f"{name}/meta.pt", b"short"),
         "is torn: meta.pt has 5 bytes",
     ),
-    "a bit has flipped": (lambda s3, bucket, name: flip(s3, bucket, f"{name}/__0_0.distcp"), "is damaged: the "),
+    "a bit has flipped": (
+        lambda s3, bucket, name: flip(s3, bucket, f"{name}/__0_0.distcp"),
+        "is damaged: __0_0.distcp (",
+    ),
     "the marker is damaged": (
         lambda s3, bucket, name: flip(s3, bucket, f"{name}/{MARKER}"),
         f"has a damaged {MARKER}",
@@ -232,7 +235,7 @@ def test_a_damaged_copy_is_passed_over(s3: S3Server, tmp_path: Path, damage: str
     start = find_start(tmp_path / "second", "auto", mirror=mirror_at(url))
     assert start.checkpoint == tmp_path / "second" / "checkpoints" / "step-00000004"
     assert len(start.notes) == 3, start.notes
-    assert start.notes[0].startswith(f"passed over: checkpoint {url}/step-00000008.{attempt.label} {words}")
+    assert start.notes[0].startswith(f"skipped: checkpoint {url}/step-00000008.{attempt.label} {words}")
     assert start.notes[1] == f"fetched {url}/step-00000004.{attempt.label}"
     assert start.notes[2] == f"resuming from {start.checkpoint}"
     names = {path.name for path in (tmp_path / "second" / "checkpoints").iterdir()}
@@ -312,7 +315,9 @@ def test_older_copies_stay_where_the_new_one_is_not_whole(tmp_path: Path, monkey
     put = Mirror.upload
     lossy = ["meta.pt"]
     monkeypatch.setattr(Mirror, "upload", lambda *given: None if given[2].name in lossy else put(*given))
-    with pytest.raises(CheckpointError, match=r"meta\.pt is missing, its marker says \d+, though it was just uploaded"):
+    with pytest.raises(
+        CheckpointError, match=r"meta\.pt is missing, but its marker says \d+, though it was just uploaded"
+    ):
         upload(save(tmp_path / "run", 8, attempt), mirror, attempt, Keep(1))
     assert [one.entry.global_step for one in mirror.committed()[0]] == [4]
 
@@ -350,7 +355,7 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
     upload(save(tmp_path / "a" / "checkpoints", 8, attempt), mirror_at(url), attempt)
     begin(tmp_path / "b" / "checkpoints", None)
     for resume, run_dir in (("auto", "b"), ("never", "c")):
-        with pytest.raises(CheckpointError, match=f"holds the checkpoints of run {attempt.run}, this"):
+        with pytest.raises(CheckpointError, match=f"holds the checkpoints of run {attempt.run}, but this"):
             find_start(tmp_path / run_dir, resume, mirror=mirror_at(url))
     assert not (tmp_path / "c").exists()
     with pytest.raises(CheckpointError, match="this is a new run"):
@@ -407,14 +412,14 @@ def test_what_cannot_be_written_to(s3: S3Server, tmp_path: Path) -> None:
             MirrorConfig(place)
     with pytest.raises(CheckpointError, match="The specified bucket does not exist") as error:
         begin(tmp_path / "run", mirror_at("s3://nowhere/run"))
-    assert error.value.mend == "make the bucket, or correct the URL"
+    assert error.value.mend == "create the bucket, or correct the URL"
     s3.check_credentials(True)
     try:
         with pytest.raises(CheckpointError, match="HTTP 403") as error:
             begin(tmp_path / "other", mirror_at(f"s3://{bucket_of(tmp_path)}/run"))
     finally:
         s3.check_credentials(False)
-    assert error.value.mend == "give credentials that may read, write, list and delete there"
+    assert error.value.mend == "give credentials that can read, write, list and delete there"
     with pytest.raises(RemoteError):
         ObjectFolder("s3://nowhere/run").sizes()
 

@@ -138,11 +138,11 @@ def test_settings_and_parameters_that_cannot_be_saved_are_refused() -> None:
     group = {"params": list(module.parameters()), "rule": max}
     with pytest.raises(CheckpointError, match=r"optimizer 0, parameter group 0\.rule \(of type builtin_function"):
         split(named_state(torch.optim.SGD([group]), module), "optimizer 0")
-    with pytest.raises(CheckpointError, match=r"SGD holds a parameter of shape \(7,\) that is not one of Linear"):
+    with pytest.raises(CheckpointError, match=r"SGD holds a parameter of shape \(7,\) that does not belong to Linear"):
         named_state(torch.optim.SGD([*module.parameters(), nn.Parameter(torch.ones(7))]), module)
     optimizer = torch.optim.SGD(module.parameters())
     optimizer.state[nn.Parameter(torch.ones(2))] = {"momentum_buffer": torch.ones(2)}
-    with pytest.raises(CheckpointError, match="state of a parameter that is in none of its parameter groups"):
+    with pytest.raises(CheckpointError, match="state for a parameter that is in none of its parameter groups"):
         named_state(optimizer, module)
     with pytest.raises(CheckpointError, match=r"layer\._extra_state\.0 \(of type object\)"):
         split_off_extra({"layer._extra_state": [object()]})

@@ -278,7 +278,7 @@ def test_a_full_disk_is_one_error_and_the_next_save_finds_its_space_again(tmp_pa
     (tmp_path / "disk").mkdir()
     outcome = run_ranks(1, onto_a_small_disk, str(tmp_path / "disk"), folder=tmp_path / "logs").ok()
     before, written = outcome.outputs[0].split("cannot write")[1:]
-    assert "it takes about" in before
+    assert "it needs about" in before
     assert "are free" in before
     assert "No space left on device" in written, written
 

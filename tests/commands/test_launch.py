@@ -171,7 +171,7 @@ def test_ranks_train_and_a_mistake_is_told_once(digits: Path, tmp_path: Path) ->
     assert read_run(tmp_path / "right")["attempts"][0]["world_size"] == 2
     said = bad.log.read_text()
     assert "Traceback" not in said, said
-    assert said.count("global_batch_size 63 cannot be cut evenly over 2 ranks") == 1, said
+    assert said.count("global_batch_size 63 cannot be divided evenly over 2 ranks") == 1, said
     assert re.match(r"disttrain: error \(rank [01, ]+ of 2\): global_batch_size 63", said.splitlines()[-2]), said
 
 

@@ -84,7 +84,7 @@ CASES = {
     "unknown class": (["--model.class_path=recipes.digits.DigitTask"], ["no attribute 'DigitTask'"]),
     "precision": (["--trainer.precision=16-mixed"], ["needs a CUDA device"]),
     "unwritable run folder": (["--trainer.run_dir=/dev/null/run"], ["run folder /dev/null/run cannot be written"]),
-    "no such checkpoint": (["--resume=nowhere"], ["there is no checkpoint nowhere"]),
+    "no such checkpoint": (["--resume=nowhere"], ["there is no checkpoint at nowhere"]),
     "decay without end": (
         ["--model.schedule.name=cosine", "--model.schedule.total_steps=2"],
         ["would end at step 2", "a later schedule.total_steps"],

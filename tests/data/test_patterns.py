@@ -78,7 +78,7 @@ def test_lists_in_text_files(folder: Path) -> None:
     ("content", "words"),
     [
         (b"# nothing\n", "names no shards"),
-        (b"\xff\xfe", "is not text in UTF-8"),
+        (b"\xff\xfe", "is not UTF-8 text"),
         (b"other.list\n", "names another list"),
         (b"a\0.tar\n", "zero byte"),
     ],

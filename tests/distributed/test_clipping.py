@@ -206,7 +206,7 @@ def test_groups_in_yaml_and_at_a_resume(digits: Path, tmp_path: Path) -> None:
     other = {**optimizer, "groups": [{**optimizer["groups"][0], "pattern": ["*.bias"]}, optimizer["groups"][1]]}  # type: ignore[index]
     refused = fit(moved, digits, 1, other, *run, "ddp")
     assert refused.codes == [2], refused.text
-    assert "other settings or parameter groups than this run's AdamW" in refused.text
+    assert "settings or parameter groups that differ from this run's AdamW" in refused.text
     assert "Traceback" not in refused.text
 
     # As written before groups had names.

@@ -57,7 +57,7 @@ def test_a_rank_that_cannot_free_its_device_ends_with_its_error(tmp_path: Path, 
     assert outcome.codes[1] == code, outcome.text
     assert "mine alone" in outcome.outputs[1]
     assert ("ValueError: mine alone" in outcome.outputs[1]) == (where == "teardown")
-    assert "rank 1 ends by force, 0.5 s after its error" in outcome.outputs[1]
+    assert "rank 1 is forced to exit 0.5 s after its error" in outcome.outputs[1]
 
 
 def begin(run_dir: Path) -> None:

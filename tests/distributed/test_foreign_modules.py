@@ -108,7 +108,7 @@ def refuse_in(folder: str) -> None:
         parallel = ParallelConfig(strategy=strategy)  # type: ignore[arg-type]
         cases: list[tuple[Any, str]] = [
             (foreign.Backward(), r"Backward calls loss.backward\(\), whose gradients"),
-            (foreign.Own(), r"SGD holds a parameter of shape \(3, 3\) that is not one of"),
+            (foreign.Own(), r"SGD holds a parameter of shape \(3, 3\) that does not belong to"),
         ]
         if strategy == "ddp":
             cases += [

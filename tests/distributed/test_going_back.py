@@ -64,21 +64,21 @@ def test_a_run_goes_back_twice_and_ends_as_if_it_had_not(digits: Path, tmp_path:
         return outcome.outputs[0]
 
     text = stopped(10)
-    assert "__0_0.distcp have checksum" in text
-    assert "set aside as step-00000012.abandoned" in text
+    assert "is damaged: __0_0.distcp (" in text
+    assert "renamed to step-00000012.abandoned" in text
     assert f"the same command goes on from checkpoint {folder}/step-00000010" in text
     assert there(run_dir) == ([8, 10], [12])
     assert (folder / "LATEST").read_text() == "step-00000010\n"
 
     named, job = ("--resume", str(folder / "step-00000008")), {"SLURM_JOB_ID": "21"}
     text = stopped(9, *named, **job)
-    assert "set aside as step-00000010.abandoned" in text
+    assert "renamed to step-00000010.abandoned" in text
     assert f"--resume auto goes on from checkpoint {folder}/step-00000009" in text
     assert there(run_dir) == ([8, 9], [10, 12])
-    assert "set aside" in [event["text"] for event in read_run(run_dir)["events"] if event["kind"] == "start"][-1]
+    assert "abandoned" in [event["text"] for event in read_run(run_dir)["events"] if event["kind"] == "start"][-1]
 
     text = fit(run_dir, digits, *named, ranks=ranks, **job, SLURM_RESTART_COUNT="1").ok().outputs[0]
-    assert f"started again by SLURM, so --resume {named[1]} is taken as auto" in text
+    assert f"restarted by SLURM, so --resume {named[1]} is treated as auto" in text
     assert there(run_dir) == ([8, STEPS], [])
     assert [attempt["from_step"] for attempt in read_run(run_dir)["attempts"]] == [0, 8, 8, 9]
     fit(tmp_path / "whole", digits, ranks=ranks).ok()

@@ -126,7 +126,9 @@ def come_to_a_port_in_use() -> None:
 
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:
     outcome = run_ranks(2, come_to_a_port_in_use, folder=tmp_path)
-    assert re.search(r"ConfigError: rank 0 cannot listen at port \d+ of .*: another program does", outcome.text)
+    assert re.search(
+        r"ConfigError: rank 0 cannot listen on port \d+ of .*: it is used by another program", outcome.text
+    )
 
 
 def fit_under_srun(arguments: list[str], job: str) -> None:
@@ -193,7 +195,7 @@ def test_ranks_that_would_not_train_the_same_are_refused(digits: Path, tmp_path:
     arguments = fit_arguments(tmp_path / "run", digits, "ddp", [])
     outcome = run_ranks(2, fit_otherwise, arguments, how, str(tmp_path), folder=tmp_path / "log")
     assert outcome.codes == [2, 2], outcome.text
-    assert outcome.text.count("error (rank 0 of 2): the ranks do not run the same thing") == 1
+    assert outcome.text.count("error (rank 0 of 2): the ranks differ in versions, code or settings") == 1
     assert re.search(said, outcome.outputs[0]), outcome.text
     assert "cache" not in outcome.text
     assert outcome.outputs[1].strip() == "", "what rank 0 says need not be said twice"

@@ -85,7 +85,7 @@ def test_a_killed_run_of_copies_resumes_with_the_same_bits(digits: Path, tmp_pat
 def test_degrees_that_do_not_fit_the_ranks_are_one_clear_error(digits: Path, tmp_path: Path) -> None:
     outcome = fit(tmp_path / "run", digits, 4, "{strategy: fsdp, replicate: 3}")
     assert outcome.codes[0] == 2, outcome.text
-    assert "parallel.replicate 3 x parallel.shard -1 is not 4 ranks" in outcome.text
+    assert "parallel.replicate 3 x parallel.shard -1 does not equal 4 ranks" in outcome.text
     assert "use replicate x shard of 2 x 2 or 1 x 4" in outcome.text
     assert "Traceback" not in outcome.text
 

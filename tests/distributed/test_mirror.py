@@ -115,7 +115,7 @@ def test_killed_before_the_marker(digits: Path, tmp_path: Path, s3: S3Server, pl
 
     outcome = fit(run_dir, digits, 2, s3).ok()
     for name in torn:
-        assert f"disttrain: passed over: checkpoint {URL}/{name} was never committed" in outcome.text
+        assert f"disttrain: skipped: checkpoint {URL}/{name} was never committed" in outcome.text
     assert f"disttrain: resuming from {run_dir}/checkpoints/step-{max(copied):08d}\n" in outcome.text
     assert not [name for name in s3.names("models") if "/step-00000008.a1" in name], "left lying"
 
@@ -126,7 +126,7 @@ def test_a_server_that_is_gone_stops_training_if_it_is_to(
 ) -> None:
     s3.fail("PUT", "__1_0.distcp")  # rank 1's
     outcome = fit(tmp_path / "run", digits, 2, s3, "--checkpoint.mirror.on_error", on_error)
-    what = f"the folder of checkpoints {URL} cannot be written: {URL}/step-000000"
+    what = f"the checkpoint folder {URL} cannot be written: {URL}/step-000000"
     assert "Traceback" not in outcome.text
     assert steps_of(s3) == set()
     events = [event["text"] for event in read_run(tmp_path / "run")["events"] if event["kind"] == "save"]
@@ -143,11 +143,11 @@ def test_a_server_that_is_gone_stops_training_if_it_is_to(
 
 
 WRONG = [
-    ("bucket", "The specified bucket does not exist", "make the bucket, or correct the URL"),
+    ("bucket", "The specified bucket does not exist", "create the bucket, or correct the URL"),
     pytest.param(
         "keys",
         "HTTP 403: the server refuses",
-        "give credentials that may read, write, list and delete there",
+        "give credentials that can read, write, list and delete there",
         marks=pytest.mark.slow,
     ),
 ]

@@ -216,7 +216,7 @@ def test_two_ranks_are_resumed(tmp_path: Path, name: str, strategy: str, fates: 
 def refuse_parts(folder: Path) -> None:
     """A sum over a divided gradient is no state that could be saved; told after the first step."""
     parallel = ParallelConfig(strategy="fsdp")
-    with pytest.raises(CheckpointError, match=r"state 'seen' of .* is of type DTensor whose parts are not yet added"):
+    with pytest.raises(CheckpointError, match=r"state 'seen' of .* is of type DTensor with pending partial sums"):
         fit(Fates(Odd, fates=False), folder / "odd", data(folder / "data", micro=2), parallel=parallel)
 
 

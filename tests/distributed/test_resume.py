@@ -133,7 +133,7 @@ def test_a_half_written_checkpoint_is_passed_over(digits: Path, tmp_path: Path) 
     data.write_bytes(data.read_bytes()[:-100])
 
     outcome = fit(run_dir, digits, 1, "ddp").ok()
-    assert f"passed over: checkpoint {found[-1].path} is torn: {data.name} has" in outcome.text
+    assert f"skipped: checkpoint {found[-1].path} is torn: {data.name} has" in outcome.text
     assert f"resuming from {found[-2].path}" in outcome.text
     assert read_run(run_dir)["attempts"][-1]["from_step"] == 12
 
@@ -223,7 +223,7 @@ def test_another_optimizer_is_refused_and_kept_settings_are_told(digits: Path, t
     fit(run_dir, digits, 1, "ddp", *killed_at(9, 0))
     outcome = fit(run_dir, digits, 1, "ddp", "--model.optimizer", "{name: sgd, lr: 0.1}")
     assert outcome.codes == [2], outcome.text
-    assert "optimizer with other settings or parameter groups than this run's SGD" in outcome.text
+    assert "settings or parameter groups that differ from this run's SGD" in outcome.text
     assert "Traceback" not in outcome.text
     outcome = fit(run_dir, digits, 1, "ddp", "--model.optimizer.lr", "0.001").ok()
     assert "kept as the checkpoint has it: initial_lr of group" in outcome.text

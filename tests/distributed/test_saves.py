@@ -111,7 +111,7 @@ def test_an_old_process_that_wakes_up_later_publishes_nothing(digits: Path, tmp_
     assert stale.returncode == 2, output
     assert "is attempt 1 of the run" in output
     assert "attempt 2 (host" in output
-    assert "it publishes nothing" in output
+    assert "it will not publish anything" in output
     after = {str(path): path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     assert not {name for name in changed if "tensorboard" not in name}, f"the old process has changed {changed}"

@@ -172,17 +172,17 @@ def test_a_parameter_that_nothing_fills_is_one_clear_error(sentences: Path, tmp_
     parallel = f"{{strategy: {strategy}, meta_init: true}}"
     outcome = run_cli(2, arguments("fit", tmp_path / "run", sentences, parallel, *words), folder=tmp_path / "logs")
     assert set(outcome.codes) == {2}, outcome.text
-    assert "nothing gives scale of" in outcome.text.replace("\n", " ")
+    assert "nothing initializes scale of" in outcome.text.replace("\n", " ")
     assert "Traceback" not in outcome.text
 
 
 @pytest.mark.parametrize(
     ("task", "tensor", "words"),
     [
-        ("tests.support.tasks.PlainDigits", 2, "does not say how its layers are divided"),
-        ("tests.support.language.MisnamedPlan", 2, "names 'blocks.*.feed_forward', which is no module of it"),
+        ("tests.support.tasks.PlainDigits", 2, "does not say how to divide its layers"),
+        ("tests.support.language.MisnamedPlan", 2, "names 'blocks.*.feed_forward', which matches no module of it"),
         ("tests.support.language.LanguageTask", 3, "parallel.tensor 3 does not divide out_features 16 of blocks.0"),
-        ("tests.support.language.LanguageTask", 5, "is not 2 ranks"),
+        ("tests.support.language.LanguageTask", 5, "does not equal 2 ranks"),
     ],
 )
 def test_what_does_not_fit_is_refused(sentences: Path, tmp_path: Path, task: str, tensor: int, words: str) -> None:

@@ -52,7 +52,7 @@ def test_ranks_end_with_a_torchrun_that_dies_before_they_have_met(tmp_path: Path
         for process in left:
             process.kill()
         assert not left, launch.log.read_text()
-    assert "torchrun has died before all ranks had met" in launch.log.read_text()
+    assert "torchrun died before all ranks had joined" in launch.log.read_text()
 
 
 TREE = ("--trainer.parallel.reduction", "tree")
@@ -69,7 +69,7 @@ def test_a_killed_rank_restarts_the_job_by_itself(digits: Path, tmp_path: Path, 
     with torchrun([*STANDALONE, "--max-restarts", "3"], arguments, tmp_path / "log") as launch:
         assert launch.wait() == 0, launch.log.read_text()
         text = launch.log.read_text()
-    assert text.count("started again by torchrun, so --resume never is taken as auto") == 2, text
+    assert text.count("restarted by torchrun, so --resume never is treated as auto") == 2, text
     assert text.count("the run is complete, its report could not be written") == 1, text
     assert not run_dir.with_name("run.1").exists(), "the run was set aside"
     run = read_run(run_dir)

@@ -84,7 +84,7 @@ def test_mistakes(tmp_path: Path) -> None:
         (["--config", written(b"- a\n- b\n")], "holds no settings by name"),
         (["--config", written(b"trainer: foo\n")], "trainer is 'foo', no settings by name"),
         (["--config", written(b"data: []\n")], r"data is \[\], no settings by name"),
-        (["--config", written(b"data: \xff\n")], "is not text in UTF-8"),
+        (["--config", written(b"data: \xff\n")], "is not UTF-8 text"),
     ):
         with pytest.raises(ConfigError, match=said):
             doctor.main(arguments)
@@ -207,7 +207,7 @@ def test_several_ranks(tmp_path: Path) -> None:
     assert outcome.codes == [0, 0, 0], outcome.text
     found = found_by(outcome, 0)
     assert of(found, "environment", "warning") == [
-        f"not the same on all ranks: NCCL_P2P_DISABLE: not there on rank 0, 2 ({socket.gethostname()}); 1 on rank 1"
+        f"not the same on all ranks: NCCL_P2P_DISABLE: missing on rank 0, 2 ({socket.gethostname()}); 1 on rank 1"
         f" ({socket.gethostname()})"
     ]
     assert found["measured"]["all_reduce"] > 1e6

@@ -40,12 +40,12 @@ def test_ranks_that_are_alike() -> None:
             "torch: 2.13.0 on rank 0-1 (n1); 2.12.0 on rank 2 (n2)",
         ),
         ({"code": {"source": "b"}}, "code", "failure", "source: a on rank 0-1 (n1); b on rank 2 (n2)"),
-        ({"config": {"x.yaml": "f"}}, "configuration", "failure", "x.yaml: not there on rank 0-1 (n1); f on rank 2"),
+        ({"config": {"x.yaml": "f"}}, "configuration", "failure", "x.yaml: missing on rank 0-1 (n1); f on rank 2"),
         (
             {"environment": {"NCCL_P2P_DISABLE": "1"}},
             "environment",
             "warning",
-            "NCCL_P2P_DISABLE: not there on rank 0-1",
+            "NCCL_P2P_DISABLE: missing on rank 0-1",
         ),
     ],
 )
@@ -111,7 +111,7 @@ def test_drivers_and_kernels() -> None:
     assert found(kernel="6.2.0") == [("ranks", "ok"), ("kernel", "ok")]
     (finding,) = judge.compare_facts([facts("a", system={"NVIDIA driver": "550.1.2"}), facts("b", system={})])
     assert finding.status == "warning"
-    assert finding.said.endswith("NVIDIA driver: 550.1.2 on rank 0 (a); not there on rank 1 (b)")
+    assert finding.said.endswith("NVIDIA driver: 550.1.2 on rank 0 (a); missing on rank 1 (b)")
 
 
 def test_findings_of_many_nodes_are_one_line_each() -> None:

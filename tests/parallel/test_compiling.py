@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"parallel.compile is blocks, and Linear has no blocks"):
+    with pytest.raises(ConfigError, match=r"parallel.compile is blocks, but Linear has no blocks"):
         compile_blocks(nn.Linear(2, 2), CPU)
 
 

@@ -54,21 +54,22 @@ def test_a_plan_is_exact_or_refused_with_sizes_that_work(batch: int, micro: int,
     [
         (
             (64, 16, 3),
-            "global_batch_size 64 cannot be cut evenly over 3 ranks\n"
+            "global_batch_size 64 cannot be divided evenly over 3 ranks\n"
             "  mend: use 1, 2, 4, 8, 16, 32 or 64 ranks, or global_batch_size 63 or 66",
         ),
         (
             (2, 1, 3),
-            "global_batch_size 2 cannot be cut evenly over 3 ranks\n  mend: use 1 or 2 ranks, or global_batch_size 3",
+            "global_batch_size 2 cannot be divided evenly over 3 ranks\n"
+            "  mend: use 1 or 2 ranks, or global_batch_size 3",
         ),
         (
             (64, 5, 4),
-            "micro_batch_size 5 does not divide the 16 samples that each of 4 ranks takes of global_batch_size 64\n"
+            "micro_batch_size 5 does not divide the 16 samples that each of 4 ranks takes from global_batch_size 64\n"
             "  mend: use micro_batch_size 1, 2, 4, 8 or 16",
         ),
         (
             (5040, 11, 1),
-            "micro_batch_size 11 does not divide the 5040 samples that each of 1 ranks takes of global_batch_size"
+            "micro_batch_size 11 does not divide the 5040 samples that each of 1 ranks takes from global_batch_size"
             " 5040\n  mend: use micro_batch_size 1, 2, 3, 4, 5, 6, ..., 1008, 1260, 1680, 2520 or 5040",
         ),
         ((1, 2, 1), "use micro_batch_size 1"),
@@ -99,17 +100,17 @@ def test_the_messages_say_what_works(sizes: tuple[int, int, int], message: str) 
         ({"strategy": "fsdp", "tensor": -1}, "parallel.shard and parallel.tensor are both -1"),
         ({"strategy": "fsdp", "replicate": -1, "tensor": -1}, "parallel.shard and parallel.tensor are all -1"),
         ({"strategy": "fsdp", "tensor": 0}, "parallel.tensor is 0"),
-        ({"replicate": 2}, "are for fsdp, and parallel.strategy is ddp"),
-        ({"tensor": 2}, "are for fsdp, and parallel.strategy is ddp"),
+        ({"replicate": 2}, "are for fsdp, but parallel.strategy is ddp"),
+        ({"tensor": 2}, "are for fsdp, but parallel.strategy is ddp"),
         ({"strategy": "fsdp", "tensor": 2, "sync_batchnorm": True}, "several ranks count the same samples"),
         ({"compile": "all"}, "parallel.compile is 'all'"),
-        ({"offload": True}, "parallel.offload is for fsdp, and parallel.strategy is ddp"),
+        ({"offload": True}, "parallel.offload is for fsdp, but parallel.strategy is ddp"),
         ({"reshard_after_forward": False}, "parallel.reshard_after_forward is for fsdp"),
-        ({"strategy": "fsdp", "bucket_mib": 3}, "parallel.bucket_mib is for ddp, and parallel.strategy is fsdp"),
+        ({"strategy": "fsdp", "bucket_mib": 3}, "parallel.bucket_mib is for ddp, but parallel.strategy is fsdp"),
         ({"strategy": "fsdp", "find_unused_parameters": True}, "parallel.find_unused_parameters is for ddp"),
         ({"strategy": "fsdp", "static_graph": True}, "parallel.static_graph is for ddp"),
         ({"strategy": "fsdp", "gradient_as_bucket_view": False}, "parallel.gradient_as_bucket_view is for ddp"),
-        ({"static_graph": True, "find_unused_parameters": True}, "find_unused_parameters searches every step"),
+        ({"static_graph": True, "find_unused_parameters": True}, "find_unused_parameters searches again"),
         ({"static_graph": True, "reduction": "tree"}, "tree needs a gradient of every parameter"),
         ({"strategy": "fsdp", "offload": True, "reduction": "tree"}, "parallel.offload is true"),
     ],

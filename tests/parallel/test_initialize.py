@@ -121,9 +121,9 @@ class Loose(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (Token, "nothing gives inner.token of ModuleDict an initial value"),
-        (Partly, "nothing gives inner.token of ModuleDict an initial value"),
-        (Masked, "nothing gives inner.mask of ModuleDict an initial value"),
+        (Token, "nothing initializes inner.token of ModuleDict"),
+        (Partly, "nothing initializes inner.token of ModuleDict"),
+        (Masked, "nothing initializes inner.mask of ModuleDict"),
         (Loose, "inner.scale of ModuleDict is a tensor on the meta device that is neither"),
     ],
 )

@@ -85,7 +85,7 @@ def test_without_gradients_blocks_run_once() -> None:
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(ConfigError, match="blocks, and Linear has no blocks"):
+    with pytest.raises(ConfigError, match="blocks, but Linear has no blocks"):
         checkpoint_blocks(nn.Linear(2, 2))
 
 

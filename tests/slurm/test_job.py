@@ -97,5 +97,5 @@ def test_a_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         load_site(tmp_path / "absent.yaml")
     file.write_bytes(b"account: \xff")
-    with pytest.raises(ConfigError, match="is not text in UTF-8"):
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
         load_site(file)

@@ -170,10 +170,10 @@ _DIFFERS = (
     (r"\brun (?!f{12})[0-9a-f]{12}\b", "run 244ee6bdc4ab"),
     (r"\.a(\d+)-[0-9a-f]{8}\b", r".a\1-b9f34c9a"),
     # What a checkpoint's files hold is PyTorch's, and its versions'.
-    (r"checksum [0-9a-f]{8}, its marker says [0-9a-f]{8}", "checksum ca9932a4, its marker says cc5682f1"),
-    (r"the [\d,]+ bytes of", "the N bytes of"),
+    (r"checksum [0-9a-f]{8}, but its marker says [0-9a-f]{8}", "checksum ca9932a4, but its marker says cc5682f1"),
+    (r"\([\d,]+ bytes\) has checksum", "(N bytes) has checksum"),
     (r"its marker says \d+", "its marker says N"),
-    (r"about [\d,]+ bytes, [\d,]+ are free", "about N bytes, M are free"),
+    (r"about [\d,]+ bytes, but only [\d,]+ are free", "about N bytes, but only M are free"),
 )
 """What differs from machine to machine, and what the page shows instead."""
 

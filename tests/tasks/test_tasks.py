@@ -82,7 +82,7 @@ class Given(Task):
     ("losses", "what"),
     [
         (torch.tensor(0.5), r"Given.losses\(\) returned a single number, shape \(\), for a micro batch of 4 samples"),
-        (torch.ones(20), r"a tensor of shape \(20,\), for .* shape \(4,\), or \(4, tokens\)"),
+        (torch.ones(20), r"a tensor of shape \(20,\), for .* shape \(4,\), or one per token, shape \(4, tokens\)"),
         ([0.5] * 4, "returned a list, for"),
     ],
 )
@@ -95,7 +95,7 @@ def test_losses_that_are_not_one_a_sample_are_refused(losses: Any, what: str) ->
 @pytest.mark.parametrize("shape", [(5,), (4, 5, 1), (3, 5), (4, 2)])
 def test_weights_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
     batch = batch_of(4, 4, losses=torch.ones(4, 5), weights=torch.ones(shape))
-    with pytest.raises(ConfigError, match=r"loss_weights\(\) returned a tensor .*, and losses\(\) .* \(4, 5\)"):
+    with pytest.raises(ConfigError, match=r"loss_weights\(\) returned a tensor .*, but losses\(\) .* \(4, 5\)"):
         Given()._weighted(None, batch)
 
 
@@ -201,7 +201,7 @@ def test_standardization_is_that_of_the_training_split(diabetes: Path) -> None:
     assert set(task.state_dict()) >= {"input_mean", "input_std", "target_mean", "target_std"}
 
     wrong = RegressionTask(MLP(9, out_features=1), num_features=9)
-    with pytest.raises(DataError, match="has 10 features, the task was told 9"):
+    with pytest.raises(DataError, match="has 10 features, but num_features is 9"):
         wrong.fit_standardization(data.reader("train"))
 
 

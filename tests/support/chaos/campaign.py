@@ -194,7 +194,7 @@ class Campaign:
         self.harmed.append((file, _changed(file)))
         self.rows.append(Row(layout, "flip, marker" if what == "marker" else f"{what}, tensors", None))
         print(f"  {self.number:3d}  {layout}  before: {what} {path.name}/{file.name}", flush=True)
-        return f"passed over: checkpoint {path} "
+        return f"skipped: checkpoint {path} "
 
     def _without_a_shard(self, layout: Layout) -> None:
         """A shard is gone: one clear error, and nothing has changed once it is back."""
@@ -266,7 +266,7 @@ class Campaign:
         os.kill(ranks.processes[0].pid or 0, signal.SIGCONT)
         outcome = ranks.wait(60, grace=40)
         assert set(outcome.codes) <= {_ERROR}, f"woken, it ended with {outcome.codes}\n{outcome.text}"
-        assert "it publishes nothing" in outcome.text, outcome.text
+        assert "it will not publish anything" in outcome.text, outcome.text
         assert "Traceback" not in outcome.text, outcome.text
         # What it was about to prune was superfluous already, and may go.
         after = checks.sound(self.checkpoints)
