@@ -38,11 +38,11 @@ HEAD = """\
 
 This page answers: what does disttrain print for a bad input?
 
-Each part is a bad input, the command that met it and all that it printed as an error. The folder `data` holds two
-training shards of 16 samples and one of 8 for validation; `run.yaml` trains on them for an epoch. The folder `run`,
-where there is one, is that of a run that was interrupted after its checkpoint. Exit codes are 2 where none is given,
-there is no traceback, and under several ranks it is printed once. The page is written by
-`python -m tests.commands.test_faults --write`, and a test holds it against what is printed.
+Each section shows a bad input, a command that reads it, and the complete error output. The folder `data` holds two
+training shards of 16 samples and one validation shard of 8; `run.yaml` trains on them for one epoch. The folder `run`,
+if present, belongs to a run that was interrupted after its checkpoint. The exit code is 2 unless noted otherwise, there
+is no traceback, and with several ranks the message is printed once. `python -m tests.commands.test_faults --write`
+generates this page, and a test compares it with the real output.
 """
 INDEX = "shards index 'data/train-{000..001}.tar'"
 MANIFEST = "shards ls data/train.json"
@@ -210,9 +210,9 @@ GROUPS = {
         Case("A shard lacks the blocks that end a tar", INDEX, cut(16 * 4 * 512)),
         Case("A file is empty", INDEX, content(b"")),
         Case("A shard holds no samples", INDEX, members("README")),
-        Case("A file is no tar", INDEX, content(b"not a tar at all " * 100)),
+        Case("A file is not a tar", INDEX, content(b"not a tar at all " * 100)),
         Case("A tar is compressed", INDEX, compress),
-        Case("A key occurs twice, apart", INDEX, members("a.cls", "b.cls", "a.npy")),
+        Case("A key occurs twice, not next to each other", INDEX, members("a.cls", "b.cls", "a.npy")),
         Case("A sample has a field twice", INDEX, members("a.cls", "a.cls")),
         Case("A byte of a shard has changed", VERIFY, flip, code=1),
     ],
@@ -225,14 +225,14 @@ GROUPS = {
         ),
         Case("A sidecar is damaged", VERIFY, spoiled_sidecar(lambda path: path.write_text("v1.2 16\ncls")), code=1),
         Case(
-            "A sidecar is another shard's",
+            "A sidecar belongs to another shard",
             VERIFY,
             spoiled_sidecar(lambda path: path.write_text(path.read_text().replace(" 512 ", " 513 ", 1))),
             code=1,
         ),
         Case("A manifest is missing", MANIFEST),
         Case(
-            "A manifest is none",
+            "A manifest is not one",
             MANIFEST,
             lambda scene: scene.path("train.json").write_text("[]"),
         ),
@@ -252,7 +252,7 @@ GROUPS = {
             lambda scene: scene.write_all(bad={"cls": b"none"}),
         ),
         Case("A field does not exist", f"{FIT} --data.fields '{{image: imag.npy, label: cls}}'"),
-        Case("A class is no number", FIT, lambda scene: scene.write_all(bad={"cls": b"seven"})),
+        Case("A class is not a number", FIT, lambda scene: scene.write_all(bad={"cls": b"seven"})),
         Case("An array is damaged", FIT, lambda scene: scene.write_all(bad={"image.npy": b"\x93NUMPY"})),
         Case(
             "An array ends early",
@@ -260,11 +260,11 @@ GROUPS = {
             lambda scene: scene.write_all(bad={"image.npy": npy(np.zeros((1, 8, 8), dtype=np.uint8))[:-4]}),
         ),
         Case("An array holds Python objects", FIT, lambda scene: scene.write_all(bad={"image.npy": objects()})),
-        Case("A JSON is none", declared("json"), bad_value("json", b"{}", b"{'a': 1}")),
+        Case("A JSON field is not valid JSON", declared("json"), bad_value("json", b"{}", b"{'a': 1}")),
         Case("A text is not UTF-8", declared("txt"), bad_value("txt", b"fine", b"caf\xe9")),
         Case("An image is damaged", declared("jpg"), bad_value("jpg", jpeg(), jpeg()[:300])),
         Case(
-            "A raw tensor has another size",
+            "A raw tensor has the wrong size",
             declared("bin", "decoder: tensor, dtype: float32, shape: [3]"),
             bad_value("bin", bytes(12), bytes(8)),
         ),
@@ -273,29 +273,29 @@ GROUPS = {
     ],
     "Patterns and sizes": [
         Case("A glob matches nothing", "shards ls 'data/trian-*.tar'"),
-        Case("A brace lacks its partner", "shards ls 'data/train-{000..001.tar'"),
+        Case("A brace is not closed", "shards ls 'data/train-{000..001.tar'"),
         Case("A glob of URLs", f"shards ls '{URL}/train-*.tar'"),
         Case("A pattern is empty", f"{FIT} --data.train ''"),
         Case("The micro batch does not divide the global batch", f"{FIT} --data.micro_batch_size 3"),
         Case("There are fewer samples than a global batch", f"{FIT} --data.global_batch_size 64"),
         Case(
-            "A run goes on with other shards and another seed",
+            "A run resumes with other shards and another seed",
             f"{RESUME} --seed_everything 2 --data.train data/train-000.tar",
             trained,
         ),
     ],
     "Servers": [
-        Case("A URL is not there", f"shards ls '{URL}/train-{{000..002}}.tar'", serve()),
-        Case("A server forbids", f"shards ls '{URL}/train-{{000..001}}.tar'", serve(*["status:403"] * 9)),
-        Case("A server fails for good", f"shards ls '{URL}/train-{{000..001}}.tar'", serve(*["status:500"] * 9)),
-        Case("A server does not know ranges", f"shards ls '{URL}/train-{{000..001}}.tar'", serve("no range")),
-        Case("Nobody listens", "shards ls http://127.0.0.1:9/train-000.tar"),
+        Case("A URL does not exist", f"shards ls '{URL}/train-{{000..002}}.tar'", serve()),
+        Case("A server denies access", f"shards ls '{URL}/train-{{000..001}}.tar'", serve(*["status:403"] * 9)),
+        Case("A server keeps failing", f"shards ls '{URL}/train-{{000..001}}.tar'", serve(*["status:500"] * 9)),
+        Case("A server does not support ranges", f"shards ls '{URL}/train-{{000..001}}.tar'", serve("no range")),
+        Case("Nothing listens on the port", "shards ls http://127.0.0.1:9/train-000.tar"),
         Case("A host does not exist", "shards ls http://host.invalid/train-000.tar"),
         Case(
             "A signed URL has expired", f"shards ls '{URL}/train-001.tar?X-Amz-Signature=secret'", serve("status:403")
         ),
         Case("A certificate is not trusted", "shards ls https://127.0.0.1:8443/train-000.tar", served_tls, needs=TLS),
-        Case("A kind of URL is unknown", "shards ls ftq://host/train-000.tar"),
+        Case("A URL has an unknown scheme", "shards ls ftq://host/train-000.tar"),
         Case("S3 is given no credentials", "shards ls s3://shards/train-000.tar", s3(), needs=S3),
         Case(
             "S3 refuses the credentials",
@@ -313,7 +313,7 @@ GROUPS = {
             serve_manifest(filesize=1024),
         ),
         Case(
-            "A shard's MD5 is not its manifest's",
+            "A shard's MD5 differs from its manifest",
             f"{FIT} --data.train {URL}/train.json",
             serve_manifest(md5sum="0" * 32),
         ),
