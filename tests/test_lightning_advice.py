@@ -101,7 +101,7 @@ def test_a_task_says_which_batches_it_takes(tmp_path: Path) -> None:
     batches = DataLoader(NUMBERS, batch_size=4)
     for loop in ("fit", "test", "predict"):
         trainer = foreign.trainer_of(tmp_path, max_steps=2)
-        with pytest.raises(ConfigError, match=r"ClassificationTask is a disttrain.Task, and its loader gives a list"):
+        with pytest.raises(ConfigError, match=r"ClassificationTask is a disttrain.Task, but its loader returns a list"):
             getattr(trainer, loop)(task, batches)
 
 

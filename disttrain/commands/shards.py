@@ -68,9 +68,9 @@ def _add_pack(commands: argparse._SubParsersAction[Parser]) -> None:
         commands,
         "pack",
         _pack,
-        help="write data as tars, in train, val and test",
-        description="Pack a source into tars with sidecars and a manifest for each split. The same source and options"
-        " give the same bytes; what is already there is kept, and an interrupted packing goes on.",
+        help="pack data into tars, split into train, val and test",
+        description="Pack a source into tars, with sidecars and one manifest per split. The same source and options"
+        " give the same bytes; existing shards are kept, and an interrupted packing resumes when rerun.",
     )
     parser.add_argument(
         "source",
@@ -78,31 +78,42 @@ def _add_pack(commands: argparse._SubParsersAction[Parser]) -> None:
         help=f"sklearn:NAME ({', '.join(SKLEARN)}), a folder of images by class (optionally under train/, val/ and"
         " test/), a .csv or a .parquet file",
     )
-    parser.add_argument(
-        "out_dir", metavar="OUT_DIR", type=path_word, help="folder to write to; made if it is not there"
-    )
+    parser.add_argument("out_dir", metavar="OUT_DIR", type=path_word, help="output folder; created if missing")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--samples-per-shard", metavar="N", type=_positive, default=1000, help="at most N (default 1000)")
     size.add_argument(
-        "--shards", metavar="N", type=_positive, default=0, help="N for train; val and test get as large ones"
+        "--samples-per-shard",
+        metavar="N",
+        type=_positive,
+        default=1000,
+        help="at most N samples per shard (default 1000)",
+    )
+    size.add_argument(
+        "--shards",
+        metavar="N",
+        type=_positive,
+        default=0,
+        help="N shards for train; those of val and test get the same size",
     )
     parser.add_argument(
         "--split",
         metavar="FRACTIONS",
         type=_fractions,
-        help="of train, val and test, stratified (default 0.7,0.15,0.15, or the source's own), or 'none'",
+        help="fractions for train, val and test, stratified, or 'none' (default: the source's own splits, else"
+        " 0.7,0.15,0.15)",
     )
-    parser.add_argument("--split-seed", metavar="N", type=int, default=0, help="chooses the split (default 0)")
-    parser.add_argument("--target", metavar="COLUMN", default="", help="of a table: the column to predict")
+    parser.add_argument("--split-seed", metavar="N", type=int, default=0, help="seed of the split (default 0)")
+    parser.add_argument("--target", metavar="COLUMN", default="", help="for tables: the column to predict")
     parser.add_argument(
         "--features",
         metavar="LIST",
         default="",
-        help="of a table: the columns to learn from (default: all others with numbers)",
+        help="for tables: the feature columns (default: all other numeric columns)",
     )
-    parser.add_argument("--task", choices=("classification", "regression"), default="", help="what the target is")
     parser.add_argument(
-        "--prefix", metavar="NAME", default="", help="NAME-train-000000.tar instead of train-000000.tar"
+        "--task", choices=("classification", "regression"), default="", help="for tables: the kind of target"
+    )
+    parser.add_argument(
+        "--prefix", metavar="NAME", default="", help="name files NAME-train-000000.tar instead of train-000000.tar"
     )
 
 
@@ -112,17 +123,17 @@ def _add_index(commands: argparse._SubParsersAction[Parser]) -> None:
         "index",
         index,
         help="write sidecars and a manifest for tars",
-        description="Write the sidecars that are missing, stale or wrong, from the tars' headers, and, if asked, a"
-        " manifest. A shard that has not changed is not read again. The sidecars are in NVIDIA DALI's form, the"
-        " manifest in WebDataset's wids form. Remote shards are read by ranges and what is found is kept here.",
+        description="Write missing, stale or wrong sidecars from the tars' headers and, with --manifest, a manifest."
+        " Unchanged shards are not read again. Sidecars are in NVIDIA DALI's format, the manifest in WebDataset's"
+        " wids format. Remote shards are read by range requests, and their tables are kept on this machine.",
     )
     parser.add_argument("data", metavar="PATTERN|MANIFEST", nargs="+", help=_DATA_HELP)
     parser.add_argument("--manifest", metavar="FILE", type=path_word, help="write a manifest, such as data/train.json")
     parser.add_argument(
         "--md5",
         action="store_true",
-        help="record every shard's MD5 in it (reads all bytes, but for shards that have not changed since FILE was"
-        " written and have one there)",
+        help="record every shard's MD5 in the manifest (reads all bytes, except of shards that have an MD5 in FILE"
+        " and have not changed since)",
     )
     parser.add_argument("--force", action="store_true", help="read all shards again, changed or not")
 
@@ -132,23 +143,24 @@ def _add_verify(commands: argparse._SubParsersAction[Parser]) -> None:
         commands,
         "verify",
         verify,
-        help="name every fault of a data set",
-        description="Check every shard: truncation, a missing end block, keys that occur twice, missing fields, fields"
-        " that do not decode, a stale or wrong sidecar, and what a manifest records (size, samples, MD5). Names all"
-        " faults, each with shard, byte offset, sample key and field, and notes keys that several shards hold. Exit"
-        " code 0 without faults, 1 with.",
+        help="report every fault in a data set",
+        description="Check every shard for truncation, a missing end block, duplicate keys, missing fields, fields"
+        " that do not decode, a stale or wrong sidecar, and differences from the manifest (size, samples, MD5)."
+        " Reports every fault with its shard, byte offset, sample key and field, and notes keys that occur in several"
+        " shards. Exit code 0 if there are no faults, else 1.",
     )
     parser.add_argument("data", metavar="PATTERN|MANIFEST", nargs="+", help=_DATA_HELP)
     parser.add_argument(
         "--fields",
         metavar="LIST",
-        help="fields that every sample must have, such as 'image.npy,cls', alternatives as 'jpg;png,cls', decoders"
-        " that the extension does not say as 'cls:txt' (default: the fields of the first sample)",
+        help="fields that every sample must have, such as 'image.npy,cls'; separate alternatives by semicolons"
+        " ('jpg;png,cls'), and append a decoder that does not follow from the extension ('cls:txt') (default: the"
+        " fields of the first sample)",
     )
     parser.add_argument(
         "--no-decode",
         action="store_true",
-        help="leave the fields' contents unread, but for shards with an MD5 in the manifest",
+        help="do not read the fields' contents, except for shards with an MD5 in the manifest",
     )
 
 
@@ -158,10 +170,12 @@ def _add_ls(commands: argparse._SubParsersAction[Parser]) -> None:
         "ls",
         ls,
         help="show shards or samples",
-        description="List the shards of a data set with samples, bytes and fields, or its samples.",
+        description="List the shards of a data set with their samples, bytes and fields, or list its samples.",
     )
     parser.add_argument("data", metavar="PATTERN|MANIFEST", nargs="+", help=_DATA_HELP)
-    parser.add_argument("--samples", action="store_true", help="one line a sample: shard, key, bytes of each field")
+    parser.add_argument(
+        "--samples", action="store_true", help="print one line per sample: shard, key, bytes of each field"
+    )
 
 
 def _add_stats(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -206,12 +220,12 @@ def _pack(arguments: argparse.Namespace) -> int:
     done = pack(source, out_dir=arguments.out_dir, config=config, progress=True)
     if done.was_complete:
         shards = [shard for split in done.splits.values() for shard in split.shards]
-        say(f"{arguments.out_dir} holds this packing already: {summary(shards)}; nothing to do")
+        say(f"{arguments.out_dir} already holds this packing: {summary(shards)}; nothing to do")
         return 0
     for note in done.notes:
         say(f"note: {note}")
     for prefix, split in done.splits.items():
         kept = len(split.shards) - split.num_written
-        was_there = f", {kept} kept from before" if kept else ""
+        was_there = f", {kept} already present" if kept else ""
         say(f"{prefix}: {summary(split.shards)}{was_there} -> {split.manifest}")
     return 0

@@ -36,28 +36,28 @@ def index(arguments: argparse.Namespace) -> int:
     """Write sidecars and, on request, a manifest; return 0."""
     manifest: Path | None = arguments.manifest
     if arguments.md5 and manifest is None:
-        raise ConfigError("--md5 has no manifest to go into", mend="add --manifest FILE")
+        raise ConfigError("--md5 needs a manifest to write to", mend="add --manifest FILE")
     if manifest is not None and not manifest.parent.is_dir():
-        raise DataError(f"folder {manifest.parent} does not exist", mend="make it, or correct --manifest")
+        raise DataError(f"folder {manifest.parent} does not exist", mend="create it, or correct --manifest")
     paths = [shard.path for shard in named(arguments.data)]
     found = index_shards(paths, manifest=manifest, md5=arguments.md5, anew=arguments.force, progress=True)
     say("; ".join([summary(found.shards), *_told(found.sidecars, found.kept)]))
     if found.sidecars["not writable"] or found.kept["not writable"]:
-        why = "where the folder is read-only, a key holds white space or a shard holds links"
-        say(f"note: no sidecar {why}; headers are read instead")
+        why = "if the folder is read-only, a key contains white space or the shard contains links"
+        say(f"note: no sidecar is written {why}; headers are read instead")
     for notice in notices(ShardIndex(found.shards)):
         say(f"note: {notice}")
     if manifest is not None:
         try:
             write_manifest(manifest, found.shards, name=manifest.stem)
         except OSError as error:
-            raise DataError(f"cannot write {manifest}: {error.strerror}", mend="choose another place") from None
+            raise DataError(f"cannot write {manifest}: {error.strerror}", mend="choose another path") from None
         known = sum(bool(shard.md5) for shard in found.shards) - found.num_hashed
-        hashes = {"hashed": found.num_hashed, "MD5 kept from before": known}
+        hashes = {"hashed": found.num_hashed, "MD5 unchanged": known}
         told = ", ".join(f"{number} {what}" for what, number in hashes.items() if number)
         say(f"manifest: {manifest}{f' ({told})' if told else ''}")
         if any(redacted(shard.path) != shard.path for shard in found.shards):
-            say("note: it holds URLs with a query or a user, which may be secrets: only you may read it")
+            say("note: it contains URLs with a query or a user name, which may be secrets; only you can read it")
     return 0
 
 
@@ -95,10 +95,10 @@ def _print_repeats(keys: Keys) -> None:
     """List some keys that occur in several shards: often a mistake, but not a fault, as shards may count from 0."""
     repeats, total = keys.repeats(_REPEATS_SHOWN)
     for key, first, second in repeats:
-        there = "which is named twice" if first.path == second.path else f"and in shard {shown(second.path)}"
+        there = "which is listed twice" if first.path == second.path else f"and in shard {shown(second.path)}"
         say(f"note: key {key!r} is in shard {shown(first.path)}, {there}")
     if total > len(repeats):
-        say(f"note: {count(total, 'key')} in all are in more than one shard")
+        say(f"note: {count(total, 'key')} in total occur in more than one shard")
 
 
 def _decoders(wanted: Sequence[tuple[str, str, str]]) -> Decoders:

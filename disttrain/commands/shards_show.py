@@ -64,7 +64,7 @@ def stats(arguments: argparse.Namespace) -> int:
     fewest, most = numbers.per_shard
     each = f"{fewest:,} to {most:,}" if fewest < most else f"{most:,}"
     console.print(
-        f"{summary(index.shards)}, {each} a shard\n{_bytes(numbers.shards.total)} in shards, of which"
+        f"{summary(index.shards)}, {each} per shard\n{_bytes(numbers.shards.total)} in shards, of which"
         f" {_bytes(numbers.samples.total)} in samples, the rest in headers and padding",
         highlight=False,
     )
@@ -76,8 +76,8 @@ def stats(arguments: argparse.Namespace) -> int:
         columns = (_bytes(sizes.min), _bytes(sizes.mean), _bytes(sizes.max), _bytes(sizes.total))
         table.add_row(cell(name), f"{sizes.count:,}", *columns)
     console.print(table)
-    _histogram(console, "bytes of a sample", numbers.samples)
-    _histogram(console, "bytes of a shard", numbers.shards)
+    _histogram(console, "bytes per sample", numbers.samples)
+    _histogram(console, "bytes per shard", numbers.shards)
     if arguments.classes:
         _classes(console, index, tuple(numbers.fields))
     return 0
@@ -94,7 +94,7 @@ def _histogram(console: Console, title: str, sizes: Sizes) -> None:
 def _classes(console: Console, index: ShardIndex, fields: Sequence[str]) -> None:
     name = next((field for field in fields if field.rpartition(".")[2] in ("cls", "index")), None)
     if name is None:
-        raise DataError(f"the samples have no field cls, but {', '.join(fields)}", mend="leave --classes out")
+        raise DataError(f"the samples have no field cls; they have {', '.join(fields)}", mend="omit --classes")
     found: Counter[str] = Counter()
     jobs = range(len(index.shards))
     for counts in together(lambda n: count_values(index.shards[n], index.table(n), name), jobs, told="counting"):
@@ -170,5 +170,5 @@ def named(specs: Sequence[str]) -> list[Shard]:
         for place in places(spec):
             shards += parse_manifest(place) if is_manifest(place) else [Shard(place, -1, -1)]
     if not shards:
-        raise DataError(f"{' '.join(map(shown, specs))} names no shards", mend="correct the pattern")
+        raise DataError(f"{' '.join(map(shown, specs))} matches no shards", mend="correct the pattern")
     return shards

@@ -68,10 +68,10 @@ def check_batch(batch: Any, owner: object) -> Any:
     missing = [name for name in (KEY, WEIGHT, COUNT) if not isinstance(batch, Mapping) or name not in batch]
     if missing:
         raise ConfigError(
-            f"{type(owner).__name__} is a disttrain.Task, and its loader gives a {type(batch).__name__}"
+            f"{type(owner).__name__} is a disttrain.Task, but its loader returns a {type(batch).__name__}"
             + (f" without {', '.join(missing)}" if isinstance(batch, Mapping) else ""),
-            mend="use disttrain.ShardedDataModule, or give each batch these entries (disttrain/data/batches.py), or"
-            " derive the module from lightning.pytorch.LightningModule, which takes any batch",
+            mend="use disttrain.ShardedDataModule, add these entries to each batch (disttrain/data/batches.py), or"
+            " derive the module from lightning.pytorch.LightningModule, which accepts any batch",
         )
     return batch
 
@@ -220,7 +220,7 @@ class BatchMaker:
         if not isinstance(out, dict):
             raise ConfigError(
                 f"data.hooks.transform returned a {type(out).__name__}",
-                mend="return the sample, a dictionary; raise disttrain.FilteredSampleError for one to leave out",
+                mend="return the sample as a dictionary; raise disttrain.FilteredSampleError to skip it",
             )
         self._check(out, key)
         return out
@@ -232,11 +232,11 @@ class BatchMaker:
             ConfigError: a name is reserved, the key was changed, or the weight is missing.
         """
         if not _MADE_HERE.isdisjoint(out):
-            check_names(out, where="what data.hooks.transform returns", but=KEY)
+            check_names(out, where="the return value of data.hooks.transform", but=KEY)
         if out.get(KEY, key) != key:
             raise ConfigError(
                 f"data.hooks.transform returned the key {out[KEY]!r} for sample {key!r}",
-                mend=f"leave {KEY} as it is, and return what you need under another name",
+                mend=f"leave {KEY} unchanged, and return your value under another name",
             )
         if self.hooks.weight and self.hooks.weight not in out:
             raise ConfigError(
@@ -251,7 +251,7 @@ class BatchMaker:
             places = [place for place, sample in enumerate(samples) if name in sample]
             if places:
                 for number, fault in allowed.faults(stack([samples[place][name] for place in places])).items():
-                    found.setdefault(places[number], f"it made {name!r} {fault}")
+                    found.setdefault(places[number], f"it returned {name!r}: {fault}")
         return found
 
     def _stand_in(self, draws: Draws | None) -> Sample:
@@ -282,10 +282,10 @@ class BatchMaker:
                 continue
             if not self._faults([made]):
                 return wanted, made
-        raise ConfigError("data.hooks.transform refuses every sample", mend="correct the transform")
+        raise ConfigError("data.hooks.transform rejects every sample", mend="correct the transform")
 
     def _refused(self, sample_id: int, why: str) -> BadSample:
-        reason = f" was refused by data.hooks.transform: {why}"
+        reason = f" was rejected by data.hooks.transform: {why}"
         return self.reader.bad_sample(sample_id, "", -1, reason, "repair the sample or remove it")
 
     def _columns(self, read: Samples, rows: int, size: int) -> tuple[list[str], list[Sequence[Any]]]:
@@ -315,11 +315,11 @@ class BatchMaker:
             raise ConfigError(
                 f"data.hooks.collate returned a {type(found).__name__}", mend="return a dictionary of fields"
             )
-        check_names(found, where="what data.hooks.collate returns", but=KEY)
+        check_names(found, where="the return value of data.hooks.collate", but=KEY)
         if KEY in found and list(found[KEY]) != own[KEY]:
             raise ConfigError(
-                f"data.hooks.collate returned other values of {KEY} than the samples'",
-                mend="leave it out, and return what you need under another name",
+                f"data.hooks.collate returned values of {KEY} that differ from the samples'",
+                mend="omit it, and return your values under another name",
             )
         return dict(found)
 

@@ -102,15 +102,15 @@ class ShardCache:
             (self.directory / _TAG).write_text(_TAG_TEXT)
         except OSError as error:
             raise DataError(
-                f"the cache folder {error.filename or self.directory} cannot be made or written: {error.strerror}",
-                mend="set data.cache.directory to a folder that can be written",
+                f"the cache folder {error.filename or self.directory} cannot be created or written: {error.strerror}",
+                mend="set data.cache.directory to a writable folder",
             ) from None
         foreign = [
             name for name in os.listdir(self.directory) if name not in (_LOCK, _TAG) and not _OWN.fullmatch(name)
         ]
         if foreign:
             raise DataError(
-                f"the cache folder {self.directory} holds {min(foreign)!r}, which the cache did not make",
+                f"the cache folder {self.directory} holds {min(foreign)!r}, which the cache did not create",
                 mend="move it elsewhere, or set data.cache.directory to another folder",
             )
         self._plans, self._lock = Plans(self.directory), Lock()
@@ -272,8 +272,8 @@ class ShardCache:
         if remote.size != shard.size_bytes or replaced:
             raise ShardError(
                 f"shard {remote.name} has {remote.size} bytes, but the index says {shard.size_bytes}"
-                + (" and another version" if replaced else ""),
-                mend="it was replaced: start again to index it anew, and write its manifest anew if it has one",
+                + (" and the version differs" if replaced else ""),
+                mend="it was replaced: rerun to index it again, and rewrite its manifest if it has one",
             )
         whose = "its manifest" if shard.md5 else "the server"
         algorithm, expected = ("md5", shard.md5) if shard.md5 else remote.checksum
@@ -290,8 +290,8 @@ class ShardCache:
         if expected and digest.hexdigest() != expected:
             raise ShardError(
                 f"shard {remote.name} has {algorithm.upper()} {digest.hexdigest()}, but {whose} says {expected}",
-                mend="upload the shard again, or write its manifest anew with `disttrain shards index --md5`; a proxy"
-                " may also serve an old copy",
+                mend="upload the shard again, or rewrite its manifest with `disttrain shards index --md5`; a proxy"
+                " may also be serving an old copy",
             )
         # After a power loss the node must not find a shard with the right size but full of zeros.
         os.fdatasync(fd)

@@ -100,7 +100,7 @@ class Allowed:
 
 
 FINITE: Final = Allowed()
-WEIGHTS: Final = Allowed("a weight, which is a finite number of 0 or more", least=0, single=True)
+WEIGHTS: Final = Allowed("a weight (a finite number >= 0)", least=0, single=True)
 
 
 def classes(number: int) -> Allowed:
@@ -134,14 +134,14 @@ def check_names(names: Iterable[str], padded: Collection[str] = (), *, where: st
     names = set(names)
     if taken := sorted(names.intersection(RESERVED) - {but}):
         raise ConfigError(
-            f"{where} has {taken[0]!r}, a name that disttrain itself uses in a batch, like {', '.join(RESERVED)}",
-            mend="choose another name; to weigh samples, set data.hooks.weight to the field that holds the weights",
+            f"{where} has {taken[0]!r}, a name that disttrain reserves in batches (reserved: {', '.join(RESERVED)})",
+            mend="choose another name; to weight samples, set data.hooks.weight to the field that holds the weights",
         )
     for name in padded:
         if name + LENGTHS in names:
             raise ConfigError(
-                f"{where} has {name + LENGTHS!r}, which is the name of the lengths of the padded field {name!r}",
-                mend=f"give it another name, or leave it out: the lengths are made by pad of data.fields.{name}",
+                f"{where} has {name + LENGTHS!r}, the name reserved for the lengths of the padded field {name!r}",
+                mend=f"rename or remove it: pad of data.fields.{name} adds the lengths",
             )
 
 

@@ -53,7 +53,8 @@ def check_safe(fields: Mapping[str, Field], unsafe_decoders: Sequence[str] = ())
     for decoder in unsafe_decoders:
         if not foreign.unpickles(decoder):
             raise ConfigError(
-                f"data.unsafe_decoders has {decoder!r}, which is not one", mend=nearest(decoder, foreign.PICKLES)
+                f"data.unsafe_decoders has {decoder!r}, which is not an unsafe decoder",
+                mend=nearest(decoder, foreign.PICKLES),
             )
     unsafe = {name: field for name, field in fields.items() if foreign.unpickles(field.kind)}
     for name, field in unsafe.items():
@@ -61,14 +62,14 @@ def check_safe(fields: Mapping[str, Field], unsafe_decoders: Sequence[str] = ())
             raise _unsafe(f"data.fields.{name} ({field.ext})", field.kind)
     if unsafe:
         names = ", ".join(f"{name} ({field.kind})" for name, field in unsafe.items())
-        warnings.warn(f"these fields are unpickled, which runs whatever code is in the data: {names}", stacklevel=2)
+        warnings.warn(f"these fields are unpickled, which runs any code that the data contains: {names}", stacklevel=2)
 
 
 def _unsafe(where: str, kind: str) -> ConfigError:
     return ConfigError(
-        f"{where} would have to be unpickled, which can run code",
-        mend=f"store it as npy, json or a raw tensor; or put {kind!r} into data.unsafe_decoders, if you trust whoever"
-        " wrote the data",
+        f"{where} has to be unpickled, which can run arbitrary code",
+        mend=f"store it as npy, json or a raw tensor; or, if you trust the source of the data, add {kind!r} to"
+        " data.unsafe_decoders",
     )
 
 
@@ -131,7 +132,7 @@ def with_default(
 
 def _decompressed(raw: RawValues) -> RawValues:
     """Decompress gzip values into new memory."""
-    values = each(raw, _expanded, "not gzip", catch=(ValueError, zlib.error))
+    values = each(raw, _expanded, "not valid gzip", catch=(ValueError, zlib.error))
     sizes = np.array([len(value) for value in values], dtype=np.int64)
     memory = np.frombuffer(b"".join(values), dtype=np.uint8)
     return RawValues(pieces=(memory, np.cumsum(sizes) - sizes, sizes))
@@ -145,9 +146,9 @@ def _expanded(value: memoryview) -> bytes:
         out.append(stream.decompress(rest, MAX_EXPANDED - size + 1))
         size += len(out[-1])
         if size > MAX_EXPANDED:
-            raise ValueError(f"more than {MAX_EXPANDED:,} bytes once it is decompressed")
+            raise ValueError(f"more than {MAX_EXPANDED:,} bytes when decompressed")
         if not stream.eof:
-            raise ValueError("it is cut off")
+            raise ValueError("the data is truncated")
         rest = stream.unused_data.lstrip(b"\0")
         if not rest:
             return b"".join(out)
@@ -166,11 +167,11 @@ def _tensor(field: Field, raw: RawValues, draws: Draws | None) -> Decoded:
 
 
 def _txt(field: Field, raw: RawValues, draws: Draws | None) -> Decoded:
-    return each(raw, lambda value: str(value, "utf-8"), "not UTF-8 text")
+    return each(raw, lambda value: str(value, "utf-8"), "not valid UTF-8")
 
 
 def _json(field: Field, raw: RawValues, draws: Draws | None) -> Decoded:
-    return each(raw, lambda value: json.loads(bytes(value)), "not JSON", catch=(ValueError, RecursionError))
+    return each(raw, lambda value: json.loads(bytes(value)), "not valid JSON", catch=(ValueError, RecursionError))
 
 
 def _bytes(field: Field, raw: RawValues, draws: Draws | None) -> Decoded:
@@ -214,7 +215,7 @@ def _foreign(field: Field, raw: RawValues, draws: Draws | None) -> Decoded:
         try:
             found = read(value)
         except Exception as error:  # the library may raise anything
-            raise ValueError(f"not what {field.kind} reads: {type(error).__name__}: {error}") from None
+            raise ValueError(f"{field.kind} cannot read it: {type(error).__name__}: {error}") from None
         declared.check_value(found)
         return found
 

@@ -55,8 +55,8 @@ def notices(index: ShardIndex) -> Iterator[str]:
         (one, again), more = twice[0], f" (and {len(twice) - 1} more)" if twice[1:] else ""
         as_what = f", also as {shown(again.path)}" if again.path != one.path else ""
         yield (
-            f"{index.name} names shard {shown(one.path)} twice{as_what}{more}: its samples come twice in an epoch;"
-            " correct the patterns if that is not meant"
+            f"{index.name} lists shard {shown(one.path)} twice{as_what}{more}: its samples occur twice per epoch;"
+            " correct the patterns if this is not intended"
         )
 
 
@@ -99,14 +99,14 @@ def check_evidence(saved: Mapping[str, Any], index: ShardIndex) -> str:
         more = f" (and {len(other) - 1} more)" if other[1:] else ""
         raise CheckpointError(
             f"{index.name}: shard {shown(shards[other[0]].path)}{more} was replaced since the checkpoint was written:"
-            " it has the same name and number of samples, but other contents",
-            mend="restore the shards that the run began with; to train on the new ones, begin another run, with the"
-            " weights of this one by --initialize_from",
+            " it has the same name and number of samples, but different contents",
+            mend="restore the shards that the run started with; to train on the new ones, start a new run from this"
+            " run's weights with --initialize_from",
         )
     outcome = (
-        f"pieces of {len(compared)} of them were compared and are the same"
+        f"parts of {len(compared)} of them were compared and match"
         if compared
-        else "none could be compared: their contents may be others"
+        else "none could be compared, so their contents may differ"
     )
     return (
         f"{index.name}: {len(changed)} of {len(shards)} shards, such as {shown(shards[changed[0]].path)}, were written"
@@ -134,10 +134,10 @@ def check_appended(saved: Mapping[str, Any], names_hash: str, index: ShardIndex)
     if ShardIndex(index.shards[:count], name=index.name).names_hash() == names_hash:
         more = len(index.shards) - count
         raise CheckpointError(
-            f"{index.name}: the run began with {count} of these shards, and {more} {'was' if more == 1 else 'were'}"
-            f" appended since, from {shown(index.shards[count].path)} on, which makes another order of samples",
-            mend=f"finish the run on its first {count} shards, start over with --resume never, or begin another run"
-            " with the weights of this one by --initialize_from",
+            f"{index.name}: the run started with {count} of these shards, and {more} {'was' if more == 1 else 'were'}"
+            f" appended since, from {shown(index.shards[count].path)} on, which changes the order of samples",
+            mend=f"finish the run on its first {count} shards, start over with --resume never, or start a new run"
+            " from this run's weights with --initialize_from",
         )
 
 

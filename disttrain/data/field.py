@@ -106,9 +106,11 @@ class Field:
         if self.kind == "image":
             self._check_image()
         if min(self.shape, default=0) < 0:
-            raise ConfigError(f"field {self.ext!r} has shape {self.shape}", mend="leave out what varies, and set pad")
+            raise ConfigError(f"field {self.ext!r} has shape {self.shape}", mend="if dims vary, omit shape and set pad")
         if self.pad is not None and self.shape:
-            raise ConfigError(f"field {self.ext!r} has pad and shape", mend="declare shape where it is fixed, else pad")
+            raise ConfigError(
+                f"field {self.ext!r} has both pad and shape", mend="declare shape if it is fixed, else pad"
+            )
         if self.classes < 0:
             raise ConfigError(f"field {self.ext!r} has classes {self.classes}", mend="give the number of classes")
         self._check_unused()
@@ -131,7 +133,7 @@ class Field:
         if self.backend != "pillow":
             if self.mode != "rgb":
                 raise ConfigError(
-                    f"field {self.ext!r} has backend {self.backend} and mode {self.mode}", mend="leave backend out"
+                    f"field {self.ext!r} has backend {self.backend} and mode {self.mode}", mend="omit backend"
                 )
             check_backend(self.ext, self.backend)
 
@@ -142,13 +144,13 @@ class Field:
         needs = {"npy": "dtype", "image": "shape"}.get(self.kind, "")
         if self.kind not in kinds or self.pad is not None:
             what = "pad" if self.pad is not None else f"the decoder {self.kind!r}"
-            raise ConfigError(f"field {self.ext!r}: default does not go with {what}", mend="leave one of them out")
+            raise ConfigError(f"field {self.ext!r}: default cannot be combined with {what}", mend="remove one of them")
         if not isinstance(self.default, kinds[self.kind]) or (
             isinstance(self.default, bool) and self.kind != "json" and self.dtype != "bool"
         ):
             raise ConfigError(
-                f"field {self.ext!r}: default is {self.default!r}, not a value that {self.kind!r} gives",
-                mend="give text for txt, a whole number for cls and image, a number for npy and tensor",
+                f"field {self.ext!r}: default is {self.default!r}, which {self.kind!r} never returns",
+                mend="use text for txt, a whole number for cls and image, a number for npy and tensor",
             )
         if needs and not getattr(self, needs):
             raise ConfigError(f"field {self.ext!r} has a default but no {needs}", mend=f"declare {needs} too")
@@ -168,30 +170,30 @@ class Field:
                 found = np.full(self.shape, self.default, dtype=dtype)
         except (OverflowError, ValueError, FloatingPointError):
             raise ConfigError(
-                f"field {self.ext!r}: default {self.default!r} is not a number of {dtype}", mend="give one that is"
+                f"field {self.ext!r}: default {self.default!r} does not fit {dtype}", mend="use one that fits the dtype"
             ) from None
         if found.size and found.flat[0] != self.default and np.isfinite(self.default) and found.dtype.kind in "biu":
             raise ConfigError(
-                f"field {self.ext!r}: default {self.default!r} is not a number of {dtype}", mend="give one that is"
+                f"field {self.ext!r}: default {self.default!r} does not fit {dtype}", mend="use one that fits the dtype"
             )
         return torch.from_numpy(found)
 
     def _check_decoder(self) -> None:
         if self.decoder != "bytes" and len({ext.endswith(_GZIP) for ext in self.alternatives}) > 1:
             raise ConfigError(
-                f"field {self.ext!r} names extensions with and without {_GZIP}",
-                mend="name extensions of one kind, or pack the samples alike",
+                f"field {self.ext!r} mixes extensions with and without {_GZIP}",
+                mend="use only one kind, or pack all samples the same way",
             )
         if self.kind.startswith(foreign.PREFIX):
             foreign.check(self.ext, self.kind)
         elif self.kind in ("joblib", "dill"):
             raise ConfigError(
-                f"field {self.ext!r} would have to be unpickled, which can run code",
+                f"field {self.ext!r} has to be unpickled, which can run arbitrary code",
                 mend="store it as npy, json or a raw tensor",
             )
         elif self.kind not in DECODERS:
             raise ConfigError(
-                f"field {self.ext!r}: no decoder {self.kind!r}",
+                f"field {self.ext!r}: no decoder named {self.kind!r}",
                 mend=f"set its decoder; {nearest(self.kind, [*DECODERS, foreign.PREFIX + 'NAME'])}",
             )
 
@@ -212,8 +214,8 @@ class Field:
         ):
             if is_set and not has_effect:
                 raise ConfigError(
-                    f"field {self.ext!r}: {name} does not go with the decoder {self.kind!r}",
-                    mend=f"remove {name}, or set another decoder",
+                    f"field {self.ext!r}: {name} does not apply to the decoder {self.kind!r}",
+                    mend=f"remove {name}, or use another decoder",
                 )
 
     @property

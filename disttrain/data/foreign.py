@@ -97,7 +97,7 @@ def _torch(value: memoryview) -> Any:
     if not isinstance(found, Tensor):
         return found
     if found.layout == torch.strided and found.numel() * found.itemsize > max(MAX_EXPANDED, len(data)):
-        raise ValueError(f"a tensor of shape {tuple(found.shape)}, many times as large as its file")
+        raise ValueError(f"a tensor of shape {tuple(found.shape)}, many times the size of its file")
     return found.detach()
 
 
@@ -127,5 +127,5 @@ def _bounded_zip(value: memoryview) -> bytes:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         size = sum(member.file_size for member in archive.infolist())
     if size > MAX_EXPANDED:
-        raise ValueError(f"{size:,} bytes once it is decompressed, more than {MAX_EXPANDED:,}")
+        raise ValueError(f"{size:,} bytes when decompressed, more than {MAX_EXPANDED:,}")
     return data

@@ -60,12 +60,12 @@ def collate_samples(samples: Sequence[Sample], fields: Mapping[str, Field]) -> d
     batch: dict[str, Any] = {}
     names = [name for name in samples[0] if name != KEY]  # BatchMaker adds the keys
     padded = [name for name in names if (field := fields.get(name)) is not None and field.pad is not None]
-    check_names(names, padded, where="what data.hooks.transform returns")
+    check_names(names, padded, where="the return value of data.hooks.transform")
     for sample in samples[1:]:
         if odd := (sample.keys() - {KEY}) ^ set(names):
             raise DataError(
-                f"the transform gave some samples a value {min(odd, key=str)!r} and others none",
-                mend="give it to all samples",
+                f"data.hooks.transform returned {min(odd, key=str)!r} for some samples but not for others",
+                mend="return it for every sample",
             )
     for name in names:
         batch.update(column(name, [sample[name] for sample in samples], fields.get(name)))
@@ -111,8 +111,8 @@ def pad_tensors(name: str, values: Sequence[Any], fill: float) -> tuple[Tensor, 
         fits = isinstance(value, Tensor) and value.ndim and value.shape[1:] == first.shape[1:]
         if not fits or value.dtype != first.dtype:
             raise DataError(
-                f"field {name!r} is to be padded, but holds {_words(value)} beside {_words(first)}",
-                mend="only the first dim may differ: leave out pad, or give the field a transform",
+                f"field {name!r} has pad, but holds both {_words(value)} and {_words(first)}",
+                mend="only the first dim may differ: remove pad, or make the other dims equal in data.hooks.transform",
             )
     lengths = torch.tensor([len(value) for value in values], dtype=torch.int64)
     padded = first.new_full((len(values), int(lengths.max()), *first.shape[1:]), fill)

@@ -26,10 +26,10 @@ _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _MOST_REDIRECTS: Final = 10
 _SMALL_BYTES: Final = 2**16
 _MENDS: Final = {
-    200: "serve the files by a server that answers range requests, as nginx, S3 and GCS do",
+    200: "use a server that supports range requests, such as nginx, S3 or GCS",
     400: "check the URL, and renew the credentials if they are temporary",
-    401: "give credentials that may read it",
-    403: "give credentials that may read it (some servers also say so of a file that is not there)",
+    401: "use credentials with read access",
+    403: "use credentials with read access (some servers also return this for a missing file)",
     404: "correct the URL, or upload the file",
     410: "correct the URL, or upload the file",
 }
@@ -94,20 +94,22 @@ async def get_range(session: Any, url: str, start: int, stop: int, timeout: floa
     if status != 206:
         again = status in WAITING_HELPS
         after = headers.get("Retry-After", "")
-        what = "it is not there" if status in (404, 410) else "the server refuses"
+        what = "not found" if status in (404, 410) else "the server refused the request"
         seconds = float(after) if after.isdecimal() else 0.0
         raise AttemptError(what, again=again, status=status, after_seconds=seconds)
     if (encoding := headers.get("Content-Encoding", "identity").lower()) != "identity":
-        mend = "switch compression off for such files, at the server and at proxies before it"
-        what = f"the server compresses the answer ({encoding}), though it was asked not to"
+        mend = "disable compression of such files on the server and on proxies in front of it"
+        what = f"the server compressed the response ({encoding}), though asked not to"
         raise AttemptError(what, again=False, status=status, mend=mend)
     if found is None or found[1] is None:
-        raise AttemptError(f"Content-Range {headers.get('Content-Range')!r} makes no sense", again=True, status=status)
+        raise AttemptError(f"invalid Content-Range {headers.get('Content-Range')!r}", again=True, status=status)
     first, last, total = int(found[1]), int(found[2]), int(found[3])
     if first != start or last != min(stop, total) - 1:
-        raise AttemptError(f"bytes {first}-{last} came for bytes {start}-{stop - 1}", again=True, status=status)
+        raise AttemptError(
+            f"received bytes {first}-{last} instead of bytes {start}-{stop - 1}", again=True, status=status
+        )
     if len(body) != last - first + 1:
-        raise AttemptError(f"{len(body)} bytes came for bytes {start}-{stop - 1}", again=True, status=status)
+        raise AttemptError(f"received {len(body)} bytes for the range {start}-{stop - 1}", again=True, status=status)
     return Answer(body, total, version, _checksum(headers, version))
 
 
@@ -134,9 +136,9 @@ async def _request(session: Any, url: str, start: int, stop: int, timeout: float
         if (scheme, after.netloc.lower()) == (before.scheme, before.netloc.rpartition("@")[2].lower()):
             url = urlunsplit(after._replace(netloc=before.netloc))  # keep user and password within the same origin
         if not place or scheme not in HTTP:
-            where = f"to {scheme}://..., which is not http" if place else "without saying where to"
+            where = f"to {scheme}://..., which is not http" if place else "without a location"
             raise AttemptError(f"the server redirects {where}", again=False, status=response.status)
-    raise AttemptError("it redirects without end", again=False)
+    raise AttemptError("too many redirects", again=False)
 
 
 def _verbatim(url: str) -> Any:

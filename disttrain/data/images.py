@@ -82,14 +82,14 @@ class RandomResizedCrop:
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ConfigError(f"augment.scale is {self.scale}", mend="give 0 < least <= largest <= 1")
+            raise ConfigError(f"augment.scale is {self.scale}", mend="use 0 < min <= max <= 1")
         if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
-            raise ConfigError(f"augment.ratio is {self.ratio}", mend="give 0 < least <= largest")
+            raise ConfigError(f"augment.ratio is {self.ratio}", mend="use 0 < min <= max")
         if not 0 <= self.flip <= 1:
-            raise ConfigError(f"augment.flip is {self.flip}", mend="give a probability from 0 to 1")
+            raise ConfigError(f"augment.flip is {self.flip}", mend="use a probability from 0 to 1")
         if not 0 < self.evaluation_fraction <= 1:
             raise ConfigError(
-                f"augment.evaluation_fraction is {self.evaluation_fraction}", mend="give 0 < fraction <= 1"
+                f"augment.evaluation_fraction is {self.evaluation_fraction}", mend="use 0 < fraction <= 1"
             )
 
     def draw(self, height: int, width: int, generator: np.random.Generator) -> Crop:
@@ -298,20 +298,20 @@ def _open(value: memoryview, max_pixels: int) -> Image.Image:
             raise _unreadable(error) from None
         if picture.width * picture.height > max_pixels:
             raise ValueError(
-                f"an image of {picture.width} x {picture.height} pixels, more than max_pixels, {max_pixels:,}"
+                f"an image of {picture.width} x {picture.height} pixels, more than max_pixels ({max_pixels:,})"
             )
         return picture
     if head[4:8] == b"ftyp":
         kind = head[8:12].decode("ascii", "replace")
-        what = "AVIF, which needs Pillow 11.3 or newer" if kind.startswith("avi") else f"of the kind {kind!r}"
-        raise ValueError(f"not an image that Pillow reads: it is {what}")
-    raise ValueError("not an image that Pillow reads: cannot identify image file")
+        what = "AVIF, which needs Pillow 11.3 or newer" if kind.startswith("avi") else f"of type {kind!r}"
+        raise ValueError(f"not an image that Pillow can read: it is {what}")
+    raise ValueError("not an image that Pillow can read: cannot identify image file")
 
 
 def _pillow(picture: Image.Image, full: tuple[int, int], crop: Crop, factor: int, mode: str) -> Pixels:
     """Decode the crop. shape (height, width, 3), or (height, width, 1) for ``gray`` and ``mask``"""
     if picture.mode.startswith("I") or picture.mode == "F":
-        raise ValueError(f"an image of more than 8 bits a channel (mode {picture.mode}); store it as npy")
+        raise ValueError(f"an image with more than 8 bits per channel (mode {picture.mode}); store it as npy")
     if mode == "mask" and picture.mode not in _MASKS:
         raise ValueError(f"an image of mode {picture.mode}, but a mask has one channel")
     try:
@@ -333,7 +333,7 @@ def _pillow(picture: Image.Image, full: tuple[int, int], crop: Crop, factor: int
 
 
 def _unreadable(error: Exception) -> ValueError:
-    return ValueError(f"not an image that Pillow reads: {str(error).split(' <_io')[0]}")
+    return ValueError(f"not an image that Pillow can read: {str(error).split(' <_io')[0]}")
 
 
 def _resized(pixels: Pixels, size: tuple[int, int]) -> Pixels:

@@ -195,9 +195,13 @@ class ShardIndex:
             table = found if found is not None else build_table(entry.path)
             if wrong:
                 is_written = self._write_sidecars and write_sidecar_file(entry.path, table)
-                done = "written anew" if is_written else "passed over for the headers; run `disttrain shards index`"
+                done = (
+                    "it was rewritten"
+                    if is_written
+                    else "the shard's headers were read instead; run `disttrain shards index`"
+                )
                 place = sidecar_path(entry.path)
-                self._warn_once(f"sidecar {place} does not fit its shard and was not used ({wrong}): it was {done}")
+                self._warn_once(f"sidecar {place} does not match its shard ({wrong}): {done}")
         if table.unread.number and not entry.unread.number:  # its count did not come from its headers
             self._warn_once(f"shard {shown(entry.path)} holds {table.unread.first}: {NOT_READ}")
         if len(table) != entry.num_samples:
@@ -213,7 +217,7 @@ class ShardIndex:
         with self._lock:
             has_warned, self._has_warned = self._has_warned, True
         if not has_warned:
-            warnings.warn(f"{what}. Others of {self.name} will not be named", stacklevel=4)
+            warnings.warn(f"{what}. Further ones in {self.name} will not be reported", stacklevel=4)
 
     def key(self, sample_id: int) -> str:
         """Return the key of one sample."""
@@ -272,11 +276,11 @@ def parse_manifest(path: str | Path, *, name: str = "data", retry: RetryConfig =
     try:
         content: Any = parse_json(read_remote_text(place, retry) if is_remote(place) else read_text(place))
         if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__} instead of names and values")
+            raise ValueError(f"it holds a {type(content).__name__} instead of an object")
         if content.get("datasets"):
             raise DataError(
                 f"{name}: {shown(place)} lists other data sets under 'datasets', which are not read",
-                mend="name their manifests themselves, as a list",
+                mend="list those manifests instead",
             )
         folder = _beside(place, f"{content['base']}/") if content.get("base") else place
         return [
@@ -305,7 +309,7 @@ def _whole(entry: Mapping[str, Any], key: str, *, least: int = 0) -> int:
     value = entry[key]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not least <= value <= _MOST_BYTES or value != int(value):
-        raise ValueError(f"{key} is {value!r} instead of a whole number")
+        raise ValueError(f"{key} is {value!r}, not a whole number")
     return int(value)
 
 

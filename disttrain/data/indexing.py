@@ -88,7 +88,7 @@ def index_shards(
     shards, num_hashed = _with_md5s([shard for shard, _ in found], known, hash_others=md5, anew=anew, told=told)
     for path, was, is_now in zip(local, before, together(_state, local, quick=True), strict=True):
         if is_now != was:
-            raise ShardError(f"shard {path} was written to while it was read", mend="index when its writer is done")
+            raise ShardError(f"shard {path} was written to while it was read", mend="index it once its writer is done")
     sidecars = Counter(state for shard, state in found if not shard.is_remote)
     kept = Counter(state for shard, state in found if shard.is_remote)
     return Indexed(tuple(shards), sidecars, kept, num_hashed)

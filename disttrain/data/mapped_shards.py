@@ -228,7 +228,7 @@ def cannot_open(path: str, error: OSError) -> ShardError:
     """Return the error for a shard that has disappeared or is not readable."""
     return ShardError(
         f"cannot open shard {path}: {error.strerror}",
-        mend=open_hint(error, "restore it; it was there when the run started"),
+        mend=open_hint(error, "restore it; it existed when the run started"),
     )
 
 

@@ -109,7 +109,7 @@ class ShardedDataModule(pl.LightningDataModule):
             "predict": predict or test,
         }
         if fields is not None and not fields:
-            raise ConfigError("data.fields is empty", mend="name the fields of a batch, or leave it out to have all")
+            raise ConfigError("data.fields is empty", mend="name the fields of a batch, or omit data.fields to get all")
         check_names(fields or (), where="data.fields")
         self.fields = fields
         if max_bad_samples < 0:
@@ -273,16 +273,16 @@ class ShardedDataModule(pl.LightningDataModule):
         if saved.get("version") != now["version"]:
             raise CheckpointError(
                 f"the checkpoint's order of samples has format {saved.get('version')}; this disttrain has format"
-                f" {now['version']}, which would deal the samples out differently",
-                mend="finish the run with the disttrain that began it, or start over with --resume never",
+                f" {now['version']}, which orders samples differently",
+                mend="finish the run with the version of disttrain that started it, or start over with --resume never",
             )
         check_appended(shards, saved.get("names", ""), index)
         different = [
-            f"{name} was {saved.get(name)!r}, is {now[name]!r}" for name in now if saved.get(name) != now[name]
+            f"{name} was {saved.get(name)!r}, is now {now[name]!r}" for name in now if saved.get(name) != now[name]
         ]
         if different:
             raise CheckpointError(
-                f"the checkpoint was made under another order of samples: {'; '.join(different)}",
+                f"the checkpoint was written with a different order of samples: {'; '.join(different)}",
                 mend="restore those settings and shards, or start over with --resume never",
             )
 
@@ -366,8 +366,8 @@ class ShardedDataModule(pl.LightningDataModule):
         if trainer.accumulate_grad_batches not in (1, accumulation, self._accumulation):
             raise ConfigError(
                 f"accumulate_grad_batches is {trainer.accumulate_grad_batches}, but global_batch_size and"
-                f" micro_batch_size on {data_ranks(trainer).size} ranks make it {accumulation}",
-                mend="leave accumulate_grad_batches out; it is derived",
+                f" micro_batch_size on {data_ranks(trainer).size} ranks imply {accumulation}",
+                mend="remove accumulate_grad_batches; it is derived",
             )
         trainer.accumulate_grad_batches = self._accumulation = accumulation
 

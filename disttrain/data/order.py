@@ -88,11 +88,11 @@ class OrderConfig:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed}", mend="use a seed from 0 to 2**63 - 1")
         if self.window < 1:
-            raise ConfigError(f"window is {self.window}", mend="set it to at least 1 (1 turns the shuffle off)")
+            raise ConfigError(f"window is {self.window}", mend="set it to at least 1 (1 disables shuffling)")
         if self.lanes < 0 or (self.lanes and self.global_batch_size % self.lanes):
             raise ConfigError(
                 f"lanes is {self.lanes}, which does not divide global_batch_size {self.global_batch_size}",
-                mend="use a divisor of the global batch size, or 0 to have one chosen",
+                mend="use a divisor of the global batch size, or 0 to choose one automatically",
             )
 
     @property

@@ -73,7 +73,7 @@ class PackConfig:
             fits = len(self.fractions) in (2, 3) and min(self.fractions) >= 0 and self.fractions[0] > 0
             if not fits or abs(sum(self.fractions) - 1) > 1e-6:
                 raise ConfigError(
-                    f"split fractions {', '.join(map(str, self.fractions))} cannot work",
+                    f"split fractions {', '.join(map(str, self.fractions))} are not valid",
                     mend="give two or three, for train, val and test, that sum to 1, such as 0.7,0.15,0.15",
                 )
         if not 0 <= self.split_seed < 2**63:
@@ -168,7 +168,7 @@ def pack(source: Source, *, out_dir: str | Path, config: PackConfig | None = Non
     except OSError as error:
         raise DataError(
             f"cannot pack into {folder}: {error}",
-            mend="check the folder and its free space, and start again: it goes on",
+            mend="check the folder and its free space, then rerun: packing resumes",
         ) from error
     return Packing(packed, was_complete=False, notes=samples.notes)
 
@@ -184,7 +184,7 @@ def plan_splits(samples: Samples, config: PackConfig) -> dict[str, Ids]:
         raise DataError("the source holds no samples", mend="point it at data")
     if samples.splits:
         if config.fractions is not None:
-            raise ConfigError("the source has splits of its own", mend="leave --split out")
+            raise ConfigError("the source already has splits", mend="omit --split")
         splits = dict(samples.splits)
     elif config.fractions == ():
         return {_WHOLE: np.arange(len(samples), dtype=np.int64)}
@@ -201,7 +201,7 @@ def plan_splits(samples: Samples, config: PackConfig) -> dict[str, Ids]:
     if empty:
         raise DataError(
             f"{len(samples)} samples are too few: split {empty[0]!r} would be empty",
-            mend="give other fractions, or --split none",
+            mend="use other fractions, or --split none",
         )
     splits["train"] = shuffled(splits["train"], seed=config.split_seed)
     return splits
@@ -214,7 +214,7 @@ def _shard_counts(splits: Mapping[str, Ids], config: PackConfig) -> dict[str, in
         return {split: -(-size // config.samples_per_shard) for split, size in sizes.items()}
     first = next(iter(sizes.values()))
     if config.num_shards > first:
-        raise ConfigError(f"{config.num_shards} shards for {first} samples", mend=f"ask for at most {first}")
+        raise ConfigError(f"{config.num_shards} shards are too many for {first} samples", mend=f"use at most {first}")
     return {split: min(size, max(1, round(size / first * config.num_shards))) for split, size in sizes.items()}
 
 
@@ -254,7 +254,7 @@ def _refuse_other_splits(folder: Path, config: PackConfig, splits: Mapping[str, 
         job = _Job(folder, config.file_prefix(split), "")
         if split not in splits and (job.manifest.exists() or job.journal.exists()):
             raise DataError(
-                f"{folder} holds a split {job.prefix!r} of another packing, which this one has not",
+                f"{folder} holds a split {job.prefix!r} of another packing, which this packing does not have",
                 mend=f"remove {job.manifest} and its shards, or pack into another folder",
             )
 
@@ -291,7 +291,7 @@ class _Job:
             there.add(self.manifest.name)
         if there - ours:
             raise DataError(
-                f"{self.folder / min(there - ours)} is there and was not written by `disttrain shards pack`",
+                f"{self.folder / min(there - ours)} exists and was not written by `disttrain shards pack`",
                 mend="remove it, pack into another folder, or set --prefix",
             )
 

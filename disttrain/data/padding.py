@@ -63,9 +63,9 @@ def real_outputs(outputs: Any, rows: Rows | None, module: nn.Module, *, check: b
         cut = _cut(outputs, rows)
     except _UnclearError as unclear:
         raise ConfigError(
-            f"predict_step of {class_name(module)} returned {unclear} for a micro batch of {rows.size}, from which the"
-            " padding of the last micro batches cannot be cut off",
-            mend='return one row a sample, or cut by batch["__count__"] in predict_step',
+            f"predict_step of {class_name(module)} returned {unclear} for a micro batch of {rows.size}, so the"
+            " padding of the last micro batches cannot be removed",
+            mend='return one row per sample, or slice by batch["__count__"] in predict_step',
         ) from None
     return outputs if rows.real == rows.size else cut
 

@@ -78,7 +78,7 @@ def path_of(place: str) -> str:
     try:
         return urlsplit(place).path if is_remote(place) else place
     except ValueError as error:
-        raise DataError(f"{place} is no URL: {error}", mend="correct it") from None
+        raise DataError(f"{place} is not a valid URL: {error}", mend="correct it") from None
 
 
 def _expanded(spec: str, *, name: str) -> str:
@@ -96,7 +96,8 @@ def _expanded(spec: str, *, name: str) -> str:
         variable = found[1] or found[2]
         if variable not in os.environ:
             raise DataError(
-                f"{name}: {shown(spec)!r} has ${variable}, which is not set", mend=f"export {variable}, or write it out"
+                f"{name}: {shown(spec)!r} has ${variable}, which is not set",
+                mend=f"export {variable}, or write its value instead",
             )
         # A password may contain characters that would end the host part, or act as a glob or braces.
         in_secrets, text = found.start() < secrets_end, os.environ[variable]
@@ -126,7 +127,7 @@ def _names(pattern: str, *, name: str, retry: RetryConfig, ask_servers: bool) ->
 def _braces(pattern: str, *, name: str) -> list[str]:
     if pattern.count("{") > _MOST_BRACES or "\0" in pattern:
         raise DataError(
-            f"{name}: {shown(pattern)[:_QUOTED]!r} has too many braces or a zero byte",
+            f"{name}: {shown(pattern)[:_QUOTED]!r} has too many braces or a NUL byte",
             mend="name the shards in a manifest or in a text file, one per line",
         )
     if _count(pattern) > _MOST_NAMES:
@@ -138,7 +139,7 @@ def _braces(pattern: str, *, name: str) -> list[str]:
         return list(braceexpand.braceexpand(pattern))
     except (ValueError, RecursionError):
         raise DataError(
-            f"{name}: {shown(pattern)[:_QUOTED]!r} has a brace without its partner", mend="close or remove it"
+            f"{name}: {shown(pattern)[:_QUOTED]!r} has an unmatched brace", mend="close or remove the brace"
         ) from None
 
 
@@ -170,13 +171,13 @@ def _on_server(pattern: str, *, name: str, retry: RetryConfig) -> list[str]:
     scheme = pattern.partition("://")[0].lower()
     if scheme in ("http", "https"):
         raise DataError(
-            f"{name}: {shown(pattern)} is a glob, which web servers do not answer",
+            f"{name}: {shown(pattern)} is a glob, which cannot be expanded over HTTP",
             mend="use braces, such as train-{000000..000007}.tar, or a manifest",
         )
     first = min(pattern.index(sign) for sign in _SIGNS if sign in pattern)
     folder = pattern[:first].rpartition("/")[0]
     if folder.count("/") < 2:  # a glob may not match the bucket name itself
-        raise DataError(f"{name}: {shown(pattern)} does not name its bucket", mend="write the bucket out")
+        raise DataError(f"{name}: {shown(pattern)} does not name its bucket", mend="name the bucket without wildcards")
     try:
         names = sorted(ObjectFolder(folder, retry).sizes())
     except RemoteError as error:
@@ -224,7 +225,7 @@ def _lines(place: str, *, name: str, retry: RetryConfig) -> Iterator[str]:
         spec = _expanded(line, name=name)
         if path_of(spec).endswith(_LIST_SUFFIXES):
             raise DataError(
-                f"{name}: list {shown(place)} names another list, {shown(spec)!r}", mend="write its lines out"
+                f"{name}: list {shown(place)} names another list, {shown(spec)!r}", mend="copy its lines instead"
             )
         if is_remote(spec):
             yield spec

@@ -105,8 +105,8 @@ class Reader:
                 continue
             if field.default is not None:
                 warnings.warn(
-                    f"{index.name}: field {name!r} (extension {field.ext!r}) does not occur in the first shard, so that"
-                    f" its samples have the default {field.default!r}; the first shard has {', '.join(present)}",
+                    f"{index.name}: field {name!r} (extension {field.ext!r}) does not occur in the first shard, so"
+                    f" its samples get the default {field.default!r}; the first shard has {', '.join(present)}",
                     stacklevel=2,
                 )
             else:

@@ -106,9 +106,9 @@ class RemoteFile:
     def __post_init__(self) -> None:
         if "://...@" in self.url or self.url.endswith("?..."):
             raise ConfigError(
-                f"{self.url} is a URL whose password or signature was taken out, as records of runs show it",
-                mend="name variables of the environment, https://$USER:$PASSWORD@host/..., or give it in full; of a"
-                " signed URL, give it in full",
+                f"{self.url} is a redacted URL, as shown in records of runs: its password or signature was removed",
+                mend="use environment variables, https://$USER:$PASSWORD@host/..., or the full URL; for a signed URL,"
+                " use the full URL",
             )
         # A private generator: jitter from the global one would make the run's random numbers depend on the network.
         self._random = random.Random()
@@ -146,11 +146,15 @@ class RemoteFile:
     def _same_state(self, answer: Answer) -> None:
         size, version = answer.total or 0, answer.version
         if size != self.size or (self.version and version and version != self.version):
-            what = f"it has {size} bytes, not {self.size}" if size != self.size else "it is another of the same size"
+            what = (
+                f"it has {size} bytes, not {self.size}"
+                if size != self.size
+                else "it is a different file of the same size"
+            )
             raise AttemptError(
                 f"the file was replaced: {what}",
                 again=False,
-                mend="start again once its upload is done, to index it anew; write its manifest anew, if it has one",
+                mend="rerun once its upload is done, to index it again; rewrite its manifest, if it has one",
             )
 
     def _read(self, start: int, stop: int) -> bytes:
@@ -159,7 +163,7 @@ class RemoteFile:
             self._same_state(answer)
             self.version = self.version or answer.version  # pin the version: all later reads must match the first
         if len(answer.body) != stop - start:
-            raise AttemptError(f"{len(answer.body)} bytes came for bytes {start}-{stop - 1}", again=True)
+            raise AttemptError(f"received {len(answer.body)} bytes for the range {start}-{stop - 1}", again=True)
         return answer.body
 
     def _try(self, attempt: Callable[[], T]) -> T:
@@ -268,4 +272,4 @@ def credential_source(url: str) -> str:
             return "environment GOOGLE_APPLICATION_CREDENTIALS"
         usual = "~/.config/gcloud/application_default_credentials.json"
         return usual if Path(usual).expanduser().is_file() else "none found; the machine's own account, or anonymous"
-    return "as fsspec is configured"
+    return "as configured for fsspec"

@@ -63,7 +63,7 @@ def private_folder(path: Path) -> Path:
     if {status.st_uid, path.lstat().st_uid} != {os.geteuid()}:
         raise PermissionError(1, "it belongs to another user", str(path))
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(1, "other users may write to it", str(path))
+        raise PermissionError(1, "other users can write to it", str(path))
     return path
 
 

@@ -124,7 +124,7 @@ def misfit(table: ShardTable, source: ByteSource) -> str:
     # In byte order, the fields of a sample are adjacent and the samples are in order.
     is_sorted = not (np.diff(present // max(1, len(table.fields))) < 0).any()
     if not len(present) or not is_sorted or (offsets % BLOCK).any() or (offsets - starts < BLOCK).any():
-        return "no tar has its members so"
+        return "no tar can have this layout"
     last = len(present) - 1
     room = offsets - starts
     widest = int(room.argmax()) if room.max() > room.min() else 0
@@ -152,7 +152,7 @@ def _differs(expected: Member, source: ByteSource, start: int, *, to_end: bool) 
     except TarError as error:
         return error.what
     if unread.fields.number:
-        return f"it does not tell of {unread.fields.first}"
+        return f"it does not mention {unread.fields.first}"
     if not found or split_name(found[0].name) != split_name(expected.name) or found[0][1:] != expected[1:]:
         there = f"{found[0].name!r} at byte {found[0].offset} of size {found[0].size}" if found else "nothing there"
         return f"it says {expected.name!r} at byte {expected.offset} of size {expected.size}, the shard has {there}"
@@ -208,14 +208,14 @@ def _group(members: Iterable[Member], path: str) -> dict[str, dict[str, tuple[in
         key, extension = parts
         if key != last and key in samples:
             raise ShardError(
-                f"shard {path} at byte {member.offset}: sample key {key!r} occurs twice, apart",
-                mend="a sample's files must follow each other and keys be unique in a shard: pack it again",
+                f"shard {path} at byte {member.offset}: sample key {key!r} occurs twice, with other samples in between",
+                mend="a sample's files must be adjacent and its key unique within the shard: pack the shard again",
             )
         fields = samples.setdefault(key, {})
         if extension in fields:
             raise ShardError(
                 f"shard {path} at byte {member.offset}: sample {key!r} has field {extension!r} twice",
-                mend="pack the shard again with one file a field",
+                mend="pack the shard again with one file per field",
             )
         fields[extension] = (member.offset, member.size)
         last = key
@@ -378,5 +378,5 @@ def build_sidecar(path: str) -> tuple[ShardTable, bool]:
     before = state_of(path)
     table = build_table(path)
     if state_of(path) != before:
-        raise ShardError(f"shard {path} was written to while it was read", mend="run this when its writer is done")
+        raise ShardError(f"shard {path} was written to while it was read", mend="run this once its writer is done")
     return table, write_sidecar_file(path, table)

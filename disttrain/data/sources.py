@@ -64,7 +64,7 @@ def open_source(spec: str, *, target: str = "", task: str = "", features: Sequen
             mend=f"name a folder, a .csv or .parquet file, or sklearn: with one of {', '.join(SKLEARN)}",
         )
     if task == "regression":
-        raise ConfigError(f"{spec}: an image folder is for classification", mend="leave --task out")
+        raise ConfigError(f"{spec}: an image folder is for classification", mend="omit --task")
     return _image_folder(path)
 
 
@@ -72,7 +72,7 @@ def _sklearn(name: str, task: str) -> Source:
     if name not in SKLEARN:
         raise DataError(f"sklearn:{name} is not known", mend=nearest(name, SKLEARN))
     if task not in ("", SKLEARN[name]):
-        raise ConfigError(f"sklearn:{name} is for {SKLEARN[name]}, not {task}", mend="leave --task out")
+        raise ConfigError(f"sklearn:{name} is for {SKLEARN[name]}, not {task}", mend="omit --task")
     try:
         version = importlib.metadata.version("scikit-learn")
     except importlib.metadata.PackageNotFoundError:
@@ -124,7 +124,7 @@ def _image_folder(folder: Path) -> Source:
     if has_splits and unknown:
         raise DataError(
             f"{folder} has class folders in train, but also a folder {unknown[0]!r}",
-            mend="call the splits train, val and test, with class folders in each, and leave nothing else beside them",
+            mend="name the splits train, val and test, each with class folders, and keep nothing else beside them",
         )
     by_split = {split: roots[split] for split in _OWN_SPLITS if split in roots} if has_splits else {"": folder}
     images: list[_Image] = []
@@ -139,7 +139,7 @@ def _image_folder(folder: Path) -> Source:
         if not any(image.split == split for image in images):
             raise DataError(
                 f"folder {root} holds no images in class folders",
-                mend=f"put them as {root}/<class>/<name>.jpg (or {', '.join(sorted(IMAGES - {'jpg'}))})",
+                mend=f"arrange them as {root}/<class>/<name>.jpg (or {', '.join(sorted(IMAGES - {'jpg'}))})",
             )
     listing = hashlib.sha256()
     for image in images:
@@ -184,7 +184,8 @@ def _load_images(images: list[_Image], others: list[Path]) -> Samples:
     notes = []
     if others:
         notes.append(
-            f"left out what is no image: {others[0]}" + (f" and {len(others) - 1} more" if len(others) > 1 else "")
+            f"skipped files that are not images: {others[0]}"
+            + (f" and {len(others) - 1} more" if len(others) > 1 else "")
         )
     extensions = Counter(image.extension for image in images)
     if len(extensions) > 1:

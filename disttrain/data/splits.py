@@ -75,11 +75,11 @@ def order_of(sources: list[tuple[SourceConfig, ShardIndex]], config: OrderConfig
     if len(weights) < len(sources):
         without = [source.name for source, _ in sources if source.weight is None]
         raise ConfigError(
-            f"data.train: {', '.join(without)} has no weight, others have", mend="give all sources a weight, or none"
+            f"data.train: {', '.join(without)} has no weight, but others do", mend="give all sources a weight, or none"
         )
     names = [source.name for source, _ in sources]
     if len(set(names)) < len(names):
-        raise ConfigError("data.train: two sources have one name", mend="give each source a name of its own")
+        raise ConfigError("data.train: two sources have the same name", mend="give each source a unique name")
     return Mixture(
         [
             Portion(source.name, tuple(index.sizes.tolist()), weight)

@@ -142,18 +142,18 @@ def row_key(name: str, number: int, num_rows: int) -> str:
 def _samples(table: _Table, target: str, task: str, features: Sequence[str]) -> Samples:
     if not target:
         raise ConfigError(
-            f"{table.path}: which column is to be predicted?",
-            mend=f"give --target COLUMN, one of {', '.join(table.columns)}",
+            f"{table.path}: no target column was given",
+            mend=f"add --target COLUMN, one of {', '.join(table.columns)}",
         )
     labels, classes, notes = _labels(table, target, task)
     if target in features:
-        raise ConfigError(f"column {target!r} is both target and feature", mend="take it out of --features")
+        raise ConfigError(f"column {target!r} is both target and feature", mend="remove it from --features")
     names = list(features) or [name for name in table.columns if name != target and table.holds_numbers(name)]
     if not names:
-        raise DataError(f"{table.path} has no columns of numbers besides {target!r}", mend="name some with --features")
+        raise DataError(f"{table.path} has no numeric columns besides {target!r}", mend="name some with --features")
     left_out = [name for name in table.columns if name != target and name not in names]
     if left_out and not features:
-        notes += (f"left out columns that hold no numbers: {', '.join(left_out)}",)
+        notes += (f"skipped non-numeric columns: {', '.join(left_out)}",)
     values = np.stack([table.numbers(name, "feature") for name in names], axis=1).astype(np.float32)
     return tabular_samples(table.path.stem, values, labels, classes=classes, notes=notes)
 
@@ -166,7 +166,7 @@ def _labels(table: _Table, target: str, task: str) -> tuple[Labels, tuple[str, .
         if not task and not np.any(values % 1):
             raise ConfigError(
                 f"{table.path}: target {target!r} holds whole numbers, which may be classes or quantities",
-                mend="give --task classification or --task regression",
+                mend="add --task classification or --task regression",
             )
         return values, (), ()
     if isinstance(column, list) and any(_number(cell) is None for cell in column):
@@ -191,7 +191,7 @@ def _labels(table: _Table, target: str, task: str) -> tuple[Labels, tuple[str, .
     return (
         classes,
         (),
-        (f"{absent} of the classes 0 to {present[-1]} do not occur; numbers are kept",) if absent else (),
+        (f"{absent} of the classes 0 to {present[-1]} do not occur; the numbering is kept",) if absent else (),
     )
 
 
@@ -226,7 +226,7 @@ def _read_csv(path: Path) -> _Table:
     names = [name.strip() for name in rows[0]] if rows else []
     if len(rows) < 2 or all(_number(name) is not None for name in names):
         what = "its first line holds numbers, not column names" if len(rows) > 1 else "it holds no rows"
-        raise DataError(f"{path}: {what}", mend="the first line must name the columns, and rows follow")
+        raise DataError(f"{path}: {what}", mend="name the columns in the first line, with the rows below")
     for row, line in zip(rows[1:], lines[1:], strict=True):
         if len(row) != len(names):
             raise DataError(
@@ -249,7 +249,7 @@ def _read_parquet(path: Path) -> _Table:
     try:
         content = parquet.read_table(path)
     except (arrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a Parquet file that can be read: {error}", mend="write it again") from None
+        raise DataError(f"{path} is not a readable Parquet file: {error}", mend="write it again") from None
     _no_doubles(path, content.column_names)
     if content.num_rows == 0:
         raise DataError(f"{path}: it holds no rows", mend="point at a file with rows")

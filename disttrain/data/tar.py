@@ -44,7 +44,7 @@ _KINDS: Final = {
     b"3": "a character device",
     b"4": "a block device",
     b"6": "a pipe",
-    b"M": "a file begun in another volume",
+    b"M": "a file continued from another volume",
 }
 _SILENT: Final = (b"5", b"D", b"V", b"N")  # directories, GNU's directory and name lists, volume labels: not data
 
@@ -74,7 +74,7 @@ def open_hint(error: OSError, otherwise: str) -> str:
     if error.errno == errno.EMFILE:
         return "raise the limit of open files (`ulimit -n 65536`), or lower data.loader.workers"
     if error.errno == errno.ENFILE:
-        return "this machine has too many files open in all: close some, or raise fs.file-max"
+        return "the whole machine has too many open files: close some, or raise fs.file-max"
     return otherwise
 
 
@@ -215,10 +215,10 @@ class _Scanner:
             return self._fail(
                 f"{self._size - position} bytes after the end block are not a tar",
                 position,
-                "pack or copy the shard again, or cut it off there if nothing is lost by that",
+                "pack or copy the shard again, or truncate it there if those bytes are not needed",
             )
         if len(header) == BLOCK:
-            what = "not a tar file (a compressed one must be unpacked)" if position == 0 else "a damaged header"
+            what = "not a tar file (decompress it first if it is compressed)" if position == 0 else "a damaged header"
             return self._fail(what, position)
         what = "the end block is missing" if not header else "a header is cut off"
         if position == 0:
@@ -261,7 +261,7 @@ class _Scanner:
                 "pack it again: GNU tar without --sparse, bsdtar with --no-read-sparse",
             )
         if "\0" in name:
-            raise self._fail(f"member {name!r} has a zero byte in its name", position)
+            raise self._fail(f"member {name!r} has a NUL byte in its name", position)
         found: Member | None = None
         if kind in _REGULAR or (kind == b"1" and size):
             if name.endswith("/"):  # an old way to write a directory

@@ -29,14 +29,14 @@ _BAD_URLS: Final = ("InvalidURL", "InvalidUrlClientError", "NonHttpUrlClientErro
 _BUGS: Final = (ImportError, AttributeError, NameError, TypeError)
 _NO_TLS: Final = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "RECORD_LAYER_FAILURE")
 _IN_WORDS: Final = {
-    "ClientPayloadError": "the connection was cut in the middle of the answer",
-    "IncompleteReadError": "the connection was cut in the middle of the answer",
-    "ResponseStreamingError": "the connection was cut in the middle of the answer",
-    "ServerDisconnectedError": "the connection was cut before the answer",
-    "ClientOSError": "the connection was cut before the answer",
-    "ClientConnectionResetError": "the connection was cut before the answer",
-    "ConnectionClosedError": "the connection was cut before the answer",
-    "ClientConnectorDNSError": "the name of the host is not known",
+    "ClientPayloadError": "the connection was lost during the response",
+    "IncompleteReadError": "the connection was lost during the response",
+    "ResponseStreamingError": "the connection was lost during the response",
+    "ServerDisconnectedError": "the connection was lost before the response",
+    "ClientOSError": "the connection was lost before the response",
+    "ClientConnectionResetError": "the connection was lost before the response",
+    "ConnectionClosedError": "the connection was lost before the response",
+    "ClientConnectorDNSError": "the host name cannot be resolved",
 }
 
 
@@ -216,21 +216,21 @@ def _failed(error: Exception, timeout: float) -> AttemptError:
     if "CERTIFICATE_VERIFY_FAILED" in text or "certificate verify failed" in text:
         return _untrusted(text)
     if any(sign in text for sign in _NO_TLS):
-        mend = "correct the port, or use http:// if it is meant to be open"
-        return AttemptError("the server does not speak TLS there", again=False, mend=mend)
+        mend = "correct the port, or use http:// if no encryption is intended"
+        return AttemptError("the server does not speak TLS on this port", again=False, mend=mend)
     if kind in _NO_CREDENTIALS:
         mend = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_S3_ANON=true for a public bucket"
-        return AttemptError(f"there are no credentials: {text}", again=False, mend=mend)
+        return AttemptError(f"no credentials: {text}", again=False, mend=mend)
     may_pass = kind not in _BAD_URLS and not isinstance(error, _BUGS)
     again = may_pass and (status is None or status in WAITING_HELPS)
     if status is not None and status >= 400:
         # For a missing file the library's text adds nothing; for a missing bucket it does.
-        what = f"the server refuses: {text}" if status != 404 or NO_BUCKET in text else "it is not there"
+        what = f"the server refused the request: {text}" if status != 404 or NO_BUCKET in text else "not found"
     elif isinstance(error, TimeoutError) or "Timeout" in kind:
-        what = f"the server was silent for {timeout:g} s"
+        what = f"the server sent nothing for {timeout:g} s"
     elif kind in ("ClientConnectorError", "EndpointConnectionError"):
         refused = "refused" in text or isinstance(getattr(error, "os_error", None), ConnectionRefusedError)
-        what = "the connection was refused" if refused else f"there is no connection: {text}"
+        what = "the connection was refused" if refused else f"cannot connect: {text}"
     else:
         what = _IN_WORDS.get(kind) or (f"{kind}: {text}" if text else kind)
     return AttemptError(what, again=again, status=status)
@@ -252,13 +252,13 @@ def _untrusted(text: str) -> AttemptError:
     found = re.search(r"certificate verify failed:? ?([^(\"'\]]*[^(\"'\] ])?", text)
     why = (found[1] or "").rstrip(". ") if found else ""
     mend = (
-        "if it is to be trusted, name a PEM file with it, or with the authority's that signed it, in SSL_CERT_FILE"
-        " (for s3 in AWS_CA_BUNDLE)"
+        "to trust it, set SSL_CERT_FILE (for s3: AWS_CA_BUNDLE) to a PEM file with this certificate or that of its"
+        " authority"
     )
     if "expired" in why:
         mend = "renew the server's certificate, and check this machine's clock"
     elif "ostname mismatch" in why or "IP address mismatch" in why:
-        mend = "use the host name that the certificate is made out to"
+        mend = "use the host name that the certificate was issued for"
     return AttemptError(f"the server's certificate is not trusted: {why or text}", again=False, mend=mend)
 
 

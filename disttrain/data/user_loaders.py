@@ -48,7 +48,7 @@ _MEND: Final = (
     " torch.utils.data.DistributedSampler(dataset, num_replicas={size}, rank=<0 to {last}, this rank's part>)"
 )
 _MEND_ITERABLE: Final = (
-    "use disttrain.ShardedDataModule, or let the dataset give each rank its own part and say so by its attributes"
+    "use disttrain.ShardedDataModule, or have the dataset give each rank its own part and declare it by the attributes"
     " num_replicas ({size}) and rank (0 to {last})"
 )
 
@@ -115,13 +115,13 @@ def _check_own(loader: TrainLoader, trainer: pl.Trainer) -> None:
     mend = "pass the data module itself: trainer.fit(module, datamodule=data)"
     if isinstance(owner, pl.LightningDataModule) and owner.trainer is not trainer:
         raise ConfigError(
-            f"the train loader is one of a {type(owner).__name__} that does not know this trainer: every epoch would"
-            " have the first one's order, and a resume would begin with its first batch",
+            f"the train loader comes from a {type(owner).__name__} that is not attached to this trainer: every epoch"
+            " would repeat the order of the first, and a resume would start from its first batch",
             mend=mend,
         )
     if loader.plan.accumulation != trainer.accumulate_grad_batches:
         raise ConfigError(
-            f"the train loader cuts a global batch into {loader.plan.accumulation} micro batches a rank, and the"
+            f"the train loader splits a global batch into {loader.plan.accumulation} micro batches per rank, but the"
             f" trainer accumulates {trainer.accumulate_grad_batches}",
             mend=mend,
         )
@@ -149,15 +149,18 @@ def _fault(told: list[tuple[_Split, int]], size: int, how: str) -> tuple[str, st
         if not split.parts:
             return f"does not split its samples: each of the {len(told)} ranks would read all of them", mend
         if (split.parts, split.part) != (size, part):
-            return f"gives part {split.part} of {split.parts} on rank {rank}, which takes part {part} of {size}", mend
+            return f"returns part {split.part} of {split.parts} on rank {rank}, which needs part {part} of {size}", mend
         if split.order != first.order:
             both = f"{_words(first.order)} on rank 0, {_words(split.order)} on rank {rank}"
-            return f"is not split alike on all ranks: {both}", "give all samplers the same dataset, shuffle and seed"
+            return (
+                f"is not split the same way on all ranks: {both}",
+                "give all samplers the same dataset, shuffle and seed",
+            )
         if split.batches != first.batches:
             return (
-                f"has {first.batches} batches on rank 0 and {split.batches} on rank {rank}, which would wait for each"
-                " other",
-                "let it give all ranks the same number, or use disttrain.ShardedDataModule",
+                f"has {first.batches} batches on rank 0 and {split.batches} on rank {rank}, so the ranks would wait"
+                " for each other",
+                "make the number the same on all ranks, or use disttrain.ShardedDataModule",
             )
     return None
 
@@ -236,10 +239,11 @@ def _warn_of_padding(loader: Any, name: str) -> None:
         if isinstance(sampler, DistributedSampler):
             samples, read = len(sampler.dataset), sampler.total_size  # type: ignore[arg-type]
             if samples != read:
-                how = f"gives {read - samples} of them twice" if read > samples else f"leaves out {samples - read}"
+                how = f"repeats {read - samples} of them" if read > samples else f"drops {samples - read} of them"
                 warnings.warn(
-                    f"the {name} loader has {samples} samples, which {sampler.num_replicas} ranks do not divide: its"
-                    f" {type(sampler).__name__} {how}, and so do metrics and predictions (ShardedDataModule does not)",
+                    f"the {name} loader has {samples} samples, not a multiple of {sampler.num_replicas} ranks: its"
+                    f" {type(sampler).__name__} {how}, which also affects metrics and predictions (ShardedDataModule"
+                    " does neither)",
                     stacklevel=2,
                 )
             return
@@ -252,14 +256,14 @@ def _why_not_resumable(loader: Any) -> str:
     if _is_iterable(loader):
         return f"{type(loader.dataset).__name__} is an iterable dataset"
     if not _is_plain(loader) or type(loader).__iter__ is not DataLoader.__iter__:
-        return "it makes its batches by itself" if loader.batch_sampler is not None else "its batch_size is None"
+        return "it makes its own batches" if loader.batch_sampler is not None else "its batch_size is None"
     sampler = _sampler_of(loader)
     if isinstance(sampler, RandomSampler) and sampler.replacement:
         return "its RandomSampler draws with replacement"
     plain = (SequentialSampler, *_SHUFFLES, DistributedSampler)
     if any(isinstance(sampler, kind) and type(sampler).__iter__ is kind.__iter__ for kind in plain):
         return ""
-    return f"what a {type(sampler).__name__} gives is not known to be the same again"
+    return f"a {type(sampler).__name__} may not repeat the same order"
 
 
 def _warn_of_resume(trainer: pl.Trainer, total: int | None, why: str) -> None:
@@ -272,12 +276,12 @@ def _warn_of_resume(trainer: pl.Trainer, total: int | None, why: str) -> None:
     else:
         left, twice = total - done, min(done, total - done)
         text = (
-            f"the {left} batches that are left of {total} are its first {left}, so {twice} batches of the epoch are"
-            f" read twice and {twice} are not read"
+            f"the remaining {left} batches of {total} will be its first {left},"
+            f" so {twice} batches of the epoch are read twice and {twice} are never read"
         )
     warnings.warn(
-        f"the run resumes after batch {done} of epoch {trainer.current_epoch}, but its train loader starts again"
-        f" ({why}): {text}. ShardedDataModule is exact, and so are checkpoints at the ends of epochs",
+        f"the run resumes after batch {done} of epoch {trainer.current_epoch}, but its train loader starts over"
+        f" ({why}): {text}. ShardedDataModule resumes exactly, as do checkpoints at the end of an epoch",
         stacklevel=2,
     )
 
@@ -313,7 +317,7 @@ class ResumableLoader:
             if tree_leaves(trainer.train_dataloader)[0] is self:
                 total = trainer.num_training_batches
                 total = None if total == float("inf") else int(total)
-                _warn_of_resume(trainer, total, "of several loaders side by side the shorter ones begin again")
+                _warn_of_resume(trainer, total, "when several loaders are combined, the shorter ones restart")
             yield from loader
             return
         epoch, done = trainer.current_epoch, micro_batches_into_epoch(trainer)

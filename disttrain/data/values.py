@@ -265,9 +265,9 @@ def _npy_header(data: bytes, declared: Declared) -> tuple[tuple[int, ...], np.dt
     if min(shape, default=0) < 0 or any(isinstance(size, bool) for size in shape):
         raise ValueError(f"an npy array of shape {shape}")
     if dtype.hasobject:
-        raise ValueError("an npy array of Python objects, which would have to be unpickled")
+        raise ValueError("an npy array of Python objects, which would need unpickling")
     if dtype.kind not in "biufc" or not dtype.isnative or dtype.itemsize > 16 or dtype == np.longdouble:
-        raise ValueError(f"an npy array of type {dtype}, which torch does not know")
+        raise ValueError(f"an npy array of type {dtype}, which torch does not support")
     if fortran and len(shape) > 1:
         raise ValueError("an npy array in Fortran order; save it with np.ascontiguousarray")
     declared.check(dtype.name, shape)
@@ -315,7 +315,7 @@ def int64(number: int) -> int:
     """
     if -(2**63) <= number < 2**63:
         return number
-    raise ValueError(f"{number} takes more than 64 bits")
+    raise ValueError(f"{number} does not fit in 64 bits")
 
 
 def tensor(raw: RawValues, dtype: str, shape: tuple[int, ...]) -> Tensor:

@@ -161,7 +161,7 @@ class _Samples:
                 if key != last:
                     is_repeat = key in self.samples
                     if is_repeat:
-                        self.faults.append(f"{place} occurs twice, apart")
+                        self.faults.append(f"{place} occurs twice, with other samples in between")
                 elif not is_repeat and extension in self.samples[key]:
                     self.faults.append(f"{place} has field {extension!r} twice")
                 if not is_repeat:
@@ -241,7 +241,7 @@ def _sidecar_faults(file: ByteSource, samples: Spans | None) -> Iterator[str]:
         path = sidecar_path(file.name)
         sidecar, is_there = str(path), path.exists()
         if is_there and not sidecar_is_fresh(file.name):
-            yield f"sidecar {sidecar} is older than its shard and not used: {_MEND}"
+            yield f"sidecar {sidecar} is older than its shard and ignored: {_MEND}"
             return
         try:
             table = read_sidecar(file.name) if is_there else None
@@ -261,11 +261,11 @@ def _differences(table: ShardTable, samples: Spans, sidecar: str) -> Iterator[st
         key = differing[0]
         more = f" (and {len(differing) - 1} more samples)" if len(differing) > 1 else ""
         yield (
-            f"sidecar {sidecar} does not fit its shard: sample {key!r} is {_words(samples.get(key))} in the shard,"
+            f"sidecar {sidecar} does not match its shard: sample {key!r} is {_words(samples.get(key))} in the shard,"
             f" {_words(claimed.get(key))} in the sidecar{more}: {_MEND}"
         )
     elif list(claimed) != list(samples):
-        yield f"sidecar {sidecar} has the samples in another order than its shard: {_MEND}"
+        yield f"sidecar {sidecar} lists the samples in a different order than its shard: {_MEND}"
 
 
 def _words(fields: dict[str, tuple[int, int]] | None) -> str:

@@ -207,12 +207,12 @@ GROUPS = {
         Case("A shard is missing", f"{FIT} --data.train 'data/train-{{000..003}}.tar'"),
         Case("A shard was cut off in a header", INDEX, cut(24 * 512 + 100)),
         Case("A shard was cut off in a file", INDEX, cut(25 * 512 + 10)),
-        Case("A shard lacks the blocks that end a tar", INDEX, cut(16 * 4 * 512)),
+        Case("A shard lacks the end block", INDEX, cut(16 * 4 * 512)),
         Case("A file is empty", INDEX, content(b"")),
         Case("A shard holds no samples", INDEX, members("README")),
         Case("A file is not a tar", INDEX, content(b"not a tar at all " * 100)),
         Case("A tar is compressed", INDEX, compress),
-        Case("A key occurs twice, not next to each other", INDEX, members("a.cls", "b.cls", "a.npy")),
+        Case("A key occurs twice, with other samples in between", INDEX, members("a.cls", "b.cls", "a.npy")),
         Case("A sample has a field twice", INDEX, members("a.cls", "a.cls")),
         Case("A byte of a shard has changed", VERIFY, flip, code=1),
     ],
@@ -232,7 +232,7 @@ GROUPS = {
         ),
         Case("A manifest is missing", MANIFEST),
         Case(
-            "A manifest is not one",
+            "A manifest is not valid",
             MANIFEST,
             lambda scene: scene.path("train.json").write_text("[]"),
         ),
@@ -268,13 +268,13 @@ GROUPS = {
             declared("bin", "decoder: tensor, dtype: float32, shape: [3]"),
             bad_value("bin", bytes(12), bytes(8)),
         ),
-        Case("A field would have to be unpickled", f"{FIT} --data.fields '{{image: image.pkl, label: cls}}'"),
+        Case("A field has to be unpickled", f"{FIT} --data.fields '{{image: image.pkl, label: cls}}'"),
         Case("A decoder is unknown", declared("json", "decoder: jsn")),
     ],
     "Patterns and sizes": [
         Case("A glob matches nothing", "shards ls 'data/trian-*.tar'"),
         Case("A brace is not closed", "shards ls 'data/train-{000..001.tar'"),
-        Case("A glob of URLs", f"shards ls '{URL}/train-*.tar'"),
+        Case("A glob in a URL", f"shards ls '{URL}/train-*.tar'"),
         Case("A pattern is empty", f"{FIT} --data.train ''"),
         Case("The micro batch does not divide the global batch", f"{FIT} --data.micro_batch_size 3"),
         Case("There are fewer samples than a global batch", f"{FIT} --data.global_batch_size 64"),
@@ -296,7 +296,7 @@ GROUPS = {
         ),
         Case("A certificate is not trusted", "shards ls https://127.0.0.1:8443/train-000.tar", served_tls, needs=TLS),
         Case("A URL has an unknown scheme", "shards ls ftq://host/train-000.tar"),
-        Case("S3 is given no credentials", "shards ls s3://shards/train-000.tar", s3(), needs=S3),
+        Case("S3 has no credentials", "shards ls s3://shards/train-000.tar", s3(), needs=S3),
         Case(
             "S3 refuses the credentials",
             "shards ls s3://shards/train-000.tar",
@@ -334,16 +334,16 @@ PARAMETERS = [
 @pytest.mark.parametrize("case", PARAMETERS)
 def test_a_fault_is_one_clear_message(case: Case) -> None:
     if not case.needs:
-        pytest.skip("what it takes is not installed here, or not allowed")
+        pytest.skip("a requirement is not installed or not permitted here")
     code, text = printed(case)
     assert code == case.code, text
     assert "Traceback" not in text
     if code == 2:
         assert text.startswith("disttrain: error: ")
         assert text.count("disttrain: error") == 1
-        assert text.count("\n  mend: ") == 1, "no mend"
+        assert text.count("\n  mend: ") == 1, "no hint"
         assert len(text.splitlines()) == 2
-    assert blocks(PAGE.read_text())[case.what] == case.block(text), "write the page anew"
+    assert blocks(PAGE.read_text())[case.what] == case.block(text), "regenerate the page"
 
 
 def test_the_page_holds_every_case_and_no_other() -> None:

@@ -68,10 +68,10 @@ def test_pack_and_pack_again(tmp_path: Path, run: Run) -> None:
     ]
     assert json.loads((out / "classes.json").read_text()) == ["setosa", "versicolor", "virginica"]
     code, lines = run("pack", "sklearn:iris", out, "--shards", 3)
-    assert (code, lines) == (0, [f"{out} holds this packing already: 5 shards, 150 samples; nothing to do"])
+    assert (code, lines) == (0, [f"{out} already holds this packing: 5 shards, 150 samples; nothing to do"])
     (out / "train-000001.tar").unlink()
     code, lines = run("pack", "sklearn:iris", out, "--shards", 3)
-    assert lines[0] == f"train: 3 shards, 105 samples, 2 kept from before -> {out}/train.json"
+    assert lines[0] == f"train: 3 shards, 105 samples, 2 already present -> {out}/train.json"
     assert run("verify", out / "train.json", out / "val.json")[1] == ["4 shards, 128 samples: no faults"]
 
 
@@ -82,7 +82,7 @@ def test_pack_a_table_with_options(tmp_path: Path, run: Run) -> None:
     code, lines = run("pack", tmp_path / "t.csv", tmp_path / "out", "--samples-per-shard", 7, *options)
     assert code == 0
     assert lines == [
-        "note: left out columns that hold no numbers: words",
+        "note: skipped non-numeric columns: words",
         f"sq-train: 3 shards, 20 samples -> {tmp_path}/out/sq-train.json",
         f"sq-val: 3 shards, 20 samples -> {tmp_path}/out/sq-val.json",
     ]
@@ -130,7 +130,7 @@ def test_what_the_user_can_mend_is_raised(tmp_path: Path, run: Run) -> None:
         run("verify", tmp_path / "*.tar")
     with pytest.raises(DataError, match="does not exist"):
         run("ls", tmp_path / "t.json")
-    with pytest.raises(ConfigError, match="--md5 has no manifest"):
+    with pytest.raises(ConfigError, match="--md5 needs a manifest"):
         run("index", tmp_path / "t.tar", "--md5")
     write_plain(tmp_path / "t.tar")
     with pytest.raises(DataError, match=r"folder .* does not exist"):
@@ -169,7 +169,7 @@ def test_index_keeps_md5s(data: Path, run: Run) -> None:
     time.sleep(0.02)
     told = "3 shards, 9 samples; sidecars: 1 written, 2 unchanged"
     lines = run("index", data / "t-*.tar", "--manifest", data / "t.json", "--md5")[1]
-    assert lines == [told, f"manifest: {data}/t.json (1 hashed, 2 MD5 kept from before)"]
+    assert lines == [told, f"manifest: {data}/t.json (1 hashed, 2 MD5 unchanged)"]
     assert read_manifest(data / "t.json") == before
     with pytest.raises(DataError, match="is not a shard manifest"):
         run("index", data / "t-*.tar", "--manifest", data / "t-0.idx")
@@ -214,13 +214,13 @@ def test_verify_names_every_fault(tmp_path: Path, run: Run) -> None:
         f"shard {shard[1]} has 3172 bytes, but its manifest says 10240",
         f"shard {shard[2]} at byte 8192: the end block is missing; the file ends at byte 8192",
         f"shard {shard[2]} has 8192 bytes, but its manifest says 10240",
-        f"shard {shard[3]} at byte 3584: sample 'a' occurs twice, apart",
+        f"shard {shard[3]} at byte 3584: sample 'a' occurs twice, with other samples in between",
         f"shard {shard[3]} at byte 6656: sample 'c' has field 'txt' twice",
         f"shard {shard[3]} at byte 2560: sample 'b' lacks field 'txt', has cls",
         f"shard {shard[3]} holds 3 samples, but its manifest says 4",
         f"shard {shard[4]} does not exist",
-        f"sidecar {idx[6]} is older than its shard and not used: {mend}",
-        f"sidecar {idx[7]} does not fit its shard: sample 't-7/000' is cls at byte 512 of size 1,"
+        f"sidecar {idx[6]} is older than its shard and ignored: {mend}",
+        f"sidecar {idx[7]} does not match its shard: sample 't-7/000' is cls at byte 512 of size 1,"
         f" txt at byte 1536 of size 1 in the shard, cls at byte 512 of size 1, txt at byte 1537 of size 1"
         f" in the sidecar: {mend}",
         f"sidecar {idx[8]} is damaged or points outside its shard: {mend}",
@@ -247,7 +247,7 @@ def test_verify_names_keys_of_several_shards(tmp_path: Path, run: Run) -> None:
     write_tar(tmp_path / "c.tar", [f"{number}.cls" for number in range(2, 9)])
     code, lines = run("verify", tmp_path / "?.tar")
     assert lines[1] == f"note: key '2' is in shard {tmp_path}/a.tar, and in shard {tmp_path}/c.tar"
-    assert lines[5:] == ["note: 7 keys in all are in more than one shard", "3 shards, 17 samples: no faults"]
+    assert lines[5:] == ["note: 7 keys in total occur in more than one shard", "3 shards, 17 samples: no faults"]
 
 
 def test_verify_decodes(tmp_path: Path, run: Run) -> None:
@@ -255,11 +255,11 @@ def test_verify_decodes(tmp_path: Path, run: Run) -> None:
     code, lines = run("verify", tmp_path / "t.tar")
     assert code == 1
     assert lines[0].startswith(f"shard {tmp_path}/t.tar at byte 1536: sample '0', field 'npy': not an npy array")
-    assert lines[1:] == ["note: not decoded: field 'mp4': no decoder 'mp4'", "1 shard, 1 sample: 1 fault"]
+    assert lines[1:] == ["note: not decoded: field 'mp4': no decoder named 'mp4'", "1 shard, 1 sample: 1 fault"]
     assert run("verify", tmp_path / "t.tar", "--no-decode") == (0, ["1 shard, 1 sample: no faults"])
     code, lines = run("verify", tmp_path / "t.tar", "--fields", "cls, npy:txt, mp4:bytes")
     assert (code, lines) == (0, ["1 shard, 1 sample: no faults"])
-    with pytest.raises(ConfigError, match="no decoder 'numpy'"):
+    with pytest.raises(ConfigError, match="no decoder named 'numpy'"):
         run("verify", tmp_path / "t.tar", "--fields", "npy:numpy")
 
 
@@ -280,7 +280,7 @@ def test_verify_of_files_that_are_no_shards(tmp_path: Path, run: Run) -> None:
     assert code == 1
     assert lines == [
         f"shard {tmp_path}/a.tar at byte 0: the file is empty",
-        f"shard {tmp_path}/b.tar at byte 0: not a tar file (a compressed one must be unpacked)",
+        f"shard {tmp_path}/b.tar at byte 0: not a tar file (decompress it first if it is compressed)",
         f"shard {tmp_path}/c.tar holds no samples",
         "3 shards, 0 samples: 3 faults",
     ]
@@ -321,7 +321,7 @@ def test_stats(data: Path, run: Run) -> None:
     ]
     assert "samples by cls: 2 classes" in "\n".join(lines)
     write_tar(data / "v.tar", ["0.txt"])
-    with pytest.raises(DataError, match="have no field cls, but txt"):
+    with pytest.raises(DataError, match="have no field cls; they have txt"):
         run("stats", data / "v.tar", "--classes")
 
 
@@ -347,18 +347,18 @@ def test_remote_shards(data: Path, run: Run, monkeypatch: pytest.MonkeyPatch, tm
         assert [shard.md5 for shard in read_manifest(manifest)] == [s.md5 for s in read_manifest(data / "t.json")]
         lines = run("index", pattern, data / "t-1.tar", "--manifest", manifest, "--md5")[1]
         assert lines[0] == f"4 shards, 12 samples; sidecars: 1 unchanged; {kept}: 3 unchanged"
-        assert lines[1] == f"manifest: {manifest} (1 hashed, 3 MD5 kept from before)"
+        assert lines[1] == f"manifest: {manifest} (1 hashed, 3 MD5 unchanged)"
         assert run("verify", pattern) == (0, ["3 shards, 9 samples: no faults"])
         code, lines = run("verify", f"{server.url}/t.json", manifest)
         assert (code, lines[-1]) == (0, "7 shards, 21 samples: no faults")
-        assert lines[0] == f"note: key 't-0/000' is in shard {server.url}/t-0.tar, which is named twice"
+        assert lines[0] == f"note: key 't-0/000' is in shard {server.url}/t-0.tar, which is listed twice"
         assert "2 shards, 5 samples, 2 to 3 a shard" in run("stats", f"{server.url}/t-{{0..1}}.tar", "--classes")[1]
         assert run("ls", pattern)[1][-2].split("│")[1].strip() == "3 shards"
 
         outputs = [run(command, secret)[1] for command in ("index", "verify", "ls", "stats")]
         outputs += [run("ls", "--samples", secret)[1], run("index", secret, "--manifest", tmp_path / "s.json")[1]]
         assert "signature" not in str(outputs)
-        assert outputs[-1][-1].startswith("note: it holds URLs with a query or a user")
+        assert outputs[-1][-1].startswith("note: it contains URLs with a query or a user name")
         server.fail("t-0.tar", *["status:403"] * 9)
         with pytest.raises(DataError, match=r"t-0\.tar\?\.\.\.: HTTP 403") as caught:
             run("index", secret)

@@ -159,7 +159,7 @@ def test_a_shard_is_what_index_and_manifest_say(server: RangeServer, tmp_path: P
         cache.open(replace(shard, md5="00", version=""))
     with pytest.raises(ShardError, match=f"has {shard.size_bytes} bytes, but the index says 1024"):
         cache.open(replace(shard, size_bytes=1024, version=""))
-    with pytest.raises(ShardError, match="and another version"):
+    with pytest.raises(ShardError, match="and the version differs"):
         cache.open(replace(shard, version="old"))
     assert len([p for p in kept_in(tmp_path / "c").iterdir() if p.suffix in (".tar", ".part")]) == 1
 
@@ -205,7 +205,7 @@ def test_a_cache_smaller_than_a_shard_is_refused(server: RangeServer, tmp_path: 
 
 def test_a_folder_that_cannot_be_made_is_named(server: RangeServer, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot be made or written"):
+    with pytest.raises(DataError, match="cannot be created or written"):
         ShardCache(CacheConfig(str(tmp_path / "file" / "c")))
 
 
@@ -310,7 +310,7 @@ def test_files_of_others_in_the_cache_are_refused(server: RangeServer, tmp_path:
     (kept_in(tmp_path / "c") / ".nfs00000000a3f1").touch()  # removed on NFS while it was open
     ShardCache(config)
     (kept_in(tmp_path / "c") / "train-000.tar").write_bytes(b"mine")
-    with pytest.raises(DataError, match=r"holds 'train-000.tar', which the cache did not make") as error:
+    with pytest.raises(DataError, match=r"holds 'train-000.tar', which the cache did not create") as error:
         ShardCache(config)
     assert "data.cache.directory" in error.value.mend
     assert (kept_in(tmp_path / "c") / "train-000.tar").read_bytes() == b"mine"
@@ -320,7 +320,7 @@ def test_a_folder_that_others_may_write_to_is_refused(server: RangeServer, tmp_p
     config = config_of(1, shards_of(server)[0], tmp_path / "c")
     kept_in(tmp_path / "c").mkdir(parents=True)
     kept_in(tmp_path / "c").chmod(0o777)
-    with pytest.raises(DataError, match="other users may write to it"):
+    with pytest.raises(DataError, match="other users can write to it"):
         ShardCache(config)
 
 

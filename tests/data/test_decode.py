@@ -411,7 +411,7 @@ def test_alternatives_are_in_lower_case() -> None:
     ("arguments", "words"),
     [
         ({"ext": "mp4"}, ["'mp4'", "no decoder"]),
-        ({"ext": "x", "decoder": "jsn"}, ["'x'", "no decoder 'jsn'", "did you mean 'json'?"]),
+        ({"ext": "x", "decoder": "jsn"}, ["'x'", "no decoder named 'jsn'", "did you mean 'json'?"]),
         ({"ext": "x", "decoder": "tensor"}, ["without dtype or shape", "shape: [3, 32, 32]"]),
         ({"ext": "x", "decoder": "tensor", "dtype": "uint8"}, ["without dtype or shape"]),
         ({"ext": "x", "decoder": "tensor", "shape": (3,)}, ["without dtype or shape"]),

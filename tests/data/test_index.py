@@ -31,7 +31,7 @@ def test_a_wrong_sidecar_is_told_once_and_replaced(tmp_path: Path, may_write: bo
     for path in paths:
         write_tar(Path(path), [(f"{n}.cls", b"1") for n in range(3)])
         set_time(path, 0)
-    what = "written anew" if may_write else "passed over for the headers; run `disttrain shards index`"
+    what = "it was rewritten" if may_write else "the shard's headers were read instead; run `disttrain shards index`"
     with pytest.warns(UserWarning, match=f"sidecar {sidecar_path(paths[0])} does not fit .*{what}") as told:
         assert [index.table(number).keys for number in range(2)] == [["0", "1", "2"]] * 2
     assert len(told) == 1
@@ -189,7 +189,7 @@ def test_missing_shards_name_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         places(f"{tmp_path}/none/val-0.tar")
     assert f"folder {tmp_path}/none does not exist" in caught.value.mend
-    with pytest.raises(DataError, match="has a brace without its partner"):
+    with pytest.raises(DataError, match="has an unmatched brace"):
         places(f"{tmp_path}/train-{{000..001.tar")
 
 

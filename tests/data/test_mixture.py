@@ -205,7 +205,7 @@ def test_the_data_module_mixes_or_joins(digits: Path) -> None:
 
     with pytest.raises(ConfigError, match="source 2 has no weight"):
         module(SourceConfig(one, 1.0), SourceConfig(two)).setup("fit")
-    with pytest.raises(ConfigError, match="two sources have one name"):
+    with pytest.raises(ConfigError, match="two sources have the same name"):
         module(SourceConfig(one, 1.0, "x"), SourceConfig(two, 1.0, "x")).setup("fit")
 
 

@@ -308,7 +308,7 @@ def test_a_checkpoint_of_another_order_is_refused(folder: Path, changes: dict[st
     data.setup("fit")
     with pytest.raises(CheckpointError) as caught:
         data.load_state_dict(saved)
-    message(caught.value, [*words, "another order of samples", "--resume never"])
+    message(caught.value, [*words, "different order of samples", "--resume never"])
     unchanged = {"seed", "window", "version"} - set(changes) - ({"window"} if "shuffle" in changes else set())
     named = [name for name in unchanged if f"{name} was" in str(caught.value)]
     assert not named, f"the message names {named}, which did not change:\n{caught.value}"

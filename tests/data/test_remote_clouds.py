@@ -80,12 +80,12 @@ def test_passing_faults_of_gcs(gcs: RangeServer, folder: Path, tmp_path: Path, f
         (
             "gs://shards/train-000.tar",
             "status:401",
-            "HTTP 401: the server refuses: Invalid Credentials, 401 (1 ",
+            "HTTP 401: the server refused the request: Invalid Credentials, 401 (1 ",
         ),
-        ("gs://shards/train-000.tar", "status:403", "HTTP 403: the server refuses: Forbidden: b/"),
-        ("gs://shards/train-000.tar", "status:503", "HTTP 503: the server refuses: no, 503 (8 attempts in"),
-        ("gs://shards/train-004.tar", "", "HTTP 404: it is not there (1 attempt;"),
-        ("gs://nowhere/train-000.tar", "", "HTTP 404: it is not there (1 attempt;"),
+        ("gs://shards/train-000.tar", "status:403", "HTTP 403: the server refused the request: Forbidden: b/"),
+        ("gs://shards/train-000.tar", "status:503", "HTTP 503: the server refused the request: no, 503 (8 attempts in"),
+        ("gs://shards/train-004.tar", "", "HTTP 404: not found (1 attempt;"),
+        ("gs://nowhere/train-000.tar", "", "HTTP 404: not found (1 attempt;"),
         ("gs://shards/more", "", "HTTP 404: it is a folder (1 attempt;"),
     ],
 )
@@ -116,7 +116,7 @@ def test_an_object_that_is_replaced_while_it_is_fetched(
     monkeypatch.setattr(RemoteFile, "read", replaced)
     cache = ShardCache(CacheConfig(str(tmp_path / "c"), retry=QUICK))
     with pytest.raises(
-        RemoteError, match=r"gs://shards/train-000.tar: the file was replaced: it is another of the same size"
+        RemoteError, match=r"gs://shards/train-000.tar: the file was replaced: it is a different file of the same size"
     ):
         cache.open(shard)
     assert not list((tmp_path / "c").glob("*.tar"))
@@ -152,8 +152,8 @@ def test_s3(s3: S3Server, folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_is_not_there_on_s3(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     give_keys(monkeypatch)
     for url, why in (
-        ("s3://shards/x.tar", "it is not there"),
-        ("s3://nowhere/x.tar", "the server refuses: The specified bucket does not exist"),
+        ("s3://shards/x.tar", "not found"),
+        ("s3://nowhere/x.tar", "the server refused the request: The specified bucket does not exist"),
     ):
         with pytest.raises(RemoteError) as error:
             RemoteFile(url, QUICK)
@@ -182,10 +182,10 @@ def test_credentials_that_s3_refuses(
     with pytest.raises(DataError) as error:
         ShardIndex.open(names("s3://shards"), name="data.train")
     assert error.value.what == (
-        "data.train: a shard cannot be read: s3://shards/train-000.tar: HTTP 403: the server refuses: Forbidden"
-        f" (1 attempt; credentials: {told})"
+        "data.train: a shard cannot be read: s3://shards/train-000.tar: HTTP 403: the server refused the request:"
+        f" Forbidden (1 attempt; credentials: {told})"
     )
-    assert error.value.mend.startswith("give credentials that may read it")
+    assert error.value.mend.startswith("use credentials with read access")
 
 
 @needs_openssl

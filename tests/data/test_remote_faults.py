@@ -116,19 +116,23 @@ def shard_two(answer: str) -> Setting:
 
 
 LASTING = {
-    "401": (shard_two("return 401;"), "HTTP 401: the server refuses (1 attempt;", "give credentials"),
-    "403": (shard_two("deny all;"), "HTTP 403: the server refuses (1 attempt;", "give credentials"),
-    "404": (shard_two("return 404;"), "does not exist: {url}: HTTP 404: it is not there (1 attempt;", "upload"),
-    "410": (shard_two("return 410;"), "HTTP 410: it is not there (1 attempt;", "correct the URL"),
-    "416": (shard_two("return 416;"), "HTTP 416: the server refuses (1 attempt;", "check the server"),
-    "429": (shard_two("return 429;"), "HTTP 429: the server refuses (8 attempts in", "check the server"),
-    "500": (shard_two("return 500;"), "HTTP 500: the server refuses (8 attempts in", "check the server"),
-    "502": (shard_two("proxy_pass http://127.0.0.1:9;"), "HTTP 502: the server refuses (8 attempts in", "check"),
-    "closed": (shard_two("return 444;"), "{url}: the connection was cut before the answer (8 attempts in", "check"),
+    "401": (shard_two("return 401;"), "HTTP 401: the server refused the request (1 attempt;", "give credentials"),
+    "403": (shard_two("deny all;"), "HTTP 403: the server refused the request (1 attempt;", "give credentials"),
+    "404": (shard_two("return 404;"), "does not exist: {url}: HTTP 404: not found (1 attempt;", "upload"),
+    "410": (shard_two("return 410;"), "HTTP 410: not found (1 attempt;", "correct the URL"),
+    "416": (shard_two("return 416;"), "HTTP 416: the server refused the request (1 attempt;", "check the server"),
+    "429": (shard_two("return 429;"), "HTTP 429: the server refused the request (8 attempts in", "check the server"),
+    "500": (shard_two("return 500;"), "HTTP 500: the server refused the request (8 attempts in", "check the server"),
+    "502": (
+        shard_two("proxy_pass http://127.0.0.1:9;"),
+        "HTTP 502: the server refused the request (8 attempts in",
+        "check",
+    ),
+    "closed": (shard_two("return 444;"), "{url}: the connection was lost before the response (8 attempts in", "check"),
     "no ranges": (shard_two("max_ranges 0;"), "HTTP 200: the server ignores range requests", "serve the files by"),
     "a page instead": (shard_two("return 200 welcome;"), "HTTP 200: the server ignores range requests", "serve"),
-    "round and round": (shard_two("return 302 $uri;"), "{url}: it redirects without end (1 attempt;", "check"),
-    "to nowhere": (shard_two("return 301 /x;"), "{url}: HTTP 404: it is not there (1 attempt;", "correct the URL"),
+    "round and round": (shard_two("return 302 $uri;"), "{url}: too many redirects (1 attempt;", "check"),
+    "to nowhere": (shard_two("return 301 /x;"), "{url}: HTTP 404: not found (1 attempt;", "correct the URL"),
 }
 
 
@@ -155,9 +159,9 @@ def test_what_lasts_is_one_error(folder: Path, tmp_path: Path, case: str) -> Non
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("cut", "{url}: the connection was cut in the middle of the answer (8 attempts in"),
-        ("short", "{url}: HTTP 206: {half} bytes came for bytes 0-{last} (8 attempts in"),
-        ("stall", "{url}: HTTP 504: the server refuses (8 attempts in"),
+        ("cut", "{url}: the connection was lost during the response (8 attempts in"),
+        ("short", "{url}: HTTP 206: received {half} bytes for the range 0-{last} (8 attempts in"),
+        ("stall", "{url}: HTTP 504: the server refused the request (8 attempts in"),
     ],
 )
 def test_a_fetch_that_never_succeeds(folder: Path, tmp_path: Path, fault: str, words: str) -> None:
@@ -183,7 +187,7 @@ def test_a_shard_that_is_replaced_after_it_was_indexed(folder: Path, tmp_path: P
         shard = describe_shard(f"{url}/train-000.tar")
         os.utime(folder / "train-000.tar", (10**9, 10**9))
         with pytest.raises(
-            ShardError, match=r"train-000.tar has \d+ bytes, but the index says \d+ and another version"
+            ShardError, match=r"train-000.tar has \d+ bytes, but the index says \d+ and the version differs"
         ):
             cache.open(shard)
         os.truncate(folder / "train-000.tar", 1024)

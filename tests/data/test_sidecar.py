@@ -119,7 +119,7 @@ def test_samples_may_lack_fields(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["a.jpg", "b.jpg", "a.cls"], "sample key 'a' occurs twice, apart"),
+        (["a.jpg", "b.jpg", "a.cls"], "sample key 'a' occurs twice, with other samples in between"),
         (["a.jpg", "a.jpg"], "sample 'a' has field 'jpg' twice"),
         (["a.jpg", "a.JPG"], "sample 'a' has field 'jpg' twice"),
         (["folder/plain"], "holds no samples"),

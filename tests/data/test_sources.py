@@ -110,7 +110,7 @@ def test_image_folder(tmp_path: Path) -> None:
         "dog/b": {"jpg": b"bytes of b.JPEG", "cls": b"2"},
         "dog/c": {"avif": b"bytes of c.avif", "cls": b"2"},
     }
-    assert samples.notes[0] == f"left out what is no image: {tmp_path}/in/cat/notes.txt"
+    assert samples.notes[0] == f"skipped files that are not images: {tmp_path}/in/cat/notes.txt"
     assert samples.notes[1] == "images of several kinds: 1 avif, 4 jpg, 1 png, 1 webp"
     pack(open_source(str(tmp_path / "in")), out_dir=tmp_path / "out", config=PackConfig(fractions=()))
     assert json.loads((tmp_path / "out/classes.json").read_text()) == ["__x__", "cat", "dog"]
@@ -172,7 +172,7 @@ def test_csv_with_classes(tmp_path: Path, separator: str) -> None:
     spec = write(tmp_path / "my pets.csv", "\ufeff" + TABLE.replace(",", separator) + "\n")
     samples = open_source(spec, target="kind").load()
     assert samples.classes == ("cat", "dog")
-    assert samples.notes == ("left out columns that hold no numbers: name",)
+    assert samples.notes == ("skipped non-numeric columns: name",)
     assert [(sample.key, sample.fields["cls"]) for sample in samples] == [
         ("my_pets-000000", b"0"),
         ("my_pets-000001", b"1"),

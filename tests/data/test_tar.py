@@ -149,7 +149,7 @@ def test_missing_end_block_is_named(tmp_path: Path) -> None:
     [
         (b"", "the file is empty"),
         (b"too short", "not a tar file"),
-        (b"\x1f\x8b" + b"\x08" * 2000, "not a tar file (a compressed one must be unpacked)"),
+        (b"\x1f\x8b" + b"\x08" * 2000, "not a tar file (decompress it first if it is compressed)"),
         (b"plain text " * 100, "not a tar file"),
     ],
     ids=["empty", "short", "gz", "text"],
@@ -276,7 +276,7 @@ def test_a_hard_link_to_what_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_what_is_not_read_is_reported(tmp_path: Path) -> None:
     kinds = [(b"2", "a symbolic link to 'a.cls'"), (b"3", "a character device"), (b"6", "a pipe")]
-    kinds += [(b"M", "a file begun in another volume"), (b"\xff", "a member of type 'ÿ'")]
+    kinds += [(b"M", "a file continued from another volume"), (b"\xff", "a member of type 'ÿ'")]
     links = b"".join(header(b"%d.cls" % n, at156=kind, at157=b"a.cls") for n, (kind, _) in enumerate(kinds))
     through = header(b"h.cls", at156=b"1", at157=b"0.cls")  # a hard link to the symbolic one
     read, unread = scanned(
@@ -348,7 +348,7 @@ def test_extended_headers_are_read_in_linear_time(tmp_path: Path) -> None:
         (b"11 size=-5\n", "in a PAX header is not a number"),
         ("13 size=٣٣\n".encode(), "in a PAX header is not a number"),
         (b"28 size=9999999999999999999\n", "is cut off"),
-        (b"12 path=a\0b\n", "has a zero byte in its name"),
+        (b"12 path=a\0b\n", "has a NUL byte in its name"),
     ],
 )
 def test_pax_records_that_are_none(tmp_path: Path, records: bytes, words: str) -> None:

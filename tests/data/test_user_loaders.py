@@ -166,8 +166,8 @@ TOLD: dict[str, tuple[Callable[[], Any], str]] = {
         " read twice and 2 are not read",
     ),
     "sampler": (lambda: DataLoader(NUMBERS, BATCH, sampler=Odd()), "what a Odd gives is not known to be the same"),
-    "batches": (lambda: DataLoader(NUMBERS, batch_sampler=[[1, 2]] * 6), r"\(it makes its batches by itself\)"),
-    "subclass": (lambda: Mine(NUMBERS, batch_size=BATCH), r"\(it makes its batches by itself\)"),
+    "batches": (lambda: DataLoader(NUMBERS, batch_sampler=[[1, 2]] * 6), r"\(it makes its own batches\)"),
+    "subclass": (lambda: Mine(NUMBERS, batch_size=BATCH), r"\(it makes its own batches\)"),
     "replaced": (
         lambda: DataLoader(NUMBERS, BATCH, sampler=RandomSampler(NUMBERS, replacement=True)),
         "draws with replacement",

@@ -72,7 +72,7 @@ def test_damage(tmp_path: Path, found: Found) -> None:
         "shard PLACE/a.tar at byte 1024: member '0.x.npy' of 144 bytes is cut off; the file ends at byte 1543"
     ]
     path.write_bytes(b"\x1f\x8b" * 600)
-    assert found() == ["shard PLACE/a.tar at byte 0: not a tar file (a compressed one must be unpacked)"]
+    assert found() == ["shard PLACE/a.tar at byte 0: not a tar file (decompress it first if it is compressed)"]
     path.write_bytes(b"")
     assert found() == ["shard PLACE/a.tar at byte 0: the file is empty"]
 
@@ -80,7 +80,7 @@ def test_damage(tmp_path: Path, found: Found) -> None:
 def test_keys_and_fields(tmp_path: Path, found: Found) -> None:
     write_tar(tmp_path / "a.tar", [*SOUND[:3], ("0.cls", b"1"), ("2.cls", b"1"), ("2.cls", b"1"), ("2.x.npy", npy(1))])
     assert found() == [
-        "shard PLACE/a.tar at byte 3584: sample '0' occurs twice, apart",
+        "shard PLACE/a.tar at byte 3584: sample '0' occurs twice, with other samples in between",
         "shard PLACE/a.tar at byte 5632: sample '2' has field 'cls' twice",
         "shard PLACE/a.tar at byte 2560: sample '1' lacks field 'x.npy', has cls",
     ]
@@ -136,14 +136,14 @@ def test_a_sidecar_that_does_not_fit(tmp_path: Path, found: Found) -> None:
     text = sidecar.read_text()
     sidecar.write_text(text.replace("cls 2560 ", "cls 2048 "))
     assert found(decode=False) == [
-        "sidecar PLACE/a.idx does not fit its shard: sample '1' is cls at byte 2560 of size 1, x.npy at byte 3584 of"
+        "sidecar PLACE/a.idx does not match its shard: sample '1' is cls at byte 2560 of size 1, x.npy at byte 3584 of"
         " size 144 in the shard, cls at byte 2048 of size 1, x.npy at byte 3584 of size 144 in the sidecar:"
         " run `disttrain shards index`"
     ]
     head, first, *others = text.splitlines()
     sidecar.write_text("\n".join([head, *others, first]) + "\n")
     assert found(decode=False) == [
-        "sidecar PLACE/a.idx has the samples in another order than its shard: run `disttrain shards index`"
+        "sidecar PLACE/a.idx lists the samples in a different order than its shard: run `disttrain shards index`"
     ]
     sidecar.write_text("v1.2 4\ncls 512\n")
     assert found() == ["sidecar PLACE/a.idx is damaged or points outside its shard: run `disttrain shards index`"]
@@ -170,7 +170,7 @@ def test_a_server_that_fails_halfway_is_named_after_what_was_found(tmp_path: Pat
     assert samples == 2
     assert [fault.partition(" (1 attempt")[0] for fault in faults] == [
         f"shard {server.url}/a.tar at byte 512: sample '0', field 'cls': not a class number: b'cat'",
-        f"shard {server.url}/a.tar: HTTP 403: the server refuses",
+        f"shard {server.url}/a.tar: HTTP 403: the server refused the request",
     ]
 
 
@@ -182,7 +182,7 @@ def test_a_server_that_fails_at_the_sidecar_is_named_after_what_was_found(tmp_pa
     assert samples == 2
     assert [fault.partition(" (8 attempts")[0] for fault in faults] == [
         f"shard {server.url}/a.tar at byte 1536: sample '1' lacks field 'cls', has txt",
-        f"sidecar {server.url}/a.idx: HTTP 500: the server refuses",
+        f"sidecar {server.url}/a.idx: HTTP 500: the server refused the request",
     ]
 
 
@@ -198,7 +198,7 @@ def test_a_server_that_fails_while_the_rest_is_hashed_is_named_after_what_was_fo
     assert [fault.partition(" (1 attempt")[0].partition(";")[0] for fault in faults] == [
         f"shard {server.url}/a.tar at byte 2048: a damaged header",
         f"shard {server.url}/a.tar: no sample has field 'cls'",
-        f"shard {server.url}/a.tar: HTTP 403: the server refuses",
+        f"shard {server.url}/a.tar: HTTP 403: the server refused the request",
     ]
 
 
@@ -221,7 +221,7 @@ def test_what_is_left_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     decoders = Decoders()
     assert shard_faults(Shard(path, -1, -1), fields=(), decoding=decoders) == ([], 1)
     assert list(decoders.left_out) == ["mp4", "pkl", "jpg"]
-    assert "would have to be unpickled" in decoders.left_out["pkl"]
+    assert "has to be unpickled" in decoders.left_out["pkl"]
     assert "Pillow" in decoders.left_out["jpg"]
 
 
@@ -243,7 +243,7 @@ def test_a_decoder_may_be_named(tmp_path: Path) -> None:
     faults, _ = shard_faults(Shard(path, -1, -1), fields=(), decoding=decoders)
     assert [fault.partition(":")[0] for fault in faults] == [f"shard {path} at byte 1536"]
     assert decoders.left_out == {}
-    with pytest.raises(ConfigError, match="no decoder 'texf'"):
+    with pytest.raises(ConfigError, match="no decoder named 'texf'"):
         Decoders({"cls": "texf"})
 
 

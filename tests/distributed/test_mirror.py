@@ -146,7 +146,7 @@ WRONG = [
     ("bucket", "The specified bucket does not exist", "create the bucket, or correct the URL"),
     pytest.param(
         "keys",
-        "HTTP 403: the server refuses",
+        "HTTP 403: the server refused the request",
         "give credentials that can read, write, list and delete there",
         marks=pytest.mark.slow,
     ),

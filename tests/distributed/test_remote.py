@@ -170,9 +170,9 @@ def test_refused_credentials_are_one_message(many: Path, s3: S3Server, tmp_path:
     train = "--data.train=s3://digits/train-{000000..000001}.tar"
     outcome = fit(tmp_path / "run", str(many), 2, tmp_path / "cache", train, environment=environment)
     assert outcome.codes == [2, 2], outcome.text
-    said = "s3://digits/train-000000.tar: HTTP 403: the server refuses: Forbidden (1 attempt; credentials: environment"
+    said = "s3://digits/train-000000.tar: HTTP 403: the server refused the request: Forbidden (1 attempt; credentials: "
     assert said in outcome.text
-    assert outcome.text.count("mend: give credentials that may read it") == 1
+    assert outcome.text.count("mend: use credentials with read access") == 1
     assert "Traceback" not in outcome.text
 
 

@@ -143,7 +143,7 @@ def test_a_changed_order_is_refused(digits: Path, tmp_path: Path) -> None:
     fit(run_dir, digits, 1, "ddp", *killed_at(9, 0))
     outcome = fit(run_dir, digits, 1, "ddp", "--seed_everything", "2")
     assert outcome.codes == [2]
-    assert "another order of samples: seed was 1, is 2" in outcome.text
+    assert "different order of samples: seed was 1, is now 2" in outcome.text
     assert "Traceback" not in outcome.text
 
 

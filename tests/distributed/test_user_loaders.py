@@ -107,7 +107,7 @@ def refused(rank: int) -> Iterator[tuple[str, tuple[Any, ...], str]]:
     yield (
         "fit",
         (DataLoader(NUMBERS, batch_size=4, sampler=sampler(rank, seed=rank)),),
-        "is not split alike on all ranks",
+        "is not split the same way on all ranks",
     )
     yield "fit", (Split(3 + rank, 2, rank),), "has 3 batches on rank 0 and 4 on rank 1"
 
@@ -153,7 +153,7 @@ def accept_in(folder: str) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.validate(foreign.Evaluated(), DataLoader(foreign.Numbers(47), batch_size=4, sampler=odd), verbose=False)
-    texts = [str(warning.message) for warning in caught if "gives 1 of them twice" in str(warning.message)]
+    texts = [str(warning.message) for warning in caught if "repeats 1 of them" in str(warning.message)]
     assert len(texts) == (1 if rank == 0 else 0), texts
 
 
@@ -175,9 +175,9 @@ def tensor_in(folder: str, packed: str) -> None:
         (DataLoader(NUMBERS, batch_size=4, shuffle=True), SPLIT),
         (
             DataLoader(NUMBERS, batch_size=4, sampler=sampler(rank)),
-            "gives part 0 of 2 on rank 0, which takes part 0 of 1",
+            "returns part 0 of 2 on rank 0, which needs part 0 of 1",
         ),
-        (data.train_dataloader(), "gives part 0 of 2 on rank 0, which takes part 0 of 1"),
+        (data.train_dataloader(), "returns part 0 of 2 on rank 0, which needs part 0 of 1"),
         (DataLoader(NUMBERS, batch_size=4), ""),
     )
     for batches, words in cases:
@@ -210,5 +210,5 @@ def test_a_loader_knows_its_trainer(tmp_path: Path, digits: Path) -> None:
     data = ShardedDataModule(train=str(digits / "train.json"), global_batch_size=32, micro_batch_size=8)
     data.setup("fit")
     trainer = foreign.trainer_of(tmp_path, max_epochs=1)
-    with pytest.raises(ConfigError, match="one of a ShardedDataModule that does not know this trainer"):
+    with pytest.raises(ConfigError, match="comes from a ShardedDataModule that is not attached to this trainer"):
         trainer.fit(foreign.Plain(), data.train_dataloader())
