@@ -41,7 +41,7 @@ def index(arguments: argparse.Namespace) -> int:
         raise DataError(f"folder {manifest.parent} does not exist", mend="create it, or correct --manifest")
     paths = [shard.path for shard in named(arguments.data)]
     found = index_shards(paths, manifest=manifest, md5=arguments.md5, anew=arguments.force, progress=True)
-    say("; ".join([summary(found.shards), *_told(found.sidecars, found.kept)]))
+    say("; ".join([summary(found.shards), *_state_counts(found.sidecars, found.kept)]))
     if found.sidecars["not writable"] or found.kept["not writable"]:
         why = "if the folder is read-only, a key contains white space or the shard contains links"
         say(f"note: no sidecar is written {why}; headers are read instead")
@@ -54,14 +54,14 @@ def index(arguments: argparse.Namespace) -> int:
             raise DataError(f"cannot write {manifest}: {error.strerror}", mend="choose another path") from None
         known = sum(bool(shard.md5) for shard in found.shards) - found.num_hashed
         hashes = {"hashed": found.num_hashed, "MD5 unchanged": known}
-        told = ", ".join(f"{number} {what}" for what, number in hashes.items() if number)
-        say(f"manifest: {manifest}{f' ({told})' if told else ''}")
+        details = ", ".join(f"{number} {what}" for what, number in hashes.items() if number)
+        say(f"manifest: {manifest}{f' ({details})' if details else ''}")
         if any(redacted(shard.path) != shard.path for shard in found.shards):
             say("note: it contains URLs with a query or a user name, which may be secrets; only you can read it")
     return 0
 
 
-def _told(sidecars: Counter[str], kept: Counter[str]) -> Iterator[str]:
+def _state_counts(sidecars: Counter[str], kept: Counter[str]) -> Iterator[str]:
     for what, states in (("sidecars", sidecars), (f"tables kept in {index_folder()}", kept)):
         if states:
             yield f"{what}: {', '.join(f'{states[state]} {state}' for state in STATES if states[state])}"
@@ -79,7 +79,7 @@ def verify(arguments: argparse.Namespace) -> int:
         return shard_faults(shards[number], fields=fields, decoding=decoders, tell_keys=partial(keys.add, number))
 
     num_faults = num_samples = 0
-    for faults, samples in together(check, range(len(shards)), threads=_THREADS, told="verifying"):
+    for faults, samples in together(check, range(len(shards)), threads=_THREADS, label="verifying"):
         for fault in faults:
             say(fault)
         num_faults += len(faults)

@@ -97,7 +97,7 @@ def _classes(console: Console, index: ShardIndex, fields: Sequence[str]) -> None
         raise DataError(f"the samples have no field cls; they have {', '.join(fields)}", mend="omit --classes")
     found: Counter[str] = Counter()
     jobs = range(len(index.shards))
-    for counts in together(lambda n: count_values(index.shards[n], index.table(n), name), jobs, told="counting"):
+    for counts in together(lambda n: count_values(index.shards[n], index.table(n), name), jobs, label="counting"):
         found.update(counts)
     rows = in_order(found)
     if len(rows) > _CLASSES_SHOWN:
@@ -125,7 +125,7 @@ def _bars(console: Console, title: str, rows: Sequence[tuple[str, int]]) -> None
 def _tables(index: ShardIndex) -> Iterator[tuple[Shard, ShardTable]]:
     """Yield each shard with its table, in order."""
     are_local = not any(shard.is_remote for shard in index.shards)
-    tables = together(index.table, range(len(index.shards)), quick=are_local, told="reading tables")
+    tables = together(index.table, range(len(index.shards)), quick=are_local, label="reading tables")
     return zip(index.shards, tables, strict=True)
 
 
@@ -150,8 +150,8 @@ def _bytes(number: float) -> str:
 
 def count(number: int | str, noun: str) -> str:
     """Format a number with its noun, in the plural where needed."""
-    told = number if isinstance(number, str) else f"{number}"
-    return f"{told} {noun}" if number == 1 else f"{told} {noun}s"
+    text = number if isinstance(number, str) else f"{number}"
+    return f"{text} {noun}" if number == 1 else f"{text} {noun}s"
 
 
 def summary(shards: Sequence[Shard]) -> str:

@@ -232,7 +232,7 @@ class BatchMaker:
             ConfigError: a name is reserved, the key was changed, or the weight is missing.
         """
         if not _MADE_HERE.isdisjoint(out):
-            check_names(out, where="the return value of data.hooks.transform", but=KEY)
+            check_names(out, where="the return value of data.hooks.transform", allowed=KEY)
         if out.get(KEY, key) != key:
             raise ConfigError(
                 f"data.hooks.transform returned the key {out[KEY]!r} for sample {key!r}",
@@ -315,7 +315,7 @@ class BatchMaker:
             raise ConfigError(
                 f"data.hooks.collate returned a {type(found).__name__}", mend="return a dictionary of fields"
             )
-        check_names(found, where="the return value of data.hooks.collate", but=KEY)
+        check_names(found, where="the return value of data.hooks.collate", allowed=KEY)
         if KEY in found and list(found[KEY]) != own[KEY]:
             raise ConfigError(
                 f"data.hooks.collate returned values of {KEY} that differ from the samples'",

@@ -119,22 +119,22 @@ def as_weights(values: Decoded) -> Tensor:
     return torch.tensor([float(value) for value in values], dtype=torch.float32)
 
 
-def check_names(names: Iterable[str], padded: Collection[str] = (), *, where: str, but: str = "") -> None:
+def check_names(names: Iterable[str], padded: Collection[str] = (), *, where: str, allowed: str = "") -> None:
     """Reject names that disttrain reserves.
 
     Args:
         names: names of values in a batch.
         padded: the names of padded fields, whose lengths get a name too.
         where: the source of the names, for the error message.
-        but: a reserved name that is allowed here.
+        allowed: a reserved name that is allowed here.
 
     Raises:
         ConfigError: a name is reserved.
     """
     names = set(names)
-    if taken := sorted(names.intersection(RESERVED) - {but}):
+    if taken := sorted(names.intersection(RESERVED) - {allowed}):
         raise ConfigError(
-            f"{where} has {taken[0]!r}, a name that disttrain reserves in batches (reserved: {', '.join(RESERVED)})",
+            f"{where} has {taken[0]!r}, but disttrain reserves the names {', '.join(RESERVED)}",
             mend="choose another name; to weight samples, set data.hooks.weight to the field that holds the weights",
         )
     for name in padded:

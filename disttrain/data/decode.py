@@ -132,7 +132,7 @@ def with_default(
 
 def _decompressed(raw: RawValues) -> RawValues:
     """Decompress gzip values into new memory."""
-    values = each(raw, _expanded, "not valid gzip", catch=(ValueError, zlib.error))
+    values = each(raw, _expanded, "gzip decompression failed", catch=(ValueError, zlib.error))
     sizes = np.array([len(value) for value in values], dtype=np.int64)
     memory = np.frombuffer(b"".join(values), dtype=np.uint8)
     return RawValues(pieces=(memory, np.cumsum(sizes) - sizes, sizes))

@@ -240,13 +240,13 @@ def _describe_all(paths: Sequence[str], *, name: str, write_sidecars: bool, retr
     describe = partial(describe_shard, write_sidecar=write_sidecars, retry=retry)
     threads = REQUESTS_AT_ONCE if are_remote else 8
     try:
-        return list(together(describe, paths, threads=threads, quick=not are_remote, told=_told(name, len(paths))))
+        return list(together(describe, paths, threads=threads, quick=not are_remote, label=_label(name, len(paths))))
     except RemoteError as error:
         missing = "does not exist" if error.status == 404 else "cannot be read"
         raise DataError(f"{name}: a shard {missing}: {error.what}", mend=error.mend) from None
 
 
-def _told(name: str, num_shards: int) -> str:
+def _label(name: str, num_shards: int) -> str:
     """Return the progress label for opening shards; empty if there are few shards, or on ranks other than 0."""
     return f"reading the index of {name}" if num_shards >= _MANY_SHARDS and detect_world().rank == 0 else ""
 
@@ -337,8 +337,8 @@ def read_manifest(path: str | Path, *, name: str = "data", retry: RetryConfig = 
     for number, size in zip(unknown, there, strict=True):
         shards[number] = replace(shards[number], size_bytes=size)
     local = [number for number, shard in enumerate(shards) if not shard.is_remote]
-    told = _told(name, len(local))
-    looks = together(_look, [shards[number].path for number in local], quick=True, told=told)
+    label = _label(name, len(local))
+    looks = together(_look, [shards[number].path for number in local], quick=True, label=label)
     for number, status in zip(local, looks, strict=True):
         shard = shards[number]
         if status is None:

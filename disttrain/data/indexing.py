@@ -78,14 +78,14 @@ def index_shards(
 
     are_local = len(local) == len(paths)
     threads = 8 if are_local else REQUESTS_AT_ONCE
-    done = list(together(one, paths, threads=threads, quick=are_local, told="indexing" if progress else ""))
+    done = list(together(one, paths, threads=threads, quick=are_local, label="indexing" if progress else ""))
     failed = [result for result in done if isinstance(result, ShardError)]
     if failed:
         others = f" (and {len(failed) - 1} more; `disttrain shards verify` names all faults)" if failed[1:] else ""
         raise ShardError(f"{failed[0].what}{others}", mend=failed[0].mend)
     found = [result for result in done if not isinstance(result, ShardError)]
-    told = "hashing" if progress else ""
-    shards, num_hashed = _with_md5s([shard for shard, _ in found], known, hash_others=md5, anew=anew, told=told)
+    label = "hashing" if progress else ""
+    shards, num_hashed = _with_md5s([shard for shard, _ in found], known, hash_others=md5, anew=anew, label=label)
     for path, was, is_now in zip(local, before, together(_state, local, quick=True), strict=True):
         if is_now != was:
             raise ShardError(f"shard {path} was written to while it was read", mend="index it once its writer is done")
@@ -117,7 +117,7 @@ def _same(one: ShardTable, other: ShardTable) -> bool:
 
 
 def _with_md5s(
-    shards: Sequence[Shard], known: Mapping[str, str], *, hash_others: bool, anew: bool, told: str
+    shards: Sequence[Shard], known: Mapping[str, str], *, hash_others: bool, anew: bool, label: str
 ) -> tuple[list[Shard], int]:
     """Add known MD5s to the shards, hash the others if asked to, and count those hashed."""
     digests = []
@@ -129,7 +129,7 @@ def _with_md5s(
             recorded = kept if hash_others or kept == recorded else ""
         digests.append(recorded)
     unknown = [number for number, digest in enumerate(digests) if not digest] if hash_others else []
-    hashes = together(_md5, [shards[number] for number in unknown], told=told if unknown else "")
+    hashes = together(_md5, [shards[number] for number in unknown], label=label if unknown else "")
     for number, digest in zip(unknown, hashes, strict=True):
         digests[number] = digest
     return [replace(shard, md5=digest) for shard, digest in zip(shards, digests, strict=True)], len(unknown)

@@ -270,9 +270,9 @@ class _Scanner:
         elif kind == b"1":
             found = self._linked(name, link_target(header, described), position)
         if found is None and kind not in _SILENT and self._unread is not None:
-            told = _KINDS.get(kind) or f"a member of type {kind.decode('latin-1')!r}"
+            what = _KINDS.get(kind) or f"a member of type {kind.decode('latin-1')!r}"
             target = f" to {link_target(header, described)!r}" if kind in (b"1", b"2") else ""
-            self._unread(Unread(name, f"{told}{target}", position))
+            self._unread(Unread(name, f"{what}{target}", position))
         if self._targets is not None:
             self._targets[name] = found
         return found

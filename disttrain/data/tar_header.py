@@ -76,21 +76,21 @@ def pax_records(data: bytes) -> dict[bytes, bytes]:
     return records
 
 
-def size_of(header: bytes, told: bytes) -> int:
+def size_of(header: bytes, pax_size: bytes) -> int:
     """Return the size of a member's contents in bytes.
 
     Args:
         header: its header.
-        told: the size in its PAX header; empty if there is none.
+        pax_size: the size in its PAX header; empty if there is none.
 
     Raises:
         BadHeaderError: the size is not a number, or negative.
     """
-    if told:
-        if not told.isdigit() or len(told) > _DIGITS_LIMIT:
-            brief = repr(told[:_DIGITS_LIMIT]) + ("..." if len(told) > _DIGITS_LIMIT else "")
+    if pax_size:
+        if not pax_size.isdigit() or len(pax_size) > _DIGITS_LIMIT:
+            brief = repr(pax_size[:_DIGITS_LIMIT]) + ("..." if len(pax_size) > _DIGITS_LIMIT else "")
             raise BadHeaderError(f"size {brief} in a PAX header is not a number")
-        return int(told)
+        return int(pax_size)
     field = header[124:136]
     if field[0] & 0x80:  # GNU base-256, for sizes of 8 GiB and more; the next bit is the sign
         if field[0] & 0x40:

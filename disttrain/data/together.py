@@ -26,7 +26,7 @@ _LINE_SECONDS: Final = 30.0
 
 
 def together(
-    function: Callable[[T], U], items: Iterable[T], *, threads: int = 8, quick: bool = False, told: str = ""
+    function: Callable[[T], U], items: Iterable[T], *, threads: int = 8, quick: bool = False, label: str = ""
 ) -> Iterator[U]:
     """Yield the results of a function over some items, in order.
 
@@ -35,7 +35,7 @@ def together(
         items: its arguments.
         threads: number of concurrent calls.
         quick: calls usually take microseconds, so each thread gets several at once, and a few items run in the caller.
-        told: description for the progress display; no progress if empty.
+        label: description for the progress display; no progress if empty.
     """
     work = list(items)
     if quick and len(work) < _FEW:
@@ -43,7 +43,10 @@ def together(
         return
     size = max(1, min(_CHUNK, len(work) // (4 * threads))) if quick else 1
     chunks = [work[start : start + size] for start in range(0, len(work), size)]
-    with _progress(told, len(work)) as tick, ThreadPoolExecutor(threads, thread_name_prefix="disttrain-shards") as pool:
+    with (
+        _progress(label, len(work)) as tick,
+        ThreadPoolExecutor(threads, thread_name_prefix="disttrain-shards") as pool,
+    ):
 
         def run(chunk: list[T]) -> list[U]:
             done = [function(item) for item in chunk]
@@ -55,9 +58,9 @@ def together(
 
 
 @contextmanager
-def _progress(told: str, total: int) -> Iterator[Callable[[int], None]]:
+def _progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yield a thread-safe function that takes the number of items done."""
-    if not told:
+    if not label:
         yield lambda count: None
         return
     from rich.console import Console
@@ -65,20 +68,20 @@ def _progress(told: str, total: int) -> Iterator[Callable[[int], None]]:
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _Lines(told, total).advance
+        yield _Lines(label, total).advance
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # Rich reprints stdout above the bar, on the terminal: not wanted if stdout is a file or a pipe.
     with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
-        task = progress.add_task(told, total=total)
+        task = progress.add_task(label, total=total)
         yield lambda count: progress.advance(task, count)
 
 
 class _Lines:
     """Progress as log lines; none for short work."""
 
-    def __init__(self, told: str, total: int) -> None:
-        self._told, self._total, self._done = told, total, 0
+    def __init__(self, label: str, total: int) -> None:
+        self._label, self._total, self._done = label, total, 0
         self._next = time.monotonic() + _LINE_SECONDS
         self._lock = Lock()
 
@@ -88,4 +91,4 @@ class _Lines:
             now = time.monotonic()
             if now >= self._next:
                 self._next = now + _LINE_SECONDS
-                say(f"{self._told}: {self._done:,} of {self._total:,}", err=True)
+                say(f"{self._label}: {self._done:,} of {self._total:,}", err=True)

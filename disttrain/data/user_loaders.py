@@ -133,21 +133,21 @@ def _check_split(loader: Any, name: str, trainer: pl.Trainer) -> None:
     split = _split_of(loader)
     if not split.parts and ranks.size == 1 and _is_sequential(loader):  # ranks of one part are to read the same
         split = _Split(1, 0, ("SequentialSampler", ("total_size", len(loader.dataset))), _length(loader))
-    told = gather((split, ranks.rank))
+    splits = gather((split, ranks.rank))
     with raise_together():
-        if fault := _fault(told, ranks.size, _MEND_ITERABLE if _is_iterable(loader) else _MEND):
+        if fault := _fault(splits, ranks.size, _MEND_ITERABLE if _is_iterable(loader) else _MEND):
             what, mend = fault
             raise ConfigError(f"the {name} loader, a {_described(loader)}, {what}", mend=mend)
     if name != "train" and trainer.is_global_zero:
         _warn_of_padding(loader, name)
 
 
-def _fault(told: list[tuple[_Split, int]], size: int, how: str) -> tuple[str, str] | None:
+def _fault(splits: list[tuple[_Split, int]], size: int, how: str) -> tuple[str, str] | None:
     """What is wrong with the splits of all ranks, and how to mend it; None where they fit."""
-    first, mend = told[0][0], how.format(size=size, last=size - 1)
-    for rank, (split, part) in enumerate(told):
+    first, mend = splits[0][0], how.format(size=size, last=size - 1)
+    for rank, (split, part) in enumerate(splits):
         if not split.parts:
-            return f"does not split its samples: each of the {len(told)} ranks would read all of them", mend
+            return f"does not split its samples: each of the {len(splits)} ranks would read all of them", mend
         if (split.parts, split.part) != (size, part):
             return f"returns part {split.part} of {split.parts} on rank {rank}, which needs part {part} of {size}", mend
         if split.order != first.order:

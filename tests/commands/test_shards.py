@@ -307,7 +307,7 @@ def test_stats(data: Path, run: Run) -> None:
     write_tar(data / "u.tar", ["0.cls", "0.txt"], b"22")
     code, lines = run("stats", data / "t.json", data / "u.tar", "--classes")
     assert code == 0
-    assert lines[0] == "4 shards, 10 samples, 1 to 4 a shard"
+    assert lines[0] == "4 shards, 10 samples, 1 to 4 per shard"
     assert lines[1] == "40 KiB in shards, of which 22 B in samples, the rest in headers and padding"
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
     assert cells == [[name, "10", "1 B", "1 B", "2 B", "11 B"] for name in ("cls", "txt")]
@@ -352,7 +352,7 @@ def test_remote_shards(data: Path, run: Run, monkeypatch: pytest.MonkeyPatch, tm
         code, lines = run("verify", f"{server.url}/t.json", manifest)
         assert (code, lines[-1]) == (0, "7 shards, 21 samples: no faults")
         assert lines[0] == f"note: key 't-0/000' is in shard {server.url}/t-0.tar, which is listed twice"
-        assert "2 shards, 5 samples, 2 to 3 a shard" in run("stats", f"{server.url}/t-{{0..1}}.tar", "--classes")[1]
+        assert "2 shards, 5 samples, 2 to 3 per shard" in run("stats", f"{server.url}/t-{{0..1}}.tar", "--classes")[1]
         assert run("ls", pattern)[1][-2].split("│")[1].strip() == "3 shards"
 
         outputs = [run(command, secret)[1] for command in ("index", "verify", "ls", "stats")]

@@ -53,7 +53,7 @@ def labels(*texts: bytes) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", RESERVED)
 def test_names_that_disttrain_gives_itself_are_refused_wherever_they_come_from(tmp_path: Path, name: str) -> None:
-    said = f"has '{name}', a name that disttrain itself uses"
+    said = f"has '{name}', but disttrain reserves the names"
     with pytest.raises(ConfigError, match=f"data.fields {said}") as caught:
         ShardedDataModule(train="x.tar", fields={name: "x.npy"})
     assert "data.hooks.weight" in caught.value.mend
@@ -77,7 +77,7 @@ def test_a_field_of_the_first_shard_may_not_have_such_a_name_either(tmp_path: Pa
 def test_the_lengths_of_a_padded_field_are_its_own(tmp_path: Path) -> None:
     columns = {"b_npy": [npy(np.arange(n)) for n in (1, 2)], "cls": [b"1", b"2"]}
     both = {"b": Field("b.npy", pad=0), "b" + LENGTHS: Field("cls")}
-    with pytest.raises(ConfigError, match=r"data\.fields has 'b_lengths', which is the name of the lengths"):
+    with pytest.raises(ConfigError, match=r"data\.fields has 'b_lengths', the name reserved for the lengths"):
         reader_of(tmp_path, both, **columns)
     reader = reader_of(tmp_path, {"b": Field("b.npy", pad=0)}, **columns)
     hooks = HooksConfig(lambda sample, random: {**sample, "b" + LENGTHS: 7})
@@ -89,7 +89,7 @@ def test_a_key_stays_a_samples_own(tmp_path: Path) -> None:
     reader = reader_of(tmp_path, **labels(b"1", b"2"))
     with pytest.raises(ConfigError, match="returned the key 'other' for sample 's0'"):
         BatchMaker(reader, HooksConfig(lambda sample, random: {**sample, KEY: "other"})).make(rows([0, 1]))
-    with pytest.raises(ConfigError, match="collate returned other values of __key__"):
+    with pytest.raises(ConfigError, match="collate returned values of __key__"):
         BatchMaker(reader, HooksConfig(collate=lambda samples: {KEY: ["a", "b"]})).make(rows([0, 1]))
     (batch,) = BatchMaker(reader, HooksConfig(collate=lambda samples: {KEY: [s[KEY] for s in samples]})).make(
         rows([1, 0])
@@ -179,9 +179,13 @@ def test_a_transform_may_map_labels_into_the_classes_but_not_out_of_them(tmp_pat
     assert batch["label"].tolist() == [1, 2, 3]
     for huge in (2**70, np.uint64(2**63 + 1)):
         hooks = HooksConfig(lambda sample, random: {"label": huge if sample["__key__"] == "s1" else type(huge)(1)})  # noqa: B023
-        with pytest.raises(DataError, match=rf"sample 's1' was refused .* it made 'label' {huge} is not one of the 4"):
+        with pytest.raises(
+            DataError, match=rf"sample 's1' was rejected .* it returned 'label': {huge} is not one of the 4"
+        ):
             BatchMaker(reader, hooks, allowed={"label": classes(4)}).make(rows([0, 1, 2]))
-    with pytest.raises(DataError, match=r"sample 's2' was refused .*: it made 'label' 3 is not one of the 3 classes"):
+    with pytest.raises(
+        DataError, match=r"sample 's2' was rejected .*: it returned 'label': 3 is not one of the 3 classes"
+    ):
         BatchMaker(reader, HooksConfig(tens), allowed={"label": classes(3)}).make(rows([0, 1, 2]))
 
 
@@ -231,7 +235,7 @@ def test_weights_come_from_a_transform(tmp_path: Path) -> None:
     )
     assert batch[WEIGHT].tolist() == [4.0, 2.0, 0.5, 1.0]
     wrong = HooksConfig(weigh([1, 1, math.nan, 1]), weight="w")
-    with pytest.raises(DataError, match=r"sample 's2' was refused .*: it made 'w' nan is not a weight"):
+    with pytest.raises(DataError, match=r"sample 's2' was rejected .*: it returned 'w': nan is not a weight"):
         BatchMaker(reader, wrong).make(rows([0, 1, 2, 3]))
     (batch,) = BatchMaker(reader, wrong, skip_bad=True).make(rows([0, 1, 2, 3]))
     assert (batch[KEY], batch[WEIGHT].tolist()) == (["s0", "s1", "s3", "s2"], [1, 1, 1, 0])
@@ -324,11 +328,11 @@ def test_the_last_micro_batch_of_an_evaluation_may_be_filtered(tmp_path: Path) -
 
 def test_a_transform_that_filters_everything_or_forgets_its_return_is_named(tmp_path: Path) -> None:
     reader = reader_of(tmp_path, **labels(b"1", b"3"))
-    with pytest.raises(ConfigError, match="refuses every sample"):
+    with pytest.raises(ConfigError, match="rejects every sample"):
         BatchMaker(reader, HooksConfig(only_even)).make(rows([0, 1]))
     (tmp_path / "bad").mkdir()
     odd = reader_of(tmp_path / "bad", **labels(b"1", b"3", b"5", b"none", b"7", b"9", b"1", b"3"))
-    with pytest.raises(ConfigError, match="refuses every sample"):
+    with pytest.raises(ConfigError, match="rejects every sample"):
         BatchMaker(odd, HooksConfig(only_even), skip_bad=True).make(rows([3, 4]))
     with pytest.raises(ConfigError, match="returned a NoneType") as caught:
         BatchMaker(reader, HooksConfig(lambda sample, random: None)).make(rows([0, 1]))  # type: ignore[arg-type,return-value]

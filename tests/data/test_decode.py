@@ -417,16 +417,16 @@ def test_alternatives_are_in_lower_case() -> None:
         ({"ext": "x", "decoder": "tensor", "shape": (3,)}, ["without dtype or shape"]),
         ({"ext": "model.joblib"}, ["unpickled", "npy"]),
         ({"ext": "x", "decoder": "dill"}, ["unpickled"]),
-        ({"ext": "cls", "pad": 0.0}, ["'cls'", "pad does not go"]),
-        ({"ext": "jpg", "pad": 0.0}, ["pad does not go"]),
+        ({"ext": "cls", "pad": 0.0}, ["'cls'", "pad does not apply"]),
+        ({"ext": "jpg", "pad": 0.0}, ["pad does not apply"]),
         ({"ext": "x", "decoder": "tensor", "dtype": "int8", "shape": (2,), "pad": 1.0}, ["pad and shape"]),
         ({"ext": "npy", "shape": (2,), "pad": 1.0}, ["pad and shape"]),
         ({"ext": "npy", "shape": (-1, 2)}, ["(-1, 2)", "pad"]),
-        ({"ext": "txt", "shape": (2,)}, ["shape does not go"]),
-        ({"ext": "json", "dtype": "int8"}, ["dtype does not go"]),
-        ({"ext": "pkl", "shape": (2,)}, ["shape does not go"]),
-        ({"ext": "npy", "backend": "simplejpeg"}, ["backend does not go"]),
-        ({"ext": "npy", "augment": RandomResizedCrop()}, ["augment does not go"]),
+        ({"ext": "txt", "shape": (2,)}, ["shape does not apply"]),
+        ({"ext": "json", "dtype": "int8"}, ["dtype does not apply"]),
+        ({"ext": "pkl", "shape": (2,)}, ["shape does not apply"]),
+        ({"ext": "npy", "backend": "simplejpeg"}, ["backend does not apply"]),
+        ({"ext": "npy", "augment": RandomResizedCrop()}, ["augment does not apply"]),
         ({"ext": "jpg", "augment": RandomResizedCrop()}, ["augment but no shape"]),
         ({"ext": "jpg", "backend": "simplejpg"}, ["'simplejpg'", "did you mean 'simplejpeg'?"]),
         ({"ext": "jpg", "shape": (3, 0, 4)}, ["(3, height, width)"]),
@@ -461,7 +461,7 @@ def test_pickles_are_refused_unless_named(tmp_path: Path) -> None:
     for field in (Field("pkl"), Field("meta.pyd"), Field("x", decoder="pickle"), Field("x", decoder="webdataset:pth")):
         for unsafe in (frozenset[str](), frozenset({"npy", "torch", "webdataset:pkl"})):
             for raw in ways(values):
-                with pytest.raises(ConfigError, match=rf"unpickled.*\n.*'{field.kind}' into data.unsafe_decoders"):
+                with pytest.raises(ConfigError, match=rf"unpickled.*\n.*add '{field.kind}' to data.unsafe_decoders"):
                     decode(field, raw, unsafe=unsafe)
     assert not planted.exists(), "code from the data has run"
 

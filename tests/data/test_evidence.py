@@ -47,7 +47,7 @@ def test_a_shard_of_the_same_size_with_other_contents_is_an_error(paths: list[st
     set_time(paths[1], 60)
     told = check_evidence(before, opened(paths))
     assert "1 of 3 shards, such as" in told, "another date alone ends nothing"
-    assert "pieces of 1 of them were compared and are the same" in told
+    assert "parts of 1 of them were compared and match" in told
 
 
 def test_copied_shards_are_the_same(paths: list[str], tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_remote_shards_are_known_by_version_and_md5() -> None:
 
     before = evidence(index("v1", "0" * 32), reads_contents=True)
     assert check_evidence(before, index("v1", "0" * 32)) == ""
-    assert "pieces of 1 of them" in check_evidence(before, index("v2", "0" * 32))
+    assert "parts of 1 of them" in check_evidence(before, index("v2", "0" * 32))
     with pytest.raises(CheckpointError, match="was replaced"):
         check_evidence(before, index("v2", "1" * 32))
     from_manifest = evidence(index("", "a" * 32), reads_contents=True)
@@ -98,7 +98,7 @@ def test_evidence_of_many_shards_is_bounded() -> None:
 def test_appended_shards_are_named(paths: list[str]) -> None:
     first = opened(paths[:2])
     with pytest.raises(
-        CheckpointError, match=r"began with 2 of these shards, and 1 was appended since, from .*t-2.tar"
+        CheckpointError, match=r"started with 2 of these shards, and 1 was appended since, from .*t-2.tar"
     ):
         check_appended(saved(paths[:2]), first.names_hash(), opened(paths))
     check_appended(saved(paths[1:]), opened(paths[1:]).names_hash(), opened(paths))
@@ -110,7 +110,7 @@ def test_a_shard_that_is_named_twice_is_told_however_it_is_spelled(paths: list[s
     os.link(paths[0], tmp_path / "hard.tar")
     for again in (paths[0], f"{tmp_path}/data/../data/t-0.tar", f"{tmp_path}/link/t-0.tar", f"{tmp_path}/hard.tar"):
         [told] = notices(opened([*paths, again]))
-        assert told.startswith(f"data.train names shard {paths[0]} twice"), told
+        assert told.startswith(f"data.train lists shard {paths[0]} twice"), told
         assert (f"also as {again}" in told) == (again != paths[0])
     [told] = notices(opened([f"{tmp_path}/data/t-*.tar", f"{tmp_path}/link/t-{{0..2}}.tar"]))
     assert "(and 2 more)" in told

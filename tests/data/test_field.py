@@ -96,16 +96,16 @@ def test_a_default_everywhere_in_the_first_shard_is_warned_of(tmp_path: Path) ->
     [
         ({"ext": "cls", "default": 1.5}, "default is 1.5"),
         ({"ext": "cls", "default": True}, "default is True"),
-        ({"ext": "cls", "default": 2**63}, "not a number of int64"),
+        ({"ext": "cls", "default": 2**63}, "does not fit int64"),
         ({"ext": "txt", "default": 0}, "default is 0"),
         ({"ext": "x.npy", "default": 0}, "a default but no dtype"),
-        ({"ext": "x.npy", "dtype": "uint8", "default": 300}, "not a number of uint8"),
-        ({"ext": "x.npy", "dtype": "int32", "default": 0.5}, "not a number of int32"),
-        ({"ext": "x.npy", "dtype": "float32", "default": 0, "pad": 0}, "default does not go with pad"),
+        ({"ext": "x.npy", "dtype": "uint8", "default": 300}, "does not fit uint8"),
+        ({"ext": "x.npy", "dtype": "int32", "default": 0.5}, "does not fit int32"),
+        ({"ext": "x.npy", "dtype": "float32", "default": 0, "pad": 0}, "default cannot be combined with pad"),
         ({"ext": "png", "default": 0}, "a default but no shape"),
-        ({"ext": "png", "shape": (3, 2, 2), "default": 256}, "not a number of uint8"),
-        ({"ext": "bin", "default": ""}, "does not go with the decoder 'bytes'"),
-        ({"ext": "pth", "default": 0}, "does not go with the decoder 'torch'"),
+        ({"ext": "png", "shape": (3, 2, 2), "default": 256}, "does not fit uint8"),
+        ({"ext": "bin", "default": ""}, "cannot be combined with the decoder 'bytes'"),
+        ({"ext": "pth", "default": 0}, "cannot be combined with the decoder 'torch'"),
     ],
 )
 def test_a_default_that_does_not_fit_is_refused(settings: dict[str, Any], words: str) -> None:
@@ -136,11 +136,11 @@ def test_compressed_values_decode_by_the_extension_before() -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (b"plain", "not gzip"),
-        (b"", "cut off"),
-        (gzip.compress(b"12", mtime=0)[:-4], "cut off"),
-        (gzip.compress(b"12", mtime=0) + b"trailing", "not gzip"),
-        (gzip.compress(bytes(5000), mtime=0), "more than 1,000 bytes once it is decompressed"),
+        (b"plain", "decompression failed"),
+        (b"", "truncated"),
+        (gzip.compress(b"12", mtime=0)[:-4], "truncated"),
+        (gzip.compress(b"12", mtime=0) + b"trailing", "decompression failed"),
+        (gzip.compress(bytes(5000), mtime=0), "more than 1,000 bytes when decompressed"),
         (gzip.compress(bytes(600), mtime=0) * 2, "more than 1,000 bytes"),
     ],
 )
@@ -166,7 +166,7 @@ def test_other_decoders_do_not_expand_without_bound_either(monkeypatch: pytest.M
                 out.writestr(name, plain_zip.read(name) if "data/0" not in name else bytes(20_000))
         bombs.append((Field("pth"), squeezed.getvalue()))
     for field, bomb in bombs:
-        with pytest.raises(BadValuesError, match=r"decompressed|as large as its file"):
+        with pytest.raises(BadValuesError, match=r"decompressed|the size of its file"):
             decode(field, raw(bomb))
     header = (
         b"\x93NUMPY\x01\x00\x46\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (4294967296, 4294967296)}"

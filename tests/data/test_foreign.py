@@ -143,7 +143,7 @@ def test_every_decoder_is_known_to_be_safe_or_not() -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"no decoder named 'rgba9'\n.*did you mean 'rgba'"):
+    with pytest.raises(ConfigError, match=r"no decoder 'rgba9'\n.*did you mean 'rgba'"):
         Field("x", decoder="webdataset:rgba9")
 
 

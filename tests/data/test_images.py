@@ -331,7 +331,7 @@ def test_a_batch_is_contiguous_and_may_be_written_to() -> None:
     ],
 )
 def test_crops_that_cannot_be_are_refused(settings: dict[str, Any], word: str) -> None:
-    with pytest.raises(ConfigError, match=rf"augment.{word} is .*\n.*give"):
+    with pytest.raises(ConfigError, match=rf"augment.{word} is .*\n.*use"):
         RandomResizedCrop(**settings)
 
 
@@ -472,10 +472,10 @@ def test_an_image_of_more_pixels_than_allowed_is_refused_by_its_header(backend: 
         field = Field("png", shape=(3, 8, 8), backend=backend, max_pixels=limit)
         with pytest.raises(BadValuesError) as caught:
             images(field, [bomb(side)])
-        assert caught.value.faults == {0: f"an image of {side} x {side} pixels, more than max_pixels, {limit:,}"}
+        assert caught.value.faults == {0: f"an image of {side} x {side} pixels, more than max_pixels ({limit:,})"}
     jpeg = encoded(photo(20, 30))
     assert images(Field("jpg", backend=backend, max_pixels=600), [jpeg]).shape == (1, 3, 20, 30)
-    with pytest.raises(BadValuesError, match="30 x 20 pixels, more than max_pixels, 599"):
+    with pytest.raises(BadValuesError, match=r"30 x 20 pixels, more than max_pixels \(599\)"):
         images(Field("jpg", backend=backend, max_pixels=599), [jpeg])
     with pytest.raises(BadValuesError, match=r"more than 89,478,485|exceeds limit of 89478485 pixels"):
         images(Field("png", decoder="webdataset:rgb8"), [bomb(9_460)])
@@ -496,5 +496,5 @@ def test_an_image_that_cannot_be_read_is_named_by_its_kind(monkeypatch: pytest.M
     monkeypatch.delitem(Image.OPEN, "AVIF")
     with pytest.raises(BadValuesError, match=r"it is AVIF, which needs Pillow 11\.3 or newer"):
         images(Field("avif"), [avif])
-    with pytest.raises(BadValuesError, match="it is of the kind 'heic'"):
+    with pytest.raises(BadValuesError, match="it is of type 'heic'"):
         images(Field("img"), [heic])

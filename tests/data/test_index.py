@@ -32,7 +32,7 @@ def test_a_wrong_sidecar_is_told_once_and_replaced(tmp_path: Path, may_write: bo
         write_tar(Path(path), [(f"{n}.cls", b"1") for n in range(3)])
         set_time(path, 0)
     what = "it was rewritten" if may_write else "the shard's headers were read instead; run `disttrain shards index`"
-    with pytest.warns(UserWarning, match=f"sidecar {sidecar_path(paths[0])} does not fit .*{what}") as told:
+    with pytest.warns(UserWarning, match=f"sidecar {sidecar_path(paths[0])} does not match .*{what}") as told:
         assert [index.table(number).keys for number in range(2)] == [["0", "1", "2"]] * 2
     assert len(told) == 1
     assert [fitting_sidecar(path)[0] is not None for path in paths] == [may_write] * 2
@@ -156,7 +156,7 @@ def test_manifests_of_manifests_are_refused(tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text(json.dumps({"shardlist": [], "datasets": [{"source_url": "n.json"}]}))
     with pytest.raises(DataError, match=r"m\.json lists other data sets under 'datasets'") as caught:
         parse_manifest(tmp_path / "m.json")
-    assert "as a list" in caught.value.mend
+    assert "list those manifests" in caught.value.mend
 
 
 def test_patterns(tmp_path: Path) -> None:

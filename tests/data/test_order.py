@@ -256,7 +256,7 @@ def test_lanes_are_the_largest_divisor_up_to_64(batch: int, lanes: int) -> None:
         ({"global_batch_size": 0}, ["global_batch_size is 0", "at least 1"]),
         ({"global_batch_size": 8, "seed": -1}, ["seed is -1", "2**63 - 1"]),
         ({"global_batch_size": 8, "seed": 2**63}, [f"seed is {2**63}"]),
-        ({"global_batch_size": 8, "window": 0}, ["window is 0", "1 turns the shuffle off"]),
+        ({"global_batch_size": 8, "window": 0}, ["window is 0", "1 disables shuffling"]),
         ({"global_batch_size": 8, "lanes": 3}, ["lanes is 3", "global_batch_size 8", "divisor"]),
         ({"global_batch_size": 8, "lanes": -1}, ["lanes is -1"]),
     ],

@@ -251,12 +251,12 @@ def test_old_manifests_go_before_new_shards_come(tmp_path: Path) -> None:
 def test_foreign_files_are_never_overwritten(tmp_path: Path) -> None:
     shard = tmp_path / "val-000000.tar"
     shard.write_bytes(b"someone's data")
-    with pytest.raises(DataError, match=r"val-000000\.tar is there and was not written by"):
+    with pytest.raises(DataError, match=r"val-000000\.tar exists and was not written by"):
         pack(Toy().source, out_dir=tmp_path, config=CONFIG)
     assert files(tmp_path) == {"val-000000.tar": b"someone's data"}
     shard.rename(tmp_path / "val-extra-000000.tar")  # another prefix: no concern of this packing
     (tmp_path / "test.json").write_text("{}")
-    with pytest.raises(DataError, match=r"test\.json is there and was not written by"):
+    with pytest.raises(DataError, match=r"test\.json exists and was not written by"):
         pack(Toy().source, out_dir=tmp_path, config=CONFIG)
     (tmp_path / "test.json").unlink()
     pack(Toy().source, out_dir=tmp_path, config=CONFIG)
@@ -299,10 +299,10 @@ def test_the_manifest_is_plain_wids_with_its_origin(expected: Path) -> None:
     ("sample", "words"),
     [
         (lambda i: Sample("same", {"cls": b"1"}), "two samples have the key 'same'"),
-        (lambda i: Sample(f"a.{i}", {"cls": b"1"}), "cannot be a member"),
-        (lambda i: Sample(f"a{i}", {"CLS": b"1"}), "cannot be a member"),
-        (lambda i: Sample(f"a{i}", {"_cls": b"1"}), "cannot be a member"),
-        (lambda i: Sample(f"__a__/{i}", {"cls": b"1"}), "cannot be a member"),
+        (lambda i: Sample(f"a.{i}", {"cls": b"1"}), "cannot be stored"),
+        (lambda i: Sample(f"a{i}", {"CLS": b"1"}), "cannot be stored"),
+        (lambda i: Sample(f"a{i}", {"_cls": b"1"}), "cannot be stored"),
+        (lambda i: Sample(f"__a__/{i}", {"cls": b"1"}), "cannot be stored"),
         (lambda i: Sample(f"a{i}", {}), "has no fields"),
     ],
 )
@@ -339,7 +339,7 @@ def test_too_little_data_is_named(tmp_path: Path) -> None:
         pack(Toy(num_samples=3).source, out_dir=tmp_path)
     with pytest.raises(DataError, match="holds no samples"):
         pack(Toy(num_samples=0).source, out_dir=tmp_path)
-    with pytest.raises(ConfigError, match="71 shards for 70 samples"):
+    with pytest.raises(ConfigError, match="71 shards are too many for 70 samples"):
         pack(Toy().source, out_dir=tmp_path, config=PackConfig(num_shards=71))
 
 

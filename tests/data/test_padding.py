@@ -88,6 +88,6 @@ def test_padding_alone_leaves_nothing() -> None:
 def test_what_cannot_be_cut_is_refused(given: Any, words: str) -> None:
     three = "tuple of 3" in words  # may only be a row of each of the three samples
     for rows, check in ((ROWS, False),) if three else ((ROWS, False), (Rows(4, 4), True)):
-        with pytest.raises(ConfigError, match=f"of Linear returned {words}.* for a micro batch of 4, from which"):
+        with pytest.raises(ConfigError, match=f"of Linear returned {words}.* for a micro batch of 4, so the padding"):
             real_outputs(given, rows, MODULE, check=check)
     assert real_outputs(given, Rows(4, 4), MODULE) is given

@@ -116,8 +116,8 @@ def shard_two(answer: str) -> Setting:
 
 
 LASTING = {
-    "401": (shard_two("return 401;"), "HTTP 401: the server refused the request (1 attempt;", "give credentials"),
-    "403": (shard_two("deny all;"), "HTTP 403: the server refused the request (1 attempt;", "give credentials"),
+    "401": (shard_two("return 401;"), "HTTP 401: the server refused the request (1 attempt;", "use credentials"),
+    "403": (shard_two("deny all;"), "HTTP 403: the server refused the request (1 attempt;", "use credentials"),
     "404": (shard_two("return 404;"), "does not exist: {url}: HTTP 404: not found (1 attempt;", "upload"),
     "410": (shard_two("return 410;"), "HTTP 410: not found (1 attempt;", "correct the URL"),
     "416": (shard_two("return 416;"), "HTTP 416: the server refused the request (1 attempt;", "check the server"),
@@ -129,7 +129,7 @@ LASTING = {
         "check",
     ),
     "closed": (shard_two("return 444;"), "{url}: the connection was lost before the response (8 attempts in", "check"),
-    "no ranges": (shard_two("max_ranges 0;"), "HTTP 200: the server ignores range requests", "serve the files by"),
+    "no ranges": (shard_two("max_ranges 0;"), "HTTP 200: the server ignores range requests", "use a server"),
     "a page instead": (shard_two("return 200 welcome;"), "HTTP 200: the server ignores range requests", "serve"),
     "round and round": (shard_two("return 302 $uri;"), "{url}: too many redirects (1 attempt;", "check"),
     "to nowhere": (shard_two("return 301 /x;"), "{url}: HTTP 404: not found (1 attempt;", "correct the URL"),
@@ -212,7 +212,7 @@ def test_an_old_copy_from_a_caching_proxy(folder: Path, tmp_path: Path) -> None:
             write_manifest(tmp_path / "train.json", [told], name="train")
             with pytest.raises(ShardError, match=f"train-000.tar has MD5 {old}, but its manifest says") as error:
                 stream(str(tmp_path / "train.json"), tmp_path / "c")
-    assert "a proxy may also serve an old copy" in error.value.mend
+    assert "a proxy may also be serving an old copy" in error.value.mend
 
 
 @needs_openssl
@@ -237,7 +237,7 @@ def test_https_that_cannot_work(folder: Path, tmp_path: Path, monkeypatch: pytes
         pytest.raises(RemoteError, match=r"not trusted: IP address mismatch.*\(1 attempt;") as error,
     ):
         RemoteFile(f"{url}/train-000.tar", QUICK)
-    assert "the host name that the certificate is made out to" in error.value.mend
+    assert "the host name that the certificate was issued for" in error.value.mend
     with (
         nginx_server(folder, tmp_path / "plain") as url,
         pytest.raises(RemoteError, match=r"does not speak TLS there \(1 attempt;") as error,

@@ -127,7 +127,7 @@ def test_image_folder_with_splits_of_its_own(tmp_path: Path) -> None:
     index = ShardIndex.open(str(tmp_path / "out/val.json"))
     assert [index.key(number) for number in range(2)] == ["a/7", "b/0"], "the same key may be in two splits"
     assert pack(source, out_dir=tmp_path / "out").was_complete
-    with pytest.raises(ConfigError, match="has splits of its own"):
+    with pytest.raises(ConfigError, match="already has splits"):
         pack(source, out_dir=tmp_path / "out", config=PackConfig(fractions=(0.5, 0.5)))
     add_images(tmp_path / "in", ["val/bb/0.jpg"])
     with pytest.raises(DataError, match=r"class 'bb' of .* is not in train"):
@@ -215,7 +215,7 @@ def test_class_labels(
 @pytest.mark.parametrize(
     ("text", "options", "kind", "words"),
     [
-        (TABLE, {}, ConfigError, ["which column", "--target COLUMN, one of name, height, weight, kind"]),
+        (TABLE, {}, ConfigError, ["no target column", "--target COLUMN, one of name, height, weight, kind"]),
         (TABLE, {"target": "hight"}, DataError, ["no column 'hight' (the target)", "did you mean 'height'?"]),
         (TABLE, {"target": "kind", "features": ["wait"]}, DataError, ["no column 'wait' (feature)", "'weight'"]),
         (TABLE, {"target": "kind", "features": ["kind"]}, ConfigError, ["both target and feature"]),
@@ -239,7 +239,7 @@ def test_class_labels(
         ("x,y\n", {"target": "y"}, DataError, ["it holds no rows"]),
         ("", {"target": "y"}, DataError, ["it holds no rows"]),
         ('x,y\n1,"a\n', {"target": "y"}, DataError, ["after line 1: unexpected end of data"]),
-        ("n,y\na,b\n", {"target": "y"}, DataError, ["no columns of numbers besides 'y'"]),
+        ("n,y\na,b\n", {"target": "y"}, DataError, ["no numeric columns besides 'y'"]),
     ],
 )
 def test_faulty_tables_are_named(
@@ -280,7 +280,7 @@ def test_parquet(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"column 'day' .* holds neither numbers nor text"):
         open_source(spec, target="day", task="regression").load()
     (tmp_path / "t.parquet").write_bytes(b"nothing of the kind")
-    with pytest.raises(DataError, match="is not a Parquet file"):
+    with pytest.raises(DataError, match="is not a readable Parquet file"):
         open_source(spec, target="kind").load()
 
 

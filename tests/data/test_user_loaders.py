@@ -157,22 +157,22 @@ class Listed:
 TOLD: dict[str, tuple[Callable[[], Any], str]] = {
     "stream": (
         lambda: DataLoader(foreign.Stream(SAMPLES), batch_size=BATCH),
-        r"after batch 2 of epoch 1, but its train loader starts again \(Stream is an iterable dataset\): its first 2"
+        r"after batch 2 of epoch 1, but its train loader starts over \(Stream is an iterable dataset\): its first 2"
         " batches are read a second time",
     ),
     "iterable": (
         Listed,
-        r"\(a Listed has no sampler\): the 4 batches that are left of 6 are its first 4, so 2 batches of the epoch are"
-        " read twice and 2 are not read",
+        r"\(a Listed has no sampler\): the remaining 4 batches of 6 will be its first 4, so 2 batches of the epoch are"
+        " read twice and 2 are never read",
     ),
-    "sampler": (lambda: DataLoader(NUMBERS, BATCH, sampler=Odd()), "what a Odd gives is not known to be the same"),
+    "sampler": (lambda: DataLoader(NUMBERS, BATCH, sampler=Odd()), "a Odd may not repeat the same order"),
     "batches": (lambda: DataLoader(NUMBERS, batch_sampler=[[1, 2]] * 6), r"\(it makes its own batches\)"),
     "subclass": (lambda: Mine(NUMBERS, batch_size=BATCH), r"\(it makes its own batches\)"),
     "replaced": (
         lambda: DataLoader(NUMBERS, BATCH, sampler=RandomSampler(NUMBERS, replacement=True)),
         "draws with replacement",
     ),
-    "several": (lambda: [DataLoader(NUMBERS, BATCH), DataLoader(NUMBERS, BATCH)], "several loaders side by side"),
+    "several": (lambda: [DataLoader(NUMBERS, BATCH), DataLoader(NUMBERS, BATCH)], "several loaders are combined"),
 }
 
 

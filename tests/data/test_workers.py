@@ -113,7 +113,7 @@ def test_several_processes_work_for_several_splits(reader: Reader, pool: WorkerP
 
 def test_errors_travel(reader: Reader, pool: WorkerPool) -> None:
     ids = np.arange(5)[None]
-    with pytest.raises(DataError, match="sample 'train-00000' was refused") as caught:
+    with pytest.raises(DataError, match="sample 'train-00000' was rejected") as caught:
         pool.make(BatchMaker(reader, HooksConfig(refuse_every_fifth)), ids, None, None)
     assert "on_bad_sample" in caught.value.mend
     with pytest.raises(ZeroDivisionError, match="a bug of one's own") as bug:
@@ -224,6 +224,6 @@ def test_a_script_without_a_main_guard_is_named(tmp_path: Path) -> None:
     run = [sys.executable, str(script), path, str(tmp_path / "run")]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "unguarded.py trains without asking whether it is the main program" in done.stdout, done.stdout + done.stderr
+    assert "unguarded.py starts training when imported" in done.stdout, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout.count("begun") == 1, "the worker process has begun a run of its own"
