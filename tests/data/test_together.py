@@ -55,10 +55,10 @@ def test_a_result_does_not_wait_for_the_last() -> None:
 def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     log = io.StringIO()
     monkeypatch.setattr(sys, "stderr", log)
-    list(together(lambda n: n, range(50), told="indexing"))
+    list(together(lambda n: n, range(50), label="indexing"))
     assert log.getvalue() == "", "what is soon done needs no line"
     monkeypatch.setattr(together_module, "_LINE_SECONDS", 0.0)
-    list(together(lambda n: n, range(2000), threads=1, told="indexing"))
+    list(together(lambda n: n, range(2000), threads=1, label="indexing"))
     lines = log.getvalue().splitlines()
     assert lines[-1] == "indexing: 2,000 of 2,000"
     assert all(line.startswith("indexing: ") for line in lines)
@@ -68,7 +68,7 @@ def test_a_terminal_gets_a_bar_and_a_pipe_keeps_what_is_its() -> None:
     script = (
         "import time\n"
         "from disttrain.data.together import together\n"
-        "for n in together(lambda n: time.sleep(0.02) or n, range(40), told='indexing'):\n"
+        "for n in together(lambda n: time.sleep(0.02) or n, range(40), label='indexing'):\n"
         "    print('result', n, flush=True)\n"
     )
     screen, terminal = pty.openpty()
