@@ -81,7 +81,7 @@ def test_the_lengths_of_a_padded_field_are_its_own(tmp_path: Path) -> None:
         reader_of(tmp_path, both, **columns)
     reader = reader_of(tmp_path, {"b": Field("b.npy", pad=0)}, **columns)
     hooks = HooksConfig(lambda sample, random: {**sample, "b" + LENGTHS: 7})
-    with pytest.raises(ConfigError, match=r"what data\.hooks.transform returns has 'b_lengths'"):
+    with pytest.raises(ConfigError, match=r"the return value of data\.hooks.transform has 'b_lengths'"):
         BatchMaker(reader, hooks).make(rows([0, 1]))
 
 

@@ -240,7 +240,7 @@ def test_https_that_cannot_work(folder: Path, tmp_path: Path, monkeypatch: pytes
     assert "the host name that the certificate was issued for" in error.value.mend
     with (
         nginx_server(folder, tmp_path / "plain") as url,
-        pytest.raises(RemoteError, match=r"does not speak TLS there \(1 attempt;") as error,
+        pytest.raises(RemoteError, match=r"does not speak TLS on this port \(1 attempt;") as error,
     ):
         RemoteFile(f"{url}/train-000.tar".replace("http:", "https:"), QUICK)
     assert "http://" in error.value.mend
