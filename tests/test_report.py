@@ -129,8 +129,8 @@ def test_the_page_of_a_complete_run(tmp_path: Path) -> None:
         assert expected in page.text, f"{expected!r} is not on the page"
     assert SCRIPT not in path.read_text(), "text of the run is not escaped"
     rows = dict(zip(page.texts, page.texts[1:], strict=False))
-    found = {name: rows.get(name) for name in ("steps", "epochs begun", "attempts", "samples/s, mean")}
-    assert found == {"steps": "100", "epochs begun": "2", "attempts": "2", "samples/s, mean": "100"}
+    found = {name: rows.get(name) for name in ("steps", "epochs started", "attempts", "samples/s, mean")}
+    assert found == {"steps": "100", "epochs started": "2", "attempts": "2", "samples/s, mean": "100"}
     images = page.images()
     assert len(images) == 6, f"{len(images)} pictures instead of 6"
     for png in images:
@@ -180,7 +180,7 @@ def test_the_loss_shows_the_life_of_the_run(tmp_path: Path) -> None:
     for part in ({"preempted": ()}, {"left_out": ()}, {"rollbacks": ()}):
         assert draw(replace(loss, **part)) not in (plain, draw(loss)), f"{list(part)} is not drawn"
     page = Page(write_report([folder]))
-    assert page.texts[page.texts.index("updates left out") + 1 :][0] == "4"
+    assert page.texts[page.texts.index("updates skipped") + 1 :][0] == "4"
     assert page.texts[page.texts.index("rollbacks") + 1 :][0] == "1"
 
 
@@ -332,7 +332,7 @@ def test_a_comparison_draws_eight_runs_and_lists_all(tmp_path: Path) -> None:
     assert pictures[0].title == "val/loss"
     page = Page(write_report([run.folder for run in runs], tmp_path / "out"))
     assert "run 9" in page.texts
-    assert "The pictures show the first 8 of the 10 runs." in page.texts
+    assert "The plots show the first 8 of the 10 runs." in page.texts
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ def test_several_runs_need_a_place(tmp_path: Path) -> None:
     [
         (None, "run.json is missing"),
         ("{", "is not JSON"),
-        ("[]", "holds a list"),
+        ("[]", "contains a list"),
         ('{"format": 2}', "format 2"),
     ],
 )

@@ -193,7 +193,7 @@ def test_a_slurm_job_goes_on_after_a_hang_where_it_came_further(
         said.append(make_report(tmp_path, folder, 1, 90.0).rpartition("; ")[2])
         notes.append((tmp_path / "requeue").exists() and (tmp_path / "requeue").read_text())
         (tmp_path / "requeue").unlink(missing_ok=True)
-    goes_on = "the script of job 7 is to requeue it"
+    goes_on = "the script of job 7 will requeue it"
     stays = "job 7 is not requeued: the run has come no further than when it hung before"
     assert said == [goes_on, goes_on, stays, goes_on]
     assert notes == ["7 2\n", "7 2\n", False, "7 2\n"]

@@ -44,26 +44,39 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, run, text in (
-        ("ls", _ls, "show step, epoch, size, age and metric of each"),
-        ("verify", _verify, "compare all files with their checksums; exit code 1 with faults"),
-        ("export", _export, "write the weights as safetensors or as a state_dict"),
-        ("prune", _prune, "remove those that no rule keeps"),
+        ("ls", _ls, "list checkpoints with step, epoch, size, age and metric"),
+        ("verify", _verify, "compare all files with their checksums; exit with 1 if any is damaged"),
+        ("export", _export, "write the weights as safetensors or a state_dict"),
+        ("prune", _prune, "remove checkpoints that no rule keeps"),
     ):
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         command.set_defaults(run=run)
-        command.add_argument("path", metavar="PATH", help="a run folder, one checkpoint, or the URL of either's copies")
+        command.add_argument(
+            "path", metavar="PATH", help="a run folder, a checkpoint, or the URL of either in a mirror"
+        )
         if name == "ls":
             command.add_argument("--verify", action="store_true", help="compare checksums too; reads all files")
         if name == "export":
             command.add_argument("out", metavar="OUT", type=path_word, help="a .safetensors, .pt or .pth file")
-            command.add_argument("--which", choices=("best", "last"), default="best", help="of a run folder")
-            command.add_argument("--ema", action="store_true", help="the moving average of the weights")
+            command.add_argument(
+                "--which",
+                choices=("best", "last"),
+                default="best",
+                help="which checkpoint of a run folder (default: best)",
+            )
+            command.add_argument("--ema", action="store_true", help="write the moving average of the weights")
             command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
         if name == "prune":
-            command.add_argument("--keep-last", metavar="K", type=int, default=1, help="newest to keep (default 1)")
-            command.add_argument("--keep-best", metavar="M", type=int, default=1, help="best to keep (default 1)")
-            command.add_argument("--keep-every-steps", metavar="N", type=int, help="keep multiples of N")
-            command.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+            command.add_argument(
+                "--keep-last", metavar="K", type=int, default=1, help="number of newest to keep (default: 1)"
+            )
+            command.add_argument(
+                "--keep-best", metavar="M", type=int, default=1, help="number of best to keep (default: 1)"
+            )
+            command.add_argument(
+                "--keep-every-steps", metavar="N", type=int, help="also keep steps that are multiples of N"
+            )
+            command.add_argument("--dry-run", action="store_true", help="only list what would be removed")
     return parser
 
 
@@ -90,10 +103,12 @@ def _ls(arguments: argparse.Namespace) -> int:
         cells = [cell.rjust(width) for cell, width in zip(numbers, widths[1:5], strict=True)]
         say("  ".join([name.ljust(widths[0]), *cells, verdict.ljust(widths[5]), metric]).rstrip())
     for reason in passed_over:
-        say(f"passed over: {reason}")
+        say(f"skipped: {reason}")
     directory = None if is_remote(arguments.path) else _folder(Path(arguments.path))
     for entry in abandoned(directory) if directory is not None else []:
-        say(f"set aside, until the run has passed step {entry.global_step}: {entry.path.name} {_size(entry.num_bytes)}")
+        say(
+            f"abandoned, kept until the run passes step {entry.global_step}: {entry.path.name} {_size(entry.num_bytes)}"
+        )
     return 0
 
 
@@ -103,7 +118,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         entry, wrong = one.entry, one.faults()
         told += wrong
         if not wrong:
-            sums = "all checksums are right" if entry.format > 1 else "sizes are right; format 1 has no checksums"
+            sums = "all checksums match" if entry.format > 1 else "sizes match; format 1 has no checksums"
             say(f"{one.where}: {len(entry.files)} files, {_size(entry.num_bytes)}: {sums}")
     for reason in told:
         say(f"fault: {reason}")
@@ -115,7 +130,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from disttrain.runs import best_checkpoint
 
     if arguments.out.exists() and not arguments.overwrite:
-        raise ConfigError(f"{arguments.out} exists", mend="name another file, or add --overwrite")
+        raise ConfigError(f"{arguments.out} already exists", mend="choose another file, or add --overwrite")
     group = "ema" if arguments.ema else "model"
     with tempfile.TemporaryDirectory(prefix="disttrain-", ignore_cleanup_errors=True) as folder:
         if is_remote(arguments.path):
@@ -136,7 +151,7 @@ def _fetched(url: str, which: str, folder: Path) -> tuple[Path, str]:
     """Download a checkpoint into a subfolder of ``folder``; return its path and its source URL."""
     mirror, found, _ = _copies(url)
     if not found:
-        raise CheckpointError(f"{mirror.url} holds no committed checkpoint", mend="correct the URL")
+        raise CheckpointError(f"{mirror.url} contains no committed checkpoint", mend="correct the URL")
     rated = best_of([one.entry for one in found], 1) if which == "best" else []
     stored = next((one for one in found if any(one.entry is entry for entry in rated)), found[-1])
     path = folder / stored.entry.path
@@ -157,7 +172,7 @@ def _prune(arguments: argparse.Namespace) -> int:
         return _prune_copies(arguments)
     directory = _folder(Path(arguments.path))
     if directory is None:
-        raise ConfigError(f"{arguments.path} is no run folder", mend="name the folder that holds checkpoints/")
+        raise ConfigError(f"{arguments.path} is not a run folder", mend="give the folder that contains checkpoints/")
     found, passed_over = committed(directory)
     best = [entry.path.name for entry in best_of(found, arguments.keep_best)]
     keep = Keep(arguments.keep_last, best, arguments.keep_every_steps)
@@ -168,7 +183,7 @@ def _prune(arguments: argparse.Namespace) -> int:
             remove(entry.path)
     say(f"{len(found) - len(superfluous)} of {len(found)} kept")
     for reason in passed_over:
-        say(f"left alone: {reason}")
+        say(f"skipped: {reason}")
     return 0
 
 
@@ -182,7 +197,7 @@ def _prune_copies(arguments: argparse.Namespace) -> int:
         say(f"{what} {mirror.url}/{one.name} ({_size(one.entry.num_bytes)})")
     say(f"{number - len(gone)} of {number} kept")
     for reason in passed_over:
-        say(f"left alone: {reason}")
+        say(f"skipped: {reason}")
     return 0
 
 
@@ -231,7 +246,7 @@ def _found(place: str) -> tuple[list[_One], list[str]]:
     if directory is not None:
         found, passed_over = committed(directory)
     elif not path.is_dir():
-        raise CheckpointError(f"there is neither a run folder nor a checkpoint {path}", mend="correct the path")
+        raise CheckpointError(f"{path} is neither a run folder nor a checkpoint", mend="correct the path")
     else:
         try:
             found = [check(path)]

@@ -117,7 +117,7 @@ def read_config(configs: Sequence[str], settings: Sequence[str]) -> Checked:
     """
     for one in configs:
         if not Path(one).is_file():
-            raise ConfigError(f"there is no configuration {one}", mend="correct --config")
+            raise ConfigError(f"configuration file {one} does not exist", mend="correct --config")
     words = ["fit"]
     for one in configs:
         words += ["--config", one]

@@ -70,7 +70,7 @@ def _content(file: str) -> Any:
     except ReadError as error:
         raise ConfigError(f"{file} {error}", mend="correct --config, or the file") from None
     except FileNotFoundError:
-        raise ConfigError(f"there is no configuration {file}", mend="correct --config") from None
+        raise ConfigError(f"configuration file {file} does not exist", mend="correct --config") from None
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{file} cannot be read: {why}", mend="correct --config") from None
@@ -79,9 +79,9 @@ def _content(file: str) -> Any:
 def _check(name: str, value: str) -> None:
     """Reject a value that would block the parser or crash it with an obscure error."""
     if "\0" in value:
-        raise ConfigError(f"{name} is {value!r}, which holds a NUL", mend="take it out")
+        raise ConfigError(f"{name} is {value!r}, which contains a NUL character", mend="remove it")
     if len(value) > _MOST_DIGITS and re.fullmatch(r"[-+]?\d+", value):
-        raise ConfigError(f"{name} is a number of {len(value):,} digits", mend="use a smaller one")
+        raise ConfigError(f"{name} is a number with {len(value):,} digits", mend="use a smaller number")
     try:
         mode = Path(value).stat().st_mode if value and name.rpartition(".")[2] != "url" else stat.S_IFREG
     except (OSError, ValueError):

@@ -27,9 +27,9 @@ def main(argv: list[str]) -> int:
     """
     arguments = _parser().parse_args(argv)
     if not arguments.timeout > 0:
-        raise ConfigError(f"--timeout is {arguments.timeout:g}", mend="use some seconds")
+        raise ConfigError(f"--timeout is {arguments.timeout:g}", mend="use a positive number of seconds")
     if arguments.port is not None and not 0 < arguments.port < 65536:
-        raise ConfigError(f"--port is {arguments.port}", mend="use 1024 to 65535")
+        raise ConfigError(f"--port is {arguments.port}", mend="use 1 to 65535")
 
     # Imported here: --help and command-line mistakes do not need torch.
     from disttrain.doctor.examine import Options, Report, examine
@@ -70,21 +70,24 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="disttrain doctor",
-        description="Check versions, devices, memory, network, ports, folders and, on several ranks, whether they reach"
-        " each other, are alike, and compute and exchange at the speed they should. Run it alone, or on all ranks as a"
-        " training is run: disttrain launch doctor, torchrun ... -m disttrain doctor, srun disttrain doctor.",
-        epilog="Exit code 0 where all is well or there are warnings only, 1 for failures, 2 for a mistake.",
+        description="Check versions, devices, memory, network, ports and folders; on several ranks, also whether they"
+        " reach each other, match, and compute and communicate at the expected speed. Run it alone, or on all ranks in"
+        " the way a training is started: disttrain launch doctor, torchrun ... -m disttrain doctor, srun disttrain"
+        " doctor.",
+        epilog="Exit code 0 if there are at most warnings, 1 for failures, 2 for a command-line mistake.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", help="a recipe's YAML: its run folder and data are examined, its content compared")
-    parser.add_argument("--run-dir", help="folder that checkpoints go to (default: the configuration's, or runs)")
-    parser.add_argument("--data", action="append", help="shards or a folder to read; may be given several times")
-    parser.add_argument("--port", type=int, default=_port_of_environment(), help="a port that is to be free on rank 0")
+    parser.add_argument(
+        "--config", help="a recipe's YAML: check its run folder and data, and compare the file across ranks"
+    )
+    parser.add_argument("--run-dir", help="folder for checkpoints (default: that of --config, or runs)")
+    parser.add_argument("--data", action="append", help="shards or a folder to read; may be repeated")
+    parser.add_argument("--port", type=int, default=_port_of_environment(), help="a port that must be free on rank 0")
     parser.add_argument("--shm", default="/dev/shm", help="where shared memory is mounted (default: %(default)s)")
     parser.add_argument(
         "--timeout", type=float, default=15.0, help="seconds to wait for other ranks (default: %(default)g)"
     )
-    parser.add_argument("--strict", action="store_true", help="end with 1 for warnings too")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 for warnings too")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 

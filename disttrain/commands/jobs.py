@@ -30,14 +30,16 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     for folder in arguments.folders:
         if not folder.is_dir():
-            raise ConfigError(f"there is no folder {folder}", mend="name the folder of a run, or one that holds runs")
-    runs = find_runs(arguments.folders, skipped=_pass_over)
+            raise ConfigError(
+                f"folder {folder} does not exist", mend="give a run folder, or a folder that contains runs"
+            )
+    runs = find_runs(arguments.folders, skipped=_skip)
     queued: dict[str, commands.Queued] = {}
     if commands.has("squeue"):
         try:
             queued = {one.job: one for one in commands.queue()}
         except commands.SlurmError as error:
-            tell(f"states are those of the run folders: {error.what}")
+            tell(f"cannot query the queue, so states come from the run folders: {error.what}")
         gone = {str(job) for run in runs if (job := read_job(run).get("job"))}
         gone = {job for job in gone if not any(name.partition("_")[0] == job for name in queued)}
         queued |= {one.job: one for one in commands.ended(sorted(gone))}
@@ -49,13 +51,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _pass_over(folder: Path, error: OSError) -> None:
-    tell(f"{folder} is passed over: {error.strerror}")
+def _skip(folder: Path, error: OSError) -> None:
+    tell(f"skipping {folder}: {error.strerror}")
 
 
 def _print(rows: list[Row]) -> None:
     if not rows:
-        say("no runs here")
+        say("no runs found")
         return
     cells = [("run", "job", "state", "attempts", "step", "checkpoint", "note")]
     for row in rows:
@@ -81,7 +83,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="disttrain jobs", description="List runs with the state of their jobs, step and last checkpoint."
     )
     parser.add_argument(
-        "folders", metavar="FOLDER", nargs="*", type=path_word, default=[Path("runs")], help="where runs are; runs/"
+        "folders",
+        metavar="FOLDER",
+        nargs="*",
+        type=path_word,
+        default=[Path("runs")],
+        help="folder of runs (default: runs)",
     )
     parser.add_argument("--json", action="store_true", help="print the list as JSON")
     return parser

@@ -49,11 +49,12 @@ def main(argv: list[str], subcommands: Collection[str]) -> int:
     arguments = _parser().parse_args(argv)
     if not arguments.command:
         raise ConfigError(
-            "disttrain launch is not told what to run", mend="as in: disttrain launch fit --config X.yaml"
+            "disttrain launch needs a subcommand or a script",
+            mend="name one, as in: disttrain launch fit --config X.yaml",
         )
     _check_command(arguments.command[0], subcommands)
     if arguments.nproc is not None and arguments.nproc < 1:
-        raise ConfigError(f"--nproc is {arguments.nproc}", mend="use at least 1, or leave it out for a rank a GPU")
+        raise ConfigError(f"--nproc is {arguments.nproc}", mend="use at least 1, or omit it for one rank per GPU")
     if arguments.nproc is not None and arguments.nproc > _MOST_RANKS:
         raise ConfigError(f"--nproc is {arguments.nproc}", mend=f"use at most {_MOST_RANKS} on one machine")
     if arguments.max_restarts < 0:
@@ -80,9 +81,9 @@ def _check_command(name: str, subcommands: Collection[str]) -> None:
     """Reject what every rank would reject, before any rank starts."""
     if name.endswith(".py"):
         if not Path(name).is_file():
-            raise ConfigError(f"there is no script {name}", mend="name a file, relative to this folder")
+            raise ConfigError(f"there is no script {name}", mend="give its path, relative to the current folder")
     elif name == "launch":
-        raise ConfigError("disttrain launch cannot launch itself", mend="name the subcommand that the ranks are to run")
+        raise ConfigError("disttrain launch cannot launch itself", mend="name the subcommand that the ranks should run")
     elif name not in subcommands:
         known = nearest(name, subcommands)
         raise ConfigError(f"there is no subcommand {name!r} to launch", mend=f"see `disttrain --help`; {known}")
@@ -109,22 +110,26 @@ def count_gpus(env: Mapping[str, str], devices: Path) -> int:
     if visible is None or not there:
         return there
     named = [name.strip() for name in visible.split(",")]
-    # CUDA hides all devices from the first invalid entry on; -1 is the usual way to hide them.
-    known = [name for name in named if not name.isdigit() or int(name) < there]
-    return known.index("-1") if "-1" in known else len([name for name in known if name])
+    # CUDA ignores the first invalid entry and all that follow it; -1 is the usual way to hide devices.
+    return next((i for i, name in enumerate(named) if not _exists(name, there)), len(named))
+
+
+def _exists(name: str, num_gpus: int) -> bool:
+    """Return whether an entry of ``CUDA_VISIBLE_DEVICES`` names a GPU; a UUID is not checked."""
+    return int(name) < num_gpus if name.isdigit() else name not in ("", "-1")
 
 
 def _check_outside(env: Mapping[str, str]) -> None:
     world = detect_world(env)
     if world.launcher == "slurm":
         raise ConfigError(
-            f"srun has started {world.size} tasks, and each of them would launch ranks of its own",
-            mend="leave `launch` out, srun starts a task a rank; or give srun --ntasks-per-node=1 and use torchrun",
+            f"srun started {world.size} tasks, each of which would launch its own ranks",
+            mend="omit `launch`, since srun starts one task per rank; or use torchrun with srun --ntasks-per-node=1",
         )
     if "TORCHELASTIC_RUN_ID" in env:
         raise ConfigError(
-            f"disttrain launch runs inside rank {world.rank} of {world.size} of a torchrun",
-            mend="give torchrun the subcommand itself; or unset the TORCHELASTIC_ variables if they are left over",
+            f"disttrain launch was started by torchrun, as rank {world.rank} of {world.size}",
+            mend="pass the subcommand to torchrun directly; or unset the TORCHELASTIC_ variables if they are left over",
         )
 
 
@@ -188,21 +193,21 @@ def _tell(endings: list[Ending], nproc: int, *, again: bool = False) -> None:
             by_message.setdefault(ending.message, []).append(ending.rank)
     for message, ranks in by_message.items():
         where = f" (rank {', '.join(map(str, ranks))} of {nproc})" if nproc > 1 else ""
-        tell(f"{message}; all ranks are started again" if again else f"error{where}: {message}")
+        tell(f"{message}; restarting all ranks" if again else f"error{where}: {message}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="disttrain launch",
         usage="disttrain launch [--nproc N] [--max-restarts K] SUBCOMMAND ... | SCRIPT.py ...",
-        description="Run a subcommand of disttrain, or a script, in several ranks on this machine: a rank a GPU, or one"
-        " on the CPU, unless --nproc says otherwise. Prints the torchrun command that it runs.",
-        epilog="Exit code: that of the ranks (see docs/cli.md). For several nodes use torchrun or srun.",
+        description="Run a subcommand of disttrain, or a script, in several ranks on this machine: one rank per GPU, or"
+        " one on the CPU, unless --nproc is given. Prints the torchrun command that it runs.",
+        epilog="Exits with the code of the ranks (see docs/cli.md). For several nodes, use torchrun or srun.",
         allow_abbrev=False,
     )
-    parser.add_argument("--nproc", type=int, help="ranks (default: as many as there are GPUs, or else 1)")
+    parser.add_argument("--nproc", type=int, help="number of ranks (default: one per GPU, or 1 without GPUs)")
     parser.add_argument(
-        "--max-restarts", type=int, default=0, help="how often failed ranks are started again (default: %(default)s)"
+        "--max-restarts", type=int, default=0, help="how many times to restart failed ranks (default: %(default)s)"
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="the subcommand or script, with its arguments")
     return parser

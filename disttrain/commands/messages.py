@@ -67,7 +67,7 @@ def explain(message: str, settings: Iterable[str]) -> DisttrainError:
     if function is not None:
         return ConfigError(
             f"{'.'.join(_keys(text[: function.start()]))}: {function.group(1)[:300]}",
-            mend="name a function, or a class with its init_args, of a module that can be imported from here",
+            mend="name a function, or a class with its init_args, in a module that can be imported from here",
         )
     class_path = re.search(r"Problem with given class_path .*?(?= - Expected| mend:|$)", text)
     if class_path is not None:

@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
         # If the reference does not reproduce itself, the layout is not the cause.
         again = compare(reference, runs.run(layouts[0], name=f"{layouts[0].name}-again"), tolerance)
     print_comparisons(reference, compared, again)
-    say(f"tolerance: {tolerance:g}, {why}" + (", and the same bits where reduction: tree gives them" if tree else ""))
+    say(f"tolerance: {tolerance:g}, {why}" + (", or bit-identical where reduction: tree guarantees it" if tree else ""))
     pictures = draw_pictures([reference, *traces], compared, out)
     write_json(out / "parity.json", reference, compared, again)
     say("pictures: " + ", ".join(str(path) for path in pictures))
@@ -110,9 +110,9 @@ def _common_size(recipe: Checked, layouts: Sequence[Layout]) -> tuple[int, list[
     asked, batch = recipe.micro_batch_size, recipe.global_batch_size
     if asked == "auto":
         size = common_size(layouts, batch)
-        return size, [f"data.micro_batch_size auto is {size} in every layout, the largest that all of them can take"]
+        return size, [f"data.micro_batch_size auto is {size} in every layout, the largest that fits all of them"]
     size = asked if batch % asked else fitting_size(layouts, batch, asked)
-    told = f"data.micro_batch_size is {size} in every layout, because not all of them can take the recipe's {asked}"
+    told = f"data.micro_batch_size is {size} in every layout, because the recipe's {asked} does not fit all of them"
     return size, [told] if size != asked else []
 
 
@@ -134,7 +134,7 @@ def _run(runs: Runs, layout: Layout, *, name: str = "", kill: bool = False) -> T
 
 def _judge(failed: Sequence[Comparison]) -> int:
     """Print the layouts that differ from the first by more than the tolerance; return the exit code."""
-    needs = ("have the same bits" if one.exact else f"differ by at most {one.tolerance:g}" for one in failed)
+    needs = ("be bit-identical" if one.exact else f"differ by at most {one.tolerance:g}" for one in failed)
     if failed:
         say("FAILED: " + ", ".join(f"{one.name} (must {need})" for one, need in zip(failed, needs, strict=True)))
     return 1 if failed else 0
@@ -149,17 +149,17 @@ def _another_size(reference: Trace, global_batch_size: int) -> tuple[list[Layout
     size = another_size(global_batch_size, reference.micro_batch_size)
     followers = ["dropout masks"] * reference.draws + ["batch norms"] * bool(reference.batch_norms)
     if size is not None and not followers:
-        note = "the module is no disttrain.Task: another micro batch size is tried, which shows a mean of means"
+        note = "the module is not a disttrain.Task: another micro batch size is tried, to detect a mean of means"
         return [parse_layout(f"1@{size}")], note
-    why = f"{' and '.join(followers)} follow it" if followers else "there is none"
-    return [], f"another micro batch size was not tried, because {why}: a mean of means would not be found"
+    why = f"{' and '.join(followers)} depend on it" if followers else "no other size is possible"
+    return [], f"another micro batch size was not tried, because {why}: a mean of means would not be detected"
 
 
 def _tolerance(asked: float | None, reference: Trace) -> tuple[float, str]:
     """Return the rounding tolerance and the reason for it."""
     names = " and ".join(reference.optimizers) or "an unknown optimizer"
     if asked is not None:
-        return asked, "as asked for"
+        return asked, "as given by --tolerance"
     if set(reference.optimizers) == {"SGD"}:
         return _TOLERANCE_SGD, f"the default for {names}"
     return _TOLERANCE, f"the default for {names}"
@@ -170,7 +170,7 @@ def _check(arguments: argparse.Namespace, out: Path) -> None:
     if arguments.steps < 1:
         raise ConfigError(f"--steps is {arguments.steps}", mend="use at least 1")
     if arguments.kill and arguments.steps < 2:
-        raise ConfigError("--steps is 1, and --kill comes between two steps", mend="use at least --steps 2")
+        raise ConfigError("--steps is 1, but --kill kills a run between two steps", mend="use at least --steps 2")
     if arguments.tolerance is not None and not 0 <= arguments.tolerance < 1:
         raise ConfigError(f"--tolerance is {arguments.tolerance}", mend="use a small number, such as 1e-5")
     if not Path(arguments.config).is_file():
@@ -179,7 +179,7 @@ def _check(arguments: argparse.Namespace, out: Path) -> None:
     others = [path.name for path in there if not ((out / _FILES[0]).is_file() and _is_ours(path))]
     if others:
         raise ConfigError(
-            f"{out} holds something else than a comparison: {min(others)}", mend="choose another folder with --out"
+            f"{out} contains something other than a comparison: {min(others)}", mend="choose another folder with --out"
         )
 
 
@@ -194,13 +194,13 @@ def _check_recipe(recipe: Checked) -> None:
     """Reject a recipe whose runs would not start from scratch, or would overwrite another run's checkpoints."""
     if recipe.resume not in ("auto", "never"):
         raise ConfigError(
-            f"resume is {recipe.resume}, and the runs of a comparison begin anew",
-            mend="leave it out; to begin with a checkpoint's weights, use --initialize_from",
+            f"resume is {recipe.resume}, but the runs of a comparison start from scratch",
+            mend="remove it; to start from a checkpoint's weights, use --initialize_from",
         )
     if recipe.mirroring:
         raise ConfigError(
-            f"trainer.callbacks has {recipe.mirroring[0]} with a mirror, where a comparison would write to",
-            mend="set it as checkpoint.mirror, which a comparison turns off, or leave it out",
+            f"trainer.callbacks has {recipe.mirroring[0]} with a mirror, which a comparison would write to",
+            mend="use checkpoint.mirror, which a comparison turns off, or remove the mirror",
         )
 
 
@@ -214,34 +214,34 @@ def _clear(out: Path) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="disttrain parity",
-        description="Run a recipe for a few steps in several layouts on this machine, and compare order, losses,"
-        " gradients, weights and metrics with those of the first. Further arguments are overrides of the recipe, as"
-        " for disttrain fit. Checkpoints stay in the folder of the comparison.",
-        epilog="Exit code 0 where all layouts agree, 1 where one differs, 2 for a mistake.",
+        description="Run a recipe for a few steps in several layouts on this machine, and compare sample order, losses,"
+        " gradients, weights and metrics with those of the first layout. Further arguments override the recipe, as for"
+        " disttrain fit. Checkpoints are written only to the folder of the comparison.",
+        epilog="Exit code 0 if all layouts agree, 1 if one differs, 2 for a mistake.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="the recipe's YAML")
     parser.add_argument(
         "--layouts",
-        help="such as 1,2xddp,4xfsdp,2x2hsdp,2x2tp, with @SIZE for another micro batch size; the first is the reference"
-        f" (default: {_LAYOUTS}, and another micro batch size where that must make no difference)",
+        help="layouts such as 1,2xddp,4xfsdp,2x2hsdp,2x2tp, with @SIZE for another micro batch size; the first is the"
+        f" reference (default: {_LAYOUTS}, and another micro batch size if that must not make a difference)",
     )
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each run (default: %(default)s)")
     parser.add_argument(
         "--reduction",
         choices=("fast", "tree"),
-        help="how gradients are summed, if not as the recipe says; with tree, all bits must be equal, but for layouts"
+        help="how gradients are summed (default: the recipe's); with tree, layouts must be bit-identical, except those"
         " with another tensor degree or micro batch size than the first",
     )
     parser.add_argument(
         "--kill",
         action="store_true",
-        help="kill each run half-way and resume it, but for the reference, which is run once more for that",
+        help="kill each run half-way and resume it; the reference is run once more for this",
     )
     parser.add_argument(
         "--tolerance",
         type=float,
-        help="largest max|w - w'| / max|w| that counts as rounding, ten times that for another tensor degree"
+        help="largest max|w - w'| / max|w| that counts as rounding; ten times that for another tensor degree"
         f" (default: {_TOLERANCE_SGD:g} for SGD, {_TOLERANCE:g} for any other optimizer)",
     )
     parser.add_argument("--out", default="runs/parity", help="folder to write to (default: %(default)s)")

@@ -34,13 +34,15 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="disttrain report",
-        description="Write a self-contained HTML page on a run, or one that compares several runs.",
+        description="Write a self-contained HTML page about a run, or one that compares several runs.",
     )
-    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=path_word, help="a run folder (holds run.json)")
+    parser.add_argument(
+        "run_dirs", metavar="RUN_DIR", nargs="+", type=path_word, help="a run folder (contains run.json)"
+    )
     parser.add_argument(
         "--out",
         metavar="DIR",
         type=path_word,
-        help="folder to write to; RUN_DIR/report by default, needed for several runs",
+        help="folder to write to (default: RUN_DIR/report); required for several runs",
     )
     return parser

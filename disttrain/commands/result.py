@@ -38,8 +38,8 @@ def changed_settings(path: Path, text: str) -> list[str]:
     try:
         content = parse_yaml(redacted(read_text(path, limit=CONFIG_BYTES)))  # older versions did not redact the file
     except (OSError, ValueError) as error:
-        told = error.strerror if isinstance(error, OSError) else error
-        tell(f"whether the run was trained with these settings is not known: {path}: {told}")
+        why = error.strerror if isinstance(error, OSError) else error
+        tell(f"cannot check whether the run was trained with these settings: {path}: {why}")
         return []
     kept, given = _flat(content), _flat(parse_yaml(text))
     common = {name for name in {**kept, **given} if name.startswith(_OF_THE_USER) or (name in kept and name in given)}
@@ -80,11 +80,11 @@ def show_complete(run_dir: Path, config: str, *, tests: bool, report: bool = Tru
         return False
     if changed := changed_settings(run_dir / "config.yaml", config):
         raise ConfigError(
-            f"the run in {run_dir} is complete, and was trained with other settings: {', '.join(changed)}",
-            mend="name another folder: --trainer.run_dir FOLDER; or --resume never to train anew, which renames the"
-            f" complete run; or --resume {run_dir} to train on from its end",
+            f"the run in {run_dir} is complete and was trained with different settings: {', '.join(changed)}",
+            mend="choose another folder: --trainer.run_dir FOLDER; or use --resume never to start over, which renames"
+            f" the complete run; or --resume {run_dir} to continue from its end",
         )
-    tell(f"the run in {run_dir} is complete, nothing is left to do; --resume never trains anew")
+    tell(f"the run in {run_dir} is already complete; to start over, use --resume never")
     show_result(run_dir, record, report=report and not (run_dir / "report" / PAGE_NAME).exists())
     return True
 
@@ -99,7 +99,7 @@ def show_result(run_dir: Path, record: dict[str, Any], *, rate: str = "", report
         report: whether to write the report now.
     """
     page = run_dir / "report" / PAGE_NAME
-    where = _report(run_dir) if report else str(page) if page.exists() else f"none; disttrain report {run_dir}"
+    where = _report(run_dir) if report else str(page) if page.exists() else f"none; run disttrain report {run_dir}"
     table = Table(title=cell(f"disttrain fit: {run_dir}"), show_header=False)
     for name, value in record.get("result", {}).items():
         table.add_row(cell(name), f"{value:.4f}")
@@ -116,7 +116,7 @@ def show_result(run_dir: Path, record: dict[str, Any], *, rate: str = "", report
     if record.get("bad_samples"):
         table.add_row("bad samples", cell(f"skipped {record['bad_samples']:,} times; see {run_dir / FOLDER}"))
     if record.get("filtered_samples"):
-        table.add_row("filtered samples", f"left out {record['filtered_samples']:,} times by data.hooks.transform")
+        table.add_row("filtered samples", f"dropped {record['filtered_samples']:,} times by data.hooks.transform")
     table.add_row("stopped", cell(record.get("stop_reason", "")))
     try:
         kept = best_checkpoint(run_dir, "best")
@@ -132,6 +132,6 @@ def _report(run_dir: Path) -> str:
     try:
         return str(write_report([run_dir]))
     except Exception as error:
-        told = error.what if isinstance(error, DisttrainError) else f"{type(error).__name__}: {error}"
-        tell(f"the run is complete, its report could not be written: {' '.join(told.split())}")
+        message = error.what if isinstance(error, DisttrainError) else f"{type(error).__name__}: {error}"
+        tell(f"the run is complete, but its report could not be written: {' '.join(message.split())}")
         return "not written"

@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
         try:
             check_data(checked)
         except DataError as error:
-            mend = f"{error.mend}; or --no-check-data, where only the nodes have the data"
+            mend = f"{error.mend}; or use --no-check-data if only the nodes have the data"
             raise DataError(error.what, mend=mend.removeprefix("; ")) from None
     script = Script(
         run_dir=Path(os.path.abspath(checked.run_dir)),
@@ -105,18 +105,18 @@ def _settings(given: list[str], job: Job) -> tuple[list[str], dict[str, str]]:
     for text in given:
         name, equals, value = text.removeprefix("--").partition("=")
         if not equals or not name:
-            raise ConfigError(f"--set {text} is no setting", mend="write --set NAME=VALUE")
+            raise ConfigError(f"--set {text} is not a setting", mend="write --set NAME=VALUE")
         if INDEX not in value:
             fixed.append(f"{name}={value}")
         elif job.array is None:
             raise ConfigError(
-                f"--set {text} holds {INDEX}, the index of a job array, and there is none",
-                mend="give --array, such as --array 0-3",
+                f"--set {text} uses {INDEX}, the index of a job array, but the job is not an array",
+                mend="add --array, such as --array 0-3",
             )
         elif name == "trainer.run_dir":
             raise ConfigError(
-                f"--set {text}: the runs of an array have folders of their own already",
-                mend=f"leave {INDEX} out of it: run 3 goes to RUN_DIR/3",
+                f"--set {text}: the runs of an array already have separate folders",
+                mend=f"remove {INDEX}: run 3 goes to RUN_DIR/3",
             )
         else:
             by_index[name] = value
@@ -127,20 +127,20 @@ def _check_folder(script: Script, job: Job, resume: str) -> None:
     """Check that the job can resume in its run folder however often it is started."""
     if resume == "never":
         raise ConfigError(
-            "resume is never, so each start of the job, after a preemption too, would begin anew",
-            mend="leave it out, and set trainer.run_dir to a new folder: --set trainer.run_dir=FOLDER",
+            "resume is never, so every start of the job, even after a preemption, would start over",
+            mend="remove it, and set trainer.run_dir to a new folder: --set trainer.run_dir=FOLDER",
         )
     if read_run(script.run_dir).get("status") == "completed":
         raise ConfigError(
-            f"run folder {script.run_dir} holds a complete run",
-            mend="name another one, --set trainer.run_dir=FOLDER, or move it away",
+            f"run folder {script.run_dir} contains a complete run",
+            mend="choose another one with --set trainer.run_dir=FOLDER, or move it away",
         )
     if complete := _complete(script.run_dir, job):
         left = job.without(complete)
         names = ", ".join(map(str, complete[:8])) + (f" and {len(complete) - 8} more" if len(complete) > 8 else "")
         raise ConfigError(
-            f"run folder {script.run_dir} holds complete runs of the array: {names}",
-            mend=f"leave them out: --array {left}; or move them away" if left else "move them away; all are complete",
+            f"run folder {script.run_dir} contains complete runs of the array: {names}",
+            mend=f"skip them: --array {left}; or move them away" if left else "move them away; all are complete",
         )
     before = str(read_job(script.run_dir).get("job", ""))
     if before and commands.has("squeue"):
@@ -149,7 +149,7 @@ def _check_folder(script: Script, job: Job, resume: str) -> None:
         if alive:
             raise ConfigError(
                 f"job {alive[0].job} of run folder {script.run_dir} is {alive[0].state.lower()}",
-                mend=f"wait for it, or end it: scancel {before}",
+                mend=f"wait for it, or cancel it: scancel {before}",
             )
 
 
@@ -167,16 +167,16 @@ def _check_output(script: Script) -> None:
         folder = Path(script.output).parent
         if INDEX not in str(folder) and not folder.is_dir():
             raise ConfigError(
-                f"folder {folder} of --output does not exist, and SLURM does not make it",
-                mend=f"make it: mkdir -p {shlex.quote(str(folder))}; or leave --output out",
+                f"the folder of --output, {folder}, does not exist, and SLURM does not create it",
+                mend=f"create it: mkdir -p {shlex.quote(str(folder))}; or omit --output",
             )
         if not os.access(folder, os.W_OK):
-            raise ConfigError(f"folder {folder} of --output cannot be written", mend="name another one")
+            raise ConfigError(f"the folder of --output, {folder}, cannot be written", mend="choose another one")
 
 
 def _let_slurm_check(job: Job, site: Site, script: Script, text: str) -> str:
     if not commands.has("sbatch"):
-        raise ConfigError("there is no sbatch here", mend="submit on a machine of the cluster, or use --dry-run")
+        raise ConfigError("sbatch is not installed here", mend="submit on a machine of the cluster, or use --dry-run")
     if partition := job.partition or site.partition:
         commands.check_partition(partition)
     with tempfile.NamedTemporaryFile("w", suffix=".sbatch", prefix="disttrain-") as file:
@@ -195,45 +195,67 @@ def _tell(number: str, job: Job, script: Script, layout: str, said: str, site_fi
     if said:
         lines.append(("SLURM says", said))
     lines.append(("follow", f"tail -F {shlex.quote(os.path.relpath(output)).replace('%a', str(job.first_index))}"))
-    lines += [("state", f"disttrain jobs {shlex.quote(str(shown))}"), ("end it", f"scancel {number}")]
+    lines += [("state", f"disttrain jobs {shlex.quote(str(shown))}"), ("cancel", f"scancel {number}")]
     for name, value in lines:
         say(f"  {name:<11} {value}")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="disttrain submit", description="Queue `disttrain fit` as a SLURM job, after checking it.")
+    parser = Parser(prog="disttrain submit", description="Check a `disttrain fit` job and queue it on SLURM.")
     add = parser.add_argument
-    add("--config", "-c", metavar="FILE", action="append", required=True, help="configuration; several merge")
+    add(
+        "--config",
+        "-c",
+        metavar="FILE",
+        action="append",
+        required=True,
+        help="configuration file; may be repeated, and later ones override",
+    )
     add(
         "--set",
         metavar="NAME=VALUE",
         action="append",
         default=[],
-        help=f"a setting, over the configuration; %{INDEX} in a value is the index of the job array",
+        help=f"override a setting; %{INDEX} in a value is the index of the job array; may be repeated",
     )
-    add("--nodes", metavar="N", type=int, default=1, help="nodes (1)")
-    add("--gpus-per-node", metavar="K", type=int, default=0, help="GPUs of each node; a rank each")
-    add("--tasks-per-node", metavar="K", type=int, help="ranks of each node, on a cluster without GPUs")
-    add("--cpus-per-task", metavar="C", type=int, help="cores of each rank; the site's")
-    add("--memory", metavar="SIZE", help="memory of each node, such as 64G, 0 for all; the site's")
-    add("--time", metavar="T", help="time limit: 3h50m, or as SLURM writes it; the partition's")
-    add("--partition", metavar="P", help="partition; the site's")
-    add("--account", metavar="A", help="account; the site's")
-    add("--qos", metavar="Q", help="quality of service; the site's")
+    add("--nodes", metavar="N", type=int, default=1, help="number of nodes (default: 1)")
+    add("--gpus-per-node", metavar="K", type=int, default=0, help="GPUs per node, one rank each")
+    add("--tasks-per-node", metavar="K", type=int, help="ranks per node, on a cluster without GPUs")
+    add("--cpus-per-task", metavar="C", type=int, help="cores per rank (default: the site's)")
+    add("--memory", metavar="SIZE", help="memory per node, such as 64G; 0 for all (default: the site's)")
+    add("--time", metavar="T", help="time limit: 3h50m, or in SLURM's notation (default: the partition's)")
+    add("--partition", metavar="P", help="partition (default: the site's)")
+    add("--account", metavar="A", help="account (default: the site's)")
+    add("--qos", metavar="Q", help="quality of service (default: the site's)")
     add("--array", metavar="INDICES", help="a job array, such as 0-3; run 3 goes to RUN_DIR/3")
-    add("--style", choices=get_args(Style), default="srun", help="who starts the ranks of a node (srun)")
+    add("--style", choices=get_args(Style), default="srun", help="what starts the ranks of a node (default: srun)")
     add(
         "--requeue",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="go on by itself after a preemption, the time limit, or the death of a node (no)",
+        help="requeue after a preemption, at the time limit, or after a node failure (default: no)",
     )
-    add("--max-requeues", metavar="N", type=int, default=50, help="how often it goes on by itself (50)")
-    add("--signal-seconds", metavar="S", type=int, default=120, help="seconds to save before the time limit (120)")
-    add("--name", metavar="NAME", help="name of the job; the configuration's")
-    add("--output", metavar="FILE", help="output of the job, in SLURM's notation; RUN_DIR/submit/%%j.log")
-    add("--sbatch", metavar="OPTION", action="append", default=[], help="another option, such as constraint=h100")
-    add("--site", metavar="FILE", type=path_word, help=f"settings of the cluster; ${VARIABLE}, else {DEFAULT}")
-    add("--check-data", action=argparse.BooleanOptionalAction, default=True, help="look for local data files (yes)")
-    add("--dry-run", action="store_true", help="print the script; queue nothing")
+    add("--max-requeues", metavar="N", type=int, default=50, help="maximum number of requeues (default: 50)")
+    add(
+        "--signal-seconds",
+        metavar="S",
+        type=int,
+        default=120,
+        help="seconds before the time limit to signal the ranks (default: 120)",
+    )
+    add("--name", metavar="NAME", help="name of the job (default: the configuration's)")
+    add("--output", metavar="FILE", help="output file, in SLURM's notation (default: RUN_DIR/submit/%%j.log)")
+    add(
+        "--sbatch", metavar="OPTION", action="append", default=[], help="another sbatch option, such as constraint=h100"
+    )
+    add(
+        "--site", metavar="FILE", type=path_word, help=f"settings of the cluster (default: ${VARIABLE}, else {DEFAULT})"
+    )
+    add(
+        "--check-data",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="check that local data files exist (default: yes)",
+    )
+    add("--dry-run", action="store_true", help="print the script and queue nothing")
     return parser

@@ -122,32 +122,32 @@ class TrainingCLI(CLIBase):
             parser.add_argument(
                 "--resume",
                 default="auto",
-                help="auto: go on where this run folder was interrupted; never: start anew; or a checkpoint's path",
+                help="auto: resume the interrupted run in this run folder; never: start over; or a checkpoint's path",
             )
             parser.add_argument(
                 "--initialize_from",
                 type=str | None,
                 default=None,
-                help="weights that a new run begins with: a .safetensors file, a .pt state_dict, a checkpoint, or a run"
-                " folder, of which its best",
+                help="weights that a new run starts from: a .safetensors file, a .pt state_dict, a checkpoint, or a run"
+                " folder (its best checkpoint)",
             )
             parser.add_argument(
                 "--initialize_strict",
                 type=bool,
                 default=True,
-                help="whether these must have the model's names and shapes; otherwise what fits is taken",
+                help="whether these must match the model's names and shapes; if false, those that match are used",
             )
             parser.add_argument(
                 "--report",
                 type=bool,
                 default=True,
-                help="whether to draw the report at the end; `disttrain report RUN_FOLDER` draws it at any time",
+                help="whether to write the report at the end; `disttrain report RUN_FOLDER` writes it at any time",
             )
         else:
             parser.add_argument(
                 "--checkpoint_path",
                 default="best",
-                help="which weights: best, last, or a checkpoint's or run folder's path",
+                help="weights to evaluate: best, last, or the path of a checkpoint or run folder",
             )
             for name in _OF_FIT:
                 parser.add_argument(f"--{name}", help=SUPPRESS)
@@ -160,7 +160,7 @@ class TrainingCLI(CLIBase):
         for name in _OF_FIT:
             if name in flags and args[0] in _EVALUATIONS:
                 raise ConfigError(
-                    f"--{name} is for fit, not for {args[0]}", mend="name the weights by --checkpoint_path PATH"
+                    f"--{name} applies to fit, not to {args[0]}", mend="choose the weights with --checkpoint_path PATH"
                 )
         self.config = parse(parser, args)
 
@@ -231,8 +231,8 @@ class TrainingCLI(CLIBase):
         with raise_together():
             if is_remote(source):
                 raise ConfigError(
-                    f"--initialize_from {shown(source)} is a URL",
-                    mend="run `disttrain checkpoints export URL weights.safetensors`, and name that file",
+                    f"--initialize_from {shown(source)} is a URL, not a path",
+                    mend="run `disttrain checkpoints export URL weights.safetensors`, and give that file",
                 )
             path = resolve_path(source, name="--initialize_from")
             if start.aside is not None and path.is_relative_to(self.trainer.run_dir):
@@ -240,7 +240,7 @@ class TrainingCLI(CLIBase):
             if (path / CHECKPOINTS).is_dir():  # a run's folder
                 path = best_checkpoint(path, "best", tell=start.notes.append)
             taken = initialize(self.model, path, strict=strict)
-            start.notes.append(f"weights are those of {path}: {taken}")
+            start.notes.append(f"starting from the weights of {path}: {taken}")
 
     def validate(self) -> None:
         """Evaluate on the validation split."""
@@ -268,7 +268,7 @@ class TrainingCLI(CLIBase):
         )
         if self.trainer.is_global_zero:
             averaged = strategy_of(self.trainer).evaluated_group
-            _say([*writer.notes, *(["these are predictions of the averaged weights"] if averaged else [])])
+            _say([*writer.notes, *(["predictions were made with the averaged weights"] if averaged else [])])
 
     def _evaluate(self, which: str) -> None:
         run = self.trainer.validate if which == "validate" else self.trainer.test
@@ -327,17 +327,17 @@ def _add_output_arguments(parser: LightningArgumentParser) -> None:
         "--output",
         type=str | None,
         default=None,
-        help="where to: one file, if it ends in .jsonl, .parquet or .tar, or else a folder of files; by default"
+        help="where to write: one file if it ends in .jsonl, .parquet or .tar, else a folder of files; by default"
         " RUN_DIR/predictions.jsonl, or the folder RUN_DIR/predictions for another --format",
     )
-    parser.add_argument("--format", type=FormatName | None, default=None, help="what to write: jsonl, parquet or tar")
+    parser.add_argument("--format", type=FormatName | None, default=None, help="file format: jsonl, parquet or tar")
     parser.add_argument(
         "--samples_per_file",
         type=int | None,
         default=None,
-        help=f"samples of each file in a folder; {SAMPLES_PER_FILE} by default",
+        help=f"samples per file in a folder; {SAMPLES_PER_FILE} by default",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace predictions that exist")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing predictions")
 
 
 def _write_config(run_dir: Path, text: str) -> None:
@@ -347,7 +347,7 @@ def _write_config(run_dir: Path, text: str) -> None:
     except OSError as error:
         raise ConfigError(
             f"run folder {run_dir} cannot be written: {error.strerror}",
-            mend="set trainer.run_dir to a folder that you may write to",
+            mend="set trainer.run_dir to a writable folder",
         ) from None
 
 

@@ -39,8 +39,8 @@ _POLL_SECONDS: Final = 0.05
 _LAST_SECONDS: Final = 3.0
 _GUARD_SECONDS: Final = 30.0
 _LOOK_AT_RANK_0: Final = (
-    "see whether rank 0 has started and what it printed, whether MASTER_ADDR is its node, and whether a firewall is"
-    " between"
+    "check whether rank 0 has started and what it printed, whether MASTER_ADDR is its node, and whether a firewall"
+    " blocks the connection"
 )
 
 
@@ -79,7 +79,7 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
     measured: dict[str, Any] = field(default_factory=dict)
     speaks: bool = True
-    stage: str = "looking at its own node"
+    stage: str = "checking its node"
 
     def as_json(self) -> dict[str, Any]:
         """Return the whole report as JSON-serializable data."""
@@ -108,8 +108,11 @@ def examine(world: World, options: Options, *, caught: Callable[[Report], None])
             device = speed.device_of(world)
             report.stage = "computing"
             report.measured["compute_seconds"] = speed.compute_seconds(device)
-            said = f"{report.measured['compute_seconds'] * 1000:.2f} ms for a product of matrices on {device.type}"
-            report.findings += [ok("computing", said), ok("ranks", "one; for links and other nodes run it on all")]
+            said = f"{report.measured['compute_seconds'] * 1000:.2f} ms per matrix product on {device.type}"
+            report.findings += [
+                ok("computing", said),
+                ok("ranks", "one; run it on all ranks to check links and other nodes"),
+            ]
         elif meeting is not None:
             _examine_together(report, options, meeting, used)
     report.measured["seconds"] = round(time.perf_counter() - start, 1)
@@ -142,7 +145,7 @@ def _examine_node(report: Report, options: Options, meeting: Meeting | None) -> 
 
 def _examine_together(report: Report, options: Options, meeting: Meeting, used: network.Interface | None) -> None:
     world, timeout = report.world, timedelta(seconds=options.timeout)
-    report.stage = "meeting the other ranks"
+    report.stage = "connecting to the other ranks"
     with ExitStack() as stack:
         reached = network.Reached()
         stack.callback(reached.close)
@@ -198,7 +201,7 @@ class _Together:
             text = self._read("plan", 2 * self.options.timeout)
             if text is None:
                 self.report.speaks = True
-                self.report.findings.append(failure("peers", "rank 0 went away", "look at what rank 0 printed"))
+                self.report.findings.append(failure("peers", "rank 0 stopped responding", "see what rank 0 printed"))
                 return None
             plan: dict[str, Any] = json.loads(text)
         else:
@@ -222,9 +225,9 @@ class _Together:
             self.report.findings.append(
                 failure(
                     "peers",
-                    f"{shown} did not come to {self.meeting.host} within {self.options.timeout:g} s",
-                    "look at what they printed; whether they were started; and whether a firewall lets them reach"
-                    f" {self.meeting.host}",
+                    f"{shown} did not connect to {self.meeting.host} within {self.options.timeout:g} s",
+                    "check whether these ranks were started, what they printed, and whether a firewall blocks their"
+                    f" connections to {self.meeting.host}",
                 )
             )
         if len(facts) > 1:
@@ -236,7 +239,7 @@ class _Together:
         told: dict[str, Any] = {"clock": plan["clock"]}
         world, came = self.world, sorted(int(rank) for rank in plan["hosts"])
         hosts = set(plan["hosts"].values())
-        self.report.stage = "reaching the other ranks"
+        self.report.stage = "testing connections to the other ranks"
         found += self._reach(plan, came)
         lost = network.warn_of_loopback(used, len(hosts))
         if lost is not None:
@@ -254,7 +257,9 @@ class _Together:
                     speed.join_group(PrefixStore("group", self.store), world, device, timeout)
                     told["speeds"] = speed.exchange_speeds(device)
             except RuntimeError as error:
-                mend = "see the other lines; NCCL_DEBUG=INFO, or TORCH_DISTRIBUTED_DEBUG=DETAIL for gloo, tell more"
+                mend = (
+                    "see the other findings; for more, set NCCL_DEBUG=INFO, or TORCH_DISTRIBUTED_DEBUG=DETAIL for gloo"
+                )
                 found.append(failure("collectives", f"{first_line(error):.300}", mend))
             finally:
                 if dist.is_initialized():
@@ -269,13 +274,11 @@ class _Together:
         if num_hosts > 1:
             infiniband = network.infiniband_speed() if on_gpus else 0.0
             interface = used.megabits * 1e6 / 8 if used else 0.0
-            return (
-                judge.Link("InfiniBand has", infiniband) if infiniband else judge.Link("the interface has", interface)
-            )
+            return judge.Link("InfiniBand", infiniband) if infiniband else judge.Link("interface", interface)
         name, speed = gpu_link() if on_gpus else ("", 0.0)
         if speed:
-            return judge.Link(f"{name} has", speed, inside=True)
-        return judge.Link("one TCP connection inside the node carries", network.loopback_speed(), inside=True)
+            return judge.Link(name, speed, inside=True)
+        return judge.Link("one TCP connection within the node", network.loopback_speed(), inside=True)
 
     def _reach(self, plan: Mapping[str, Any], came: list[int]) -> list[Finding]:
         """Connect to the ranks at power-of-two distances, which covers all ranks with few connections each."""
@@ -287,19 +290,19 @@ class _Together:
                 "peers",
                 f"rank {self.world.rank} on {socket.gethostname()} cannot reach rank {rank} on"
                 f" {plan['hosts'][str(rank)]} at {places[rank][0]}: {why}",
-                "let the nodes reach each other at all ports; or name the interface that they share by"
-                " GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME",
+                "allow connections between the nodes on all ports; or set GLOO_SOCKET_IFNAME and"
+                " NCCL_SOCKET_IFNAME to an interface that they share",
             )
             for rank, why in network.reach(places).items()
         ]
 
     def conclude(self, plan: Mapping[str, Any]) -> None:
         """Judge the results on rank 0 and send the findings to the other ranks, which return the same exit code."""
-        self.report.stage = "waiting for the others' results"
+        self.report.stage = "waiting for the results of the other ranks"
         if self.world.rank > 0:
             text = self._read("verdict", 3 * self.options.timeout + 15)
             if text is None:
-                self.report.findings.append(failure("peers", "rank 0 went away", "look at what rank 0 printed"))
+                self.report.findings.append(failure("peers", "rank 0 stopped responding", "see what rank 0 printed"))
             else:
                 self.report.findings = [Finding(**each) for each in json.loads(text)]
                 self.store.add("read", 1)
@@ -319,8 +322,8 @@ class _Together:
     def _judge_results(self, told: Mapping[int, dict[str, Any]], hosts: Mapping[int, str], silent: list[int]) -> None:
         report = self.report
         for rank in silent:
-            said = f"rank {rank} on {hosts[rank]} came, but stopped answering"
-            report.findings.append(failure("peers", said, "look at what it printed: it says where it was"))
+            said = f"rank {rank} on {hosts[rank]} connected, but then stopped responding"
+            report.findings.append(failure("peers", said, "see what it printed: it reports where it was"))
         for each in told.values():
             report.findings += [Finding(**finding) for finding in each["findings"]]
         clocks = {rank: float(each["clock"]) for rank, each in told.items()}
@@ -374,7 +377,7 @@ def _guarded(report: Report, seconds: float, caught: Callable[[Report], None]) -
     def end() -> None:
         world, report.speaks = report.world, True
         said = f"rank {world.rank} on {socket.gethostname()} hung for more than {seconds:g} s while {report.stage}"
-        report.findings.append(failure("peers", said, "see the other lines, and what the other ranks printed"))
+        report.findings.append(failure("peers", said, "see the other findings, and what the other ranks printed"))
         with suppress(Exception):
             caught(report)
             sys.stdout.flush()

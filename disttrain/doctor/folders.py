@@ -53,7 +53,8 @@ def folders_of(config: str | None, run_dir: str | None, data: Sequence[str]) -> 
     for name, section in (("trainer", trainer), ("data", sources)):
         if not isinstance(section, dict):
             raise ConfigError(
-                f"{config}: {name} is {section!r:.60}, no settings by name", mend=f"write {name}: and NAME: VALUE below"
+                f"{config}: {name} is {section!r:.60}, not a mapping of settings",
+                mend=f"write {name}: with NAME: VALUE lines below it",
             )
     named = list(data) or [text for key in ("train", "val", "test") for text in _texts(sources.get(key))]
     local = [text for text in named if "://" not in text]
@@ -71,7 +72,7 @@ def _settings(config: str) -> dict[str, Any]:
     if settings is None:
         return {}
     if not isinstance(settings, dict):
-        raise ConfigError(f"{config} holds no settings by name", mend="correct --config: write NAME: VALUE")
+        raise ConfigError(f"{config} is not a mapping of settings", mend="correct --config, or write NAME: VALUE lines")
     return settings
 
 
@@ -111,8 +112,8 @@ def _existing(path: Path) -> Path:
 
 def _examine_run_folder(run_dir: Path) -> Finding:
     check, folder = "run folder", _existing(run_dir)
-    where = str(run_dir) if folder == run_dir.absolute() else f"{run_dir} (made below {folder})"
-    mend = "set trainer.run_dir to a folder that you may write to, with space for a few checkpoints"
+    where = str(run_dir) if folder == run_dir.absolute() else f"{run_dir} (to be created in {folder})"
+    mend = "set trainer.run_dir to a writable folder with space for a few checkpoints"
     probe = folder / f".disttrain-doctor-{os.uname().nodename}-{os.getpid()}"
     try:
         if not folder.is_dir():
@@ -126,11 +127,13 @@ def _examine_run_folder(run_dir: Path) -> Finding:
         with suppress(OSError):
             probe.unlink(missing_ok=True)
     speed = written / seconds
-    said = f"{where}: {size(free)} free, writes {speed / 1e6:,.0f} MB/s through to the disk"
+    said = f"{where}: {size(free)} free, writes {speed / 1e6:,.0f} MB/s with fsync"
     if free < _GIB:
-        return warning(check, said, "make room: a checkpoint is about three times the weights with Adam")
+        return warning(
+            check, said, "free some space: with Adam, a checkpoint is about three times the size of the weights"
+        )
     if speed < _SLOW:
-        return warning(check, said, "a checkpoint takes long: save less often, or use a faster file system")
+        return warning(check, said, "saving a checkpoint will be slow: save less often, or use a faster file system")
     return ok(check, said)
 
 
@@ -156,9 +159,9 @@ def _examine_data(path: Path) -> Finding:
     except OSError as error:
         return failure(check, f"{largest[1]} cannot be read: {error.strerror}", mend)
     if not read:
-        return warning(check, f"{path} holds no shard", mend)
+        return warning(check, f"{path} contains no shards", mend)
     if read < _MIB:
-        return ok(check, f"{path}: can be read; {largest[1].name} is too small to measure how fast")
+        return ok(check, f"{path}: readable; {largest[1].name} is too small to measure the speed")
     said = f"{path}: reads {read / seconds / 1e6:,.0f} MB/s ({size(read)} of {largest[1].name})"
     if read / seconds < _SLOW:
         return warning(check, said, "copy the data to a local disk, or set data.cache.directory to one")
@@ -214,13 +217,13 @@ class SharedSign:
             if time.monotonic() > deadline:
                 return failure(
                     "run folder",
-                    f"{self.run_dir} is not the one that rank 0 writes to",
-                    "set trainer.run_dir to a folder on a file system that all nodes share, by one path",
+                    f"{self.run_dir} is not the folder that rank 0 writes to",
+                    "set trainer.run_dir to a folder on a file system that all nodes mount at the same path",
                 )
             with suppress(OSError):
                 os.listdir(self.path.parent)  # listing the folder makes NFS revalidate its cache
             time.sleep(0.1)
-        return ok("run folder", f"{self.run_dir} is rank 0's")
+        return ok("run folder", f"{self.run_dir} is shared with rank 0")
 
     def remove(self) -> None:
         """Remove the file, on rank 0."""

@@ -31,25 +31,25 @@ def compare_facts(facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
             "install the same versions on every node: pip install -c constraints.txt, or one container",
         ),
         ("code", "code", "check out the same commit on every node, or run from a folder that all nodes share"),
-        ("configuration", "config", "give every rank the same --config, or put it into a folder that all nodes share"),
+        ("configuration", "config", "give every rank the same --config, or put it in a folder that all nodes share"),
     ):
         differing = describe_differences([each[key] for each in facts], hosts)
         if differing:
-            found.append(failure(check, f"not the same on all ranks: {differing}", mend))
+            found.append(failure(check, f"differs between ranks: {differing}", mend))
     differing = describe_differences([each["environment"] for each in facts], hosts)
     if differing:
-        mend = "export them before the launcher, so that all ranks have them (srun --export=ALL)"
-        found.append(warning("environment", f"not the same on all ranks: {differing}", mend))
+        mend = "export them before starting the launcher, so that all ranks inherit them (srun --export=ALL)"
+        found.append(warning("environment", f"differs between ranks: {differing}", mend))
     differing = describe_differences(
         [{k: v for k, v in each["system"].items() if k != "kernel"} for each in facts], hosts
     )
     if differing:
-        mend = "install the same driver on every node; NCCL and CUDA may behave otherwise with another"
-        found.append(warning("driver", f"not the same on all ranks: {differing}", mend))
+        mend = "install the same driver on every node; NCCL and CUDA may behave differently between versions"
+        found.append(warning("driver", f"differs between ranks: {differing}", mend))
     if not found:
         found.append(ok("ranks", f"{len(facts)} ranks on {_nodes(hosts)} have the same versions, code and settings"))
     kernels = describe_differences([{"kernel": each["system"].get("kernel", "")} for each in facts], hosts)
-    return [*found, ok("kernel", f"not the same on all ranks: {kernels}")] if kernels else found
+    return [*found, ok("kernel", f"differs between ranks: {kernels}")] if kernels else found
 
 
 def compare_clocks(seconds: Mapping[int, float], hosts: Mapping[int, str]) -> Finding:
@@ -64,10 +64,10 @@ def compare_clocks(seconds: Mapping[int, float], hosts: Mapping[int, str]) -> Fi
     if abs(offsets[rank]) > _CLOCK_SECONDS:
         return warning(
             "clocks",
-            f"the clock of {hosts[rank]} is {offsets[rank]:+.1f} s off that of {hosts[0]}",
+            f"the clock of {hosts[rank]} is {offsets[rank]:+.1f} s off from that of {hosts[0]}",
             "run chrony or ntpd on every node; logs and events are ordered by these clocks",
         )
-    return ok("clocks", f"within {abs(offsets[rank]) * 1000:.0f} ms, the time of asking included")
+    return ok("clocks", f"within {abs(offsets[rank]) * 1000:.0f} ms, including the delay of the query")
 
 
 def compare_speeds(seconds: Mapping[int, float], hosts: Mapping[int, str]) -> list[Finding]:
@@ -84,7 +84,7 @@ def compare_speeds(seconds: Mapping[int, float], hosts: Mapping[int, str]) -> li
     if not slow:
         spread = max(seconds.values()) / min(seconds.values())
         return [
-            ok("computing", f"{usual * 1000:.2f} ms for the same work, slowest rank {spread:.2f} times the fastest")
+            ok("computing", f"{usual * 1000:.2f} ms for the same work; slowest rank {spread:.2f} times the fastest")
         ]
     names = [hosts[rank] for rank in range(max(hosts) + 1) if rank in hosts]
     order = sorted(hosts)
@@ -93,9 +93,9 @@ def compare_speeds(seconds: Mapping[int, float], hosts: Mapping[int, str]) -> li
         warning(
             "computing",
             f"{whom} takes {max(slow.values()):.1f} times as long as the others for the same work"
-            f" ({max(seconds[rank] for rank in slow) * 1000:.1f} ms, not {usual * 1000:.1f} ms)",
-            "look there with `top` and `nvidia-smi -q -d PERFORMANCE` for other processes, heat and power limits, and"
-            " whether ranks share cores (srun --cpu-bind=cores); take the node out with --exclude",
+            f" ({max(seconds[rank] for rank in slow) * 1000:.1f} ms instead of {usual * 1000:.1f} ms)",
+            "check there with `top` and `nvidia-smi -q -d PERFORMANCE` for other processes, thermal and power limits,"
+            " and ranks that share cores (srun --cpu-bind=cores); to avoid the node, use --exclude",
         )
     ]
 
@@ -105,7 +105,7 @@ class Link:
     """Expected speed of the slowest link between the ranks.
 
     Attributes:
-        name: text that precedes the speed in messages.
+        name: its name in messages.
         speed: bytes per second; 0 if unknown.
         inside: whether the link is inside one node, where processors or the path between GPUs reduce the speed further.
     """
@@ -124,21 +124,23 @@ def judge_links(speeds: Mapping[str, float], *, backend: str, link: Link) -> Fin
         link: the expected link; an unknown speed is replaced by the minimum for any training.
     """
     reduce, gather, latency = speeds["all_reduce"], speeds["all_gather"], speeds["latency"]
-    said = f"{backend}: all-reduce {_rate(reduce)}, all-gather {_rate(gather)} a link, latency {latency * 1e6:,.0f} us"
+    said = (
+        f"{backend}: all-reduce {_rate(reduce)}, all-gather {_rate(gather)} per link, latency {latency * 1e6:,.0f} us"
+    )
     if link.speed:
-        said += f"; {link.name} {_rate(link.speed)}"
+        said += f"; {link.name}: {_rate(link.speed)}"
     share = (_OF_GLOO_INSIDE if backend == "gloo" else _OF_GPUS) if link.inside else _OF_LINK
     if max(reduce, gather) < max(_LEAST, share * link.speed):
         if not link.inside:
-            mend = "look for a slower interface in between (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), or other traffic"
+            mend = "check for a slower interface on the path (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), or other traffic"
         elif backend == "gloo":
-            mend = "look with `top` for what else computes here, and whether ranks share cores (srun --cpu-bind=cores)"
+            mend = "check with `top` for other processes, and for ranks that share cores (srun --cpu-bind=cores)"
         else:
-            mend = "look at `nvidia-smi topo -m`, for NCCL_P2P_DISABLE and NCCL_SHM_DISABLE, and with NCCL_DEBUG=INFO"
+            mend = "check `nvidia-smi topo -m`, NCCL_P2P_DISABLE, NCCL_SHM_DISABLE, and the log of NCCL_DEBUG=INFO"
         return warning("collectives", said, mend)
     if latency > _LATENCY_SECONDS[backend]:
-        mend = "look for ranks that share cores or wait for other programs, and, between nodes, at `ping`"
-        return warning("collectives", f"{said}: each collective takes long, however small", mend)
+        mend = "check for ranks that share cores or wait for other programs and, between nodes, the `ping` time"
+        return warning("collectives", f"{said}: every collective is slow, however small", mend)
     return ok("collectives", said)
 
 

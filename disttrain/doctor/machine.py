@@ -46,11 +46,13 @@ def _processors(world: World) -> Finding:
         return warning(
             "processors",
             f"{said}: fewer cores than the {world.local_size} ranks of this node",
-            "start fewer ranks, or ask for more cores (--cpus-per-task; taskset and cpuset limit them too)",
+            "start fewer ranks, or request more cores (--cpus-per-task; taskset and cpuset limit them too)",
         )
     if load > 1.5 * usable + world.local_size:
         return warning(
-            "processors", f"{said}: others compute here", "look with `top`; SLURM's --exclusive keeps others out"
+            "processors",
+            f"{said}: other processes are busy here",
+            "check with `top`; SLURM's --exclusive keeps other jobs out",
         )
     return ok("processors", said)
 
@@ -60,13 +62,13 @@ def _memory(world: World) -> Finding:
     limit = cgroup_left()
     said = f"{size(free)} free of {size(psutil.virtual_memory().total)}"
     if limit is not None:
-        said += f", {size(limit)} of it left to the job"
+        said += f", {size(limit)} of it left for the job"
         free = min(free, limit)
     if free < world.local_size * _GIB:
         return warning(
             "memory",
             f"{said} for {_plural(world.local_size, 'rank')}",
-            "a rank with PyTorch takes about 1 GiB before its model: end what else runs, or ask for more (--mem)",
+            "a rank needs about 1 GiB for PyTorch alone: stop other processes, or request more memory (--mem)",
         )
     return ok("memory", said)
 
@@ -114,8 +116,8 @@ def _kept(stat: Path, name: str) -> int:
 
 def _shared_memory(shm: Path) -> Finding:
     mend = (
-        f"delete what dead processes left in {shm}; in a container give it more: docker --shm-size=8g or --ipc=host,"
-        " Kubernetes an emptyDir with medium Memory"
+        f"delete what dead processes left in {shm}; in a container, enlarge it: --shm-size=8g or --ipc=host in Docker,"
+        " an emptyDir with medium Memory in Kubernetes"
     )
     try:
         free = shutil.disk_usage(shm).free
@@ -136,7 +138,7 @@ def _shared_memory(shm: Path) -> Finding:
 def _open_files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 1024:
-        return warning("open files", f"at most {soft} (hard limit {hard})", "raise it: ulimit -n 65536")
+        return warning("open files", f"at most {soft} (hard limit {hard})", "raise the limit: ulimit -n 65536")
     return ok("open files", f"at most {soft:,}")
 
 
@@ -147,10 +149,10 @@ def _devices(world: World) -> list[Finding]:
                 failure(
                     "devices",
                     f"nvidia-smi lists GPUs, but PyTorch {torch.__version__} sees none",
-                    "install the build of PyTorch for this driver's CUDA version; in a container pass --gpus all",
+                    "install the PyTorch build for this driver's CUDA version; in a container, pass --gpus all",
                 )
             ]
-        return [ok("devices", "no GPU: ranks compute on the CPU, over gloo")]
+        return [ok("devices", "no GPU: ranks use the CPU and gloo")]
     number = torch.cuda.device_count()
     names = {torch.cuda.get_device_name(i) for i in range(number)}
     driver = _smi("--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0] or "unknown"
@@ -160,15 +162,15 @@ def _devices(world: World) -> list[Finding]:
     except ConfigError as error:
         return [*found, failure("devices", error.what, error.mend)]
     if number > world.local_size > 1:
-        mend = f"start {number} ranks a node, or hide the others by CUDA_VISIBLE_DEVICES"
+        mend = f"start {number} ranks per node, or hide the other GPUs with CUDA_VISIBLE_DEVICES"
         found.append(warning("devices", f"{number - world.local_size} of {number} GPUs have no rank", mend))
     pairs = [(i, j) for i in range(number) for j in range(number) if i != j]
     apart = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
     if apart and world.local_size > 1:
-        mend = "look at `nvidia-smi topo -m`; IOMMU or ACS in the BIOS, or a virtual machine, may forbid it"
+        mend = "check `nvidia-smi topo -m`; IOMMU or ACS in the BIOS, or a virtual machine, may prevent it"
         found.append(warning("topology", f"{len(apart)} of {len(pairs)} pairs of GPUs have no direct access", mend))
     elif pairs:
-        found.append(ok("topology", f"all {_plural(number, 'GPU')} reach each other directly"))
+        found.append(ok("topology", f"all {_plural(number, 'GPU')} have direct access to each other"))
     return found
 
 
@@ -179,7 +181,7 @@ def examine_device(world: World) -> list[Finding]:
     free, total = torch.cuda.mem_get_info(world.local_rank)
     said = f"GPU {world.local_rank}: {size(free)} free of {size(total)}"
     if free < 0.9 * total:
-        return [warning("GPU memory", said, "another process holds the rest: look with `nvidia-smi`")]
+        return [warning("GPU memory", said, "another process holds the rest: check with `nvidia-smi`")]
     return [ok("GPU memory", said)]
 
 

@@ -91,7 +91,9 @@ def examine_network(env: Mapping[str, str], *, host: str = "") -> tuple[list[Fin
         absent = [text for text in wanted if not any(name.startswith(text) for name in names)]
         if absent:
             mend = f"correct it; {nearest(absent[0], names)}"
-            found.append(failure("network", f"{variable} is {env[variable]!r}, which is no interface here", mend))
+            found.append(
+                failure("network", f"{variable} is {env[variable]!r}, which is not an interface of this node", mend)
+            )
     if found:
         return found, None
     address = _gloo_address(env, known) or towards(host or _ELSEWHERE)
@@ -102,7 +104,7 @@ def examine_network(env: Mapping[str, str], *, host: str = "") -> tuple[list[Fin
     if infiniband:
         listed += f"; InfiniBand: {', '.join(infiniband)}"
     if used is None:
-        return [ok("network", f"no way leads out; {', '.join(map(str, known))}{listed}")], None
+        return [ok("network", f"no route out of this node; {', '.join(map(str, known))}{listed}")], None
     return [ok("network", f"{used} is used{listed}")], used
 
 
@@ -140,9 +142,11 @@ def examine_port(port: int) -> Finding:
     except OSError as error:
         owner = _owner(port)
         said = (
-            f"port {port} of {socket.gethostname()}: {os.strerror(error.errno or 0)}{f', by {owner}' if owner else ''}"
+            f"port {port} on {socket.gethostname()}: {os.strerror(error.errno or 0)}{f', by {owner}' if owner else ''}"
         )
-        return failure("port", said, "end that program, or set MASTER_PORT to a free one; `disttrain launch` finds one")
+        return failure(
+            "port", said, "stop that program, or set MASTER_PORT to a free port; `disttrain launch` finds one"
+        )
     return ok("port", f"port {port} is free")
 
 
@@ -197,9 +201,9 @@ def _reach(place: tuple[str, int]) -> str:
         with socket.create_connection(place, _REACH_SECONDS) as connection:
             connection.settimeout(_REACH_SECONDS)
             said = connection.recv(5)
-            return "" if said == b"here\n" else "something else answers" if said else "it hung up"
+            return "" if said == b"here\n" else "another program answered" if said else "it closed the connection"
     except TimeoutError:
-        return f"no answer in {_REACH_SECONDS:g} s"
+        return f"no answer within {_REACH_SECONDS:g} s"
     except OSError as error:
         return error.strerror or str(error)
 
@@ -247,6 +251,6 @@ def warn_of_loopback(used: Interface | None, num_hosts: int) -> Finding | None:
     name = socket.gethostname()
     return warning(
         "network",
-        f"{name} stands for {used.addresses[0]} here: gloo would have the other nodes connect to themselves",
+        f"{name} resolves to {used.addresses[0]} here: over gloo, the other nodes would connect to themselves",
         f"set GLOO_SOCKET_IFNAME={others[0] if others else 'INTERFACE'}, or correct {name} in /etc/hosts",
     )

@@ -40,7 +40,7 @@ def summary(findings: Iterable[Finding]) -> str:
     findings = list(findings)
     counts = {status: sum(each.status == status for each in merge(findings)) for status in ("failure", "warning")}
     said = [f"{number} {status}{'' if number == 1 else 's'}" for status, number in counts.items() if number]
-    return f"{', '.join(said)} to mend" if worst(findings) != "ok" else "all is well"
+    return ", ".join(said) if worst(findings) != "ok" else "no problems found"
 
 
 def merge(findings: Iterable[Finding]) -> list[Finding]:
@@ -53,7 +53,7 @@ def merge(findings: Iterable[Finding]) -> list[Finding]:
     merged = []
     for group in groups.values():
         first, said = group[0], list(dict.fromkeys(each.said for each in group))
-        text = "\n".join(said[:_SHOWN]) + (f"\nand {len(said) - _SHOWN} more like these" if len(said) > _SHOWN else "")
+        text = "\n".join(said[:_SHOWN]) + (f"\nand {len(said) - _SHOWN} more" if len(said) > _SHOWN else "")
         hosts = list(dict.fromkeys(each.host for each in group if each.host))
         if first.status != "ok" and several and hosts:
             text = f"{', '.join(hosts[:4])}{f' and {len(hosts) - 4} more' if len(hosts) > 4 else ''}: {text}"

@@ -22,12 +22,15 @@ def likely_causes(reference: Trace, other: Trace, tolerance: float) -> list[str]
     drawn = sorted({*reference.drawn, *other.drawn})
     causes = [
         f"unkeyed randomness: training draws from {', '.join(drawn)}; draw from PyTorch's default generator,"
-        " which is keyed by step and micro batch, or in a transform from the generator that it is given"
+        " which is keyed by step and micro batch, or, in a transform, from the generator passed to it"
     ][: len(drawn)]
     if order_differs(reference, other):
-        return [*causes, "another order of samples: the training data does not come from disttrain's data module"]
+        return [*causes, "a different sample order: the training data does not come from disttrain's data module"]
     if distance(reference.weights(0), other.weights(0)) > 0:
-        return [*causes, "other initial weights: the model draws them before the seed is set, or by rank"]
+        return [
+            *causes,
+            "different initial weights: the model draws them before the seed is set, or depending on the rank",
+        ]
     step = min(set(reference.steps) & set(other.steps), default=None)
     if step is None:
         return causes
@@ -40,13 +43,13 @@ def likely_causes(reference: Trace, other: Trace, tolerance: float) -> list[str]
     if relative(ours["loss"], theirs["loss"]) > bound:
         if not drawn:
             causes.append(
-                "rank-dependent code or unkeyed randomness: the same weights and samples gave another loss in the first"
-                " step"
+                "rank-dependent code or unkeyed randomness: the same weights and samples gave a different loss in the"
+                " first step"
             )
     elif relative(ours["grad_norm"], theirs["grad_norm"]) > bound:
         causes.append(
-            "rank-dependent code in the backward pass or the optimizer's hooks: the first step's loss is the same, its"
-            " gradient is not"
+            "rank-dependent code in the backward pass or the optimizer's hooks: the first step's loss is the same, but"
+            " its gradient is not"
         )
     if reference.batch_norms and not _only_rounding(reference, other, tolerance):
         causes.append(
@@ -55,8 +58,8 @@ def likely_causes(reference: Trace, other: Trace, tolerance: float) -> list[str]
         )
     if not causes:
         causes.append(
-            "a kernel that is not deterministic, or rounding that the model amplifies (ReLU, max pooling) or that Adam"
-            " scales up, where a gradient is nothing else (the bias of attention's keys)"
+            "a nondeterministic kernel, or rounding that is amplified by the model (ReLU, max pooling) or by Adam, if a"
+            " gradient is nothing but rounding (the bias of attention's keys)"
         )
     return causes
 
@@ -68,21 +71,21 @@ def _of_the_size(reference: Trace, other: Trace) -> list[str]:
     causes = []
     if followers:
         causes.append(
-            f"{_sizes(reference, other)}: {' and '.join(followers)} follow it; compare layouts of one size, or without"
-            " them"
+            f"{_sizes(reference, other)}: {' and '.join(followers)} depend on it; compare layouts of the same size, or"
+            " switch them off"
         )
     if not reference.is_task:
         causes.append(
-            "a mean of means: the module does not leave its loss to disttrain.Task, so that each micro batch counts"
-            f" alike, whatever its weight; here with {_sizes(reference, other)}"
+            "a mean of means: the module does not leave its loss to disttrain.Task, so every micro batch counts"
+            f" equally, whatever its weight; here with {_sizes(reference, other)}"
         )
     return causes
 
 
 def _of_neighbours(reference: Trace, other: Trace) -> str:
     return (
-        f"{_sizes(reference, other)}: what a sample gives depends on the others of its micro batch (a contrastive loss,"
-        " a norm over the batch)"
+        f"{_sizes(reference, other)}: the result of a sample depends on the rest of its micro batch (a contrastive"
+        " loss, a norm over the batch)"
     )
 
 

@@ -105,7 +105,7 @@ def _off(reference: Trace, other: Trace, step: int, name: str) -> float:
 def _other_length(reference: Trace, other: Trace) -> str:
     if set(reference.steps) == set(other.steps):
         return ""
-    return f"{other.name} did {len(other.steps)} steps, {reference.name} {len(reference.steps)}"
+    return f"{other.name} ran {len(other.steps)} steps, {reference.name} {len(reference.steps)}"
 
 
 def _first_number(reference: Trace, other: Trace, steps: list[int], tolerance: float, *, exact: bool) -> str:

@@ -34,11 +34,11 @@ def first_unlike(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: 
     for name in [*ours, *(name for name in theirs if name not in ours)]:
         one, two = ours.get(name), theirs.get(name)
         if one is None or two is None or not _alike(one, two):
-            return f"{name} is missing or of another shape or type"
+            return f"{name} is missing or has another shape or type"
         if _same_bits(one, two):
             continue
         if not one.is_floating_point():
-            return f"{name} is not the same"
+            return f"{name} differs"
         off = _gap(one, two) / (scale if _is_weight(name, one) else _scale([one]) or 1.0)
         if not tolerance or not off <= tolerance:
             return f"{name} is off by {off:.1e}"
@@ -71,7 +71,7 @@ def order_differs(reference: Trace, other: Trace) -> str:
     for step in sorted({*reference.steps, *other.steps, *reference.samples, *other.samples}):
         without = [trace.name for trace in (reference, other) if step in trace.steps and not trace.samples.get(step)]
         if without:
-            return f"in step {step}, the samples: the ledger of {' and '.join(without)} has none"
+            return f"in step {step}, the samples: the ledger of {' and '.join(without)} lists none"
         ours, theirs = reference.samples.get(step), other.samples.get(step)
         if ours is not None and theirs is not None and ours != theirs:
             return f"in step {step}, the samples"

@@ -85,14 +85,14 @@ class Runs:
         if not trace.was_killed:
             done = max(trace.steps)
             raise ParityError(
-                f"layout {trace.name} was not killed: it ended by itself after step {done}, before step"
-                f" {self._kill_at + 1}, where that was to be",
+                f"layout {trace.name} was not killed: it ended by itself after step {done}, but the kill"
+                f" was due before step {self._kill_at + 1}",
                 mend=f"use --steps {done}, or let the recipe train longer (trainer.max_steps, trainer.max_epochs)",
             )
         if not trace.resumed_from:
             raise ParityError(
-                f"layout {trace.name} was killed after step {self._kill_at} and resumed from no checkpoint",
-                mend="use more --steps, and let the recipe keep its checkpoints by `checkpoint:` alone",
+                f"layout {trace.name} was killed after step {self._kill_at} and did not resume from a checkpoint",
+                mend="increase --steps, and configure checkpoints in the recipe's `checkpoint:` only",
             )
 
     @property
@@ -195,4 +195,4 @@ def _log(run_dir: Path, rank: int) -> Path:
 def _last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("disttrain: error")]
-    return (errors or lines or ["it said nothing"])[-1][:400]
+    return (errors or lines or ["no output"])[-1][:400]

@@ -72,7 +72,9 @@ def parse_layouts(text: str) -> list[Layout]:
     layouts = [parse_layout(part.strip()) for part in text.split(",") if part.strip()]
     names = [layout.name for layout in layouts]
     if len(set(names)) < 2:
-        raise ConfigError(f"--layouts {text!r} names fewer than two layouts", mend="give some, such as 1,2xddp,2xfsdp")
+        raise ConfigError(
+            f"--layouts {text!r} names fewer than two layouts", mend="give several, such as 1,2xddp,2xfsdp"
+        )
     return list({layout.name: layout for layout in layouts}.values())
 
 
@@ -84,13 +86,13 @@ def parse_layout(text: str) -> Layout:
     """
     found = re.fullmatch(r"(\d+)(?:x(?:(\d+)x?)?(ddp|fsdp|hsdp|tp))?(?:@(\d+))?", text)
     if found is None:
-        raise _none(text)
+        raise _not_a_layout(text)
     size = int(found[4]) if found[4] else None
     ranks, second, strategy = int(found[1]), int(found[2] or 1), found[3]
     if ranks < 1 or second < 1 or size == 0 or (found[2] is not None) != (strategy in ("hsdp", "tp")):
-        raise _none(text)
+        raise _not_a_layout(text)
     if strategy is None and ranks > 1:
-        raise _none(text)
+        raise _not_a_layout(text)
     if strategy == "hsdp":
         return Layout(text, ranks * second, "fsdp", replicate=ranks, shard=second, micro_batch_size=size)
     if strategy == "tp":
@@ -140,14 +142,14 @@ def replaced_settings(layouts: Sequence[Layout], recipe: ParallelConfig) -> list
     """Describe which of the recipe's settings the layouts override."""
     usual = {field.name: field.default for field in fields(ParallelConfig)}
     told = [
-        f"trainer.parallel.{name} {getattr(recipe, name)} of the recipe gives way to each layout's"
+        f"the recipe's trainer.parallel.{name} {getattr(recipe, name)} is replaced by that of each layout"
         for name in _DEGREES
         if getattr(recipe, name) != usual[name]
     ]
     for strategy, options in _FOREIGN.items():
         names = ", ".join(layout.name for layout in layouts if layout.strategy == strategy)
         told += [
-            f"trainer.parallel.{name} {str(getattr(recipe, name)).lower()} of the recipe is left out in {names}, where"
+            f"the recipe's trainer.parallel.{name} {str(getattr(recipe, name)).lower()} is dropped in {names}, because"
             f" {strategy} has no such option"
             for name, off in options.items()
             if names and getattr(recipe, name) != off
@@ -162,10 +164,10 @@ def _plan(layout: Layout, global_batch_size: int, micro_batch_size: int) -> Batc
         raise ConfigError(f"layout {layout.name}: {error.what}", mend=error.mend) from None
 
 
-def _none(text: str) -> ConfigError:
+def _not_a_layout(text: str) -> ConfigError:
     return ConfigError(
-        f"{text!r} is no layout",
-        mend="write 1, RANKSxddp, RANKSxfsdp, COPIESxRANKShsdp (each copy sharded over so many ranks) or PARTSxRANKStp"
-        " (FSDP over so many parts of the data, each shared by so many ranks), and @SIZE behind it for another micro"
-        " batch size",
+        f"{text!r} is not a layout",
+        mend="write 1, RANKSxddp, RANKSxfsdp, COPIESxRANKShsdp (each copy sharded over that many ranks) or"
+        " PARTSxRANKStp (FSDP over that many parts of the data, each shared by that many ranks), followed by"
+        " @SIZE for another micro batch size",
     )

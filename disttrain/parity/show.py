@@ -35,12 +35,12 @@ def print_comparisons(reference: Trace, compared: Sequence[Comparison], again: C
     for one in compared:
         table.add_row(one.name, one.verdict, *map(_number, (one.weights, one.loss, one.grad_norm, one.metrics)))
     Console().print(table)
-    say("weights: max|w - w'| / max|w| after the last step; loss, norm: largest relative difference of a step")
+    say("weights: max|w - w'| / max|w| after the last step; loss, norm: largest relative difference in any step")
     for one in compared:
         if one.verdict == SAME:
             continue
-        beyond = "not the same bits" if one.exact else f"beyond {one.tolerance:g}"
-        what = beyond if one.verdict == DIFFERENT else "the last bits"
+        beyond = "not bit-identical" if one.exact else f"beyond {one.tolerance:g}"
+        what = beyond if one.verdict == DIFFERENT else "only the last bits differ"
         say(f"{one.name}: {what}, first {one.first}")
         if one.verdict == DIFFERENT:
             for number, cause in enumerate(_causes(one, again), start=1):
@@ -85,8 +85,8 @@ def _causes(one: Comparison, again: Comparison | None) -> list[str]:
     if again.verdict == DIFFERENT or (one.exact and again.verdict != SAME):
         causes.insert(
             0,
-            "not the layout: the reference run, repeated, differs from itself as well: a kernel that is not"
-            " deterministic, or randomness that is not keyed",
+            "not the layout: a repeat of the reference run differs too, because of a nondeterministic kernel or"
+            " unkeyed randomness",
         )
     return causes
 

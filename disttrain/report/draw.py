@@ -178,7 +178,7 @@ def _draw_life(axes: Axes, picture: Picture) -> None:
     """Mark events of the run along the edges of the plot."""
     edges = axes.get_xaxis_transform()  # x in steps, y from 0 to 1
     for i, (step, to_step) in enumerate(picture.rollbacks):
-        words = f"went back from step {_first([f'{a:,} to {b:,}' for a, b in picture.rollbacks], 2)}"
+        words = f"rolled back from step {_first([f'{a:,} to {b:,}' for a, b in picture.rollbacks], 2)}"
         axes.axvspan(to_step, step, color="#F0E442", alpha=0.3, linewidth=0, zorder=0.5, label=None if i else words)
         height = 0.94 - 0.07 * (i % 8)
         arrow = {"arrowstyle": "->", "color": _INK, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
@@ -186,7 +186,7 @@ def _draw_life(axes: Axes, picture: Picture) -> None:
     if picture.left_out:
         count = len(picture.left_out)
         words = (
-            f"{count:,} update{'s' * (count > 1)} left out, step {_first([f'{step:,}' for step in picture.left_out])}"
+            f"{count:,} update{'s' * (count > 1)} skipped, step {_first([f'{step:,}' for step in picture.left_out])}"
         )
         axes.plot(
             picture.left_out, [0.025] * count, linestyle="", marker="|", markersize=9, markeredgewidth=1.5,

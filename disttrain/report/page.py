@@ -50,8 +50,8 @@ pre { background: var(--card); border: 1px solid var(--rule); border-radius: .5r
 """
 
 _SHADE_NOTE: Final = (
-    "Where a band lies behind a line, the line is the mean over spans of steps, and the band reaches from the least"
-    " to the greatest value."
+    "If a line has a band behind it, the line is the mean over spans of steps, and the band shows the minimum and"
+    " maximum."
 )
 
 Row = tuple[str, Sequence[str | None]]
@@ -78,8 +78,8 @@ def page_of_run(run: Run, figures: Sequence[Figure]) -> str:
         f"<p>{_status(run)} {escape(run.stop_reason)}</p>",
         f'<p class="faint">{escape(_origin(run))}</p>',
         _section("Result", _table([], [(name, [value]) for name, value in _results(run).items()])),
-        _section("Course", _figures(figures)),
-        _section("Events", _table(["Step", "Time", "Kind", "What happened"], _event_rows(run))),
+        _section("Curves", _figures(figures)),
+        _section("Events", _table(["Step", "Time", "Kind", "Details"], _event_rows(run))),
         _section("Attempts", _table(_ATTEMPT_HEADS, _attempt_rows(run))),
         _section("Ranks", _table(_RANK_HEADS, _rank_rows(run))),
         _section("Environment", _table([], [(name, [value]) for name, value in run.environment.items()])),
@@ -96,7 +96,7 @@ def page_of_runs(runs: Sequence[Run], labels: Sequence[str], figures: Sequence[F
     ]
     finals = [{"status": _status_words(run), "stopped": run.stop_reason or None, **_results(run)} for run in runs]
     names = dict.fromkeys(name for final in finals for name in final)
-    left_out = f"The pictures show the first {MAX_LINES} of the {len(runs)} runs." if len(runs) > MAX_LINES else ""
+    left_out = f"The plots show the first {MAX_LINES} of the {len(runs)} runs." if len(runs) > MAX_LINES else ""
     differences = config_differences([run.config for run in runs])
     surroundings = mapping_differences([run.environment for run in runs])
     same = '<p class="faint">None: the configurations are the same.</p>'
@@ -104,7 +104,7 @@ def page_of_runs(runs: Sequence[Run], labels: Sequence[str], figures: Sequence[F
         f"<h1>{len(runs)} runs compared</h1>",
         f'<p class="faint">{escape(", ".join(labels))}</p>',
         _section("Result", _run_table(heads, [(name, [final.get(name) for final in finals]) for name in names])),
-        _section("Course", (f'<p class="faint">{left_out}</p>' if left_out else "") + _figures(figures)),
+        _section("Curves", (f'<p class="faint">{left_out}</p>' if left_out else "") + _figures(figures)),
         _section("Settings that differ", _run_table(heads, differences) if differences else same),
         _section("Environment that differs", _run_table(heads, surroundings) if surroundings else ""),
         _section("Folders", _run_table(heads, [("folder", [str(run.folder) for run in runs])])),
@@ -150,7 +150,7 @@ def _results(run: Run) -> dict[str, str]:
     if run.last_step is not None:
         rows["steps"] = f"{run.last_step:,}"
     if run.num_epochs is not None:
-        rows["epochs begun"] = f"{run.num_epochs:,}"
+        rows["epochs started"] = f"{run.num_epochs:,}"
     if run.attempts:
         rows["attempts"] = str(len(run.attempts) + run.attempts_left_out)
     if run.wall_seconds is not None:
@@ -159,7 +159,7 @@ def _results(run: Run) -> dict[str, str]:
     if bad:
         rows["bad samples skipped"] = f"{bad[-1][1]:,.0f}"
     if run.left_out:
-        rows["updates left out"] = f"{len(run.left_out):,}"
+        rows["updates skipped"] = f"{len(run.left_out):,}"
     if run.rollbacks:
         rows["rollbacks"] = f"{len(run.rollbacks):,}"
     speed, wait = run.mean_rate("samples_per_second"), run.mean("data_wait")
@@ -195,7 +195,7 @@ _ATTEMPT_HEADS: Final = (
     "Ranks",
     "Strategy",
     "Precision",
-    "Why it ended",
+    "Reason",
 )
 
 
@@ -227,7 +227,7 @@ _RANK_PARTS: Final = {
     "communication": "Communication",
     "rest": "Rest",
 }
-_RANK_HEADS: Final = ("Rank", "Node", *(f"{part}, median (95 %) in ms" for part in _RANK_PARTS.values()))
+_RANK_HEADS: Final = ("Rank", "Node", *(f"{part}, median (95th percentile) in ms" for part in _RANK_PARTS.values()))
 
 
 def _rank_rows(run: Run) -> list[Row]:

@@ -242,7 +242,7 @@ def _leaves(value: object, place: str = "") -> list[tuple[str, str]]:
 
 def _read_run_json(folder: Path) -> dict[str, Any]:
     path = folder / RUN_FILE
-    mend = "name the folder of a run, which holds run.json, config.yaml and metrics.csv"
+    mend = "give a run folder, which contains run.json, config.yaml and metrics.csv"
     if not folder.is_dir():
         raise DataError(f"run folder {folder} does not exist", mend=mend)
     if not os.path.lexists(path):
@@ -252,14 +252,14 @@ def _read_run_json(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}", mend="restore it") from None
     except ValueError as error:
-        raise DataError(f"{path} {error}", mend='restore it; {"format": 1} is enough to have a report made') from None
+        raise DataError(f"{path} {error}", mend='restore it; {"format": 1} is enough for a report') from None
     if not isinstance(content, dict):
-        raise DataError(f"{path} holds a {type(content).__name__}, not an object", mend="restore it")
+        raise DataError(f"{path} contains a {type(content).__name__}, not an object", mend="restore it")
     version = content.get("format", RUN_FORMAT)
     if version != RUN_FORMAT:
         raise DataError(
             f"{path} has format {version!r}, but this disttrain reads format {RUN_FORMAT}",
-            mend="make the report with the disttrain that made the run, or a newer one",
+            mend="use the disttrain version that wrote the run, or a newer one",
         )
     return conform_run(content)
 

@@ -44,7 +44,9 @@ def main(argv: Sequence[str]) -> int:
         ranks, command = int(argv[0]), list(argv[1:])
         nodes, node = (int(os.environ[name]) for name in ("SLURM_NNODES", "SLURM_NODEID"))
     except (IndexError, KeyError, ValueError):
-        return _say(ConfigError("this starts the ranks of a node of a SLURM job", mend="use disttrain submit"))
+        return _say(
+            ConfigError("this command starts the ranks of a node, inside a SLURM job only", mend="use disttrain submit")
+        )
     _pass_signals_on()
     try:
         with _place(World(node, nodes, 0, 1, "slurm")) as (host, port):

@@ -52,7 +52,7 @@ def call(arguments: Sequence[str]) -> str:
         done = subprocess.run(arguments, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
     except FileNotFoundError:
         raise SlurmError(
-            f"there is no command {arguments[0]} here", mend="run on a machine of the cluster, or use --dry-run"
+            f"{arguments[0]} is not installed here", mend="run on a machine of the cluster, or use --dry-run"
         ) from None
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{arguments[0]} did not answer within {_TIMEOUT_SECONDS} s") from None
@@ -85,7 +85,7 @@ def check_script(script: Path) -> str:
         return _words(call(["sbatch", "--test-only", str(script)]))
     except SlurmError as error:
         reason = error.what.removeprefix("sbatch failed: ")
-        mend = "ask for what the cluster has: `sinfo --Node --long` shows its nodes, `sinfo` the limits"
+        mend = "request what the cluster has: `sinfo --Node --long` lists its nodes, `sinfo` the limits"
         raise ConfigError(f"SLURM refuses this job: {reason}", mend=error.mend or mend) from None
 
 
@@ -133,4 +133,4 @@ def _words(text: str) -> str:
     names = ("sbatch: ", "squeue: ", "scontrol: ", "sinfo: ", "error: ")
     for name in names:
         lines = [line.removeprefix(name) for line in lines]
-    return "; ".join(lines) or "it said nothing"
+    return "; ".join(lines) or "no output"

@@ -64,13 +64,13 @@ class Job:
                 raise ConfigError(f"--{name} is {value}", mend=f"use at least {least}")
         if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
             raise ConfigError(
-                f"--tasks-per-node is {self.tasks_per_node} and --gpus-per-node {self.gpus_per_node}:"
-                " a rank has one GPU, and a GPU one rank",
-                mend="leave --tasks-per-node out, or --gpus-per-node on a cluster without GPUs",
+                f"--tasks-per-node is {self.tasks_per_node} and --gpus-per-node is {self.gpus_per_node},"
+                " but each rank uses exactly one GPU",
+                mend="omit --tasks-per-node, or --gpus-per-node on a cluster without GPUs",
             )
         if not self.gpus_per_node and self.tasks_per_node is None:
             raise ConfigError(
-                "how many ranks a node has is not said",
+                "the number of ranks per node is not set",
                 mend="give --gpus-per-node K, or --tasks-per-node K on a cluster without GPUs",
             )
         if self.style not in STYLES:
@@ -80,7 +80,7 @@ class Job:
         limit = self.limit_seconds
         if self.requeue and limit is not None and limit <= self.signal_seconds:
             raise ConfigError(
-                f"--time is {limit} s, and ranks would be told {self.signal_seconds} s before its end: at once",
+                f"--time is {limit} s, so a signal {self.signal_seconds} s before its end would stop the ranks at once",
                 mend="raise --time, or lower --signal-seconds",
             )
 
@@ -160,11 +160,11 @@ def check_ranks(
         plan = BatchPlan(global_batch_size, size, degrees.data)
     except ConfigError as error:
         raise ConfigError(
-            f"the configuration does not fit {here}: {error.what}", mend=f"{error.mend}; or other --nodes"
+            f"the configuration does not fit {here}: {error.what}", mend=f"{error.mend}; or change --nodes"
         ) from None
     if micro_batch_size == "auto":
-        return f"{here}, {plan.rank_batch_size} samples a rank and step"
-    return f"{here}, {plan.accumulation} x {micro_batch_size} samples a rank and step"
+        return f"{here}, {plan.rank_batch_size} samples per rank and step"
+    return f"{here}, {plan.accumulation} x {micro_batch_size} samples per rank and step"
 
 
 def _seconds(text: str) -> int:
@@ -173,7 +173,9 @@ def _seconds(text: str) -> int:
     else:
         match = _SLURM_TIME.fullmatch(text)
         if match is None:
-            raise ConfigError(f"--time is {text!r}", mend="write 3h50m, or as SLURM does: MM, HH:MM:SS or D-HH:MM:SS")
+            raise ConfigError(
+                f"--time is {text!r}", mend="write 3h50m, or in SLURM's notation: MM, HH:MM:SS or D-HH:MM:SS"
+            )
         days, *parts = (None if part is None else int(part) for part in match.groups())
         first, second, third = parts[0] or 0, parts[1], parts[2]
         if days is not None:  # D-HH[:MM[:SS]]
@@ -183,5 +185,5 @@ def _seconds(text: str) -> int:
         else:  # MM[:SS]
             seconds = first * 60 + (second or 0)
     if seconds <= 0:
-        raise ConfigError(f"--time is {text!r}: no time at all", mend="use a positive duration, such as 3h50m")
+        raise ConfigError(f"--time is {text!r}, which is not positive", mend="use a positive duration, such as 3h50m")
     return seconds

@@ -125,8 +125,8 @@ def _directives(job: Job, site: Site, script: Script) -> list[str]:
     for name, value in site.sbatch.items():
         if name in _OWN:
             raise ConfigError(
-                f"sbatch option {name} is given, which disttrain sets itself",
-                mend=f"use the setting for it; see `disttrain submit --help` for --{name}",
+                f"sbatch option {name} is set by disttrain itself",
+                mend=f"use disttrain's own setting; see `disttrain submit --help` for --{name}",
             )
         lines.append(f"--{name}" if value is None else f"--{name}={shlex.quote(value)}")
     return lines
@@ -158,11 +158,11 @@ def _check_words(job: Job, site: Site, script: Script) -> None:
     for what, text in words:
         if text is not None and printable(text) != text:
             raise ConfigError(
-                f"{what} is {text!r}, which holds a control character or bytes that are not UTF-8", mend="take it out"
+                f"{what} is {text!r}, which contains a control character or bytes that are not UTF-8", mend="remove it"
             )
     for name in site.sbatch:
         if not _OPTION.fullmatch(name):
-            raise ConfigError(f"{name!r} is not the name of an option of sbatch", mend="write NAME or NAME=VALUE")
+            raise ConfigError(f"{name!r} is not the name of an sbatch option", mend="write NAME or NAME=VALUE")
 
 
 def _cpus_per_task(job: Job, site: Site) -> int | None:
@@ -178,9 +178,11 @@ def _setup(job: Job, site: Site) -> list[str]:
     lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
     lines.append(f"export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{site.cpus_per_task or 1}}}")
     if (cpus := _cpus_per_task(job, site)) is not None:
-        lines.append(f"export SRUN_CPUS_PER_TASK={cpus}  # srun does not take it from sbatch since SLURM 22.05")
+        lines.append(f"export SRUN_CPUS_PER_TASK={cpus}  # since SLURM 22.05, srun does not inherit it from sbatch")
     if job.requeue:
-        lines.append(f"export DISTTRAIN_REQUEUE={job.max_requeues}  # a rank that stops requeues the job")
+        lines.append(
+            f"export DISTTRAIN_REQUEUE={job.max_requeues}  # limit of requeues; a rank that is stopped requeues the job"
+        )
     return lines
 
 

@@ -52,9 +52,9 @@ def ask_to_requeue(run_dir: Path, environ: Mapping[str, str] | None = None) -> s
     try:
         shown = _shown(job)
     except FileNotFoundError:
-        return f"no scontrol here: the script of job {job} is to requeue it"
+        return f"scontrol is not installed here: the script of job {job} will requeue it"
     except (OSError, subprocess.SubprocessError) as error:
-        return f"the script of job {job} is to requeue it: scontrol failed: {_said(error)}"
+        return f"the script of job {job} will requeue it: scontrol failed: {_said(error)}"
     about = dict(word.split("=", 1) for word in shown.split() if "=" in word)
     if about.get("JobState") != "RUNNING":
         return f"job {job} is not requeued: it is {about.get('JobState', 'gone')}"
@@ -65,21 +65,21 @@ def ask_to_requeue(run_dir: Path, environ: Mapping[str, str] | None = None) -> s
     except (OSError, subprocess.SubprocessError) as error:
         # scontrol itself may die by a signal here, because SLURM ends the job at once.
         if not isinstance(error, subprocess.CalledProcessError) or error.returncode >= 0:
-            return f"the script of job {job} is to requeue it: scontrol failed: {_said(error)}"
-    return f"job {job} is requeued and goes on by itself"
+            return f"the script of job {job} will requeue it: scontrol failed: {_said(error)}"
+    return f"job {job} is requeued and will resume by itself"
 
 
 def have_script_requeue(run_dir: Path, environ: Mapping[str, str] | None = None) -> str:
     """Have the job's script requeue it once all ranks have ended. One rank only; return a message for the log."""
     env = os.environ if environ is None else environ
-    return _leave_note(run_dir, env) or f"the script of job {_number(env)} is to requeue it"
+    return _leave_note(run_dir, env) or f"the script of job {_number(env)} will requeue it"
 
 
 def _leave_note(run_dir: Path, env: Mapping[str, str]) -> str:
     """Leave a note for the script; return the reason if there must or can be none."""
     job, restarts = _number(env), _restarts(env)
     if restarts >= _limit(env):
-        return f"job {job} is not requeued: it has been {restarts} times, as often as it may"
+        return f"job {job} is not requeued: it has been requeued {restarts} times, the limit"
     try:
         write_atomically(run_dir / NOTE, f"{job} {restarts}\n")
     except OSError as error:
@@ -139,4 +139,4 @@ def _scontrol(*arguments: str) -> str:
 
 def _said(error: Exception) -> str:
     text = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-    return " ".join(str(text).split()) or "it said nothing"
+    return " ".join(str(text).split()) or "no output"

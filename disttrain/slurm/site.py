@@ -40,7 +40,7 @@ class Container:
     def __post_init__(self) -> None:
         if self.runtime not in RUNTIMES:
             raise ConfigError(
-                f"container.runtime is {self.runtime!r}", mend=f"use one of them; {nearest(self.runtime, RUNTIMES)}"
+                f"container.runtime is {self.runtime!r}", mend=f"correct it; {nearest(self.runtime, RUNTIMES)}"
             )
 
 
@@ -80,7 +80,7 @@ class Site:
         for name in self.environment:
             if not _NAME.fullmatch(name):
                 raise ConfigError(
-                    f"environment has {name!r}, which is no name of a variable", mend="use letters, digits and _"
+                    f"environment has {name!r}, which is not a variable name", mend="use letters, digits and _"
                 )
 
 
@@ -117,7 +117,7 @@ def load_site(path: Path | None) -> Site:
 def _read(kind: type[Any], content: Any, prefix: str) -> dict[str, Any]:
     """Return the arguments of a dataclass, checked by name and type."""
     if not isinstance(content, dict):
-        raise ConfigError(f"{prefix.rstrip('.') or 'the file'} holds no names with values", mend="write NAME: VALUE")
+        raise ConfigError(f"{prefix.rstrip('.') or 'the file'} is not a mapping", mend="write NAME: VALUE")
     known = {one.name: str(one.type) for one in fields(kind)}
     found: dict[str, Any] = {}
     for name, value in content.items():
@@ -128,7 +128,7 @@ def _read(kind: type[Any], content: Any, prefix: str) -> dict[str, Any]:
         if value is not None:
             found[name] = _value(f"{prefix}{name}", known[name], value)
     if kind is Container and "image" not in found:
-        raise ConfigError("container.image is missing", mend="name the image, or remove container")
+        raise ConfigError("container.image is missing", mend="set the image, or remove container")
     return found
 
 
@@ -140,18 +140,18 @@ def _value(name: str, kind: str, value: Any) -> Any:
         return Container(**_read(Container, value, f"{name}."))
     if kind.startswith("tuple"):
         if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-            raise wrong("a list of texts")
+            raise wrong("a list of strings")
         return tuple(value)
     if kind.startswith("Mapping"):
         if not isinstance(value, dict) or not all(isinstance(one, str | int | float | None) for one in value.values()):
-            raise wrong("names with values")
+            raise wrong("a mapping")
         if "None" not in kind and None in value.values():
-            raise wrong("names with values, none of them empty")
+            raise wrong("a mapping without empty values")
         return {str(key): None if one is None or one is True else str(one) for key, one in value.items()}
     if kind.startswith("int"):
         if not isinstance(value, int) or isinstance(value, bool):
-            raise wrong("a whole number")
+            raise wrong("an integer")
         return value
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise wrong("a text")
+        raise wrong("a string")
     return str(value)

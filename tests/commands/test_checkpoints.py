@@ -68,7 +68,7 @@ def test_ls_shows_what_is_there(run_dir: Path, capsys: pytest.CaptureFixture[str
 
 def test_verify_names_every_fault(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoints", "verify", str(run_dir)]) == 0
-    assert capsys.readouterr().out.count("all checksums are right") == 5
+    assert capsys.readouterr().out.count("all checksums match") == 5
     flip(run_dir / "checkpoints" / "step-00000030" / "meta.pt")
     (run_dir / "checkpoints" / "step-00000020" / ".metadata").unlink()
     assert main(["checkpoints", "verify", str(run_dir)]) == 1
@@ -212,10 +212,10 @@ def test_a_run_begins_with_the_weights_of_another(digits: Path, tmp_path: Path) 
         (tmp_path / "second", tmp_path / "second.2" / "checkpoints" / "step-00000001"),
     ):
         text = fit("second", *still, "--resume", "never", "--initialize_from", str(source))
-        assert f"weights are those of {place}: 4 tensors loaded" in text
+        assert f"starting from the weights of {place}: 4 tensors loaded" in text
         assert not differing(final_weights(tmp_path / "first"), final_weights(tmp_path / "second"))
         events = [event["text"] for event in read_run(tmp_path / "second")["events"]]
-        assert any(f"weights are those of {place}" in text for text in events)
+        assert any(f"starting from the weights of {place}" in text for text in events)
     weights = load_file(out)
     save_file({**weights, "model.1.weight": torch.ones(2, 2)}, out)
     text = fit("second", *still, "--resume", "never", "--initialize_from", str(out))

@@ -85,7 +85,7 @@ def start_again(folder: Path, data: Path) -> None:
     before = tree(run_dir)
     code, text = fit(data, run_dir, "--model.init_args.dropout", "0.1", steps=12)
     assert code == 2, text
-    assert "is complete, and was trained with other settings: " in text
+    assert "is complete and was trained with different settings: " in text
     assert "model.init_args.dropout" in text
     assert "trainer.max_steps" in text
     assert "--resume never" in text
@@ -194,7 +194,7 @@ def test_which_settings_make_another_run(tmp_path: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().err == ""
     path.write_text("a: [")
     assert changed(data={"micro_batch_size": 4}) == []
-    assert "trained with these settings is not known" in capsys.readouterr().err
+    assert "cannot check whether the run was trained with these settings" in capsys.readouterr().err
 
 
 def test_a_record_that_lacks_almost_all_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

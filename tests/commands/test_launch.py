@@ -33,6 +33,8 @@ SLOWLY = ["--trainer.callbacks+=tests.support.callbacks.Slowly", "--trainer.call
         (["nvidia0", "nvidia1"], "0,-1,1", 1),
         (["nvidia0", "nvidia1"], "GPU-8a5c,MIG-77", 2),
         (["nvidia0", "nvidia1"], "1,7", 1),
+        (["nvidia0", "nvidia1"], "0,9,1", 1),  # CUDA stops at the first that does not exist
+        (["nvidia0", "nvidia1"], "-1", 0),
         ([], "0,1", 0),
     ],
 )
@@ -88,7 +90,7 @@ NAMES = ("fit", "test", "launch")
 
 
 def test_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="is not told what to run"):
+    with pytest.raises(ConfigError, match="needs a subcommand or a script"):
         launch.main(["--nproc", "2"], NAMES)
     with pytest.raises(ConfigError, match="--nproc is 0"):
         launch.main(["--nproc", "0", "fit"], NAMES)
@@ -107,13 +109,13 @@ def test_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
     for name, value in ranks.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="inside rank 1 of 2 of a torchrun"):
+    with pytest.raises(ConfigError, match="started by torchrun, as rank 1 of 2"):
         launch.main(["fit"], NAMES)
     for name in ranks:
         monkeypatch.delenv(name)
     for name, value in tasks.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="srun has started 2 tasks"):
+    with pytest.raises(ConfigError, match="srun started 2 tasks"):
         launch.main(["fit"], NAMES)
 
 
@@ -138,7 +140,7 @@ sys.exit(1)
     assert len(set(told)) == 1, "another folder, or an ending of the launch before in it"
     assert told[0].endswith(" 0")
     text = capsys.readouterr().err
-    assert text.count("step 4: out of memory; all ranks are started again") == 2
+    assert text.count("step 4: out of memory; restarting all ranks") == 2
     assert text.count("error (rank 0 of 2): step 4: out of memory") == 1
 
 

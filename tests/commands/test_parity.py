@@ -90,7 +90,11 @@ PLANTED: dict[str, tuple[str, tuple[str, ...], str]] = {
     "unkeyed dropout": ("UnkeyedDropoutDigits", TWO, "unkeyed randomness: training draws from numpy.random"),
     "batch norm": ("BatchNormDigits", TWO, "batch normalization (model.1)"),
     "mean of means": ("MeanOfMeansDigits", ("--data.test", "null"), "a mean of means"),  # by the default layouts
-    "other bits each time": ("JitteryDigits", (*TWO, "--reduction", "tree"), "not the layout: the reference run"),
+    "other bits each time": (
+        "JitteryDigits",
+        (*TWO, "--reduction", "tree"),
+        "not the layout: a repeat of the reference run",
+    ),
 }
 
 
@@ -145,7 +149,9 @@ def test_a_sharded_recipe_with_a_mirror_is_left_alone(
 def test_a_run_that_ends_before_its_kill(tmp_path: Path, digits: Path) -> None:
     config = write_config(tmp_path, digits, "tests.support.tasks.PlainDigits")
     more = ("--layouts", "1,2xddp", "--steps", "8", "--kill", "--trainer.max_steps", "3")
-    with pytest.raises(ParityError, match=r"layout 1-killed was not killed: .* after step 3, before step 5"):
+    with pytest.raises(
+        ParityError, match=r"layout 1-killed was not killed: .* after step 3, but the kill was due before step 5"
+    ):
         parity.main(["--config", config, "--out", str(tmp_path / "out"), *more])
 
 
@@ -169,12 +175,12 @@ def test_mistakes_on_the_command_line(tmp_path: Path) -> None:
     for name in ("parity.json", "loss.png", "1/rank-00000.log", "notes/rank"):
         (earlier / name).write_text("")
     cases = {
-        "is no layout": ["--layouts", "1,2xdpp"],
+        "is not a layout": ["--layouts", "1,2xdpp"],
         "--steps is 0": ["--steps", "0"],
         "between two steps": ["--steps", "1", "--kill"],
         "--tolerance is 2.0": ["--tolerance", "2"],
-        "holds something else than a comparison: thesis.tex": ["--out", str(folder)],
-        "holds something else than a comparison: notes": ["--out", str(link)],
+        "contains something other than a comparison: thesis.tex": ["--out", str(folder)],
+        "contains something other than a comparison: notes": ["--out", str(link)],
         "data.micro_batch_size is -8": ["--data.micro_batch_size", "-8"],
         "data.micro_batch_size is 0": ["--data.micro_batch_size", "0"],
     }

@@ -44,10 +44,10 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(
 @pytest.mark.parametrize(
     ("options", "what", "mend"),
     [
-        (["--config", "absent.yaml"], "there is no configuration absent.yaml", "--config"),
-        (["--set", "seed_everything"], "--set seed_everything is no setting", "NAME=VALUE"),
-        (["--set", "seed_everything=%a"], "holds %a, the index of a job array, and there is none", "--array"),
-        (["--set", "trainer.run_dir=a/%a", "--array", "0-1"], "folders of their own already", "RUN_DIR/3"),
+        (["--config", "absent.yaml"], "configuration file absent.yaml does not exist", "--config"),
+        (["--set", "seed_everything"], "--set seed_everything is not a setting", "NAME=VALUE"),
+        (["--set", "seed_everything=%a"], "uses %a, the index of a job array, but the job is not an array", "--array"),
+        (["--set", "trainer.run_dir=a/%a", "--array", "0-1"], "already have separate folders", "RUN_DIR/3"),
         (["--set", "seed_everything=%a.5", "--array", "0-1"], "seed_everything is '0.5'|seed_everything", ""),
         (["--set", "trainer.max_stepz=%a", "--array", "0-1"], "no setting 'trainer.max_stepz'", "did you mean"),
         (["--site", "absent.yaml"], "site file absent.yaml cannot be read", "--site"),
@@ -66,7 +66,7 @@ def test_mistakes(options: list[str], what: str, mend: str) -> None:
         (["--set", "trainer.run_dir=runs/a\ntouch owned"], "trainer.run_dir is"),
         (["--sbatch", "comment=a\ntouch owned"], "sbatch option 'comment'"),
         (["--sbatch", "comment\ntouch owned"], "sbatch option"),
-        (["--sbatch", "nice; touch owned"], "'nice; touch owned' is not the name of an option"),
+        (["--sbatch", "nice; touch owned"], "'nice; touch owned' is not the name of an sbatch option"),
         (["--partition", "a\rb"], "--partition is"),
         (["--account", "a\x1b[2Jb"], "account of the site is"),
         (["--qos", "a\x85b"], "qos of the site is"),
@@ -117,7 +117,7 @@ def test_help(command: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_complete_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"status": "completed"}')
-    with pytest.raises(ConfigError, match="holds a complete run") as caught:
+    with pytest.raises(ConfigError, match="contains a complete run") as caught:
         submit.main([*CONFIG, "--tasks-per-node", "1", "--set", f"trainer.run_dir={tmp_path}", "--dry-run"])
     assert "trainer.run_dir" in caught.value.mend
 
@@ -133,7 +133,7 @@ def test_complete_members_of_an_array_are_left_alone(tmp_path: Path, capsys: pyt
         where = ["--set", f"trainer.run_dir={tmp_path}", "--dry-run"]
         return submit.main([*CONFIG, "--tasks-per-node", "1", "--array", indices, *where])
 
-    with pytest.raises(ConfigError, match=r"holds complete runs of the array: 0, 2\n") as caught:
+    with pytest.raises(ConfigError, match=r"contains complete runs of the array: 0, 2\n") as caught:
         submit_array("0-4%2")
     assert "--array 1,3-4;" in caught.value.mend
     with pytest.raises(ConfigError, match=r"of the array: 5\n") as caught:
@@ -145,7 +145,7 @@ def test_complete_members_of_an_array_are_left_alone(tmp_path: Path, capsys: pyt
 
 def test_without_slurm_only_a_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match="there is no sbatch here"):
+    with pytest.raises(ConfigError, match="sbatch is not installed here"):
         submit.main([*CONFIG, "--tasks-per-node", "1", "--set", f"trainer.run_dir={tmp_path / 'run'}"])
 
 
@@ -190,7 +190,7 @@ def test_jobs_lists_runs_below_a_folder(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["run", "job", "state", "attempts", "step", "checkpoint", "note"]
     assert [line.split()[2] for line in lines[1:]] == ["lost", "completed"]
-    with pytest.raises(ConfigError, match="there is no folder"):
+    with pytest.raises(ConfigError, match="does not exist"):
         jobs.main([str(tmp_path / "absent")])
 
 
@@ -212,4 +212,4 @@ def test_jobs_passes_over_folders_that_may_not_be_read(
             os.seteuid(root)
     said = capsys.readouterr()
     assert [line.split()[0] for line in said.out.splitlines()[1:]] == [f"{name}/a"]
-    assert f"{name}/b is passed over: Permission denied" in said.err
+    assert f"skipping {name}/b: Permission denied" in said.err

@@ -209,7 +209,7 @@ def test_evaluations_take_the_configuration_of_a_run(fit: Callable[..., Outcome]
         expected = read_run(tmp_path / "run")["result"]["test/accuracy"]
         assert command != "test" or f"{expected:.6f}" in outcome.text
     wrong = run_cli(1, [command, "--config", str(config), "--resume", "never"], folder=tmp_path / "wrong")
-    assert_error(wrong, f"--resume is for fit, not for {command}", "--checkpoint_path")
+    assert_error(wrong, f"--resume applies to fit, not to {command}", "--checkpoint_path")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["fit", "--help"], ["fit", "--print_config"], ["--version"]])

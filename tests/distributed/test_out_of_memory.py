@@ -156,7 +156,7 @@ def test_launch_starts_the_ranks_again(tmp_path: Path) -> None:
     with launched(["--nproc", "2", *arguments], tmp_path / "log") as launch:
         assert launch.process.wait(300) == 0, launch.log.read_text()
         text = launch.log.read_text()
-    assert text.count("all ranks are started again") == 2
+    assert text.count("restarting all ranks") == 2
     attempts = read_run(run_dir)["attempts"]
     assert [(attempt["from_step"], attempt["micro_batch_size"]) for attempt in attempts] == [(0, 8), (2, 4), (2, 2)]
     assert not list(tmp_path.glob("run.*")), "the run was begun anew"

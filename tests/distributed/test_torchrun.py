@@ -70,7 +70,7 @@ def test_a_killed_rank_restarts_the_job_by_itself(digits: Path, tmp_path: Path, 
         assert launch.wait() == 0, launch.log.read_text()
         text = launch.log.read_text()
     assert text.count("restarted by torchrun, so --resume never is treated as auto") == 2, text
-    assert text.count("the run is complete, its report could not be written") == 1, text
+    assert text.count("the run is complete, but its report could not be written") == 1, text
     assert not run_dir.with_name("run.1").exists(), "the run was set aside"
     run = read_run(run_dir)
     assert run["status"] == "completed"

@@ -79,11 +79,12 @@ def test_mistakes(tmp_path: Path) -> None:
 
     for arguments, said in (
         (["--timeout", "0"], "--timeout is 0"),
-        (["--port", "70000"], "--port is 70000"),
+        (["--port", "0"], r"--port is 0\n.*use 1 to 65535"),
+        (["--port", "65536"], r"--port is 65536\n.*use 1 to 65535"),
         (["--config", str(tmp_path / "none.yaml")], "cannot be read"),
-        (["--config", written(b"- a\n- b\n")], "holds no settings by name"),
-        (["--config", written(b"trainer: foo\n")], "trainer is 'foo', no settings by name"),
-        (["--config", written(b"data: []\n")], r"data is \[\], no settings by name"),
+        (["--config", written(b"- a\n- b\n")], "is not a mapping of settings"),
+        (["--config", written(b"trainer: foo\n")], "trainer is 'foo', not a mapping of settings"),
+        (["--config", written(b"data: []\n")], r"data is \[\], not a mapping of settings"),
         (["--config", written(b"data: \xff\n")], "is not UTF-8 text"),
     ):
         with pytest.raises(ConfigError, match=said):
@@ -105,7 +106,8 @@ def test_a_read_only_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[st
         code, found = run_here(capsys, "--run-dir", str(mount / "runs/digits"))
     assert code == 1
     assert re.search(
-        r"runs/digits \(made below .*\) cannot be written: the file system is read-only", of(found, "run folder")[0]
+        r"runs/digits \(to be created in .*\) cannot be written: the file system is read-only",
+        of(found, "run folder")[0],
     )
     (tmp_path / "file").touch()
     code, found = run_here(capsys, "--run-dir", str(tmp_path / "file"))
@@ -132,7 +134,7 @@ def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
         code, found = run_here(capsys, "--port", str(port))
     assert code == 1
     (said,) = of(found, "port")
-    assert f"port {port} of {socket.gethostname()}: Address already in use" in said
+    assert f"port {port} on {socket.gethostname()}: Address already in use" in said
     assert f"(pid {os.getpid()})" in said
     code, found = run_here(capsys, "--port", str(port))
     assert not of(found, "port"), "nobody has it any more"
@@ -142,7 +144,7 @@ def test_an_interface_that_does_not_exist(capsys: pytest.CaptureFixture[str], mo
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lp")
     code, found = run_here(capsys)
     assert code == 1
-    assert of(found, "network") == ["GLOO_SOCKET_IFNAME is 'lp', which is no interface here"]
+    assert of(found, "network") == ["GLOO_SOCKET_IFNAME is 'lp', which is not an interface of this node"]
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     code, found = run_here(capsys)
     assert "lo (127.0.0.1) is used" in of(found, "network", "ok")[0]
@@ -156,7 +158,7 @@ def test_peers_that_cannot_be_reached() -> None:
         places = {1: ("127.0.0.1", open_.port), 2: ("127.0.0.1", closed.port), 3: mute.getsockname()[:2]}
         found = network.reach(places)
     open_.close()
-    assert found == {2: "Connection refused", 3: "no answer in 3 s"}
+    assert found == {2: "Connection refused", 3: "no answer within 3 s"}
 
 
 def examine(absent: int | None, how: str, arguments: list[str]) -> None:
@@ -207,7 +209,7 @@ def test_several_ranks(tmp_path: Path) -> None:
     assert outcome.codes == [0, 0, 0], outcome.text
     found = found_by(outcome, 0)
     assert of(found, "environment", "warning") == [
-        f"not the same on all ranks: NCCL_P2P_DISABLE: missing on rank 0, 2 ({socket.gethostname()}); 1 on rank 1"
+        f"differs between ranks: NCCL_P2P_DISABLE: missing on rank 0, 2 ({socket.gethostname()}); 1 on rank 1"
         f" ({socket.gethostname()})"
     ]
     assert found["measured"]["all_reduce"] > 1e6
@@ -221,7 +223,7 @@ def test_a_rank_that_does_not_come(tmp_path: Path) -> None:
     outcome = run(tmp_path, 3, "--timeout", "2", absent=1)
     assert outcome.codes == [1, 0, 1], outcome.text
     found = found_by(outcome, 0)
-    assert of(found, "peers") == ["rank 1 did not come to 127.0.0.1 within 2 s"]
+    assert of(found, "peers") == ["rank 1 did not connect to 127.0.0.1 within 2 s"]
     assert not of(found, "collectives"), "there was nothing to try"
 
 
@@ -244,7 +246,7 @@ def test_a_rank_that_dies_underway(tmp_path: Path) -> None:
     outcome = run(tmp_path, 2, "--timeout", "2", how="dies")
     assert outcome.codes == [1, 0], outcome.text
     found = found_by(outcome, 0)
-    assert f"rank 1 on {socket.gethostname()} came, but stopped answering" in of(found, "peers")
+    assert f"rank 1 on {socket.gethostname()} connected, but then stopped responding" in of(found, "peers")
     assert of(found, "collectives"), "it was not there for them"
 
 

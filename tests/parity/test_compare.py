@@ -97,11 +97,11 @@ def test_other_samples(tmp_path: Path) -> None:
         run["samples"][1] = ["x"]
         shift(2, "a", 0.1)(run)
 
-    assert cause_of(tmp_path, edit).startswith("another order of samples")
+    assert cause_of(tmp_path, edit).startswith("a different sample order")
 
 
 def test_other_initial_weights(tmp_path: Path) -> None:
-    assert cause_of(tmp_path, shift(0, "a", 0.1)).startswith("other initial weights")
+    assert cause_of(tmp_path, shift(0, "a", 0.1)).startswith("different initial weights")
 
 
 def test_draws_from_generators_that_are_not_keyed(tmp_path: Path) -> None:
@@ -130,14 +130,14 @@ def test_no_mean_of_means_where_the_micro_batches_are_the_same(tmp_path: Path) -
     def both(run: dict[str, Any]) -> None:
         run["about"]["is_task"] = False
 
-    assert cause_of(tmp_path, shift(2, "a", 0.1), both).startswith("a kernel that is not deterministic")
+    assert cause_of(tmp_path, shift(2, "a", 0.1), both).startswith("a nondeterministic kernel")
 
 
 RESIZED = {
     "a mean of means: ": {"is_task": False},
-    "another micro batch size (4 instead of 2): dropout masks follow it": {"draws": True},
-    "another micro batch size (4 instead of 2): batch norms (model.1) follow it": {"batch_norms": ["model.1"]},
-    "another micro batch size (4 instead of 2): what a sample gives depends on the others": {},
+    "another micro batch size (4 instead of 2): dropout masks depend on it": {"draws": True},
+    "another micro batch size (4 instead of 2): batch norms (model.1) depend on it": {"batch_norms": ["model.1"]},
+    "another micro batch size (4 instead of 2): the result of a sample depends on the rest": {},
 }
 
 
@@ -168,7 +168,7 @@ def test_runs_of_different_lengths(tmp_path: Path) -> None:
         del run["steps"][3]
 
     found = compare(write(tmp_path, "one"), write(tmp_path, "two", edit), 1e-5)
-    assert (found.verdict, found.first) == (DIFFERENT, "two did 2 steps, one 3")
+    assert (found.verdict, found.first) == (DIFFERENT, "two ran 2 steps, one 3")
 
 
 def test_only_the_metrics(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_no_ledger_at_all_is_not_the_same_order(tmp_path: Path) -> None:
         run["samples"].clear()
 
     found = compare(write(tmp_path, "one", both), write(tmp_path, "two", both), 1e-5)
-    assert (found.verdict, found.first) == (DIFFERENT, "in step 1, the samples: the ledger of one and two has none")
+    assert (found.verdict, found.first) == (DIFFERENT, "in step 1, the samples: the ledger of one and two lists none")
 
 
 def test_where_all_bits_are_to_be_equal_the_last_one_counts(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_where_all_bits_are_to_be_equal_the_last_one_counts(tmp_path: Path) -> N
     found = compare(one, two, 1e-5, exact=True)
     assert (found.verdict, found.exact) == (DIFFERENT, True)
     assert found.first.startswith("after step 2, a is off by ")
-    assert found.causes[0].startswith("a kernel that is not deterministic")
+    assert found.causes[0].startswith("a nondeterministic kernel")
 
 
 @pytest.mark.parametrize("name", ["grad_norm", "loss"])
@@ -260,8 +260,8 @@ def test_where_all_bits_are_to_be_equal_those_of_norm_and_loss_count_too(tmp_pat
 def test_a_step_without_weights_is_told(tmp_path: Path) -> None:
     one, two = write(tmp_path, "one"), write(tmp_path, "two")
     (tmp_path / "two" / "trace" / "weights-000000.pt").unlink()
-    with pytest.raises(ParityError, match=r"layout two left no weights of step 0"):
+    with pytest.raises(ParityError, match=r"layout two recorded no weights for step 0"):
         compare(one, two, 1e-5)
     (tmp_path / "one" / "trace" / "steps.jsonl").unlink()
-    with pytest.raises(ParityError, match=r"layout one did no step"):
+    with pytest.raises(ParityError, match=r"layout one recorded no steps"):
         compare(Trace("one", tmp_path / "one"), two, 1e-5)

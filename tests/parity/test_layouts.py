@@ -44,16 +44,16 @@ def test_a_layout_replaces_the_degrees_and_options_of_the_recipe() -> None:
     assert sharded.parallel(recipe) == ParallelConfig("fsdp", offload=True, activation_checkpointing="blocks")
     assert (copies.parallel(recipe).replicate, copies.parallel(recipe).shard) == (2, 2)
     assert replaced_settings([one, sharded], recipe) == [
-        "trainer.parallel.replicate 2 of the recipe gives way to each layout's",
-        "trainer.parallel.tensor 2 of the recipe gives way to each layout's",
-        "trainer.parallel.offload true of the recipe is left out in 1, where ddp has no such option",
+        "the recipe's trainer.parallel.replicate 2 is replaced by that of each layout",
+        "the recipe's trainer.parallel.tensor 2 is replaced by that of each layout",
+        "the recipe's trainer.parallel.offload true is dropped in 1, because ddp has no such option",
     ]
     recipe = ParallelConfig(static_graph=True, gradient_as_bucket_view=False)
     assert one.parallel(recipe) == recipe
     assert sharded.parallel(recipe) == ParallelConfig("fsdp")
-    assert [told.split(" of ")[0] for told in replaced_settings([one, sharded], recipe)] == [
-        "trainer.parallel.static_graph true",
-        "trainer.parallel.gradient_as_bucket_view false",
+    assert [told.split(" is ")[0] for told in replaced_settings([one, sharded], recipe)] == [
+        "the recipe's trainer.parallel.static_graph true",
+        "the recipe's trainer.parallel.gradient_as_bucket_view false",
     ]
     assert replaced_settings([one, sharded, copies], ParallelConfig()) == []
     with pytest.raises(ConfigError, match=r"layout 2x2tp: parallel.sync_batchnorm"):
@@ -77,7 +77,7 @@ def test_micro_batch_sizes() -> None:
     ["", "2", "0", "0xddp", "2xdpp", "2x2ddp", "2x2", "4xhsdp", "2x0hsdp", "4xtp", "2x0tp", "x", "2xddp4", "1@", "@8"],
 )
 def test_what_is_no_layout(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no layout"):
+    with pytest.raises(ConfigError, match="is not a layout"):
         parse_layout(text)
 
 

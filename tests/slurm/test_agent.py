@@ -30,4 +30,4 @@ def test_it_is_for_jobs_of_slurm() -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     done = subprocess.run([*COMMAND, "1", "fit"], env=env, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("disttrain: error: this starts the ranks of a node of a SLURM job")
+    assert done.stderr.startswith("disttrain: error: this command starts the ranks of a node, inside a SLURM job only")

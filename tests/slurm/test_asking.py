@@ -33,13 +33,13 @@ def test_only_a_job_that_wants_it_is_requeued() -> None:
 def test_without_scontrol_the_script_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     env = {**JOB, "DISTTRAIN_REQUEUE": "50", "SLURM_RESTART_COUNT": "3"}
-    assert ask_to_requeue(tmp_path, env) == "no scontrol here: the script of job 7 is to requeue it"
+    assert ask_to_requeue(tmp_path, env) == "scontrol is not installed here: the script of job 7 will requeue it"
     assert (tmp_path / "requeue").read_text() == "7 3\n"
 
 
 def test_a_job_goes_on_only_so_often(tmp_path: Path) -> None:
     env = {**JOB, "DISTTRAIN_REQUEUE": "3", "SLURM_RESTART_COUNT": "3"}
-    assert "it has been 3 times" in ask_to_requeue(tmp_path, env)
+    assert "it has been requeued 3 times" in ask_to_requeue(tmp_path, env)
     assert not (tmp_path / "requeue").exists()
 
 
@@ -148,9 +148,9 @@ def test_a_controller_that_is_away_is_asked_again(tmp_path: Path, monkeypatch: p
     env = {**JOB, "DISTTRAIN_REQUEUE": "50"}
     rank = commands(tmp_path / "rank", jobs=[NO_ANSWER, RUNNING])
     monkeypatch.setenv("PATH", f"{rank}:{os.environ['PATH']}")
-    assert ask_to_requeue(tmp_path, env) == "job 7 is requeued and goes on by itself"
+    assert ask_to_requeue(tmp_path, env) == "job 7 is requeued and will resume by itself"
     (rank / "jobs").write_text(f"{NO_ANSWER}\n")
-    assert "the script of job 7 is to requeue it: scontrol failed: slurm_load" in ask_to_requeue(tmp_path, env)
+    assert "the script of job 7 will requeue it: scontrol failed: slurm_load" in ask_to_requeue(tmp_path, env)
 
 
 @pytest.mark.parametrize(

@@ -91,5 +91,5 @@ def test_pyxis_mounts_by_options_of_srun() -> None:
 
 
 def test_an_option_that_disttrain_sets_is_refused() -> None:
-    with pytest.raises(ConfigError, match="sbatch option ntasks is given"):
+    with pytest.raises(ConfigError, match="sbatch option ntasks is set by disttrain"):
         render(Job("a", tasks_per_node=1), Site(sbatch={"ntasks": "4"}), SCRIPT)

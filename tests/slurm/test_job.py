@@ -16,14 +16,14 @@ from disttrain.slurm.site import Container, Site, find_site, load_site
 @pytest.mark.parametrize(
     ("options", "what", "mend"),
     [
-        ({}, "how many ranks a node has is not said", "--gpus-per-node K"),
-        ({"gpus_per_node": 4, "tasks_per_node": 2}, "--tasks-per-node is 2 and --gpus-per-node 4", "leave"),
+        ({}, "the number of ranks per node is not set", "--gpus-per-node K"),
+        ({"gpus_per_node": 4, "tasks_per_node": 2}, "--tasks-per-node is 2 and --gpus-per-node is 4", "omit"),
         ({"tasks_per_node": 0}, "--tasks-per-node is 0", "at least 1"),
         ({"tasks_per_node": 1, "nodes": 0}, "--nodes is 0", "at least 1"),
         ({"tasks_per_node": 1, "array": "1-"}, "--array is '1-'", "0-3"),
         ({"tasks_per_node": 1, "time": "soon"}, "--time is 'soon'", "3h50m"),
-        ({"tasks_per_node": 1, "time": "0"}, "no time at all", "positive"),
-        ({"tasks_per_node": 1, "time": "2m", "requeue": True}, "told 120 s before its end", "--signal-seconds"),
+        ({"tasks_per_node": 1, "time": "0"}, "which is not positive", "positive"),
+        ({"tasks_per_node": 1, "time": "2m", "requeue": True}, "a signal 120 s before its end", "--signal-seconds"),
         ({"tasks_per_node": 1, "style": "mpirun"}, "--style is 'mpirun'", "srun or torchrun"),
     ],
 )
@@ -49,27 +49,27 @@ def test_time_as_slurm_writes_it() -> None:
 
 def test_ranks_against_the_configuration() -> None:
     job = Job("a", nodes=2, gpus_per_node=2)
-    assert check_ranks(job, ParallelConfig(), 64, 8) == "2 nodes x 2 ranks, 2 x 8 samples a rank and step"
+    assert check_ranks(job, ParallelConfig(), 64, 8) == "2 nodes x 2 ranks, 2 x 8 samples per rank and step"
     with pytest.raises(ConfigError, match="does not fit 2 nodes x 2 ranks: micro_batch_size 32 does not divide"):
         check_ranks(job, ParallelConfig(), 64, 32)
     with pytest.raises(ConfigError, match=r"does not fit 2 nodes x 2 ranks: .*parallel\.shard 3"):
         check_ranks(job, ParallelConfig(strategy="fsdp", shard=3), 64, 8)
-    assert check_ranks(job, ParallelConfig(), 64, "auto").endswith("16 samples a rank and step")
+    assert check_ranks(job, ParallelConfig(), 64, "auto").endswith("16 samples per rank and step")
 
 
 @pytest.mark.parametrize(
     ("text", "what", "mend"),
     [
         ("acount: x", "there is no field acount", "did you mean 'account'?"),
-        ("modules: cuda", "modules is 'cuda'", "a list of texts"),
-        ("cpus_per_task: many", "cpus_per_task is 'many'", "a whole number"),
+        ("modules: cuda", "modules is 'cuda'", "a list of strings"),
+        ("cpus_per_task: many", "cpus_per_task is 'many'", "an integer"),
         ("cpus_per_task: 0", "cpus_per_task is 0", "at least 1"),
         ("environment: {A B: 1}", "environment has 'A B'", "letters"),
-        ("environment: {A: null}", "environment is {'A': None}", "none of them empty"),
-        ("container: {runtime: pyxis}", "container.image is missing", "name the image"),
+        ("environment: {A: null}", "environment is {'A': None}", "without empty values"),
+        ("container: {runtime: pyxis}", "container.image is missing", "set the image"),
         ("container: {image: a, runtime: docker}", "container.runtime is 'docker'", "apptainer, pyxis"),
         ("container: {image: a, mount: [b]}", "there is no field container.mount", "did you mean 'mounts'?"),
-        ("- a", "the file holds no names", "NAME: VALUE"),
+        ("- a", "the file is not a mapping", "NAME: VALUE"),
         ("a: [", "is not valid YAML", "or the file"),
     ],
 )

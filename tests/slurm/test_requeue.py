@@ -87,8 +87,8 @@ def test_the_time_limit_requeues_under_both_styles(cluster: Cluster, digits: Pat
         assert restarts[0] == 0
         assert restarts == sorted(set(restarts))
         by_script = style == "srun"
-        told = f"no scontrol here: the script of job {job} is to requeue it"
-        told = told if by_script else f"job {job} is requeued and goes on by itself"
+        told = f"scontrol is not installed here: the script of job {job} will requeue it"
+        told = told if by_script else f"job {job} is requeued and will resume by itself"
         assert told in [event["text"] for event in run["events"]]
         assert says(log, f"disttrain: job {job} requeued") is by_script
         assert_same(whole, run_dir, attempts=2)
@@ -121,7 +121,7 @@ def test_preemption_with_ranks_apart(cluster: Cluster, digits: Path, tmp_path: P
         run = read_run(run_dir)
         assert "preempted by SIGTERM" in run["attempts"][0]["stop_reason"]
         assert run["attempts"][1]["from_step"] == run["attempts"][0]["to_step"] < STEPS
-        assert f"job {job} is requeued and goes on by itself" in [event["text"] for event in run["events"]]
+        assert f"job {job} is requeued and will resume by itself" in [event["text"] for event in run["events"]]
         assert "disttrain: stopped at step" in log.read_text()
         assert_same(whole, run_dir, attempts=2)
 
@@ -194,7 +194,7 @@ def test_a_hang_is_requeued(cluster: Cluster, digits: Path, tmp_path: Path, whol
     cluster.wait_done(job, log=log)
     said = log.read_text()
     assert "disttrain: the run hangs at step 5: no step or batch for 5 s. rank 1 on n2 is in user code" in said, said
-    assert f"; the script of job {job} is to requeue it" in said, said
+    assert f"; the script of job {job} will requeue it" in said, said
     assert read_run(run_dir)["attempts"][0]["stop_reason"] == "hung"
     assert_same(whole, run_dir, attempts=2)
 

@@ -1,4 +1,4 @@
-# In the background, so that this shell hears signals while it waits.
+# In the background, so that this shell handles signals while it waits.
 step &
 pid=$!{{pass_on}}
 while true; do
