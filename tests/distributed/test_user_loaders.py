@@ -92,7 +92,7 @@ def refused(rank: int) -> Iterator[tuple[str, tuple[Any, ...], str]]:
     yield "fit", (DataLoader(_Arrow(), batch_size=4),), SPLIT
     yield "fit", (DataLoader(foreign.Stream(), batch_size=4),), f"DataLoader over the iterable Stream, {SPLIT}"
     yield "fit", (Batches(3),), f"the train loader, a Batches, {SPLIT}"
-    yield "fit", (DataLoader(Halved(2, 0), batch_size=4),), "gives part 0 of 2 on rank 1"
+    yield "fit", (DataLoader(Halved(2, 0), batch_size=4),), "returns part 0 of 2 on rank 1"
     yield "fit", (webdataset.WebLoader(foreign.Stream(), batch_size=4),), SPLIT
     yield "fit", (CombinedLoader([split, plain]),), SPLIT
     yield "fit", ({"a": split, "b": plain},), SPLIT
@@ -102,8 +102,8 @@ def refused(rank: int) -> Iterator[tuple[str, tuple[Any, ...], str]]:
     yield "predict", (plain,), "the predict loader"
     for loop in ("fit", "validate", "test", "predict"):
         yield loop, (Foreign(),), SPLIT
-    yield "fit", (DataLoader(NUMBERS, batch_size=4, sampler=sampler(rank, 4)),), "gives part 0 of 4 on rank 0"
-    yield "fit", (DataLoader(NUMBERS, batch_size=4, sampler=sampler(0)),), "gives part 0 of 2 on rank 1"
+    yield "fit", (DataLoader(NUMBERS, batch_size=4, sampler=sampler(rank, 4)),), "returns part 0 of 4 on rank 0"
+    yield "fit", (DataLoader(NUMBERS, batch_size=4, sampler=sampler(0)),), "returns part 0 of 2 on rank 1"
     yield (
         "fit",
         (DataLoader(NUMBERS, batch_size=4, sampler=sampler(rank, seed=rank)),),
