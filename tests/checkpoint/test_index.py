@@ -53,8 +53,8 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "before the beginning": (locate(offset=-1), "beyond the end"),
     "a long part": (locate(length=2**62), "beyond the end"),
     "a number as text": (locate(length="1"), "beyond the end"),
-    "a part outside": (move, "outside of its shape"),
-    "no places": (lambda index: index.storage_data.clear(), "lie in no file"),
+    "a part outside": (move, "outside its shape"),
+    "no places": (lambda index: index.storage_data.clear(), "names no file for a part of"),
 }
 
 

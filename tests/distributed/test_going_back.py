@@ -109,4 +109,4 @@ def test_the_best_of_another_folder_is_not_replaced_by_a_worse_one(
     assert not differing(final_weights(whole), final_weights(second)), "other weights than the last were restored"
     capsys.readouterr()
     assert best_checkpoint(whole, "best", tell=print).name == f"step-{STEPS:08d}"
-    assert "holds a monitored metric: the newest is taken" in capsys.readouterr().out
+    assert "holds a monitored metric: using the newest" in capsys.readouterr().out
