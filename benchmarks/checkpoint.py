@@ -38,8 +38,8 @@ from common import Micro, Regression, machine, run_ranks
 from lightning.pytorch.callbacks import Callback
 
 from disttrain import Checkpointing, ParallelConfig, Trainer
-from disttrain.checkpoint import verify
-from disttrain.checkpoint.marker import committed
+from disttrain.checkpoint.format import verification
+from disttrain.checkpoint.format.marker import committed
 
 LAYERS: Final = 4
 WAYS: Final = ("async", "sync")
@@ -128,7 +128,7 @@ def resume(rank: int, started: float, run_dir: Path, settings: Settings, out: Pa
     stations = Stations()
     settings = replace(settings, steps=settings.steps + 1)
     trainer = make_trainer(run_dir, settings, [Checkpointing(every_steps=1000), stations])
-    timed(verify, "fault_together", "verify")
+    timed(verification, "fault_together", "verify")
     timed(trainer.strategy, "load_checkpoint", "load")
     trainer.save_checkpoint = lambda *_, **__: None  # type: ignore[method-assign,assignment]
     start = trainer.find_start("auto")

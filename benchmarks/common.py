@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from disttrain import OptimizerConfig, Task
-from disttrain.data.batches import COUNT, KEY, WEIGHT
-from disttrain.meeting import reserve_port
+from disttrain.data.loader.batches import COUNT, KEY, WEIGHT
+from disttrain.distributed.rendezvous import reserve_port
+from disttrain.distributed.world import detect_world
 from disttrain.models.mlp import MLP
-from disttrain.world import detect_world
 
 
 class Regression(Task):

@@ -41,8 +41,8 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from webdataset.autodecode import imagehandler
 
-from disttrain.data.decode import Field, RandomResizedCrop, RawValues, decode
-from disttrain.data.draws import Draws
+from disttrain.data.decode.fields import Field, RandomResizedCrop, RawValues, decode
+from disttrain.data.decode.rng import Draws
 
 SIDE: Final = 224
 BATCH: Final = 16

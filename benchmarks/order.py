@@ -38,10 +38,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import nn
 
-from disttrain.data.index import Shard, ShardIndex, write_manifest
-from disttrain.data.mixture import Mixture, Portion
-from disttrain.data.order import Order, OrderConfig
-from disttrain.data.samples import stratified_split
+from disttrain.data.index.shard_index import Shard, ShardIndex, write_manifest
+from disttrain.data.order.mixture import Mixture, Portion
+from disttrain.data.order.sample_order import Order, OrderConfig
+from disttrain.data.pack.samples import stratified_split
 
 Ids = NDArray[np.int64]
 Epochs = Callable[[int, int], Ids]  # seed and epoch to ids, shape (steps, samples)

@@ -40,14 +40,14 @@ import torch
 import webdataset as wds
 from matplotlib.figure import Figure
 
-from disttrain.data.decode import Field
-from disttrain.data.index import ShardIndex
-from disttrain.data.loader import LoaderConfig, TrainLoader
-from disttrain.data.order import Order, OrderConfig
-from disttrain.data.reader import Reader
-from disttrain.data.samples import Sample, Samples
-from disttrain.data.sidecar import load_table
-from disttrain.data.write import write_shard
+from disttrain.data.decode.fields import Field
+from disttrain.data.index.shard_index import ShardIndex
+from disttrain.data.index.sidecar import load_table
+from disttrain.data.loader.loaders import LoaderConfig, TrainLoader
+from disttrain.data.order.sample_order import Order, OrderConfig
+from disttrain.data.pack.samples import Sample, Samples
+from disttrain.data.pack.shard_writer import write_shard
+from disttrain.data.reader.sample_reader import Reader
 from disttrain.parallel.config import BatchPlan
 
 SAMPLE_BYTES: Final = 800

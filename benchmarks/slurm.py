@@ -20,12 +20,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from disttrain.callbacks.ledger import read_ledger
-from disttrain.checkpoint.store import committed
+from disttrain.callbacks.records.sample_ledger import read_ledger
+from disttrain.checkpoint.format.reader import committed
 from disttrain.commands import shards
-from disttrain.metrics_file import read_rows
-from disttrain.reading import read_run
 from disttrain.report import write_report
+from disttrain.run.metrics_file import read_rows
+from disttrain.system.reading import read_run
 from tests.support.ranks import run_cli
 from tests.support.slurm import Cluster, missing, wait_until
 from tests.support.slurm_jobs import arguments, callbacks, log_of, settings, slowly

@@ -9,104 +9,127 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from disttrain.callbacks import EMA, Checkpointing, EarlyStopping, SampleLedger, UpdateGuard
-    from disttrain.checkpoint.mirror import MirrorConfig
-    from disttrain.data.bad_samples import BadSampleError, FilteredSampleError
-    from disttrain.data.cache import CacheConfig
-    from disttrain.data.field import Field
-    from disttrain.data.hooks import HooksConfig
-    from disttrain.data.images import RandomResizedCrop
-    from disttrain.data.index import ShardIndex
-    from disttrain.data.loader import LoaderConfig
-    from disttrain.data.module import ShardedDataModule, ShuffleConfig
-    from disttrain.data.order import Order, OrderConfig
-    from disttrain.data.splits import SourceConfig
-    from disttrain.errors import DisttrainError, Preempted
-    from disttrain.lightning.callback import Callback
-    from disttrain.optim import OptimizerConfig, ScheduleConfig
-    from disttrain.parallel.config import BatchPlan, ParallelConfig
-    from disttrain.parallel.strategies import DDP, FSDP
-    from disttrain.parallel.tensor import ShardedDropout
-    from disttrain.tasks import ClassificationTask, RegressionTask, Task
-    from disttrain.trainer import Trainer
-    from disttrain.version import __version__
+# Looks now, as early as can be, which process has started this one.
+importlib.import_module("disttrain.distributed.parent_process")
 
-importlib.import_module("disttrain.launcher")  # looks now, as early as can be, which process has started this one
+if TYPE_CHECKING:  # the same names as below, for type checkers and editors
+    from disttrain.callbacks import (
+        EMA as EMA,
+    )
+    from disttrain.callbacks import (
+        Checkpointing as Checkpointing,
+    )
+    from disttrain.callbacks import (
+        EarlyStopping as EarlyStopping,
+    )
+    from disttrain.callbacks import (
+        SampleLedger as SampleLedger,
+    )
+    from disttrain.callbacks import (
+        UpdateGuard as UpdateGuard,
+    )
+    from disttrain.checkpoint.remote.copies import MirrorConfig as MirrorConfig
+    from disttrain.data.cache.shard_cache import CacheConfig as CacheConfig
+    from disttrain.data.decode.field import Field as Field
+    from disttrain.data.decode.images import RandomResizedCrop as RandomResizedCrop
+    from disttrain.data.index.shard_index import ShardIndex as ShardIndex
+    from disttrain.data.loader.loaders import LoaderConfig as LoaderConfig
+    from disttrain.data.loader.transforms import HooksConfig as HooksConfig
+    from disttrain.data.module import (
+        ShardedDataModule as ShardedDataModule,
+    )
+    from disttrain.data.module import (
+        ShuffleConfig as ShuffleConfig,
+    )
+    from disttrain.data.order.sample_order import (
+        Order as Order,
+    )
+    from disttrain.data.order.sample_order import (
+        OrderConfig as OrderConfig,
+    )
+    from disttrain.data.reader.bad_sample_policy import (
+        BadSampleError as BadSampleError,
+    )
+    from disttrain.data.reader.bad_sample_policy import (
+        FilteredSampleError as FilteredSampleError,
+    )
+    from disttrain.data.splits import SourceConfig as SourceConfig
+    from disttrain.errors import (
+        CheckpointError as CheckpointError,
+    )
+    from disttrain.errors import (
+        ConfigError as ConfigError,
+    )
+    from disttrain.errors import (
+        DataError as DataError,
+    )
+    from disttrain.errors import (
+        DisttrainError as DisttrainError,
+    )
+    from disttrain.errors import (
+        Preempted as Preempted,
+    )
+    from disttrain.errors import (
+        RankError as RankError,
+    )
+    from disttrain.lightning.callback import Callback as Callback
+    from disttrain.optim import (
+        OptimizerConfig as OptimizerConfig,
+    )
+    from disttrain.optim import (
+        ScheduleConfig as ScheduleConfig,
+    )
+    from disttrain.parallel.config import (
+        BatchPlan as BatchPlan,
+    )
+    from disttrain.parallel.config import (
+        ParallelConfig as ParallelConfig,
+    )
+    from disttrain.parallel.model.tensor_parallel import ShardedDropout as ShardedDropout
+    from disttrain.strategies.build import (
+        DDP as DDP,
+    )
+    from disttrain.strategies.build import (
+        FSDP as FSDP,
+    )
+    from disttrain.tasks import (
+        ClassificationTask as ClassificationTask,
+    )
+    from disttrain.tasks import (
+        RegressionTask as RegressionTask,
+    )
+    from disttrain.tasks import (
+        Task as Task,
+    )
+    from disttrain.trainer import Trainer as Trainer
+    from disttrain.version import __version__ as __version__
 
-_HOMES = {
-    "BadSampleError": "disttrain.data.bad_samples",
-    "HooksConfig": "disttrain.data.hooks",
-    "RandomResizedCrop": "disttrain.data.images",
-    "BatchPlan": "disttrain.parallel.config",
-    "CacheConfig": "disttrain.data.cache",
-    "Callback": "disttrain.lightning.callback",
-    "Checkpointing": "disttrain.callbacks",
-    "ClassificationTask": "disttrain.tasks",
-    "DDP": "disttrain.parallel.strategies",
-    "DisttrainError": "disttrain.errors",
-    "EMA": "disttrain.callbacks",
-    "EarlyStopping": "disttrain.callbacks",
-    "FSDP": "disttrain.parallel.strategies",
-    "Field": "disttrain.data.field",
-    "FilteredSampleError": "disttrain.data.bad_samples",
-    "LoaderConfig": "disttrain.data.loader",
-    "MirrorConfig": "disttrain.checkpoint.mirror",
-    "OptimizerConfig": "disttrain.optim",
-    "Order": "disttrain.data.order",
-    "OrderConfig": "disttrain.data.order",
-    "ParallelConfig": "disttrain.parallel.config",
-    "Preempted": "disttrain.errors",
-    "RegressionTask": "disttrain.tasks",
-    "SampleLedger": "disttrain.callbacks",
-    "ScheduleConfig": "disttrain.optim",
-    "ShardIndex": "disttrain.data.index",
-    "ShardedDataModule": "disttrain.data.module",
-    "ShardedDropout": "disttrain.parallel.tensor",
-    "ShuffleConfig": "disttrain.data.module",
-    "SourceConfig": "disttrain.data.splits",
-    "Task": "disttrain.tasks",
-    "Trainer": "disttrain.trainer",
-    "UpdateGuard": "disttrain.callbacks",
-    "__version__": "disttrain.version",
+_PUBLIC = {
+    "disttrain.callbacks": ("Checkpointing", "EMA", "EarlyStopping", "SampleLedger", "UpdateGuard"),
+    "disttrain.checkpoint.remote.copies": ("MirrorConfig",),
+    "disttrain.data.cache.shard_cache": ("CacheConfig",),
+    "disttrain.data.decode.field": ("Field",),
+    "disttrain.data.decode.images": ("RandomResizedCrop",),
+    "disttrain.data.index.shard_index": ("ShardIndex",),
+    "disttrain.data.loader.loaders": ("LoaderConfig",),
+    "disttrain.data.loader.transforms": ("HooksConfig",),
+    "disttrain.data.module": ("ShardedDataModule", "ShuffleConfig"),
+    "disttrain.data.order.sample_order": ("Order", "OrderConfig"),
+    "disttrain.data.reader.bad_sample_policy": ("BadSampleError", "FilteredSampleError"),
+    "disttrain.data.splits": ("SourceConfig",),
+    "disttrain.errors": ("CheckpointError", "ConfigError", "DataError", "DisttrainError", "Preempted", "RankError"),
+    "disttrain.lightning.callback": ("Callback",),
+    "disttrain.optim": ("OptimizerConfig", "ScheduleConfig"),
+    "disttrain.parallel.config": ("BatchPlan", "ParallelConfig"),
+    "disttrain.parallel.model.tensor_parallel": ("ShardedDropout",),
+    "disttrain.strategies.build": ("DDP", "FSDP"),
+    "disttrain.tasks": ("ClassificationTask", "RegressionTask", "Task"),
+    "disttrain.trainer": ("Trainer",),
+    "disttrain.version": ("__version__",),
 }
+_HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
 
-__all__ = [
-    "DDP",
-    "EMA",
-    "FSDP",
-    "BadSampleError",
-    "BatchPlan",
-    "CacheConfig",
-    "Callback",
-    "Checkpointing",
-    "ClassificationTask",
-    "DisttrainError",
-    "EarlyStopping",
-    "Field",
-    "FilteredSampleError",
-    "HooksConfig",
-    "LoaderConfig",
-    "MirrorConfig",
-    "OptimizerConfig",
-    "Order",
-    "OrderConfig",
-    "ParallelConfig",
-    "Preempted",
-    "RandomResizedCrop",
-    "RegressionTask",
-    "SampleLedger",
-    "ScheduleConfig",
-    "ShardIndex",
-    "ShardedDataModule",
-    "ShardedDropout",
-    "ShuffleConfig",
-    "SourceConfig",
-    "Task",
-    "Trainer",
-    "UpdateGuard",
-    "__version__",
-]
+__all__ = sorted(_HOMES)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,8 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
-from disttrain.endings import note_ending
+from disttrain.distributed.exit_codes import note_ending
+from disttrain.distributed.world import World, detect_world
 from disttrain.errors import (
     PREEMPTED_CODE,
     ConfigError,
@@ -27,9 +28,8 @@ from disttrain.errors import (
     nearest,
     passed_through_users_code,
 )
-from disttrain.output import lossy_output, open_descriptors, silence
-from disttrain.terminal import redacted, say, tell, warning_line
-from disttrain.world import World, detect_world
+from disttrain.system.output import lossy_output, open_descriptors, silence
+from disttrain.system.terminal import redacted, say, tell, warning_line
 
 _TRAINING = {
     "fit": "train, stop early, restore the best weights, test and report",
@@ -215,7 +215,7 @@ def _unexpected(error: Exception) -> int:
 def _keep_traceback(error: Exception) -> str:
     """Write the traceback to the run folder if there is one, or to a temporary file; return its path."""
     text = redacted("".join(traceback.format_exception(error)))
-    runs = sys.modules.get("disttrain.runs")
+    runs = sys.modules.get("disttrain.run.folder")
     for folder in (runs.last_begun() if runs is not None else None, None):
         with suppress(OSError):
             descriptor, name = tempfile.mkstemp(prefix="traceback-", suffix=".txt", dir=folder)

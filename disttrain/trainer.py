@@ -22,33 +22,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
-from disttrain.attempts import AttemptOver, free_frames, modes_of, put_right
-from disttrain.callbacks.bad_samples import BadSamples
-from disttrain.callbacks.checkpointing import Checkpointing
-from disttrain.callbacks.compilation import CompileReport
-from disttrain.callbacks.guard import UpdateGuard
+from disttrain.callbacks.bad_sample_report import BadSamples
+from disttrain.callbacks.checkpointing.callback import Checkpointing
 from disttrain.callbacks.introductions import Introductions
-from disttrain.callbacks.loader_record import LoaderRecord
-from disttrain.callbacks.micro_batch_size import MicroBatchSearch
-from disttrain.callbacks.preemption import Preemption
-from disttrain.callbacks.progress import StepProgress
-from disttrain.callbacks.randomness import KeyedRandomness
-from disttrain.callbacks.reduction_check import ReductionCheck
-from disttrain.callbacks.rehearsal import Rehearsal
-from disttrain.callbacks.run_record import RunRecord
-from disttrain.callbacks.settings import SettingsNotes
-from disttrain.callbacks.step_log import StepLog
-from disttrain.callbacks.stragglers import Stragglers
-from disttrain.callbacks.watchdog import Watchdog
-from disttrain.data.user_loaders import give_back
-from disttrain.data.workers import refuse_second_run
-from disttrain.endings import ends_within
-from disttrain.errors import ConfigError, Preempted
-from disttrain.files import place, resolve_path
-from disttrain.lightning.bases import TrainerBase
-from disttrain.lightning.internals import end_midway, without_signal_handlers
-from disttrain.lightning.loops import use_own_loops
-from disttrain.lightning_advice import (
+from disttrain.callbacks.keyed_randomness import KeyedRandomness
+from disttrain.callbacks.lightning_advice import (
     check_by_hand,
     in_our_words,
     quieten,
@@ -58,19 +36,41 @@ from disttrain.lightning_advice import (
     refuse_named_start,
     wants_progress,
 )
-from disttrain.metrics_log import EventsLog, MetricsLog
-from disttrain.output import lossy_output
-from disttrain.parallel.agree import raise_together
-from disttrain.parallel.alike import check_alike
+from disttrain.callbacks.micro_batch_size import MicroBatchSearch
+from disttrain.callbacks.preemption import Preemption
+from disttrain.callbacks.progress import StepProgress
+from disttrain.callbacks.records.compile_report import CompileReport
+from disttrain.callbacks.records.loader_record import LoaderRecord
+from disttrain.callbacks.records.run_record import RunRecord
+from disttrain.callbacks.records.settings_notes import SettingsNotes
+from disttrain.callbacks.records.step_log import StepLog
+from disttrain.callbacks.reduction_check import ReductionCheck
+from disttrain.callbacks.rehearsal import Rehearsal
+from disttrain.callbacks.stragglers import Stragglers
+from disttrain.callbacks.update_guard.callback import UpdateGuard
+from disttrain.callbacks.watchdog.callback import Watchdog
+from disttrain.data.loader.user_loaders import give_back
+from disttrain.data.loader.workers import refuse_second_run
+from disttrain.distributed.consistency import check_alike
+from disttrain.distributed.exit_codes import ends_within
+from disttrain.distributed.process_group import LoneEnvironment, WorldEnvironment
+from disttrain.distributed.synchronize_errors import raise_together
+from disttrain.distributed.world import detect_world
+from disttrain.errors import ConfigError, Preempted
+from disttrain.lightning.bases import TrainerBase
+from disttrain.lightning.internals import end_midway, without_signal_handlers
+from disttrain.lightning.loops import use_own_loops
 from disttrain.parallel.clipping import check_clipping
 from disttrain.parallel.config import ParallelConfig
 from disttrain.parallel.determinism import use_deterministic_convolutions, use_deterministic_kernels
-from disttrain.parallel.joining import LoneEnvironment, WorldEnvironment
-from disttrain.parallel.precision import ScaledPrecision, check_precision, device_kind, use_tensor_cores
-from disttrain.parallel.strategies import build_strategy
-from disttrain.runs import Start, best_checkpoint, find_start, last_begun, stopped_by_request
-from disttrain.terminal import tell
-from disttrain.world import detect_world
+from disttrain.parallel.model.precision import ScaledPrecision, check_precision, device_kind, use_tensor_cores
+from disttrain.run.attempts import AttemptOver, free_frames, modes_of, put_right
+from disttrain.run.folder import Start, best_checkpoint, find_start, last_begun, stopped_by_request
+from disttrain.run.loggers import EventsLog, MetricsLog
+from disttrain.strategies.build import build_strategy
+from disttrain.system.files import place, resolve_path
+from disttrain.system.output import lossy_output
+from disttrain.system.terminal import tell
 
 PrecisionName = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from disttrain.commands import shards
-from disttrain.meeting import reserve_port
+from disttrain.distributed.rendezvous import reserve_port
 
 _PROCESSES = ("ranks", "launching", "torchrun", "sameness", "slurm", "slurm_jobs", "preemption", "memory", "kills")
 """Modules of ``tests.support`` that start processes."""

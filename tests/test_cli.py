@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 
-from disttrain import cli, runs
+from disttrain import cli
 from disttrain.commands import jobs
+from disttrain.run import folder as folder_module
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(runs, "_begun", {})
+    monkeypatch.setattr(folder_module, "_begun", {})
 
 
 @pytest.mark.parametrize("has_run", [False, True])
@@ -28,7 +29,7 @@ def test_an_error_of_our_own_is_two_lines_and_a_file(
     if has_run:
         folder.mkdir()
         for begun in (folder, tmp_path / "z", folder):  # the one begun last counts
-            runs.note_begun(begun)
+            folder_module.note_begun(begun)
     library: dict[str, Any] = {"__name__": "yaml"}
     exec(compile("def load(*_, **__): raise TypeError", "/x/disttrain/.venv/yaml.py", "exec"), library)
     monkeypatch.setattr(jobs, "find_runs", library["load"])

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from disttrain import Checkpointing, OptimizerConfig, ShardedDataModule, Trainer
-from disttrain.callbacks.ledger import read_ledger
 from disttrain.callbacks.micro_batch_size import Shortage, read_shortages
+from disttrain.callbacks.records.sample_ledger import read_ledger
 from disttrain.errors import ConfigError
 from disttrain.parallel.memory_errors import is_out_of_memory
 from tests.support import foreign

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import Optimizer
 
-from disttrain.checkpoint.optimizers import agreed_groups
+from disttrain.checkpoint.format.optimizer_state import agreed_groups
 from disttrain.errors import CheckpointError, ConfigError
 from disttrain.optim import (
     OptimizerConfig,

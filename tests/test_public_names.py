@@ -1,12 +1,12 @@
-"""The public names, what importing them costs, and which module may import which."""
+"""The public names, what importing them costs, and which folder may import which."""
 
 from __future__ import annotations
 
 import ast
-import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
@@ -16,167 +16,56 @@ import disttrain
 
 ROOT = Path(disttrain.__file__).parent
 
-PUBLIC = [
-    "DDP",
-    "EMA",
-    "FSDP",
-    "BadSampleError",
-    "BatchPlan",
-    "CacheConfig",
-    "Callback",
-    "Checkpointing",
-    "ClassificationTask",
-    "DisttrainError",
-    "EarlyStopping",
-    "Field",
-    "FilteredSampleError",
-    "HooksConfig",
-    "LoaderConfig",
-    "MirrorConfig",
-    "OptimizerConfig",
-    "Order",
-    "OrderConfig",
-    "ParallelConfig",
-    "Preempted",
-    "RandomResizedCrop",
-    "RegressionTask",
-    "SampleLedger",
-    "ScheduleConfig",
-    "ShardIndex",
-    "ShardedDataModule",
-    "ShardedDropout",
-    "ShuffleConfig",
-    "SourceConfig",
-    "Task",
-    "Trainer",
-    "UpdateGuard",
-    "__version__",
+LAYERS = [
+    ["errors", "version"],
+    ["system"],
+    ["lightning"],
+    ["distributed", "optim"],
+    ["parallel"],
+    ["data", "models"],
+    ["checkpoint", "slurm"],
+    ["run", "tasks"],
+    ["strategies", "report"],
+    ["callbacks"],
+    ["doctor", "parity", "trainer"],
+    ["commands"],
+    ["cli"],
+    ["__main__"],
 ]
+"""Folders and top-level modules, lowest first. Each imports from lower ones only."""
+LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
-LAYERS: dict[str, int] = {
-    **dict.fromkeys(
-        [
-            "beats",
-            "durations",
-            "endings",
-            "errors",
-            "files",
-            "launcher",
-            "meeting",
-            "output",
-            "reading",
-            "signals",
-            "terminal",
-            "version",
-            "whereabouts",
-            "world",
-        ],
-        0,
-    ),
-    **dict.fromkeys(
-        [
-            *(f"data.{name}" for name in ("tar", "index", "order", "samples", "write", "tables", "sources", "pack")),
-            *(f"data.{name}" for name in ("tar_header", "patterns", "evidence")),
-            *(f"data.{name}" for name in ("mixture", "objects", "remote", "remote_index", "sidecar", "transport")),
-            *(f"data.{name}" for name in ("indexing", "statistics", "stream", "together", "http_range")),
-            "data.verify",
-            "data.verify_keys",
-            "metrics_file",
-            *(
-                f"slurm.{name}"
-                for name in ("agent", "commands", "job", "render", "requeue", "runs", "site", "snapshot")
-            ),
-            "checkpoint.checksum",
-            "checkpoint.fence",
-            "checkpoint.folder",
-            "checkpoint.marker",
-            "checkpoint.mirror",
-            "checkpoint.prune",
-            "parallel.config",
-            "parallel.tree",
-        ],
-        1,
-    ),
-    **dict.fromkeys(
-        [
-            "data.cache",
-            "data.checks",
-            "data.decode",
-            "data.field",
-            "data.draws",
-            "data.foreign",
-            "data.images",
-            "data.values",
-            "data.bad_samples",
-            "data.device",
-            "data.batches",
-            "data.hooks",
-            "data.open_shards",
-            "data.shard_files",
-            "data.mapped_shards",
-            "data.bus_errors",
-            "data.spans",
-            "data.workers",
-            "data.verify_decode",
-            "data.plan",
-            "data.reader",
-            "data.store",
-            "models.*",
-            "optim",
-            "runs",
-            "metrics_log",
-            "report.*",
-        ],
-        2,
-    ),
-    **dict.fromkeys(
-        [f"parallel.{name}" for name in ("agree", "alike", "gradients", "optimizers", "randomness", "shard")], 2
-    ),
-    **dict.fromkeys(["parallel.compiling", "parallel.initialize", "parallel.precision", "parallel.synced_norm"], 2),
-    **dict.fromkeys(
-        [
-            "parallel.collectives",
-            "parallel.determinism",
-            "parallel.fsdp_internals",
-            "parallel.narrow",
-            "parallel.recompute",
-        ],
-        2,
-    ),
-    **dict.fromkeys(["data.padding", "parallel.trained"], 2),
-    **dict.fromkeys(["lightning.*", "parallel.joining", "parallel.store", "parallel.votes"], 2),
-    **dict.fromkeys(["parallel.ranks", "parallel.reduction", "parallel.summation", "parallel.tensor"], 2),
-    **dict.fromkeys([f"checkpoint.{name}" for name in ("store", "groups", "optimizers", "state")], 2),
-    **dict.fromkeys(
-        [f"checkpoint.{name}" for name in ("mirroring", "saver", "staging", "verify", "weights", "write")], 2
-    ),
-    **dict.fromkeys(["parallel.buckets", "parallel.clipping", "parallel.memory_errors"], 2),
-    **dict.fromkeys(["parallel.strategies", "data.loader", "data.module", "data.splits", "tasks.*"], 3),
-    **dict.fromkeys(["checkpoint.contents", "parallel.module_tensors"], 2),
-    **dict.fromkeys(["parallel.base_strategy", "data.user_loaders"], 3),
-    **dict.fromkeys(["attempts", "callbacks.*"], 4),
-    "lightning_advice": 4,
-    **dict.fromkeys(["doctor.*", "parity.*"], 4),
-    **dict.fromkeys(["trainer", "commands.*"], 5),
-    **dict.fromkeys(["cli", "__main__"], 6),
-}
-WITHOUT_TORCH = [name for name, layer in LAYERS.items() if layer <= 1]
+WITHOUT_TORCH = (
+    *("cli", "errors", "version", "run.metrics_file", "run.listing", "parallel.config", "parallel.reduction.tree"),
+    *("checkpoint.cleanup", "checkpoint.remote.copies", "data.order.*", "data.pack.*", "data.index.*", "data.remote.*"),
+    *(f"checkpoint.format.{name}" for name in ("checksum", "fence", "marker", "retention")),
+    *(f"data.verify.{name}" for name in ("shards", "keys", "statistics")),
+    *(f"system.{name}" for name in ("durations", "files", "heartbeat", "output", "reading", "signals", "terminal")),
+    *(f"distributed.{name}" for name in ("exit_codes", "parent_process", "rendezvous", "world")),
+    "slurm.*",
+)
 """Modules that a command may load without waiting seconds for torch."""
 
 
-def test_the_public_names() -> None:
-    assert disttrain.__all__ == PUBLIC
-    assert dir(disttrain) == sorted(PUBLIC)
+def test_each_public_name_can_be_imported_and_is_documented() -> None:
+    for name in disttrain.__all__:
+        value = getattr(disttrain, name)
+        assert value is not None
+        if name != "__version__":
+            assert value.__name__ == name
+            assert value.__module__.startswith("disttrain."), f"{name} comes from {value.__module__}"
+            assert value.__doc__, f"{name} has no docstring"
+    assert dir(disttrain) == disttrain.__all__
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_each_public_name_can_be_imported(name: str) -> None:
-    value = getattr(disttrain, name)
-    assert value is not None
-    if name != "__version__":
-        assert value.__name__ == name
-        assert value.__module__.startswith("disttrain."), f"{name} comes from {value.__module__}"
-        assert value.__doc__, f"{name} has no docstring"
+def test_type_checkers_see_the_public_names() -> None:
+    """What stands under TYPE_CHECKING cannot be derived; it is compared with the table instead."""
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    named = {
+        (node.module, alias.asname) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert named == {(module, name) for module, names in disttrain._PUBLIC.items() for name in names}
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
@@ -199,10 +88,6 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert loaded_by("disttrain") & {"numpy"} == set()
 
 
-def test_the_lowest_layers_load_no_torch() -> None:
-    assert loaded_by(*(f"disttrain.{name}" for name in WITHOUT_TORCH)) & HEAVY == set()
-
-
 @cache
 def modules() -> dict[str, Path]:
     """All modules by name below the package; a package is named as its folder."""
@@ -211,6 +96,17 @@ def modules() -> dict[str, Path]:
         parts = path.relative_to(ROOT).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
+
+
+def without_torch() -> list[str]:
+    """The modules of :data:`WITHOUT_TORCH`."""
+    names = [pattern for pattern in WITHOUT_TORCH if not pattern.endswith(".*")]
+    folders = tuple(pattern.removesuffix("*") for pattern in WITHOUT_TORCH if pattern.endswith(".*"))
+    return names + [name for name in modules() if name.startswith(folders)]
+
+
+def test_modules_for_quick_commands_load_no_torch() -> None:
+    assert loaded_by(*(f"disttrain.{name}" for name in without_torch())) & HEAVY == set()
 
 
 @cache
@@ -236,39 +132,66 @@ def imports() -> dict[str, set[str]]:
                 parts = rest.split(".")
                 prefixes = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
                 own = next((prefix for prefix in prefixes if prefix in known), "")
+                assert own, f"disttrain.{name} imports from the package's own facade"
                 targets.add(own)
         graph[name] = targets
     return graph
 
 
-def layer(module: str) -> int | None:
-    """A module's layer; a package of several has that of its ``*``."""
-    if module in LAYERS:
-        return LAYERS[module]
-    return LAYERS.get(f"{module}.*", LAYERS.get(f"{module.partition('.')[0]}.*"))
+def test_every_folder_has_a_layer() -> None:
+    tops = {name.partition(".")[0] for name in modules() if name}
+    assert tops == set(LAYER)
 
 
-def is_bare_package(module: str) -> bool:
-    """A package whose ``__init__.py`` imports nothing of ours belongs to no layer."""
-    return modules()[module].name == "__init__.py" and not imports()[module]
-
-
-def test_every_module_has_a_layer_and_every_layer_its_modules() -> None:
-    missing = [name for name in imports() if layer(name) is None and not is_bare_package(name)]
-    assert not missing, f"add {missing} to LAYERS"
-    gone = [name for name in LAYERS if not name.endswith(".*") and name not in modules()]
-    assert not gone, f"take {gone} out of LAYERS"
-
-
-def test_modules_import_from_their_own_layer_or_lower_ones_only() -> None:
+def test_imports_point_down_only() -> None:
     wrong = []
     for module, targets in imports().items():
+        above = module.partition(".")[0]
         for target in targets:
-            assert target, f"disttrain.{module} imports from the package's own facade"
-            above, below = layer(module), layer(target)
-            if above is not None and below is not None and below > above:
-                wrong.append(f"disttrain.{module} (layer {above}) imports disttrain.{target} (layer {below})")
+            below = target.partition(".")[0]
+            if above != below and LAYER[below] >= LAYER[above]:
+                wrong.append(f"disttrain.{module} imports disttrain.{target}, which is not in a lower layer")
     assert not wrong, "\n".join(wrong)
+
+
+def find_circle(graph: dict[str, set[str]]) -> list[str]:
+    """Names that lead to each other in a circle; empty where none do."""
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name not in done:
+            for target in sorted(graph.get(name, ())):
+                if circle := visit(target, [*path, name]):
+                    return circle
+            done.add(name)
+        return []
+
+    return next((circle for name in sorted(graph) if (circle := visit(name, []))), [])
+
+
+def folded(name_of: Callable[[str], str | None]) -> dict[str, set[str]]:
+    """The graph of imports with modules put together by a name; None leaves a module out."""
+    graph: dict[str, set[str]] = {}
+    for module, targets in imports().items():
+        if (above := name_of(module)) is not None:
+            found = {below for target in targets if (below := name_of(target)) is not None}
+            graph[above] = graph.get(above, set()) | (found - {above})
+    return graph
+
+
+def inside(folder: str) -> Callable[[str], str | None]:
+    """Names subfolders of a folder, and modules right in it; its ``__init__`` and the rest have none."""
+    return lambda module: (
+        module.removeprefix(f"{folder}.").partition(".")[0] if module.startswith(f"{folder}.") else None
+    )
+
+
+def test_no_folders_import_each_other_in_a_circle() -> None:
+    assert not (circle := find_circle(folded(lambda module: module.partition(".")[0]))), " -> ".join(circle)
+    for folder in LAYER:
+        assert not (circle := find_circle(folded(inside(folder)))), f"in {folder}: {' -> '.join(circle)}"
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
@@ -277,33 +200,31 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     for module, targets in imports().items():
         packages = {t.rpartition(".")[0] for t in targets} & set(imports())
         graph[module] = (targets | {p for p in packages if not module.startswith(f"{p}.")}) - {module}
-    done: set[str] = set()
-
-    def visit(module: str, path: list[str]) -> None:
-        assert module not in path, f"a circle: {' -> '.join([*path[path.index(module) :], module])}"
-        if module not in done:
-            for target in sorted(graph[module]):
-                visit(target, [*path, module])
-            done.add(module)
-
-    for module in sorted(graph):
-        visit(module, [])
+    assert not (circle := find_circle(graph)), " -> ".join(circle)
 
 
-@pytest.mark.parametrize("module", [name for name in WITHOUT_TORCH if name.startswith("data.")])
-def test_the_lowest_data_modules_name_no_torch(module: str) -> None:
-    tree = ast.parse(modules()[module].read_text())
-    named: set[str] = set()
-    for node in ast.walk(tree):
+def test_folders_and_the_top_stay_small() -> None:
+    folders: dict[Path, list[str]] = {}
+    for path in modules().values():
+        folders.setdefault(path.parent, []).append(path.name)
+    assert len(folders.pop(ROOT)) <= 8
+    assert not {folder: names for folder, names in folders.items() if len(set(names) - {"__init__.py"}) > 15}
+
+
+def test_modules_open_with_a_docstring() -> None:
+    assert not [name for name, path in modules().items() if not ast.get_docstring(ast.parse(path.read_text()))]
+
+
+def named_packages(module: str) -> Iterable[str]:
+    """The top-level packages that a module names in imports, wherever they stand."""
+    for node in ast.walk(ast.parse(modules()[module].read_text())):
         if isinstance(node, ast.Import):
-            named |= {alias.name.partition(".")[0] for alias in node.names}
+            yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            named.add((node.module or "").partition(".")[0])
-    assert named & {"torch", "lightning", "torchmetrics"} == set()
+            yield (node.module or "").partition(".")[0]
 
 
-@pytest.mark.parametrize(
-    "module", ["errors", "world", "data.order", "data.mixture", "data.index", "parallel.config", "optim"]
-)
-def test_modules_open_with_a_docstring(module: str) -> None:
-    assert importlib.import_module(f"disttrain.{module}").__doc__
+def test_the_data_modules_without_torch_name_none() -> None:
+    for module in without_torch():
+        if module.startswith("data."):
+            assert not set(named_packages(module)) & {"torch", "lightning", "torchmetrics"}, module

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from disttrain.reading import read_run
+from disttrain.system.reading import read_run
 from tests.support.ranks import run_cli
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from disttrain.data.sidecar import load_table
+from disttrain.data.index.sidecar import load_table
 
 from .cases import Case
 from .contender import decode

@@ -14,12 +14,12 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from disttrain.callbacks.checkpointing import Checkpointing
-from disttrain.callbacks.monitor import Mode, Monitor, begin_validation, expect
+from disttrain.callbacks.checkpointing.callback import Checkpointing
+from disttrain.callbacks.checkpointing.monitor import Mode, Monitor, begin_validation, expect
 from disttrain.errors import ConfigError
 from disttrain.lightning.loops import first_validation
 from disttrain.lightning.position import steps_per_epoch
-from disttrain.terminal import tell
+from disttrain.system.terminal import tell
 
 
 class EarlyStopping(Callback):

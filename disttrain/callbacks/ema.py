@@ -25,10 +25,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from disttrain.checkpoint.groups import parameters_by_name
+from disttrain.checkpoint.format.groups import parameters_by_name
 from disttrain.errors import ConfigError
-from disttrain.parallel.fsdp_internals import reshard
-from disttrain.parallel.strategies import strategy_of
+from disttrain.parallel.model.fsdp_internals import reshard
+from disttrain.strategies.build import strategy_of
 
 GROUP: Final = "ema"
 
@@ -188,7 +188,7 @@ class EMA(Callback):
         for weight, kept in aside:
             weight.copy_(kept)
 
-    # What is saved and loaded: disttrain.checkpoint.groups.TensorGroup.
+    # What is saved and loaded: disttrain.checkpoint.format.groups.TensorGroup.
 
     def tensors(self) -> dict[str, Tensor]:
         """This rank's part of the averages; empty once the module has been filled to be evaluated."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from disttrain.callbacks.checkpointing import Checkpointing
+from disttrain.callbacks.checkpointing.callback import Checkpointing
 from disttrain.callbacks.early_stopping import EarlyStopping
-from disttrain.callbacks.guard import UpdateGuard
 from disttrain.callbacks.preemption import Preemption
-from disttrain.callbacks.run_record import RunRecord
-from disttrain.callbacks.step_log import StepLog
-from disttrain.callbacks.trace import StepTrace
+from disttrain.callbacks.records.run_record import RunRecord
+from disttrain.callbacks.records.step_log import StepLog
+from disttrain.callbacks.records.trace import StepTrace
+from disttrain.callbacks.update_guard.callback import UpdateGuard
 
 
 class Introductions(Callback):

@@ -29,21 +29,21 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from disttrain.attempts import AttemptOver
-from disttrain.callbacks.run_record import RunRecord
-from disttrain.checkpoint.store import read_meta
+from disttrain.callbacks.records.run_record import RunRecord
+from disttrain.checkpoint.format.reader import read_meta
 from disttrain.data.module import MICRO_BATCHES_OF, sharded_data
-from disttrain.endings import VARIABLE, note_ending
+from disttrain.distributed.exit_codes import VARIABLE, note_ending
+from disttrain.distributed.synchronize_errors import raise_together
 from disttrain.errors import CheckpointError, ConfigError, DisttrainError, OutOfMemoryError
-from disttrain.files import make_folder, to_json, write_atomically
-from disttrain.parallel.agree import raise_together
-from disttrain.parallel.fsdp_internals import can_abandon_pass
 from disttrain.parallel.memory_errors import is_out_of_memory
-from disttrain.parallel.trained import class_name
-from disttrain.reading import read_record
+from disttrain.parallel.model.fsdp_internals import can_abandon_pass
+from disttrain.parallel.model.trained_parameters import class_name
+from disttrain.run.attempts import AttemptOver
 from disttrain.slurm.requeue import have_script_requeue, is_to_be_requeued
+from disttrain.system.files import make_folder, to_json, write_atomically
+from disttrain.system.reading import read_record
+from disttrain.system.terminal import tell
 from disttrain.tasks.base import Task
-from disttrain.terminal import tell
 
 FOLDER: Final = "memory"
 _SMALLER: Final = (

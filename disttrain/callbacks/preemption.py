@@ -6,7 +6,8 @@ however far apart the signals came. They save a checkpoint there, and the run en
 :class:`~disttrain.errors.Preempted`: exit code 75; in a SLURM job that is to go on, rank 0 has it requeued first,
 while all ranks are alive. A validation that was due or under way is left; the
 checkpoint says so, and the resumed run begins with it, which makes its weights those of a run that was never
-stopped. Cost: one vote a step and a validation batch, in the background (:mod:`disttrain.parallel.votes`).
+stopped. Cost: one vote a step and a validation batch, in the background
+(:mod:`disttrain.distributed.async_max_reduce`).
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ import lightning.pytorch as pl
 import psutil
 from lightning.pytorch.callbacks import Checkpoint
 
-from disttrain.callbacks.checkpointing import Checkpointing
-from disttrain.callbacks.run_record import RunRecord
-from disttrain.durations import parse_duration
+from disttrain.callbacks.checkpointing.callback import Checkpointing
+from disttrain.callbacks.records.run_record import RunRecord
+from disttrain.distributed.async_max_reduce import Votes
+from disttrain.distributed.world import detect_world
 from disttrain.errors import Preempted
 from disttrain.lightning.callback import Callback
 from disttrain.lightning.internals import ends_step, run_validation, validation_follows
-from disttrain.parallel.votes import Votes
-from disttrain.runs import launch_id, launcher_process
-from disttrain.signals import NotedSignals
+from disttrain.run.folder import launch_id, launcher_process
 from disttrain.slurm.requeue import ask_to_requeue, is_to_be_requeued
-from disttrain.terminal import tell
-from disttrain.world import detect_world
+from disttrain.system.durations import parse_duration
+from disttrain.system.signals import NotedSignals
+from disttrain.system.terminal import tell
 
 STOP_FILE: Final = "STOP"
 _CAUSES: Final = ("", "the file STOP", "trainer.stop_after", "SIGUSR1", "SIGTERM", "SIGINT")

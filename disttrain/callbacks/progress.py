@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from disttrain.callbacks.step_log import StepLog
+from disttrain.callbacks.records.step_log import StepLog
 from disttrain.tasks.base import run_steps
 
 

@@ -1,4 +1,7 @@
-"""Stops a run whose ranks would drift apart, since a gradient is not reduced: :mod:`disttrain.parallel.trained`."""
+"""Stops a run whose ranks would drift apart because a gradient is not reduced.
+
+The check itself is :mod:`disttrain.parallel.model.trained_parameters`.
+"""
 
 from __future__ import annotations
 

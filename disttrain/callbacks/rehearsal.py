@@ -10,9 +10,9 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from disttrain.distributed.synchronize_errors import gather, raise_together
 from disttrain.errors import DisttrainError
-from disttrain.parallel.agree import gather, raise_together
-from disttrain.parallel.strategies import strategy_of
+from disttrain.strategies.build import strategy_of
 
 
 class Rehearsal(Callback):

@@ -27,11 +27,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from disttrain.callbacks.run_record import RunRecord
-from disttrain.data.loader import TrainLoader
+from disttrain.callbacks.records.run_record import RunRecord
+from disttrain.data.loader.loaders import TrainLoader
+from disttrain.distributed.synchronize_errors import is_distributed
 from disttrain.lightning.callback import Callback
-from disttrain.parallel.agree import is_distributed
-from disttrain.parallel.strategies import DDP
+from disttrain.strategies.build import DDP
 
 WINDOW: Final = 1000  # steps
 _FEWEST: Final = 10  # steps that tell anything

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from disttrain.checkpoint.marker import MARKER, Committed, abandoned, check, committed, faults, remove
-from disttrain.checkpoint.mirror import Mirror, MirrorConfig, Stored, copy_of
-from disttrain.checkpoint.prune import Keep, best_of
-from disttrain.data.remote import is_remote
+from disttrain.checkpoint.format.marker import MARKER, Committed, abandoned, check, committed, faults, remove
+from disttrain.checkpoint.format.retention import Keep, best_of
+from disttrain.checkpoint.remote.copies import Mirror, MirrorConfig, Stored, copy_of
+from disttrain.data.remote.ranges import is_remote
 from disttrain.errors import CheckpointError, ConfigError
-from disttrain.terminal import Parser, path_word, say, tell
+from disttrain.system.terminal import Parser, path_word, say, tell
 
 
 def main(argv: list[str]) -> int:
@@ -126,8 +126,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from disttrain.checkpoint.weights import read_weights, write_weights
-    from disttrain.runs import best_checkpoint
+    from disttrain.checkpoint.format.export import read_weights, write_weights
+    from disttrain.run.folder import best_checkpoint
 
     if arguments.out.exists() and not arguments.overwrite:
         raise ConfigError(f"{arguments.out} already exists", mend="choose another file, or add --overwrite")

@@ -18,12 +18,12 @@ from typing import Literal
 from jsonargparse import Namespace
 
 from disttrain.commands.training import TrainingCLI
-from disttrain.data.index import read_manifest
-from disttrain.data.patterns import is_manifest, places
-from disttrain.data.remote import is_remote
+from disttrain.data.index.patterns import is_manifest, places
+from disttrain.data.index.shard_index import read_manifest
+from disttrain.data.remote.ranges import is_remote
 from disttrain.errors import ConfigError
-from disttrain.files import expand_path
 from disttrain.parallel.config import ParallelConfig, usual_micro_batch_size
+from disttrain.system.files import expand_path
 
 
 @dataclass(frozen=True)

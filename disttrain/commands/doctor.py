@@ -12,8 +12,8 @@ import os
 from pathlib import Path
 
 from disttrain.errors import ConfigError
-from disttrain.files import to_json
-from disttrain.terminal import Parser, say
+from disttrain.system.files import to_json
+from disttrain.system.terminal import Parser, say
 
 
 def main(argv: list[str]) -> int:
@@ -32,11 +32,11 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--port is {arguments.port}", mend="use 1 to 65535")
 
     # Imported here: --help and command-line mistakes do not need torch.
+    from disttrain.distributed.world import World, detect_world
     from disttrain.doctor.examine import Options, Report, examine
     from disttrain.doctor.finding import failure, worst
     from disttrain.doctor.folders import folders_of
-    from disttrain.doctor.show import print_report
-    from disttrain.world import World, detect_world
+    from disttrain.doctor.table import print_report
 
     def show(report: Report) -> None:
         if not report.speaks:

@@ -11,11 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from disttrain.errors import ConfigError
-from disttrain.files import to_json
+from disttrain.run.listing import Row, find_runs, rows_of
 from disttrain.slurm import commands
-from disttrain.slurm.runs import Row, find_runs, rows_of
 from disttrain.slurm.snapshot import read_job
-from disttrain.terminal import Parser, path_word, say, tell
+from disttrain.system.files import to_json
+from disttrain.system.terminal import Parser, path_word, say, tell
 
 
 def main(argv: list[str]) -> int:

@@ -23,10 +23,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from disttrain.endings import VARIABLE, Ending, code_of, read_endings
+from disttrain.distributed.exit_codes import VARIABLE, Ending, code_of, read_endings
+from disttrain.distributed.world import detect_world
 from disttrain.errors import OUT_OF_MEMORY_CODE, ConfigError, nearest
-from disttrain.terminal import Parser, tell
-from disttrain.world import detect_world
+from disttrain.system.terminal import Parser, tell
 
 _FORWARDED: Final = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 _MOST_RANKS: Final = 1024

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from disttrain.errors import ConfigError
-from disttrain.files import resolve_path
-from disttrain.terminal import Parser, say
+from disttrain.system.files import resolve_path
+from disttrain.system.terminal import Parser, say
 
 if TYPE_CHECKING:
     from disttrain.commands.config_check import Checked
     from disttrain.parity.compare import Comparison
-    from disttrain.parity.launch import Runs
     from disttrain.parity.layouts import Layout
+    from disttrain.parity.runs import Runs
     from disttrain.parity.traces import Trace
 
 _FILES: Final = ("parity.json", "loss.png", "distance.png")
@@ -55,8 +55,8 @@ def main(argv: list[str]) -> int:
 
     from disttrain.commands.config_check import read_words  # here: --help and command-line mistakes do not need torch
     from disttrain.parity.compare import DIFFERENT, compare
-    from disttrain.parity.launch import Runs
-    from disttrain.parity.show import draw_pictures, print_comparisons, write_json
+    from disttrain.parity.comparison_page import draw_pictures, print_comparisons, write_json
+    from disttrain.parity.runs import Runs
 
     reduction = ["--trainer.parallel.reduction", arguments.reduction] if arguments.reduction else []
     words = ["--config", arguments.config, *more, *reduction]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from disttrain.terminal import Parser, path_word, say
+from disttrain.system.terminal import Parser, path_word, say
 
 
 def main(argv: list[str]) -> int:

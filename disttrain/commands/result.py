@@ -12,16 +12,16 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from disttrain.callbacks.bad_samples import FOLDER
-from disttrain.callbacks.settings import is_effective
-from disttrain.data.hooks import HooksConfig
+from disttrain.callbacks.bad_sample_report import FOLDER
+from disttrain.callbacks.records.settings_notes import is_effective
+from disttrain.data.loader.transforms import HooksConfig
 from disttrain.data.module import ShuffleConfig
 from disttrain.errors import CheckpointError, ConfigError, DisttrainError
 from disttrain.parallel.config import ParallelConfig
-from disttrain.reading import CONFIG_BYTES, parse_yaml, read_run, read_text
 from disttrain.report import PAGE_NAME, write_report
-from disttrain.runs import CHECKPOINTS, COMPLETED, best_checkpoint
-from disttrain.terminal import cell, redacted, tell
+from disttrain.run.folder import CHECKPOINTS, COMPLETED, best_checkpoint
+from disttrain.system.reading import CONFIG_BYTES, parse_yaml, read_run, read_text
+from disttrain.system.terminal import cell, redacted, tell
 
 _NULL: Final[dict[str, Any]] = {
     "trainer.parallel": ParallelConfig(),

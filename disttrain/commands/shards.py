@@ -14,9 +14,9 @@ from typing import Final
 
 from disttrain.commands.shards_check import index, verify
 from disttrain.commands.shards_show import ls, stats, summary
-from disttrain.data.pack import PackConfig, pack
-from disttrain.data.sources import SKLEARN, open_source
-from disttrain.terminal import Parser, path_word, say
+from disttrain.data.pack.packer import PackConfig, pack
+from disttrain.data.pack.sources import SKLEARN, open_source
+from disttrain.system.terminal import Parser, path_word, say
 
 _DATA_HELP: Final = (
     "a brace pattern ('train-{000000..000007}.tar'), a glob ('train-*.tar') or a manifest (train.json); braces and"

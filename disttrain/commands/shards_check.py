@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from disttrain.commands.shards_show import count, named, summary
-from disttrain.data.evidence import notices
-from disttrain.data.index import ShardIndex, write_manifest
-from disttrain.data.indexing import STATES, index_shards
-from disttrain.data.remote import shown
-from disttrain.data.remote_index import index_folder
-from disttrain.data.together import together
-from disttrain.data.verify import first_fields, shard_faults
-from disttrain.data.verify_keys import Keys
+from disttrain.data.index.build import STATES, index_shards
+from disttrain.data.index.evidence import notices
+from disttrain.data.index.parallel_map import together
+from disttrain.data.index.remote_index import index_folder
+from disttrain.data.index.shard_index import ShardIndex, write_manifest
+from disttrain.data.remote.ranges import shown
+from disttrain.data.verify.keys import Keys
+from disttrain.data.verify.shards import first_fields, shard_faults
 from disttrain.errors import ConfigError, DataError
-from disttrain.terminal import redacted, say
+from disttrain.system.terminal import redacted, say
 
 if TYPE_CHECKING:
-    from disttrain.data.verify_decode import Decoders
+    from disttrain.data.verify.decode_check import Decoders
 
 _THREADS: Final = 8
 _REPEATS_SHOWN: Final = 5
@@ -102,7 +102,7 @@ def _print_repeats(keys: Keys) -> None:
 
 
 def _decoders(wanted: Sequence[tuple[str, str, str]]) -> Decoders:
-    from disttrain.data.verify_decode import Decoders
+    from disttrain.data.verify.decode_check import Decoders
 
     chosen = {ext.strip().lower(): kind for names, _, kind in wanted if kind for ext in names.split(";")}
     return Decoders(chosen)

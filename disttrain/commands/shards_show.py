@@ -15,14 +15,14 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
-from disttrain.data.index import Shard, ShardIndex, parse_manifest
-from disttrain.data.patterns import is_manifest, places
-from disttrain.data.remote import shown
-from disttrain.data.sidecar import ShardTable
-from disttrain.data.statistics import Sizes, Statistics, count_values, in_order
-from disttrain.data.together import together
+from disttrain.data.index.parallel_map import together
+from disttrain.data.index.patterns import is_manifest, places
+from disttrain.data.index.shard_index import Shard, ShardIndex, parse_manifest
+from disttrain.data.index.sidecar import ShardTable
+from disttrain.data.remote.ranges import shown
+from disttrain.data.verify.statistics import Sizes, Statistics, count_values, in_order
 from disttrain.errors import DataError
-from disttrain.terminal import cell, say
+from disttrain.system.terminal import cell, say
 
 _UNFOLDED: Final = 100_000
 _BAR: Final = 40

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import get_args
 
 from disttrain.errors import ConfigError, DataError
-from disttrain.reading import read_run
 from disttrain.slurm import commands
 from disttrain.slurm.job import Job, Style, check_ranks
 from disttrain.slurm.render import INDEX, SUBMIT, Script, render
 from disttrain.slurm.site import DEFAULT, VARIABLE, Site, find_site, load_site
 from disttrain.slurm.snapshot import read_job, write_job, write_snapshot
-from disttrain.terminal import Parser, path_word, say
+from disttrain.system.reading import read_run
+from disttrain.system.terminal import Parser, path_word, say
 
 
 def main(argv: list[str]) -> int:

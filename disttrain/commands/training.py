@@ -24,29 +24,29 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from disttrain.callbacks.checkpointing import Checkpointing
+from disttrain.callbacks.checkpointing.callback import Checkpointing
 from disttrain.callbacks.early_stopping import EarlyStopping
-from disttrain.callbacks.guard import UpdateGuard
-from disttrain.callbacks.prediction_files import SAMPLES_PER_FILE, Output
-from disttrain.callbacks.prediction_formats import FormatName
-from disttrain.callbacks.predictions import PredictionWriter
-from disttrain.checkpoint.weights import initialize
-from disttrain.commands.config_files import parse
-from disttrain.commands.messages import explain, own_error
+from disttrain.callbacks.predictions.callback import PredictionWriter
+from disttrain.callbacks.predictions.files import SAMPLES_PER_FILE, Output
+from disttrain.callbacks.predictions.formats import FormatName
+from disttrain.callbacks.update_guard.callback import UpdateGuard
+from disttrain.checkpoint.format.export import initialize
 from disttrain.commands.result import show_complete, show_result
+from disttrain.commands.settings.parse_errors import explain, own_error
+from disttrain.commands.settings.read_config import parse
 from disttrain.data.module import ShardedDataModule
-from disttrain.data.remote import is_remote, shown
-from disttrain.endings import ends_within
+from disttrain.data.remote.ranges import is_remote, shown
+from disttrain.distributed.exit_codes import ends_within
+from disttrain.distributed.synchronize_errors import raise_together
+from disttrain.distributed.world import detect_world
 from disttrain.errors import ConfigError, DisttrainError, passed_through_users_code
-from disttrain.files import make_folder, place, resolve_path, write_atomically
 from disttrain.lightning.cli import CLIBase
-from disttrain.parallel.agree import raise_together
-from disttrain.parallel.strategies import strategy_of
-from disttrain.runs import CHECKPOINTS, Start, best_checkpoint, finished_by_this_job
-from disttrain.terminal import cell, redacted, tell
+from disttrain.run.folder import CHECKPOINTS, Start, best_checkpoint, finished_by_this_job
+from disttrain.strategies.build import strategy_of
+from disttrain.system.files import make_folder, place, resolve_path, write_atomically
+from disttrain.system.terminal import cell, redacted, tell
 from disttrain.trainer import Trainer
 from disttrain.version import __version__
-from disttrain.world import detect_world
 
 _EVALUATIONS = ("validate", "test", "predict")
 _OF_FIT = ("resume", "initialize_from", "initialize_strict", "report")

@@ -1,0 +1,1 @@
+"""From shards to batches, in an order that does not depend on the ranks."""

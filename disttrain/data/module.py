@@ -15,26 +15,26 @@ from typing import Any, Final, Literal
 import lightning.pytorch as pl
 import torch
 
-from disttrain.data.batches import BatchMaker
-from disttrain.data.cache import CacheConfig
-from disttrain.data.checks import Allowed, check_names
-from disttrain.data.device import DeviceCopier
-from disttrain.data.evidence import check_appended, check_evidence, evidence
-from disttrain.data.field import Field
-from disttrain.data.hooks import HooksConfig
-from disttrain.data.index import ShardIndex
-from disttrain.data.loader import EvaluationLoader, LoaderConfig, TrainLoader
-from disttrain.data.mixture import Mixture
-from disttrain.data.order import DEFAULT_WINDOW, Order, OrderConfig
-from disttrain.data.reader import Reader
+from disttrain.data.cache.shard_cache import CacheConfig
+from disttrain.data.decode.allowed_values import Allowed, check_names
+from disttrain.data.decode.field import Field
+from disttrain.data.index.evidence import check_appended, check_evidence, evidence
+from disttrain.data.index.shard_index import ShardIndex
+from disttrain.data.loader.batches import BatchMaker
+from disttrain.data.loader.loaders import EvaluationLoader, LoaderConfig, TrainLoader
+from disttrain.data.loader.transforms import HooksConfig
+from disttrain.data.loader.workers import WorkerPool
+from disttrain.data.order.mixture import Mixture
+from disttrain.data.order.sample_order import DEFAULT_WINDOW, Order, OrderConfig
+from disttrain.data.reader.sample_reader import Reader
 from disttrain.data.splits import Shards, SourceConfig, open_sources, order_of
-from disttrain.data.workers import WorkerPool
+from disttrain.distributed.synchronize_errors import raise_together
+from disttrain.distributed.world import detect_world
 from disttrain.errors import CheckpointError, ConfigError, DataError, DisttrainError
 from disttrain.lightning.position import steps_into_epoch
-from disttrain.parallel.agree import raise_together
 from disttrain.parallel.config import BatchPlan, divisors, usual_micro_batch_size
 from disttrain.parallel.ranks import data_ranks
-from disttrain.world import detect_world
+from disttrain.system.device import DeviceCopier
 
 MICRO_BATCHES_OF: Final = "micro_batches_of"
 """Under what a checkpoint holds a micro batch size that was given, not found."""

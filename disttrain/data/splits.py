@@ -13,13 +13,13 @@ from functools import partial
 
 import numpy as np
 
-from disttrain.data.evidence import notices
-from disttrain.data.index import ShardIndex
-from disttrain.data.mixture import Mixture, Portion
-from disttrain.data.order import Order, OrderConfig
-from disttrain.data.remote import DEFAULT_RETRY, RetryConfig
+from disttrain.data.index.evidence import notices
+from disttrain.data.index.shard_index import ShardIndex
+from disttrain.data.order.mixture import Mixture, Portion
+from disttrain.data.order.sample_order import Order, OrderConfig
+from disttrain.data.remote.ranges import DEFAULT_RETRY, RetryConfig
+from disttrain.distributed.world import detect_world
 from disttrain.errors import ConfigError
-from disttrain.world import detect_world
 
 Shards = str | Sequence[str]
 

@@ -24,16 +24,16 @@ from typing import Any, Final
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from disttrain.distributed.consistency import package_checksum, versions
+from disttrain.distributed.exit_codes import in_time
+from disttrain.distributed.rendezvous import Meeting, find_meeting
+from disttrain.distributed.tcp_store import meet
+from disttrain.distributed.world import World
 from disttrain.doctor import judge, network, speed
 from disttrain.doctor.finding import Finding, failure, ok, worst
 from disttrain.doctor.folders import Folders, SharedSign, examine_folders
 from disttrain.doctor.machine import examine_device, examine_machine, gpu_link, system_facts
-from disttrain.endings import in_time
 from disttrain.errors import DisttrainError, first_line
-from disttrain.meeting import Meeting, find_meeting
-from disttrain.parallel.alike import package_checksum, versions
-from disttrain.parallel.store import meet
-from disttrain.world import World
 
 _POLL_SECONDS: Final = 0.05
 _LAST_SECONDS: Final = 3.0

@@ -17,8 +17,8 @@ from typing import Any, Final
 
 from disttrain.doctor.finding import Finding, failure, ok, size, warning
 from disttrain.errors import ConfigError
-from disttrain.files import expand_path
-from disttrain.reading import ReadError, read_yaml
+from disttrain.system.files import expand_path
+from disttrain.system.reading import ReadError, read_yaml
 
 _MIB: Final = 2**20
 _GIB: Final = 2**30

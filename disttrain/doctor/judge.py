@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from disttrain.distributed.consistency import describe_differences, name_ranks
 from disttrain.doctor.finding import Finding, failure, ok, warning
-from disttrain.parallel.alike import describe_differences, name_ranks
 
 _CLOCK_SECONDS: Final = 1.0
 _SLOWER: Final = 1.5

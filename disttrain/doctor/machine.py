@@ -15,10 +15,10 @@ from typing import Final
 import psutil
 import torch
 
+from disttrain.distributed.consistency import versions
+from disttrain.distributed.world import World
 from disttrain.doctor.finding import Finding, failure, ok, size, warning
 from disttrain.errors import ConfigError
-from disttrain.parallel.alike import versions
-from disttrain.world import World
 
 _MIB: Final = 2**20
 _GIB: Final = 2**30

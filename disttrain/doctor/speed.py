@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from disttrain.parallel.collectives import all_gather_single
-from disttrain.world import World
+from disttrain.distributed.collectives import all_gather_single
+from disttrain.distributed.world import World
 
 _COMPUTE_SECONDS: Final = 0.6
 _PRODUCTS: Final = 30

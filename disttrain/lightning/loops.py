@@ -119,7 +119,7 @@ class StepLoop(_TrainingEpochLoop):
     def reset(self) -> None:
         """Begin or continue an epoch."""
         with warnings.catch_warnings():
-            # disttrain's loaders take the position from the trainer; disttrain.data.user_loaders warns about others.
+            # disttrain's loaders take the position from the trainer; data/loader/user_loaders.py warns about others.
             warnings.filterwarnings("ignore", message=".*dataloader is not resumable")
             super().reset()
 

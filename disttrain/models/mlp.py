@@ -36,7 +36,7 @@ class MLP(nn.Module):
         """Return the tensor-parallel plan: layers in pairs, the first column-wise and the second row-wise."""
         from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-        from disttrain.parallel.tensor import ShardedDropout
+        from disttrain.parallel.model.tensor_parallel import ShardedDropout
 
         plan: dict[str, ParallelStyle] = {}
         for first in range(0, len(self.layers) - 3, 6):  # linear, ReLU, dropout, linear, ReLU, dropout, ...

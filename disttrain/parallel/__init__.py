@@ -1,0 +1,1 @@
+"""The arithmetic of batches and gradients over ranks."""

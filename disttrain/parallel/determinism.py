@@ -15,8 +15,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from disttrain.data.device import uses_cuda
 from disttrain.errors import ConfigError
+from disttrain.system.device import uses_cuda
 
 _VARIABLE: Final = "CUBLAS_WORKSPACE_CONFIG"
 _VALUES: Final = (":4096:8", ":16:8")

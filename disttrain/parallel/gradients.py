@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from disttrain.distributed.collectives import all_gather_single
+from disttrain.distributed.synchronize_errors import is_distributed
 from disttrain.errors import ConfigError
-from disttrain.parallel.agree import is_distributed
-from disttrain.parallel.collectives import all_gather_single
 
 _ROWS_ELEMENTS: Final = {"cpu": 2**18, "cuda": 2**24}  # elements squared at a time; does not affect the result
 

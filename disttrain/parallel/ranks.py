@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import lightning.pytorch as pl
 import torch.distributed as dist
 
-from disttrain.parallel.agree import new_group
+from disttrain.distributed.synchronize_errors import new_group
 from disttrain.parallel.config import Degrees
 
 

@@ -1,8 +1,8 @@
 """Read what a run recorded for a comparison: samples, losses, gradient norms and weights by step, and metrics.
 
-Reads the files of :mod:`disttrain.callbacks.trace`, the sample ledger and the run record. Weights are read one step at
-a time. Nothing is unpickled (``weights_only``). A missing file that the comparison needs is an error that names the
-layout.
+Reads the files of :mod:`disttrain.callbacks.records.trace`, the sample ledger and the run record. Weights are read one
+step at a time. Nothing is unpickled (``weights_only``). A missing file that the comparison needs is an error that names
+the layout.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disttrain.callbacks.ledger import read_ledger
-from disttrain.callbacks.trace import FOLDER
+from disttrain.callbacks.records.sample_ledger import read_ledger
+from disttrain.callbacks.records.trace import FOLDER
 from disttrain.errors import DisttrainError
-from disttrain.reading import read_json, read_json_lines, read_run
+from disttrain.system.reading import read_json, read_json_lines, read_run
 
 
 class ParityError(DisttrainError):

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from disttrain.errors import ConfigError, DataError
-from disttrain.files import make_folder, write_atomically
 from disttrain.report.choose import pictures_of_run, pictures_of_runs
 from disttrain.report.draw import draw
 from disttrain.report.page import Figure, page_of_run, page_of_runs
 from disttrain.report.read import Run, read_run
+from disttrain.system.files import make_folder, write_atomically
 
 PAGE_NAME = "report.html"
 

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from disttrain.metrics_file import Series
 from disttrain.report.draw import MAX_LINES, Line, Picture
 from disttrain.report.read import Run
+from disttrain.run.metrics_file import Series
 
 _SPLIT: Final = re.compile(r"(train|val)[/_](.+)")
 _TEST: Final = re.compile(r"test[/_]")

@@ -24,7 +24,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
 from numpy.typing import NDArray
 
-from disttrain.metrics_file import Series
+from disttrain.run.metrics_file import Series
 
 # The Okabe-Ito palette, safe for color-blind readers; its yellow is left out because it is too faint on white.
 PALETTE: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333", "#999999")

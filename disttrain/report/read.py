@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from disttrain.errors import DataError
-from disttrain.metrics_file import FILE_NAME, Series, read_rows
-from disttrain.reading import CONFIG_BYTES, RUN_FILE, ReadError, conform_run, open_regular, parse_yaml, read_json
-from disttrain.terminal import redacted
+from disttrain.run.metrics_file import FILE_NAME, Series, read_rows
+from disttrain.system.reading import CONFIG_BYTES, RUN_FILE, ReadError, conform_run, open_regular, parse_yaml, read_json
+from disttrain.system.terminal import redacted
 
 RUN_FORMAT: Final = 1
 _MOST_STEPS: Final = 100_000  # that one event may cover, so that a damaged record cannot exhaust memory

@@ -21,10 +21,10 @@ from typing import Final
 
 import psutil
 
+from disttrain.distributed.rendezvous import announce, find_meeting, hear, reserve_port
+from disttrain.distributed.world import World
 from disttrain.errors import ConfigError, DisttrainError
-from disttrain.meeting import announce, find_meeting, hear, reserve_port
-from disttrain.terminal import say, tell
-from disttrain.world import World
+from disttrain.system.terminal import say, tell
 
 PASSED: Final = (signal.SIGTERM, signal.SIGUSR1)
 _MEET_SECONDS: Final = 600.0

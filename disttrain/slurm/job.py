@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from disttrain.durations import parse_duration
 from disttrain.errors import ConfigError
 from disttrain.parallel.config import BatchPlan, ParallelConfig
+from disttrain.system.durations import parse_duration
 
 Style = Literal["srun", "torchrun"]
 STYLES: Final[tuple[Style, ...]] = ("srun", "torchrun")

@@ -17,7 +17,7 @@ from typing import Final
 from disttrain.errors import ConfigError
 from disttrain.slurm.job import Job, slurm_time
 from disttrain.slurm.site import Site
-from disttrain.terminal import printable
+from disttrain.system.terminal import printable
 
 INDEX: Final = "%a"
 """Placeholder for a job array's index in a setting's value, as in SLURM's file names."""

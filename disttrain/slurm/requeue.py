@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from disttrain.files import write_atomically
+from disttrain.system.files import write_atomically
 
 VARIABLE: Final = "DISTTRAIN_REQUEUE"
 NOTE: Final = "requeue"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from disttrain.errors import ConfigError, nearest
-from disttrain.reading import read_yaml
+from disttrain.system.reading import read_yaml
 
 VARIABLE: Final = "DISTTRAIN_SITE"
 DEFAULT: Final = Path("~/.config/disttrain/site.yaml")

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from disttrain.errors import ConfigError
-from disttrain.files import make_folder, write_atomically
-from disttrain.reading import as_text, conform, read_record
 from disttrain.slurm.job import Job
 from disttrain.slurm.render import SUBMIT, Script
-from disttrain.terminal import redacted
+from disttrain.system.files import make_folder, write_atomically
+from disttrain.system.reading import as_text, conform, read_record
+from disttrain.system.terminal import redacted
 
 SCRIPT: Final = "job.sbatch"
 JOB: Final = "job.json"

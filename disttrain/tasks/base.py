@@ -25,16 +25,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from disttrain.checkpoint.weights import refuse_folder
-from disttrain.data.batches import COUNT, KEY, WEIGHT, Batch, check_batch
-from disttrain.data.checks import Allowed, check_names
+from disttrain.checkpoint.format.export import refuse_folder
+from disttrain.data.decode.allowed_values import Allowed, check_names
+from disttrain.data.loader.batches import COUNT, KEY, WEIGHT, Batch, check_batch
+from disttrain.data.loader.padding import Rows, real_rows
 from disttrain.data.module import sharded_data
-from disttrain.data.padding import Rows, real_rows
+from disttrain.distributed.collectives import all_gather_single
+from disttrain.distributed.synchronize_errors import gather
 from disttrain.errors import ConfigError, DataError, nearest
 from disttrain.lightning.internals import ends_step
 from disttrain.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule, fit_warmup
-from disttrain.parallel.agree import gather
-from disttrain.parallel.collectives import all_gather_single
 from disttrain.parallel.gradients import (
     adds_in_tree,
     clip_gradient_norm,
@@ -42,11 +42,11 @@ from disttrain.parallel.gradients import (
     norm_of,
     scale_gradients,
 )
+from disttrain.parallel.model.trained_parameters import class_name
 from disttrain.parallel.ranks import data_ranks
-from disttrain.parallel.trained import class_name
+from disttrain.system.stack_summary import waiting_for
+from disttrain.system.terminal import tell
 from disttrain.tasks.metrics import WeightedMean
-from disttrain.terminal import tell
-from disttrain.whereabouts import waiting_for
 
 LOSS = "loss"
 
@@ -107,7 +107,7 @@ class Task(pl.LightningModule):
         """The numbers that fields may hold in training and evaluation, by the field's name; any by default.
 
         A sample with another one is a bad sample, named by shard and key, or skipped (``data.on_bad_sample``).
-        ``{"label": disttrain.data.checks.classes(10)}`` allows whole numbers from 0 to 9.
+        ``{"label": disttrain.data.decode.allowed_values.classes(10)}`` allows whole numbers from 0 to 9.
         """
         return {}
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from disttrain.data.batches import Batch
-from disttrain.data.checks import Allowed, classes
+from disttrain.data.decode.allowed_values import Allowed, classes
+from disttrain.data.loader.batches import Batch
 from disttrain.errors import ConfigError
 from disttrain.optim import OptimizerConfig, ScheduleConfig
 from disttrain.tasks.base import Task, tensor_field

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError
 
-from disttrain.data.batches import Batch
-from disttrain.data.checks import FINITE, Allowed
+from disttrain.data.decode.allowed_values import FINITE, Allowed
+from disttrain.data.loader.batches import Batch
 from disttrain.data.module import sharded_data
-from disttrain.data.reader import Reader
+from disttrain.data.reader.sample_reader import Reader
 from disttrain.errors import DataError
 from disttrain.optim import OptimizerConfig, ScheduleConfig
 from disttrain.tasks.base import Task, tensor_field

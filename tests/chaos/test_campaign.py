@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from disttrain.callbacks.ledger import read_ledger
+from disttrain.callbacks.records.sample_ledger import read_ledger
 from tests.support.chaos import disk
 from tests.support.chaos.campaign import TREE, Campaign, fit_arguments, start, whole_run
 from tests.support.chaos.launcher import run_under_torchrun

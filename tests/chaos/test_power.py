@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from disttrain.callbacks.ledger import read_ledger
-from disttrain.checkpoint.marker import MARKER, committed
+from disttrain.callbacks.records.sample_ledger import read_ledger
+from disttrain.checkpoint.format.marker import MARKER, committed
 from disttrain.cli import main
-from disttrain.metrics_file import read_rows
-from disttrain.reading import read_run
+from disttrain.run.metrics_file import read_rows
+from disttrain.system.reading import read_run
 from tests.support.chaos import disk
 from tests.support.kills import killed_at
 from tests.support.power import Disk
@@ -33,7 +33,11 @@ def arguments(run_dir: Path, data: Path) -> list[str]:
         *(f"--data.{split}={data}/{split}.json" for split in ("train", "val", "test")),
         *("--trainer.max_steps", str(STEPS), "--model.schedule.name", "constant", "--trainer.log_every_steps", "1"),
         *("--checkpoint.every_steps", "4", "--checkpoint.keep_last", "3", "--trainer.validate_every_steps", "4"),
-        *("--trainer.callbacks+=disttrain.callbacks.ledger.SampleLedger", "--trainer.progress_bar", "false"),
+        *(
+            "--trainer.callbacks+=disttrain.callbacks.records.sample_ledger.SampleLedger",
+            "--trainer.progress_bar",
+            "false",
+        ),
         *("--checkpoint.save", "sync"),
     ]
 

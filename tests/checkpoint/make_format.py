@@ -31,9 +31,9 @@ META = {"progress": {"epoch": 1, "step": 2, "global_step": 5}, "param_groups": [
 def make(folder: Path) -> Path:
     """Write the checkpoint with the present code."""
     try:
-        from disttrain.checkpoint.write import write
+        from disttrain.checkpoint.format.writer import write
     except ImportError:  # the code of format 1
-        from disttrain.checkpoint.store import write  # type: ignore[attr-defined,no-redef]
+        from disttrain.checkpoint.format.reader import write  # type: ignore[attr-defined,no-redef]
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     return write(folder, "step-00000005", tensors=tensors(), meta=META, global_step=5)
 

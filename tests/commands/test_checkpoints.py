@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from disttrain.checkpoint.fence import claim
-from disttrain.checkpoint.marker import About, Metric, committed
-from disttrain.checkpoint.weights import initialize, read_weights, write_weights
-from disttrain.checkpoint.write import write
+from disttrain.checkpoint.format.export import initialize, read_weights, write_weights
+from disttrain.checkpoint.format.fence import claim
+from disttrain.checkpoint.format.marker import About, Metric, committed
+from disttrain.checkpoint.format.writer import write
 from disttrain.cli import main
 from disttrain.errors import CheckpointError
-from disttrain.reading import read_run
+from disttrain.system.reading import read_run
 from tests.checkpoint.make_format import META, tensors
 from tests.support.ranks import run_cli
 from tests.support.weights import differing, final_weights

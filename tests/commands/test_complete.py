@@ -20,8 +20,8 @@ from lightning.pytorch.callbacks import Callback
 from disttrain.cli import main
 from disttrain.commands.result import changed_settings, show_result
 from disttrain.parallel.config import ParallelConfig
-from disttrain.reading import read_run
-from disttrain.runs import write_run
+from disttrain.run.folder import write_run
+from disttrain.system.reading import read_run
 from tests.support.ranks import run_ranks
 
 

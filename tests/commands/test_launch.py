@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from disttrain.commands import launch
-from disttrain.endings import VARIABLE, Ending, code_of, note_ending, read_endings
+from disttrain.distributed.exit_codes import VARIABLE, Ending, code_of, note_ending, read_endings
 from disttrain.errors import ConfigError
-from disttrain.reading import read_run
+from disttrain.system.reading import read_run
 from tests.support.launching import launched
 from tests.support.preemption import fit_arguments
 
@@ -126,7 +126,7 @@ def test_ranks_that_ran_out_of_memory_are_started_again(
     folders = tmp_path / "folders"
     rank = f"""
 import os, sys
-from disttrain.endings import note_ending
+from disttrain.distributed.exit_codes import note_ending
 with open({str(folders)!r}, "a") as file:
     print(os.environ["{VARIABLE}"], len(os.listdir(os.environ["{VARIABLE}"])), file=file)
 with open({str(folders)!r}) as file:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from disttrain import output
-from disttrain.reading import read_run
+from disttrain.system import output
+from disttrain.system.reading import read_run
 from tests.support.ranks import run_ranks
 
 

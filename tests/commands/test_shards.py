@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from disttrain.commands.shards import main
-from disttrain.data.index import read_manifest
-from disttrain.data.sidecar import build_table, sidecar_path
+from disttrain.data.index.shard_index import read_manifest
+from disttrain.data.index.sidecar import build_table, sidecar_path
 from disttrain.errors import ConfigError, DataError
 from tests.support.servers import range_server
 

@@ -13,8 +13,8 @@ import pytest
 
 from disttrain.commands import jobs, submit
 from disttrain.errors import ConfigError, DataError
+from disttrain.run.listing import rows_of
 from disttrain.slurm.commands import Queued
-from disttrain.slurm.runs import rows_of
 
 RECIPE = str(Path("recipes/digits.yaml").absolute())
 CONFIG = ["--config", RECIPE, "--set", "data.micro_batch_size=16", "--no-check-data"]

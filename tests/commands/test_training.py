@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from disttrain.data.index import ShardIndex
-from disttrain.reading import read_run
+from disttrain.data.index.shard_index import ShardIndex
+from disttrain.system.reading import read_run
 from tests.support.kills import killed_at
 from tests.support.ranks import Outcome, run_cli
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from disttrain.data import transport
-from disttrain.data.remote import RetryConfig
+from disttrain.data.remote import requests
+from disttrain.data.remote.ranges import RetryConfig
 from tests.support.servers import RangeServer, range_server
 from tests.support.shards import write_numbered
 
@@ -24,7 +24,7 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def without_waits(cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test has connections of its own, and waits for nothing between attempts."""
     monkeypatch.setattr(RetryConfig, "wait_seconds", lambda self, failed, chance: 0.0)
-    monkeypatch.setattr(transport, "_FILESYSTEMS", {})
+    monkeypatch.setattr(requests, "_FILESYSTEMS", {})
 
 
 @pytest.fixture

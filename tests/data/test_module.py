@@ -10,13 +10,13 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 
-from disttrain.data.batches import COUNT, ID, KEY
-from disttrain.data.cache import CacheConfig
-from disttrain.data.decode import Field
-from disttrain.data.index import ShardIndex, write_manifest
-from disttrain.data.loader import EvaluationLoader, LoaderConfig
+from disttrain.data.cache.shard_cache import CacheConfig
+from disttrain.data.decode.fields import Field
+from disttrain.data.index.shard_index import ShardIndex, write_manifest
+from disttrain.data.loader.batches import COUNT, ID, KEY
+from disttrain.data.loader.loaders import EvaluationLoader, LoaderConfig
 from disttrain.data.module import ShardedDataModule, ShuffleConfig, sharded_data
-from disttrain.data.remote import RetryConfig
+from disttrain.data.remote.ranges import RetryConfig
 from disttrain.errors import CheckpointError, ConfigError, DataError
 from disttrain.trainer import Trainer
 from tests.support.caches import shards_of

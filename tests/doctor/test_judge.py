@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from disttrain.distributed.world import World
 from disttrain.doctor import judge
 from disttrain.doctor.examine import Report
 from disttrain.doctor.finding import Finding, failure, ok, size, warning, worst
 from disttrain.doctor.judge import Link
-from disttrain.doctor.show import merge, print_report, summary
-from disttrain.world import World
+from disttrain.doctor.table import merge, print_report, summary
 
 SPEEDS = {"all_reduce": 1e9, "all_gather": 0.9e9, "latency": 2e-4}
 

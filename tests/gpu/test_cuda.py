@@ -13,9 +13,9 @@ from torch import Tensor
 
 from disttrain import OptimizerConfig, ParallelConfig, Trainer, UpdateGuard
 from disttrain.parallel.gradients import clip_gradient_norm, scale_gradients
-from disttrain.parallel.reduction import PartialSums
-from disttrain.parallel.tree import plan_tree
-from disttrain.reading import read_run
+from disttrain.parallel.reduction.exchange import PartialSums
+from disttrain.parallel.reduction.tree import plan_tree
+from disttrain.system.reading import read_run
 from tests.support.ranks import run_ranks
 from tests.support.sameness import MicroBatches, MLPTask
 from tests.support.weights import differing, distance

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from disttrain import Trainer, UpdateGuard
-from disttrain.callbacks.watchdog import _last_collectives
-from disttrain.reading import read_run
+from disttrain.callbacks.watchdog.callback import _last_collectives
+from disttrain.system.reading import read_run
 from tests.support.ranks import run_ranks
 from tests.support.sameness import DropoutMLP, MicroBatches
 

@@ -15,7 +15,7 @@ from disttrain import Trainer
 from disttrain.errors import ConfigError
 from disttrain.parallel import determinism
 from disttrain.parallel.determinism import check_ordered_sums, unordered_sums, use_deterministic_kernels
-from disttrain.parallel.summation import SummationMixin
+from disttrain.parallel.reduction.summation import SummationMixin
 
 VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 CUDA = torch.device("cuda", 0)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from disttrain.files import to_json
 from disttrain.parity.compare import CLOSE, DIFFERENT, SAME, compare
 from disttrain.parity.traces import ParityError, Trace
+from disttrain.system.files import to_json
 
 Edit = Callable[[dict[str, Any]], None]
 

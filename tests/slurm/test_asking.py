@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from disttrain.runs import finished_by_this_job
+from disttrain.run.folder import finished_by_this_job
 from disttrain.slurm import requeue
 from disttrain.slurm.job import Job
 from disttrain.slurm.render import Script, render

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from disttrain.callbacks.ledger import read_ledger
-from disttrain.meeting import find_meeting
-from disttrain.reading import read_run
-from disttrain.world import World
+from disttrain.callbacks.records.sample_ledger import read_ledger
+from disttrain.distributed.rendezvous import find_meeting
+from disttrain.distributed.world import World
+from disttrain.system.reading import read_run
 from tests.support.slurm import Cluster, missing, wait_until
 from tests.support.slurm_jobs import STEPS, callbacks, log_of, queue_job, slowly, wait_for
 from tests.support.weights import differing, final_weights

@@ -9,7 +9,7 @@ import pytest
 
 from disttrain.commands import jobs, submit
 from disttrain.errors import ConfigError
-from disttrain.reading import read_run
+from disttrain.system.reading import read_run
 from tests.support.slurm import Cluster, missing, wait_until
 from tests.support.slurm_jobs import arguments, callbacks, log_of, queue_job, wait_for
 

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from disttrain.data.cache import CacheConfig, ShardCache
-from disttrain.data.index import Shard, describe_shard
-from disttrain.data.remote import RetryConfig
+from disttrain.data.cache.shard_cache import CacheConfig, ShardCache
+from disttrain.data.index.shard_index import Shard, describe_shard
+from disttrain.data.remote.ranges import RetryConfig
 from tests.support.servers import RangeServer
 
 QUICK = RetryConfig(attempts=3, base_seconds=0.0)

@@ -16,9 +16,11 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
-from disttrain.callbacks import guard
-from disttrain.checkpoint import checksum, folder, staging, write
-from disttrain.checkpoint.mirror import Mirror
+from disttrain.callbacks.update_guard import callback
+from disttrain.checkpoint import cleanup
+from disttrain.checkpoint.format import checksum, writer
+from disttrain.checkpoint.remote.copies import Mirror
+from disttrain.checkpoint.saving import staging
 from disttrain.tasks.base import Task
 
 
@@ -195,10 +197,10 @@ class KillInSave(Callback):
     PLACES: ClassVar[dict[str, tuple[Any, str]]] = {
         "staging": (staging.Stage, "_buffer"),
         "writing": (checksum.SummedFile, "write"),
-        "renaming": (write, "open_directory"),
-        "marking": (write, "write_marker"),
-        "latest": (write, "write_synced"),
-        "pruning": (folder, "remove"),
+        "renaming": (writer, "open_directory"),
+        "marking": (writer, "write_marker"),
+        "latest": (writer, "write_synced"),
+        "pruning": (cleanup, "remove"),
     }
 
     def __init__(self, place: str, step: int, rank: int = 0) -> None:
@@ -289,7 +291,7 @@ class FailInSave(Callback):
         """Lay the trap."""
         if trainer.global_rank != self.rank:
             return
-        known = write.dcp_save
+        known = writer.dcp_save
 
         def failing(tensors: Any, *arguments: Any, storage_writer: Any, **more: Any) -> Any:
             if f"step-{self.step:08d}" not in str(storage_writer.path):
@@ -300,7 +302,7 @@ class FailInSave(Callback):
             finally:
                 checksum.SummedFile.write = _written  # type: ignore[method-assign]
 
-        write.dcp_save = failing
+        writer.dcp_save = failing
 
 
 _written = checksum.SummedFile.write
@@ -344,13 +346,13 @@ class KillInRollback(Callback):
         """Set the trap; or die here, when the attempt after the rollback is set up."""
         if stage != "fit":
             return
-        self.rolled_back = (Path(trainer.default_root_dir) / guard.FOLDER / "rollbacks.json").exists()
+        self.rolled_back = (Path(trainer.default_root_dir) / callback.FOLDER / "rollbacks.json").exists()
         if self.rolled_back and self.place == "restore":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.place == "deleted":
-            folder.remove = self._trap(folder.remove, before=False)
+            cleanup.remove = self._trap(cleanup.remove, before=False)
         elif self.place in ("before-record", "recorded"):
-            guard.write_rollbacks = self._trap(guard.write_rollbacks, before=self.place == "before-record")
+            callback.write_rollbacks = self._trap(callback.write_rollbacks, before=self.place == "before-record")
 
     def _trap(self, function: Callable[..., Any], *, before: bool) -> Callable[..., Any]:
         def trapped(*arguments: Any) -> None:
@@ -389,4 +391,4 @@ class SkewedNorm(Callback):
         if trainer.global_step + 1 == self.step:
             pl_module.judge = lambda optimizer, loss, norm: judge(optimizer, loss, norm * 1e9)
         elif trainer.global_step == self.step:
-            pl_module.judge = next(one for one in trainer.callbacks if isinstance(one, guard.UpdateGuard))._judge  # type: ignore[attr-defined]
+            pl_module.judge = next(one for one in trainer.callbacks if isinstance(one, callback.UpdateGuard))._judge  # type: ignore[attr-defined]

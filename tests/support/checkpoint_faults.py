@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from disttrain.checkpoint.marker import FORMAT
+from disttrain.checkpoint.format.marker import FORMAT
 from tests.support.faults import READ_ONLY, SMALL_DISK, Case, Scene, can_mount, scene
 from tests.support.servers import S3, s3_server
 
@@ -68,9 +68,9 @@ def with_marker(change: Callable[[Path], object]) -> Callable[[Path], None]:
     """Change files, and have the marker list them as they are then: what somebody does who wants to deceive."""
 
     def forge(path: Path) -> None:
-        from disttrain.checkpoint.checksum import sum_of
-        from disttrain.checkpoint.marker import check, write_marker
-        from disttrain.files import open_directory
+        from disttrain.checkpoint.format.checksum import sum_of
+        from disttrain.checkpoint.format.marker import check, write_marker
+        from disttrain.system.files import open_directory
 
         found = check(path)
         change(path)
@@ -133,7 +133,7 @@ def weights(change: str = "", file: str = "weights.safetensors") -> Callable[[Sc
         from safetensors.torch import save_file
 
         path = trained(made)
-        from disttrain.checkpoint.store import read_model
+        from disttrain.checkpoint.format.reader import read_model
 
         held = read_model(path)
         shutil.rmtree(made.folder / "run")

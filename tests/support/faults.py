@@ -21,8 +21,8 @@ from unittest import mock
 import numpy as np
 
 from disttrain import cli
-from disttrain.data import transport
-from disttrain.data.remote import RetryConfig
+from disttrain.data.remote import requests
+from disttrain.data.remote.ranges import RetryConfig
 from tests.support.ranks import run_ranks
 from tests.support.servers import RangeServer, range_server
 from tests.support.shards import npy
@@ -184,7 +184,7 @@ def _in_process(folder: Path, words: list[str], environment: dict[str, str]) -> 
         chdir(folder),
         mock.patch.dict(os.environ, environment),
         mock.patch.object(RetryConfig, "wait_seconds", _no_wait),
-        mock.patch.object(transport, "_FILESYSTEMS", {}),
+        mock.patch.object(requests, "_FILESYSTEMS", {}),
         redirect_stdout(out),
         redirect_stderr(out),
     ):

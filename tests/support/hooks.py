@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from disttrain.data.bad_samples import BadSampleError, FilteredSampleError
-from disttrain.data.hooks import Sample
+from disttrain.data.loader.transforms import Sample
+from disttrain.data.reader.bad_sample_policy import BadSampleError, FilteredSampleError
 
 
 class AddNoise:

@@ -124,8 +124,8 @@ def hostile_files(seed: int, number: int) -> list[Case]:
 
 def _sign(path: Path) -> None:
     """Have a checkpoint's marker fit its files, and itself, as somebody would who means to deceive."""
-    from disttrain.checkpoint.checksum import sum_of
-    from disttrain.checkpoint.marker import MARKER, _own_sum
+    from disttrain.checkpoint.format.checksum import sum_of
+    from disttrain.checkpoint.format.marker import MARKER, _own_sum
 
     with suppress(Exception):
         marker = path.parent / MARKER

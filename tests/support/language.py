@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from disttrain import OptimizerConfig, Task
-from disttrain.parallel.tensor import ShardedDropout
+from disttrain.parallel.model.tensor_parallel import ShardedDropout
 from tests.support.shards import npy, write_shard
 
 VOCABULARY, TOKENS, WIDTH, HEADS = 31, 8, 16, 4

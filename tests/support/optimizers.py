@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
 from disttrain import ParallelConfig, ShardedDataModule, Trainer
-from disttrain.callbacks.checkpointing import Checkpointing
+from disttrain.callbacks.checkpointing.callback import Checkpointing
 from tests.support.features import write_features
 
 STEPS, THAWED, EPOCH = 13, 7, 8

@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from disttrain import ParallelConfig, ShardedDataModule, Task, Trainer
-from disttrain.callbacks import prediction_files
-from disttrain.callbacks.prediction_files import Output
-from disttrain.callbacks.predictions import PredictionWriter
+from disttrain.callbacks.predictions import files as files_module
+from disttrain.callbacks.predictions.callback import PredictionWriter
+from disttrain.callbacks.predictions.files import Output
 
 FIELDS = {"features": "features.npy", "label": "cls"}
 
@@ -87,7 +87,7 @@ def predict(
         settings: of the data module.
     """
     if kill == "publish":
-        prediction_files.Workshop.publish = lambda self, shards: os.kill(  # type: ignore[method-assign]
+        files_module.Workshop.publish = lambda self, shards: os.kill(  # type: ignore[method-assign]
             os.getpid(), signal.SIGKILL
         )
     for output in outputs:

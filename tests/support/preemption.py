@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from disttrain.callbacks.ledger import read_ledger
-from disttrain.checkpoint.store import committed
-from disttrain.reading import read_run
+from disttrain.callbacks.records.sample_ledger import read_ledger
+from disttrain.checkpoint.format.reader import committed
+from disttrain.system.reading import read_run
 from tests.support.ranks import Outcome, run_cli
 from tests.support.weights import differing, final_weights
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from disttrain import OptimizerConfig, Task
-from disttrain.data.batches import COUNT, KEY, WEIGHT
+from disttrain.data.loader.batches import COUNT, KEY, WEIGHT
 from disttrain.optim import build_optimizer
 
 SAMPLES, FEATURES, TOKENS, VOCABULARY = 3, 19, 6, 29

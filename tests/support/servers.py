@@ -23,7 +23,7 @@ from threading import Event, Lock, Thread
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from disttrain.meeting import reserve_port
+from disttrain.distributed.rendezvous import reserve_port
 
 Fault = str
 """``status:500`` (any), ``cut`` (half the body), ``short`` (a whole answer of half the bytes), ``wrong range``,

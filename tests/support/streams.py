@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from disttrain.data.cache import CacheConfig
-from disttrain.data.decode import Field
-from disttrain.data.index import ShardIndex
-from disttrain.data.loader import LoaderConfig, TrainLoader
-from disttrain.data.order import Order, OrderConfig
-from disttrain.data.reader import Reader
-from disttrain.data.remote import RetryConfig
+from disttrain.data.cache.shard_cache import CacheConfig
+from disttrain.data.decode.fields import Field
+from disttrain.data.index.shard_index import ShardIndex
+from disttrain.data.loader.loaders import LoaderConfig, TrainLoader
+from disttrain.data.order.sample_order import Order, OrderConfig
+from disttrain.data.reader.sample_reader import Reader
+from disttrain.data.remote.ranges import RetryConfig
 from disttrain.parallel.config import BatchPlan
 
 QUICK = RetryConfig(attempts=8, base_seconds=0.0, timeout_seconds=30)

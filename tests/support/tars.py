@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from disttrain.data.tar import LocalFile, Member, scan_source
+from disttrain.data.index.tar import LocalFile, Member, scan_source
 
 Contents = list[tuple[str, dict[str, bytes]]]
 """Key, and bytes by field, of each sample."""

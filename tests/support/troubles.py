@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from disttrain.checkpoint.mirror import Mirror
+from disttrain.checkpoint.remote.copies import Mirror
 
 
 class SlowBackward(Callback):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from disttrain.checkpoint.store import committed, read_model
+from disttrain.checkpoint.format.reader import committed, read_model
 
 
 def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:

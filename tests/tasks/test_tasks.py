@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from disttrain import ClassificationTask, RegressionTask, ShardedDataModule, Task
-from disttrain.data.batches import COUNT, ID, KEY, WEIGHT
-from disttrain.data.loader import LoaderConfig
+from disttrain.data.loader.batches import COUNT, ID, KEY, WEIGHT
+from disttrain.data.loader.loaders import LoaderConfig
 from disttrain.errors import ConfigError, DataError
 from disttrain.models import MLP, ConvNet
 from disttrain.tasks.metrics import ExplainedShare, WeightedMean

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from disttrain.checkpoint.marker import ABANDONED, LATEST, MARKER
+from disttrain.checkpoint.format.marker import ABANDONED, LATEST, MARKER
 from tests.support.chaos import checks, disk
 from tests.support.chaos.plan import EVERY, FAILING, STEPS, Attempt, Between, Fault, Layout
 from tests.support.chaos.trap import RUN_DIR, SCHEDULE

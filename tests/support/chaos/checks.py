@@ -16,10 +16,10 @@ import psutil
 import torch
 import yaml
 
-from disttrain.callbacks.ledger import read_ledger
-from disttrain.checkpoint.marker import LATEST, Committed, committed
-from disttrain.checkpoint.store import groups, read_group, read_meta
-from disttrain.reading import read_run
+from disttrain.callbacks.records.sample_ledger import read_ledger
+from disttrain.checkpoint.format.marker import LATEST, Committed, committed
+from disttrain.checkpoint.format.reader import groups, read_group, read_meta
+from disttrain.system.reading import read_run
 from tests.support.chaos.plan import STEPS
 from tests.support.weights import differing
 

@@ -24,11 +24,13 @@ from typing import Any, Final
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from disttrain.callbacks.run_record import RunRecord
-from disttrain.checkpoint import checksum, fence, folder, staging, store, write
-from disttrain.checkpoint.marker import LATEST, MARKER, META
-from disttrain.metrics_file import FILE_NAME
-from disttrain.runs import RUN_FILE
+from disttrain.callbacks.records.run_record import RunRecord
+from disttrain.checkpoint import cleanup
+from disttrain.checkpoint.format import checksum, fence, reader, writer
+from disttrain.checkpoint.format.marker import LATEST, MARKER, META
+from disttrain.checkpoint.saving import staging
+from disttrain.run.folder import RUN_FILE
+from disttrain.run.metrics_file import FILE_NAME
 from tests.support.chaos.disk import fill, make_read_only
 from tests.support.chaos.plan import AT_START, LAST_CALL, Fault
 
@@ -56,14 +58,14 @@ PLACES: Final[dict[str, tuple[Any, str, Where]]] = {
     "syncing": (os, "fsync", _anywhere),
     "meta": (checksum.Sums, "summed", lambda sums, path, **_: path.name == META),
     "renaming": (os, "rename", lambda source, *_, **__: str(source).endswith(".tmp")),
-    "marking": (write, "write_marker", _anywhere),
+    "marking": (writer, "write_marker", _anywhere),
     "marked": (os, "replace", _to(MARKER)),
     "latest": (os, "replace", _to(LATEST)),
-    "pruning": (folder, "remove", _anywhere),
+    "pruning": (cleanup, "remove", _anywhere),
     "pruned": (shutil, "rmtree", lambda path, *_, **__: OWN_NAME.fullmatch(Path(path).name) is not None),
     "claiming": (os, "replace", _to(fence.FENCE)),
     "clearing": (fence, "_clear", _anywhere),
-    "reading": (store._SafeReader, "read_metadata", _anywhere),
+    "reading": (reader._SafeReader, "read_metadata", _anywhere),
     "recording": (os, "replace", _to(RUN_FILE)),
     "logging": (os, "replace", _to(FILE_NAME)),
     "ending": (RunRecord, "add_result", _anywhere),

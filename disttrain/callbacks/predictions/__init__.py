@@ -1,0 +1,1 @@
+"""Predictions, written to one file by all ranks."""

@@ -1,0 +1,341 @@
+"""What predictions become on disk: JSON lines, Parquet, or WebDataset tars.
+
+A format turns the results of some samples into a *piece* of bytes, which a rank keeps in its part, and joins
+pieces to an output file. Where the pieces were made does not enter, so the same results give the same bytes at
+every world size (with the same versions of the libraries). Types are kept and nothing is rounded: bfloat16, which
+none of the formats has, is widened to float32. Cost: a piece is a micro batch at most; joining holds one
+row group (Parquet) or one piece in memory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from disttrain.data.index.shard_index import Shard
+from disttrain.data.index.sidecar import split_name
+from disttrain.data.pack.samples import Sample, Samples
+from disttrain.data.pack.shard_writer import write_shard
+from disttrain.data.pack.tables import npy
+from disttrain.errors import ConfigError, DataError
+from disttrain.system.files import to_json
+
+FormatName = Literal["jsonl", "parquet", "tar"]
+Column = NDArray[Any] | Sequence[Any]
+"""One output of some samples: an array, shape (samples, ...), or a value a sample."""
+Columns = Mapping[str, Column]
+Pieces = Iterator[bytes]
+
+_GROUP_ROWS: Final = 65_536
+_GROUP_BYTES: Final = 64 * 2**20
+_SIZES: Final = struct.Struct("<IQ")  # of a sample's head and of its contents
+
+
+class Format:
+    """How results are written. One object a rank; :meth:`settle` comes between the pieces and the files."""
+
+    def piece(self, keys: Sequence[str], columns: Columns) -> bytes:
+        """The results of some samples, in order.
+
+        Raises:
+            DataError: the format cannot hold one of the outputs.
+        """
+        raise NotImplementedError
+
+    def summary(self) -> bytes:
+        """What the other ranks must know of this rank's pieces before any are joined."""
+        return b""
+
+    def settle(self, summaries: Sequence[bytes]) -> None:
+        """Take note of all ranks' summaries, in rank order.
+
+        Raises:
+            DataError: they do not go together.
+        """
+
+    def join(self, pieces: Pieces, num_samples: int, path: Path) -> Shard | None:
+        """Write some pieces as one file, to the disk; a tar says what it is."""
+        raise NotImplementedError
+
+
+def make_format(name: FormatName) -> Format:
+    """The format of a name.
+
+    Raises:
+        ConfigError: it needs a library that is missing.
+    """
+    return {"jsonl": JsonLines, "parquet": Parquet, "tar": Tar}[name]()
+
+
+class JsonLines(Format):
+    """A line is a JSON object with the key first; tensors are nested lists. NaN and Infinity as Python writes them."""
+
+    def piece(self, keys: Sequence[str], columns: Columns) -> bytes:
+        """Lines."""
+        _refuse_key(columns)
+        plain = {
+            name: column.tolist() if isinstance(column, np.ndarray) else column for name, column in columns.items()
+        }
+        for name, column in plain.items():
+            with _refusing(name, "JSON", TypeError, ValueError):
+                plain[name] = [_json(value) for value in column]
+        heads = [f"{json.dumps(name)}: " for name in ("key", *plain)]
+        rows = zip(map(json.dumps, keys), *plain.values(), strict=True)
+        lines = (", ".join(map(str.__add__, heads, row)) for row in rows)
+        return "".join(f"{{{line}}}\n" for line in lines).encode()
+
+    def join(self, pieces: Pieces, num_samples: int, path: Path) -> None:
+        """Lines after lines."""
+        with open(path, "wb") as file:
+            file.writelines(pieces)
+            _to_disk(file)
+
+
+class Parquet(Format):
+    """A row a sample: ``key``, then a column an output; arrays are lists of their own type, nested by dimension."""
+
+    def __init__(self) -> None:
+        try:
+            self._arrow: Any = importlib.import_module("pyarrow")
+            self._parquet: Any = importlib.import_module("pyarrow.parquet")
+        except ImportError:
+            raise ConfigError(
+                "the format parquet needs pyarrow, which is missing", mend="pip install 'disttrain[parquet]'"
+            ) from None
+        self._schema: Any = None
+
+    def piece(self, keys: Sequence[str], columns: Columns) -> bytes:
+        """An Arrow stream of one table."""
+        _refuse_key(columns)
+        arrow = self._arrow
+        arrays = {}
+        for name, column in {"key": list(keys), **columns}.items():
+            with _refusing(name, "Parquet", arrow.ArrowException, TypeError, ValueError):
+                arrays[name] = self._array(column)
+        table = arrow.table(arrays)
+        self._unify([table.schema])
+        stream = io.BytesIO()
+        with arrow.ipc.new_stream(stream, table.schema) as writer:
+            writer.write_table(table)
+        return stream.getvalue()
+
+    def summary(self) -> bytes:
+        """The types of the columns."""
+        return b"" if self._schema is None else bytes(self._schema.serialize())
+
+    def settle(self, summaries: Sequence[bytes]) -> None:
+        """One type a column for all files."""
+        self._schema = None
+        self._unify([self._arrow.ipc.read_schema(self._arrow.py_buffer(text)) for text in summaries if text])
+
+    def join(self, pieces: Pieces, num_samples: int, path: Path) -> None:
+        """Row groups of up to 64 MiB or 65,536 rows; where they end follows from the micro batches alone."""
+        with open(path, "wb") as file:
+            with self._parquet.ParquetWriter(file, self._schema) as writer:
+                for tables in self._groups(pieces):
+                    whole = self._joined(tables)
+                    writer.write_table(whole.combine_chunks(), row_group_size=max(1, len(whole)))
+            _to_disk(file)
+
+    def _joined(self, tables: Sequence[Any]) -> Any:
+        with self._one_type():
+            return self._arrow.concat_tables([self._schema.empty_table(), *tables], promote_options="permissive")
+
+    def _groups(self, pieces: Pieces) -> Iterator[list[Any]]:
+        group: list[Any] = []
+        rows = size = 0
+        for piece in pieces:
+            with self._arrow.ipc.open_stream(self._arrow.py_buffer(piece)) as reader:
+                group.append(reader.read_all())
+            rows, size = rows + len(group[-1]), size + group[-1].nbytes
+            if rows >= _GROUP_ROWS or size >= _GROUP_BYTES:
+                yield group
+                group, rows, size = [], 0, 0
+        if group:
+            yield group
+
+    def _unify(self, schemas: Sequence[Any]) -> None:
+        known = [] if self._schema is None else [self._schema]
+        if not known and not schemas:
+            return
+        with self._one_type():
+            self._schema = self._arrow.unify_schemas([*known, *schemas], promote_options="permissive")
+
+    @contextmanager
+    def _one_type(self) -> Iterator[None]:
+        try:
+            yield
+        except self._arrow.ArrowException as error:
+            raise DataError(
+                f"an output changes its type between batches, which Parquet cannot hold: {error}",
+                mend="return one type for each output from predict(), or write JSON lines",
+            ) from None
+
+    def _array(self, column: Column) -> Any:
+        arrow = self._arrow
+        if not isinstance(column, np.ndarray):
+            values = [_array_of(value) for value in column]
+            first = next((value for value in values if isinstance(value, np.ndarray)), None)
+            if first is None:
+                return arrow.array(values)
+            # Of all, not of the first: 0.5 after a 1 would become 0.
+            numbers = [np.asarray(value) for value in values if isinstance(value, np.ndarray | int | float)]
+            kind = arrow.from_numpy_dtype(np.result_type(*(value.dtype for value in numbers)))
+            for _ in range(first.ndim):
+                kind = arrow.list_(kind)
+            return arrow.array([value.tolist() if isinstance(value, np.ndarray) else value for value in values], kind)
+        found = arrow.array(np.ascontiguousarray(column).reshape(-1))
+        for dim in range(column.ndim - 1, 0, -1):
+            lists = int(np.prod(column.shape[:dim], dtype=np.int64))
+            ends = np.arange(lists + 1, dtype=np.int64) * column.shape[dim]
+            found = arrow.ListArray.from_arrays(arrow.array(ends, arrow.int32()), found)
+        return found
+
+
+class Tar(Format):
+    """A sample has a file an output: arrays as ``.npy``, str as ``.txt``, bytes as ``.bin``, all else as ``.json``.
+
+    Keys are unique in a shard, but several shards of the data may hold one key. The second such sample of an
+    output file gets ``-2`` behind its key, and so on: readers would take the two for one.
+    """
+
+    def __init__(self) -> None:
+        self.renamed = 0
+        """Keys that got a number, in the files that this rank has joined."""
+
+    def piece(self, keys: Sequence[str], columns: Columns) -> bytes:
+        """Samples, each a head (key, names and sizes as JSON) and its contents."""
+        self._check(columns)
+        files: dict[str, list[tuple[str, bytes]]] = {}
+        for name, column in columns.items():
+            with _refusing(name, "a tar", TypeError, ValueError):
+                files[name] = [self._file(value) for value in map(_array_of, column)]
+        out = []
+        for row, key in enumerate(keys):
+            mine = [(f"{name}.{files[name][row][0]}", files[name][row][1]) for name in files]
+            head = json.dumps([key, [(name, len(content)) for name, content in mine]]).encode()
+            out += [_SIZES.pack(len(head), sum(len(content) for _, content in mine)), head]
+            out += [content for _, content in mine]
+        return b"".join(out)
+
+    def join(self, pieces: Pieces, num_samples: int, path: Path) -> Shard:
+        """A shard with its sidecar, as ``disttrain shards pack`` writes them."""
+        samples = self._samples(pieces)
+        in_order = Samples(num_samples, lambda _: next(samples))
+        return write_shard(in_order, np.arange(num_samples, dtype=np.int64), path, lambda _: None)
+
+    def _samples(self, pieces: Pieces) -> Iterator[Sample]:
+        used: dict[str, int] = {}
+        for piece in pieces:
+            at = 0
+            while at < len(piece):
+                head_size, size = _SIZES.unpack_from(piece, at)
+                at += _SIZES.size
+                key, sizes = json.loads(piece[at : at + head_size])
+                at += head_size
+                ends = np.cumsum([at, *(length for _, length in sizes)]).tolist()
+                fields = {name: piece[ends[n] : ends[n + 1]] for n, (name, _) in enumerate(sizes)}
+                at += size
+                yield Sample(self._distinct(key, used), fields)
+
+    def _distinct(self, key: str, used: dict[str, int]) -> str:
+        """A name that is not used; those in use come with the last number that was tried behind them."""
+        name, number = key, used.get(key, 1)
+        while name in used:
+            number += 1
+            name = f"{key}-{number}"
+        self.renamed += name != key
+        used[name] = 1
+        used[key] = number  # the lower ones are in use for good: a key that all shards have costs no search each time
+        return name
+
+    @staticmethod
+    def _check(columns: Columns) -> None:
+        for name in columns:
+            if name.startswith("_") or split_name(f"key.{name}.json") != ("key", f"{name}.json"):
+                raise DataError(
+                    f"output {name!r} cannot be the name of a file in a tar",
+                    mend="lower case, without slashes, not starting with '_'; or write Parquet or JSON lines",
+                )
+
+    @staticmethod
+    def _file(value: Any) -> tuple[str, bytes]:
+        if isinstance(value, np.ndarray):
+            if value.dtype.hasobject:
+                raise TypeError("an array of Python objects")
+            return "npy", npy(np.asarray(value, order="C"))
+        if isinstance(value, str):
+            return "txt", value.encode()
+        if isinstance(value, bytes):
+            return "bin", value
+        return "json", _json(value).encode()
+
+
+def to_column(values: Any) -> Column:
+    """What a module gave for some samples, without tensors: an array, or a list of values."""
+    if isinstance(values, torch.Tensor):
+        return _numpy(values)
+    return values if isinstance(values, np.ndarray) else list(values)
+
+
+def _array_of(value: Any) -> Any:
+    """A tensor or a NumPy number as an array; anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return _numpy(value)
+    return np.asarray(value) if isinstance(value, np.generic) else value
+
+
+def _numpy(values: torch.Tensor) -> NDArray[Any]:
+    values = values.detach().cpu()
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has in place of tensors and arrays inside other values."""
+    if isinstance(value, torch.Tensor):
+        return _numpy(value).tolist()
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is nothing that JSON has")
+
+
+def _refuse_key(columns: Columns) -> None:
+    if "key" in columns:
+        raise DataError("an output is called 'key', as the samples' keys are", mend="give it another name")
+
+
+@contextmanager
+def _refusing(name: str, kind: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turns what a library says of a value into an error that names the output."""
+    refused: tuple[type[Exception], ...] = (*errors, OverflowError)
+    try:
+        yield
+    except refused as error:
+        raise DataError(
+            f"output {name!r} cannot be written to {kind}: {error}",
+            mend="return numbers, text, or tensors of numbers from predict(), or choose another --format",
+        ) from None
+
+
+def _json(value: Any) -> str:
+    """JSON that every parser reads: numbers that it has no word for are ``"NaN"``, ``"Infinity"``, ``"-Infinity"``."""
+    try:
+        return json.dumps(value, default=_plain, allow_nan=False)
+    except ValueError:
+        return to_json(json.loads(json.dumps(value, default=_plain)))
+
+
+def _to_disk(file: io.BufferedWriter) -> None:
+    file.flush()
+    os.fsync(file.fileno())

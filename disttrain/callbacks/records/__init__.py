@@ -1,0 +1,1 @@
+"""What a run records about itself: its history, metrics, samples, settings and loaders."""

@@ -1,0 +1,55 @@
+"""Tells what ``compile: blocks`` compiled and where it broke off, once, after the first training step.
+
+The record of the run has it under ``compile``, with what was compiled until the end. Cost: none in later steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from disttrain.callbacks.records.run_record import RunRecord
+from disttrain.parallel.model.compile import Compilation, compilation
+from disttrain.system.terminal import tell
+
+
+class CompileReport(Callback):
+    """Reports graph breaks on rank 0 and in ``run.json``.
+
+    Args:
+        record: the run's record.
+    """
+
+    def __init__(self, record: RunRecord) -> None:
+        self._record = record
+        self._told = False
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After the first micro batch everything that trains has been compiled."""
+        if self._told or not trainer.is_global_zero:
+            return
+        self._told = True
+        found = compilation()
+        text = describe(found)
+        tell(text)
+        self._record.event(trainer.global_step, "compile", text)
+        self._record.add({"compile": found.as_dict()})
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note what was compiled until the end, evaluation included."""
+        if trainer.is_global_zero:
+            self._record.add({"compile": compilation().as_dict()})
+
+
+def describe(found: Compilation) -> str:
+    """One sentence for the graphs, and one for the breaks."""
+    graphs = f"compiled {found.graphs} graph{'s' * (found.graphs != 1)}"
+    if not found.breaks:
+        return f"{graphs} without a break"
+    total = sum(found.breaks.values())
+    reasons = "; ".join(f"{reason} ({count} x)" for reason, count in found.breaks.items())
+    return f"{graphs} with {total} break{'s' * (total != 1)}, which cost speed: {reasons}"

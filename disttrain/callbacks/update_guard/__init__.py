@@ -1,0 +1,1 @@
+"""Skips harmful updates, and rolls the run back when there are too many."""

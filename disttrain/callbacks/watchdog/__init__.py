@@ -1,0 +1,1 @@
+"""Detects a hang, reports where every rank is, and ends the run."""

@@ -1,0 +1,1 @@
+"""The format of a checkpoint on disk: reading, writing, committing, verifying and exporting."""

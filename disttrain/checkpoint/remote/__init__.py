@@ -1,0 +1,1 @@
+"""Copies of checkpoints on remote storage."""

@@ -1,0 +1,1 @@
+"""Saving in the background, from a copy in host memory."""

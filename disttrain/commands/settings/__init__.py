@@ -1,0 +1,1 @@
+"""Reading a configuration, and explaining what is wrong with it."""

@@ -1,0 +1,1 @@
+"""Remote shards as local files: a bounded cache per node."""

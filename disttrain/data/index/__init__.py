@@ -1,0 +1,1 @@
+"""Which samples the shards hold, and where."""

@@ -1,0 +1,1 @@
+"""Batches for one rank, in threads or worker processes."""

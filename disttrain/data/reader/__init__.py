@@ -1,0 +1,1 @@
+"""Random access to samples in local shards."""

@@ -1,0 +1,1 @@
+"""Ranged reads from HTTP servers and object stores."""

@@ -1,0 +1,1 @@
+"""Processes: how they find each other, agree, and end together."""

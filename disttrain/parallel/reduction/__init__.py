@@ -1,0 +1,1 @@
+"""How gradients are added over ranks."""

@@ -1,0 +1,147 @@
+"""DDP's buckets of gradients, summed in the tree of ``reduction: tree`` while the backward pass runs.
+
+Guarantee: all ranks go through the buckets in one order.
+
+Cost: see :mod:`disttrain.parallel.reduction.exchange`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future as FutureOfThread
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
+from torch.nn.parallel import DistributedDataParallel
+
+from disttrain.parallel.reduction.exchange import Exchange, PartialSums, Tensors
+
+_Future = torch.futures.Future[Tensor]
+
+
+class BucketHook:
+    """DDP's communication hook: one bucket's gradients, summed over all ranks and gathered.
+
+    On the CPU a thread of its own runs the collectives, one bucket after the other, beside the backward pass; on
+    CUDA a stream does.
+
+    Args:
+        sums: the partial sums of the earlier micro batches.
+        parameters: the parameters in the order of those sums.
+        exchange: over a group that nothing else uses, since its collectives come from another thread.
+    """
+
+    def __init__(self, sums: PartialSums, parameters: Sequence[nn.Parameter], exchange: Exchange) -> None:
+        self.sums, self._exchange = sums, exchange
+        self._number = {id(parameter): number for number, parameter in enumerate(parameters)}
+        self._held: list[object] = []  # what a side stream still reads
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="tree-reduction")
+        self._stream: torch.cuda.Stream | None = None
+        self._last: FutureOfThread[None] | None = None  # of what the thread was given
+        self._error: Exception | None = None  # of the thread
+
+    def install(self, model: DistributedDataParallel) -> None:
+        """Let DDP call this hook."""
+
+        def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
+            return self(bucket)
+
+        model.register_comm_hook(None, hook)
+
+    def __call__(self, bucket: GradBucket) -> _Future:
+        """Called by DDP in the backward pass of the last micro batch; all ranks go through buckets in one order."""
+        # Runs when the backward pass is over, before DDP's own callback waits for the buckets: after an error of the
+        # thread that would be for ever.
+        torch.autograd.Variable._execution_engine.queue_callback(self._wait)
+        buffer, flat = bucket.buffer(), self._laid_out(bucket)
+        if buffer.is_cuda:
+            future: _Future = torch.futures.Future(devices=[buffer.device])
+            with torch.cuda.stream(self._side_stream(buffer)):
+                future.set_result(self._reduce([*flat, buffer]))
+            return future
+        future = torch.futures.Future()
+        self._last = self._worker.submit(self._run_aside, flat, buffer, future)
+        return future
+
+    def release(self) -> None:
+        """After the backward pass: let go of what the collectives read."""
+        self._wait()
+        self._held.clear()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._worker.shutdown()
+
+    def _laid_out(self, bucket: GradBucket) -> Tensors:
+        """The partial sums of a bucket that are sent by themselves."""
+        buffer, gradients = bucket.buffer(), bucket.gradients()
+        with torch.no_grad():
+            older = self.sums.finish([self._number[id(p)] for p in bucket.parameters()], gradients)
+        flat = [_like_bucket(buffer, gradients, partial) for partial in older]
+        if buffer.is_cuda:
+            self._held += [flat, older]
+        return flat
+
+    def _side_stream(self, buffer: Tensor) -> torch.cuda.Stream:
+        self._stream = self._stream or torch.cuda.Stream(buffer.device)  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream(buffer.device))
+        return self._stream
+
+    def _run_aside(self, flat: Tensors, buffer: Tensor, future: _Future) -> None:
+        try:
+            if self._error is None:
+                future.set_result(self._reduce([*flat, buffer]))
+        except Exception as error:
+            self._error = error
+
+    def _wait(self) -> None:
+        """Wait for the thread; raise what it met."""
+        if self._last is not None:
+            self._last.result()
+            self._last = None
+        if self._error is not None:
+            raise self._error
+
+    @torch.no_grad()
+    def _reduce(self, flat: Tensors) -> Tensor:
+        """Sum partial sums of one bucket over all ranks into the newest of them, which is the bucket itself."""
+        plan, buffer = self.sums.plan, flat[-1]
+        each, more = divmod(buffer.numel(), plan.num_ranks)
+        sizes = [each + (owner < more) for owner in range(plan.num_ranks)]
+        by_owner = [torch.split(partial, sizes) for partial in flat]
+        parts = (
+            buffer if len(flat) == 1 else torch.cat([part for owned in zip(*by_owner, strict=True) for part in owned])
+        )
+        self._exchange.gather(by_owner[-1], self._exchange.add(parts, sizes, plan))
+        return buffer
+
+
+def _like_bucket(buffer: Tensor, gradients: Tensors, partial: Tensors) -> Tensor:
+    """A partial sum laid out as the gradients of a bucket are."""
+    flat = buffer.new_zeros(buffer.numel())
+    offset = int(buffer.storage_offset())
+    views = [flat.as_strided(g.size(), g.stride(), g.storage_offset() - offset) for g in gradients]
+    torch._foreach_copy_(views, partial)
+    return flat
+
+
+def settle_buckets(model: DistributedDataParallel) -> None:
+    """Let DDP rebuild its buckets now instead of after the first step.
+
+    DDP lays its buckets out anew, once, by the order in which the first backward pass brings the gradients.
+    A sum over three ranks or more depends in its last bits on that layout, so the first step of a resumed
+    run would differ from the same step of an uninterrupted one. A backward pass through the parameters
+    alone, with zero gradients, makes the layout the same from the first step on.
+    """
+    parameters = [p for p in model.module.parameters() if p.requires_grad]
+    gradients = [p.grad for p in parameters]  # a module that accumulates by hand has some where DDP is built again
+    for parameter in parameters:
+        parameter.grad = None
+    model.reducer.prepare_for_backward([])
+    total = sum((p.sum() * 0.0 for p in parameters), start=torch.zeros((), device=parameters[0].device))
+    total.backward()
+    model.reducer._rebuild_buckets()
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient

@@ -1,0 +1,221 @@
+"""Gradients of micro batches added in one fixed tree, whatever the ranks and the strategy: ``reduction: tree``.
+
+A rank keeps the partial sums of its own micro batches (:class:`PartialSums`). With the last micro batch, while the
+backward pass still runs, every rank sends to each owner that owner's part of its partial sums; the owners add what
+they got in the order of the tree (:class:`Exchange`). Under DDP a communication hook does so for each bucket and
+gathers the parts (:class:`BucketHook`); under FSDP a reduce-scatter does, and the owner keeps its part
+(:class:`TreeReduceScatter`). Only single pairs of numbers are ever added, in their own precision, so the sums have
+the same bits wherever a bucket or a shard begins.
+
+Cost: as many bytes as a ring all-reduce or reduce-scatter where accumulation is a power of two, a few times that
+where not; memory for ``log2(accumulation) + 1`` gradients while a step accumulates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+
+from disttrain.parallel.reduction.tree import TreePlan, plan_tree
+
+Tensors = list[Tensor]
+
+
+class PartialSums:
+    """One rank's gradients of a step under way: a stack of partial sums of the tree, each a tensor a parameter.
+
+    Args:
+        rank: this rank.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.plan = plan_tree(rank + 1, 1)
+        self.count = 0
+        """Micro batches of this step whose gradients were added."""
+        self._rank = rank
+        self._stack: list[Tensors] = []
+
+    def start(self, plan: TreePlan) -> None:
+        """Begin a step; what an interrupted one left is forgotten."""
+        self.plan, self.count = plan, 0
+        self._stack.clear()
+
+    def add(self, gradients: Tensors) -> None:
+        """Take the gradients of a micro batch that is not the last. They are kept and changed."""
+        self._stack.append(gradients)
+        for _ in range(self.plan.own_merges[self._rank][self.count]):
+            newest = self._stack.pop()
+            torch._foreach_add_(self._stack[-1], newest)
+        self.count += 1
+
+    def kept(self, numbers: Sequence[int]) -> tuple[list[Tensors], list[Tensors]]:
+        """What was kept of some parameters, named by their place in the lists given to :meth:`add`.
+
+        Returns:
+            The partial sums to be added to the last micro batch's gradients, in this order, and those that the
+            tree adds later, which are sent by themselves.
+        """
+        apart = len(self._stack) - self.plan.own_merges[self._rank][-1]
+        of_these = [[partial[number] for number in numbers] for partial in self._stack]
+        return of_these[apart:][::-1], of_these[:apart]
+
+    def finish(self, numbers: Sequence[int], gradients: Tensors) -> list[Tensors]:
+        """Add what belongs to them to the last micro batch's gradients, in place; return what stays apart."""
+        merged, apart = self.kept(numbers)
+        for partial in merged:
+            torch._foreach_add_(gradients, partial)
+        return apart
+
+
+class Exchange:
+    """Adds all ranks' partial sums in the order of the tree, each rank a part of every tensor.
+
+    Its calls must follow each other, on one thread or stream: they share a buffer, as large as the largest needed.
+
+    Args:
+        group: a group of all ranks. Its collectives must be called in one order on all of them.
+        rank: this rank.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, rank: int) -> None:
+        self._group, self._rank = group, rank
+        self._buffers: dict[torch.dtype, Tensor] = {}
+
+    def add(self, parts: Tensor, sizes: Sequence[int], plan: TreePlan) -> Tensor:
+        """A collective of the group.
+
+        Args:
+            parts: this rank's partial sums, for each owner its part of one after another; one dimension.
+            sizes: for each owner the elements of its part.
+            plan: who adds what.
+
+        Returns:
+            The sum of this rank's part over all ranks, shape (elements,), valid until the next call.
+        """
+        elements = sizes[self._rank]
+        received = self._buffer(parts, sum(plan.sent) * elements)
+        dist.all_to_all_single(
+            received,
+            parts,
+            output_split_sizes=[count * elements for count in plan.sent],
+            input_split_sizes=[plan.sent[self._rank] * size for size in sizes],
+            group=self._group,
+        )
+        stack: Tensors = []
+        for partial, count in zip(
+            received.view(len(plan.joint_merges), elements).unbind(), plan.joint_merges, strict=True
+        ):
+            stack.append(partial)
+            for _ in range(count):
+                newest = stack.pop()
+                stack[-1].add_(newest)
+        return stack[0]
+
+    def gather(self, parts: Sequence[Tensor], own: Tensor) -> None:
+        """Fill all ranks' parts, the last of them with what each owns. A collective of the group."""
+        if dist.get_backend(self._group) != "gloo":
+            dist.all_gather(list(parts), own, group=self._group)
+            return
+        # gloo's all-gather took 2.5 times as long as sending to each rank (4 ranks, 33 MB, one machine).
+        parts[self._rank].copy_(own)
+        others = [(self._rank + distance) % len(parts) for distance in range(1, len(parts))]
+        sent = [dist.isend(own, to, group=self._group) for to in others]
+        sent += [dist.irecv(parts[source], source, group=self._group) for source in reversed(others)]
+        for work in sent:
+            if work is not None:
+                work.wait()
+
+    def _buffer(self, like: Tensor, elements: int) -> Tensor:
+        kept = self._buffers.get(like.dtype)
+        if kept is None or kept.numel() < elements:
+            self._buffers.pop(like.dtype, None)
+            del kept
+            kept = self._buffers[like.dtype] = like.new_empty(elements)
+        return kept[:elements]
+
+
+class TreeReduceScatter(ReduceScatter):
+    """FSDP2's reduce-scatter of one parameter group; with replicas, its all-reduce is prepared too.
+
+    With replicas the owners of a shard's sum are all ranks that hold the shard, each of a part of it. Each returns
+    its own part and zeros; the all-reduce over the replicas that follows in FSDP2 then adds each number to zeros.
+
+    Args:
+        sums: the partial sums of the earlier micro batches.
+        exchange: over all ranks.
+        replicas: copies of each shard.
+        shards: parts of each tensor.
+        rank: this rank, ``replica * shards + shard``.
+    """
+
+    def __init__(self, sums: PartialSums, exchange: Exchange, *, replicas: int, shards: int, rank: int) -> None:
+        self.numbers = range(0)
+        """The group's parameters by their place in the sums of the step under way."""
+        self._sums, self._exchange = sums, exchange
+        self._replicas, self._shards = replicas, shards
+        self._replica = rank // shards
+        self._held: list[object] = []
+        self._called = False
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A buffer for FSDP2's copies."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: object,
+        async_op: bool = False,
+    ) -> None:
+        """Called by FSDP2 in the backward pass of the last micro batch, by all ranks in one order."""
+        if self._called:
+            raise RuntimeError(
+                "reduction: tree, and the gradients of a sharded block came in two parts whose order is not fixed;"
+                " use reduction: fast, or leave the block out of shard_units()"
+            )
+        plan, replicas = self._sums.plan, self._replicas
+        elements = output_tensor.numel()
+        piece = -(-elements // replicas)
+        own = self._exchange.add(self._parts(input_tensor, elements, piece), [piece] * plan.num_ranks, plan)
+        if replicas > 1:
+            output_tensor.zero_()
+        first = self._replica * piece
+        output_tensor[first : first + piece] = own[: max(0, min(piece, elements - first))]
+        self._called = True
+
+    def release(self) -> None:
+        """After the backward pass: let go of what the collectives read."""
+        self._held.clear()
+        self._called = False
+
+    def _parts(self, newest: Tensor, elements: int, piece: int) -> Tensor:
+        """This rank's partial sums by owner, each owner's part in ``piece`` elements."""
+        shards, replicas = self._shards, self._replicas
+        flat = [*self._older(newest), newest]
+        parts = (newest if len(flat) == 1 else torch.stack(flat)).view(len(flat), shards, elements)
+        if piece * replicas != elements:
+            parts = nn.functional.pad(parts, (0, piece * replicas - elements))
+        # (partial sum, shard, replica, element) to (replica, shard, partial sum, element): by owning rank
+        return parts.view(len(flat), shards, replicas, piece).permute(2, 1, 0, 3).contiguous().view(-1)
+
+    def _older(self, newest: Tensor) -> Tensors:
+        """Add the kept partial sums to the newest, laid out as FSDP2 lays it out; return those that stay apart."""
+        rows = newest.view(self._shards, -1)
+
+        def laid_out(partial: Tensors) -> Tensor:
+            out = torch.empty_like(rows)
+            torch._chunk_cat(partial, dim=0, num_chunks=self._shards, out=out)
+            return out.view(-1)
+
+        merged, apart = self._sums.kept(self.numbers)
+        self._held += [merged, apart]  # they were made on another stream than this one
+        for partial in merged:
+            newest.add_(laid_out(partial))
+        return [laid_out(partial) for partial in apart]

@@ -1,0 +1,1 @@
+"""A run's folder, its metrics, and the list of runs."""
