@@ -91,7 +91,7 @@ def _main(arguments: list[str]) -> int:
         return error.exit_code
     except RuntimeError as error:
         if str(error).startswith("Symlink loop from"):  # Path.resolve's, before Python 3.13
-            told = DisttrainError(f"{str(error).partition('from ')[2]} is a link to itself", mend="correct the path")
+            told = DisttrainError(f"{str(error).partition('from ')[2]} is a link to itself", hint="correct the path")
             _print_error(told)
             return told.exit_code
         if not _lost_a_peer(error):
@@ -126,12 +126,12 @@ def _main(arguments: list[str]) -> int:
         if error.errno in _OF_THE_DISK:
             told = DisttrainError(
                 f"{error.filename or 'the output or a file'} cannot be written: {error.strerror}",
-                mend="check free space, quota and permissions; then rerun the same command to resume from the last"
+                hint="check free space, quota and permissions; then rerun the same command to resume from the last"
                 " checkpoint",
             )
         elif error.errno in _OF_A_PATH and error.filename is not None and not passed_through_users_code(error):
             told = DisttrainError(
-                f"{os.fsdecode(error.filename)}: {error.strerror}", mend="correct the path, or its permissions"
+                f"{os.fsdecode(error.filename)}: {error.strerror}", hint="correct the path, or its permissions"
             )
         else:
             raise
@@ -163,7 +163,7 @@ def _dispatch(arguments: list[str]) -> int:
 
         return training.run(arguments)
     known = [*_TRAINING, *_TOOLS]
-    raise ConfigError(f"there is no subcommand {name!r}", mend=f"see `disttrain --help`; {nearest(name, known)}")
+    raise ConfigError(f"there is no subcommand {name!r}", hint=f"see `disttrain --help`; {nearest(name, known)}")
 
 
 def _interrupted() -> int:
@@ -198,14 +198,14 @@ def _unexpected(error: Exception) -> int:
     place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
     words = (str(error).splitlines() or [""])[0][:_MOST_LETTERS]
     if type(error).__name__ == "MisconfigurationException":  # Lightning's, of a setting or a module
-        told: DisttrainError = ConfigError(words, mend="correct the setting or the module that it names")
+        told: DisttrainError = ConfigError(words, hint="correct the setting or the module that it names")
     elif isinstance(error, MemoryError):
-        told = DisttrainError(f"not enough memory{place}: {words}", mend="check the sizes that the command asks for")
+        told = DisttrainError(f"not enough memory{place}: {words}", hint="check the sizes that the command asks for")
         told.exit_code = 1
     else:
         told = DisttrainError(
             f"unexpected {type(error).__name__}{place}: {words}",
-            mend=f"if the command and its files are right, report this with the traceback in {_keep_traceback(error)}",
+            hint=f"if the command and its files are right, report this with the traceback in {_keep_traceback(error)}",
         )
         told.exit_code = 1
     _print_error(told)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable
 from typing import Final
 
@@ -33,22 +34,28 @@ class DisttrainError(Exception):
 
     Args:
         what: one sentence that says what is wrong and where.
-        mend: a hint on how to fix it, if known.
+        hint: a hint on how to fix it, if known.
     """
 
     exit_code = 2
 
-    def __init__(self, what: str, *, mend: str = "") -> None:
+    def __init__(self, what: str, *, hint: str = "") -> None:
         super().__init__(what)
         self.what = what
-        self.mend = mend
+        self.hint = hint
+
+    @property
+    def mend(self) -> str:
+        """The former name of :attr:`hint`; goes with version 0.2."""
+        warnings.warn("DisttrainError.mend is now called hint", DeprecationWarning, stacklevel=2)
+        return self.hint
 
     def __str__(self) -> str:
-        return f"{self.what}\n  mend: {self.mend}" if self.mend else self.what
+        return f"{self.what}\n  hint: {self.hint}" if self.hint else self.what
 
     def __reduce__(self) -> tuple[object, ...]:
         # Errors are pickled between ranks and from worker processes; the default would lose the keyword argument.
-        return (_rebuild, (type(self), self.what, self.mend))
+        return (_rebuild, (type(self), self.what, self.hint))
 
 
 class ConfigError(DisttrainError, ValueError):
@@ -121,8 +128,8 @@ def passed_through_users_code(error: BaseException) -> bool:
     return bool(modules - _LIBRARIES - sys.stdlib_module_names) or any(isinstance(one, SyntaxError) for one in seen)
 
 
-def _rebuild(kind: type[DisttrainError], what: str, mend: str) -> DisttrainError:
-    return kind(what, mend=mend)
+def _rebuild(kind: type[DisttrainError], what: str, hint: str) -> DisttrainError:
+    return kind(what, hint=hint)
 
 
 def first_line(error: BaseException) -> str:

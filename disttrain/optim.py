@@ -54,27 +54,27 @@ class ParameterGroupConfig:
     def __post_init__(self) -> None:
         if not self.patterns or not all(self.patterns):
             raise ConfigError(
-                f"a pattern of optimizer.groups is {self.pattern!r}", mend="give a glob, such as model.head.*"
+                f"a pattern of optimizer.groups is {self.pattern!r}", hint="give a glob, such as model.head.*"
             )
         if self.lr is not None and self.lr_scale != 1:
             raise ConfigError(
                 f"group {self.label!r} of optimizer.groups has lr {self.lr} and lr_scale {self.lr_scale}",
-                mend="set one of them",
+                hint="set one of them",
             )
         if self.lr is not None and not self.lr > 0:
-            raise ConfigError(f"lr of {self.label!r} in optimizer.groups is {self.lr}", mend="use a positive number")
+            raise ConfigError(f"lr of {self.label!r} in optimizer.groups is {self.lr}", hint="use a positive number")
         if not self.lr_scale > 0:
             raise ConfigError(
                 f"lr_scale of {self.label!r} in optimizer.groups is {self.lr_scale}",
-                mend="use a positive number; to freeze parameters, call requires_grad_(False) in the model",
+                hint="use a positive number; to freeze parameters, call requires_grad_(False) in the model",
             )
         if self.weight_decay is not None and not self.weight_decay >= 0:
             raise ConfigError(
-                f"weight_decay of {self.label!r} in optimizer.groups is {self.weight_decay}", mend="use 0 or more"
+                f"weight_decay of {self.label!r} in optimizer.groups is {self.weight_decay}", hint="use 0 or more"
             )
         if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(
-                f"betas of {self.label!r} in optimizer.groups are {self.betas}", mend="use values from 0 to below 1"
+                f"betas of {self.label!r} in optimizer.groups are {self.betas}", hint="use values from 0 to below 1"
             )
 
     @property
@@ -116,29 +116,29 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if self.name not in ("sgd", "adam", "adamw"):
-            raise ConfigError(f"optimizer.name is {self.name!r}", mend="use sgd, adam or adamw")
+            raise ConfigError(f"optimizer.name is {self.name!r}", hint="use sgd, adam or adamw")
         if not self.lr > 0:
-            raise ConfigError(f"optimizer.lr is {self.lr}", mend="use a positive learning rate")
+            raise ConfigError(f"optimizer.lr is {self.lr}", hint="use a positive learning rate")
         if self.weight_decay < 0:
-            raise ConfigError(f"optimizer.weight_decay is {self.weight_decay}", mend="use 0 or more")
+            raise ConfigError(f"optimizer.weight_decay is {self.weight_decay}", hint="use 0 or more")
         if not 0 <= self.momentum < 1:
-            raise ConfigError(f"optimizer.momentum is {self.momentum}", mend="use a value from 0 to below 1")
+            raise ConfigError(f"optimizer.momentum is {self.momentum}", hint="use a value from 0 to below 1")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"optimizer.betas is {self.betas}", mend="use two values from 0 to below 1")
+            raise ConfigError(f"optimizer.betas is {self.betas}", hint="use two values from 0 to below 1")
         if self.eps <= 0:
-            raise ConfigError(f"optimizer.eps is {self.eps}", mend="use a small positive number, such as 1e-8")
+            raise ConfigError(f"optimizer.eps is {self.eps}", hint="use a small positive number, such as 1e-8")
         if self.nesterov and self.momentum == 0:
-            raise ConfigError("optimizer.nesterov is set without momentum", mend="set optimizer.momentum, such as 0.9")
+            raise ConfigError("optimizer.nesterov is set without momentum", hint="set optimizer.momentum, such as 0.9")
         object.__setattr__(self, "groups", tuple(self.groups))
         labels = [group.label for group in self.groups]
         twice = sorted({label for label in labels if labels.count(label) > 1 or label == REST})
         if twice:
             raise ConfigError(
-                f"the name {twice[0]!r} in optimizer.groups occurs twice or is reserved", mend="use unique names"
+                f"the name {twice[0]!r} in optimizer.groups occurs twice or is reserved", hint="use unique names"
             )
         for group in self.groups:
             if self.name == "sgd" and group.betas is not None:
-                raise ConfigError(f"group {group.label!r} of optimizer.groups sets betas for sgd", mend="remove them")
+                raise ConfigError(f"group {group.label!r} of optimizer.groups sets betas for sgd", hint="remove them")
 
 
 @dataclass(frozen=True)
@@ -165,17 +165,17 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         if self.name not in ("constant", "cosine", "linear", "step"):
-            raise ConfigError(f"schedule.name is {self.name!r}", mend="use constant, cosine, linear or step")
+            raise ConfigError(f"schedule.name is {self.name!r}", hint="use constant, cosine, linear or step")
         if self.warmup_steps < 0 or self.total_steps < 0 or self.step_size < 1:
             raise ConfigError(
                 f"schedule has warmup_steps {self.warmup_steps}, total_steps {self.total_steps},"
                 f" step_size {self.step_size}",
-                mend="use 0 or more for the first two and at least 1 for step_size",
+                hint="use 0 or more for the first two and at least 1 for step_size",
             )
         if not 0 <= self.final_fraction <= 1 or self.gamma <= 0:
             raise ConfigError(
                 f"schedule has final_fraction {self.final_fraction} and gamma {self.gamma}",
-                mend="use a final_fraction from 0 to 1 and a positive gamma",
+                hint="use a final_fraction from 0 to 1 and a positive gamma",
             )
 
 
@@ -187,7 +187,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:
-        raise ConfigError("the model has no trainable parameters", mend="set requires_grad on what should be trained")
+        raise ConfigError("the model has no trainable parameters", hint="set requires_grad on what should be trained")
     groups = parameter_groups(named, config)
     fused = {"fused": True} if all(p.device.type == "cuda" for _, p in named) else {}
     if config.name == "sgd":
@@ -244,7 +244,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
             raise ConfigError(
                 f"group {group.label!r} of optimizer.groups has weight_decay {group.weight_decay}, but holds only"
                 " norms and biases, which do not decay",
-                mend="set decay_norm_and_bias in the group, or remove its weight_decay",
+                hint="set decay_norm_and_bias in the group, or remove its weight_decay",
             )
         settings: dict[str, Any] = {}
         if group.lr is not None or group.lr_scale != 1:
@@ -270,12 +270,12 @@ def _check_patterns(names: list[str], groups: tuple[ParameterGroupConfig, ...]) 
                 near = difflib.get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.0)
                 raise ConfigError(
                     f"pattern {pattern!r} of optimizer.groups matches none of the {len(names)} trainable parameters",
-                    mend=f"correct it; the nearest names are {', '.join(near)}",
+                    hint=f"correct it; the nearest names are {', '.join(near)}",
                 )
             if not any(fnmatchcase(name, pattern) for name in left):
                 raise ConfigError(
                     f"pattern {pattern!r} of optimizer.groups matches only parameters of earlier groups",
-                    mend="the first match wins: put the narrower pattern first",
+                    hint="the first match wins: put the narrower pattern first",
                 )
         left = [name for name in left if not _match(name, group.patterns)]
 
@@ -296,7 +296,7 @@ def build_schedule(optimizer: Optimizer, config: ScheduleConfig, *, total_steps:
         raise ConfigError(
             f"schedule.name is {config.name}, but it would end at step {total}, not after its"
             f" {config.warmup_steps} warm-up steps",
-            mend="use fewer schedule.warmup_steps or a later schedule.total_steps"
+            hint="use fewer schedule.warmup_steps or a later schedule.total_steps"
             if total
             else "set schedule.total_steps, or limit the run with trainer.max_steps or trainer.max_epochs",
         )

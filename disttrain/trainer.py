@@ -133,7 +133,7 @@ class Trainer(TrainerBase):
         if validate_every_steps is not None and validate_every_steps < 1:
             raise ConfigError(
                 f"trainer.validate_every_steps is {validate_every_steps}",
-                mend="use at least 1, or null for every epoch",
+                hint="use at least 1, or null for every epoch",
             )
         parallel = parallel or ParallelConfig()
         device = device_kind(accelerator)
@@ -312,7 +312,7 @@ class Trainer(TrainerBase):
         """
         if resume is not None:
             if ckpt_path is not None:
-                raise ConfigError("fit() is given both resume and ckpt_path", mend='give one; resume="auto" does both')
+                raise ConfigError("fit() is given both resume and ckpt_path", hint='give one; resume="auto" does both')
             start = self.find_start(str(resume))
             for note in start.notes if self.is_global_zero else ():
                 tell(note)

@@ -35,7 +35,7 @@ def test_an_error_of_our_own_is_two_lines_and_a_file(
     monkeypatch.setattr(jobs, "find_runs", library["load"])
     assert cli.main(["jobs", "."]) == 1
     text = capsys.readouterr().err
-    assert re.match(r"disttrain: error: unexpected TypeError at jobs\.py:\d+ in main: .*\n  mend: .*\n$", text)
+    assert re.match(r"disttrain: error: unexpected TypeError at jobs\.py:\d+ in main: .*\n  hint: .*\n$", text)
     (file,) = folder.glob("traceback-*.txt")
     assert str(file) in text
     assert "Traceback (most recent call last)" in file.read_text()

@@ -14,27 +14,30 @@ from disttrain.errors import ConfigError, DataError, DecodeError, DisttrainError
 KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, Exception)]
 
 
+CODES = {"OutOfMemoryError": 77}
+
+
 def test_all_kinds_are_found() -> None:
     names = {"CheckpointError", "ConfigError", "DataError", "DecodeError", "DisttrainError", "JoinError", "RankError"}
-    assert {kind.__name__ for kind in KINDS} == {*names, "ShardError"}
+    assert {kind.__name__ for kind in KINDS} == {*names, "OutOfMemoryError", "ShardError"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mend", ["", "do this"])
-def test_an_error_says_what_is_wrong_and_how_to_mend_it(kind: type[DisttrainError], mend: str) -> None:
-    error = kind("shard x is torn", mend=mend)
-    assert str(error) == ("shard x is torn\n  mend: do this" if mend else "shard x is torn")
-    assert (error.what, error.mend, error.exit_code) == ("shard x is torn", mend, 2)
+@pytest.mark.parametrize("hint", ["", "do this"])
+def test_an_error_says_what_is_wrong_and_how_to_fix_it(kind: type[DisttrainError], hint: str) -> None:
+    error = kind("shard x is torn", hint=hint)
+    assert str(error) == ("shard x is torn\n  hint: do this" if hint else "shard x is torn")
+    assert (error.what, error.hint, error.exit_code) == ("shard x is torn", hint, CODES.get(kind.__name__, 2))
     assert isinstance(error, DisttrainError)
     assert inspect.getdoc(kind), f"{kind.__name__} has no docstring of its own"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_error_survives_pickling_and_copying(kind: type[DisttrainError]) -> None:
-    error = kind("shard x is torn", mend="do this")
+    error = kind("shard x is torn", hint="do this")
     for other in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
         assert type(other) is kind
-        assert (other.what, other.mend, str(other)) == (error.what, error.mend, str(error))
+        assert (other.what, other.hint, str(other)) == (error.what, error.hint, str(error))
 
 
 def test_callers_may_catch_by_kind() -> None:
@@ -56,3 +59,8 @@ def test_callers_may_catch_by_kind() -> None:
 )
 def test_the_nearest_known_name(name: str, known: list[str], words: str) -> None:
     assert nearest(name, known) == words
+
+
+def test_the_former_name_of_the_hint_still_works_and_says_so() -> None:
+    with pytest.warns(DeprecationWarning, match="now called hint"):
+        assert ConfigError("x is 1", hint="use 2").mend == "use 2"

@@ -269,7 +269,7 @@ def test_the_warmup_of_a_short_run_is_a_tenth_of_it(name: Any, warmup: int, tota
 def test_settings_that_cannot_work_are_refused(kind: type, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         kind(**arguments)
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 class Net(nn.Module):
@@ -356,7 +356,7 @@ def test_a_schedule_scales_each_groups_own_learning_rate() -> None:
 def test_patterns_without_effect_are_refused(groups: tuple[ParameterGroupConfig, ...], words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         build_optimizer(Net(), OptimizerConfig(groups=groups))
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_patterns_without_effect_are_refused(groups: tuple[ParameterGroupConfig,
 def test_groups_that_cannot_work_are_refused(make: Callable[[], Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         make()
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 def test_checkpoints_from_before_groups_had_names_are_accepted() -> None:

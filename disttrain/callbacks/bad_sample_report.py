@@ -191,7 +191,7 @@ class BadSamples(Callback):
                 raise DataError(
                     f"{self._of_pass[split]} bad samples in one pass over data.{split}, more than"
                     f" data.max_bad_samples {data.max_bad_samples}",
-                    mend=f"repair the samples that {self.run_dir / FOLDER} lists, or raise data.max_bad_samples",
+                    hint=f"repair the samples that {self.run_dir / FOLDER} lists, or raise data.max_bad_samples",
                 )
 
     def _add_up(self, trainer: pl.Trainer, split: str) -> ShardedDataModule | None:

@@ -43,7 +43,7 @@ class EarlyStopping(Callback):
         restore_best: bool = True,
     ) -> None:
         if patience < 1:
-            raise ConfigError(f"early_stopping.patience is {patience}", mend="use at least 1")
+            raise ConfigError(f"early_stopping.patience is {patience}", hint="use at least 1")
         self.monitor = None if monitor is None else Monitor(monitor, mode, min_delta)
         self.patience = patience
         self.restore_best = restore_best
@@ -76,7 +76,7 @@ class EarlyStopping(Callback):
         if self.monitor is not None and not trainer.enable_validation:
             raise ConfigError(
                 f"early stopping monitors {self.monitor.name!r}, but the run has no validation",
-                mend="set data.val, or leave early_stopping.monitor out",
+                hint="set data.val, or leave early_stopping.monitor out",
             )
         if self.monitor is not None:
             if self.has_best:

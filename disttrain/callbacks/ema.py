@@ -55,9 +55,9 @@ class EMA(Callback):
         self, *, decay: float = 0.9999, warmup: bool = True, evaluate: bool = True, every_steps: int = 1
     ) -> None:
         if not 0 <= decay < 1:
-            raise ConfigError(f"ema.decay is {decay}", mend="use a value from 0 to below 1, such as 0.999")
+            raise ConfigError(f"ema.decay is {decay}", hint="use a value from 0 to below 1, such as 0.999")
         if every_steps < 1:
-            raise ConfigError(f"ema.every_steps is {every_steps}", mend="use at least 1")
+            raise ConfigError(f"ema.every_steps is {every_steps}", hint="use at least 1")
         self.decay, self.warmup, self.evaluated, self.every_steps = decay, warmup, evaluate, every_steps
         self.updates = 0
         """Updates of the averages so far, those of earlier attempts included."""
@@ -85,7 +85,7 @@ class EMA(Callback):
         """Have the averages saved and loaded with checkpoints."""
         groups = strategy_of(trainer).tensor_groups
         if groups.setdefault(GROUP, self) is not self:
-            raise ConfigError("trainer.callbacks has more than one EMA", mend="keep one of them")
+            raise ConfigError("trainer.callbacks has more than one EMA", hint="keep one of them")
         self._module = pl_module
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

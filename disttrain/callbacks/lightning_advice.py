@@ -101,7 +101,7 @@ def refuse_arguments(trainer: type, unknown: Iterable[str]) -> None:
     """
     for name in unknown:
         known = [key for key in inspect.signature(trainer).parameters if key not in ("self", "unknown")]
-        raise ConfigError(f"Trainer has no argument {name!r}", mend=_ELSEWHERE.get(name) or nearest(name, known))
+        raise ConfigError(f"Trainer has no argument {name!r}", hint=_ELSEWHERE.get(name) or nearest(name, known))
 
 
 def refuse_callbacks(callbacks: Iterable[Callback]) -> None:
@@ -111,21 +111,21 @@ def refuse_callbacks(callbacks: Iterable[Callback]) -> None:
         ConfigError: there is one.
     """
     for callback in callbacks:
-        for kind, (what, mend) in _REFUSED.items():
+        for kind, (what, hint) in _REFUSED.items():
             if isinstance(callback, kind):
-                raise ConfigError(f"callback {type(callback).__name__} {what}", mend=mend)
+                raise ConfigError(f"callback {type(callback).__name__} {what}", hint=hint)
 
 
 def refuse_best(_: str) -> None:
     """Refuse ``ckpt_path='best'``: no checkpoint holds a metric."""
-    raise ConfigError(_NO_BEST[0], mend=_NO_BEST[1])
+    raise ConfigError(_NO_BEST[0], hint=_NO_BEST[1])
 
 
 def refuse_named_start(which: str) -> None:
     """Refuse ``fit(ckpt_path='last')`` and ``'best'``, for which Lightning may start anew."""
     raise ConfigError(
         f"ckpt_path is {which!r}, which fit does not take",
-        mend='resume by fit(..., resume="auto")',
+        hint='resume by fit(..., resume="auto")',
     )
 
 
@@ -138,7 +138,7 @@ def wants_progress(progress_bar: bool, callbacks: Iterable[Callback]) -> bool:
     given = [type(callback).__name__ for callback in callbacks if isinstance(callback, ProgressBar)]
     if given and not progress_bar:
         raise ConfigError(
-            f"progress_bar is false, and the callbacks hold a {given[0]}", mend="leave one of them out of the trainer"
+            f"progress_bar is false, and the callbacks hold a {given[0]}", hint="leave one of them out of the trainer"
         )
     return progress_bar and not given
 
@@ -158,7 +158,7 @@ def check_by_hand(trainer: pl.Trainer) -> None:
         name = "value" if trainer.gradient_clip_algorithm == "value" else "norm"
         raise ConfigError(
             f"trainer.gradient_clip_{name} is {trainer.gradient_clip_val}, but {by_hand}",
-            mend="clip in training_step, by self.clip_gradients(optimizer, gradient_clip_val=...,"
+            hint="clip in training_step, by self.clip_gradients(optimizer, gradient_clip_val=...,"
             f' gradient_clip_algorithm="{name}"), and leave the setting out',
         )
     if trainer.accumulate_grad_batches == 1:
@@ -169,7 +169,7 @@ def check_by_hand(trainer: pl.Trainer) -> None:
     raise ConfigError(
         f"{by_hand}, and a step has {trainer.accumulate_grad_batches} micro batches a rank, each of which its"
         " training_step would make a step of",
-        mend=f"set micro_batch_size to {size or 'global_batch_size / ranks'}, what each of {data_ranks(trainer).size}"
+        hint=f"set micro_batch_size to {size or 'global_batch_size / ranks'}, what each of {data_ranks(trainer).size}"
         " rank(s) takes of a global batch",
     )
 
@@ -180,9 +180,9 @@ def in_our_words() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        for matches, what, mend in _WORDS:
+        for matches, what, hint in _WORDS:
             if matches(str(error.args[0] if error.args else "")):
-                raise ConfigError(what, mend=mend) from None
+                raise ConfigError(what, hint=hint) from None
         raise
 
 

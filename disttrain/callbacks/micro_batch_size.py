@@ -120,7 +120,7 @@ class MicroBatchSearch(Callback):
         if not pl_module.automatic_optimization:
             raise ConfigError(
                 f"data.micro_batch_size is auto, and {class_name(pl_module)} steps its optimizers by itself",
-                mend="leave automatic_optimization on, or set data.micro_batch_size to a number",
+                hint="leave automatic_optimization on, or set data.micro_batch_size to a number",
             )
         if checkpoints is not None:
             checkpoints.saves_start = trainer.world_size == 1 and data.micro_batch_size > 1
@@ -191,7 +191,7 @@ class MicroBatchSearch(Callback):
         if data is not None and data.finds_micro_batch_size and evaluates and is_out_of_memory(exception):
             tell(
                 f"rank {trainer.global_rank} ran out of memory in an evaluation, whose micro batches have"
-                f" {data.evaluation_batch_size} samples\n  mend: set data.micro_batch_size to a smaller number"
+                f" {data.evaluation_batch_size} samples\n  hint: set data.micro_batch_size to a smaller number"
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -215,7 +215,7 @@ class MicroBatchSearch(Callback):
         size = data.evaluation_batch_size if self._phase == "validation" else data.micro_batch_size
         shortage = Shortage(trainer.global_rank, trainer.global_step, self._phase, size)
         if size == 1:
-            raise DisttrainError(str(shortage), mend=_SMALLER) from error
+            raise DisttrainError(str(shortage), hint=_SMALLER) from error
         _write(self._record.run_dir / FOLDER, shortage)
         checkpoints = self._record.checkpoints
         if trainer.world_size == 1 and checkpoints is not None and can_abandon_pass(trainer.lightning_module):
@@ -234,7 +234,7 @@ class MicroBatchSearch(Callback):
         flag = " with --resume auto" if self._record.start.resume != "auto" else ""
         return OutOfMemoryError(
             str(shortage),
-            mend=f"start the same command again{flag}: it takes at most half of that by itself, and resumes from the"
+            hint=f"start the same command again{flag}: it takes at most half of that by itself, and resumes from the"
             " last checkpoint if there is one; `disttrain launch` and `torchrun --max-restarts 9` do so by themselves",
         )
 

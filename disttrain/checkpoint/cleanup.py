@@ -146,5 +146,5 @@ def _changing(directory: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint folder {directory} cannot be modified: {error.strerror}",
-            mend="make the folder writable, and restart the run",
+            hint="make the folder writable, and restart the run",
         ) from error

@@ -130,7 +130,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from disttrain.run.folder import best_checkpoint
 
     if arguments.out.exists() and not arguments.overwrite:
-        raise ConfigError(f"{arguments.out} already exists", mend="choose another file, or add --overwrite")
+        raise ConfigError(f"{arguments.out} already exists", hint="choose another file, or add --overwrite")
     group = "ema" if arguments.ema else "model"
     with tempfile.TemporaryDirectory(prefix="disttrain-", ignore_cleanup_errors=True) as folder:
         if is_remote(arguments.path):
@@ -151,14 +151,14 @@ def _fetched(url: str, which: str, folder: Path) -> tuple[Path, str]:
     """Download a checkpoint into a subfolder of ``folder``; return its path and its source URL."""
     mirror, found, _ = _copies(url)
     if not found:
-        raise CheckpointError(f"{mirror.url} contains no committed checkpoint", mend="correct the URL")
+        raise CheckpointError(f"{mirror.url} contains no committed checkpoint", hint="correct the URL")
     rated = best_of([one.entry for one in found], 1) if which == "best" else []
     stored = next((one for one in found if any(one.entry is entry for entry in rated)), found[-1])
     path = folder / stored.entry.path
     path.mkdir()
     for file in stored.entry.files:
         if fault := mirror.fault(stored, file, path):
-            raise CheckpointError(fault, mend="use another checkpoint")
+            raise CheckpointError(fault, hint="use another checkpoint")
     (path / MARKER).write_bytes(stored.marker)
     return path, f"{mirror.url}/{stored.name}"
 
@@ -167,12 +167,12 @@ def _prune(arguments: argparse.Namespace) -> int:
     for name, least in (("keep_last", 1), ("keep_best", 0), ("keep_every_steps", 1)):
         value = getattr(arguments, name)
         if value is not None and value < least:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}", mend=f"use at least {least}")
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}", hint=f"use at least {least}")
     if is_remote(arguments.path):
         return _prune_copies(arguments)
     directory = _folder(Path(arguments.path))
     if directory is None:
-        raise ConfigError(f"{arguments.path} is not a run folder", mend="give the folder that contains checkpoints/")
+        raise ConfigError(f"{arguments.path} is not a run folder", hint="give the folder that contains checkpoints/")
     found, passed_over = committed(directory)
     best = [entry.path.name for entry in best_of(found, arguments.keep_best)]
     keep = Keep(arguments.keep_last, best, arguments.keep_every_steps)
@@ -220,7 +220,7 @@ def _copies(url: str) -> tuple[Mirror, list[Stored], list[str]]:
         found = [one for one in found if one.name == name]
         passed_over = [reason for reason in passed_over if f"/{name} " in reason]
     if not found and not passed_over:
-        raise CheckpointError(f"there is no checkpoint at {mirror.url}{name and '/'}{name}", mend="correct the URL")
+        raise CheckpointError(f"there is no checkpoint at {mirror.url}{name and '/'}{name}", hint="correct the URL")
     return mirror, found, passed_over
 
 
@@ -246,7 +246,7 @@ def _found(place: str) -> tuple[list[_One], list[str]]:
     if directory is not None:
         found, passed_over = committed(directory)
     elif not path.is_dir():
-        raise CheckpointError(f"{path} is neither a run folder nor a checkpoint", mend="correct the path")
+        raise CheckpointError(f"{path} is neither a run folder nor a checkpoint", hint="correct the path")
     else:
         try:
             found = [check(path)]

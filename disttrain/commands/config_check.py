@@ -63,7 +63,7 @@ class _Reader(TrainingCLI):
         if size is None:
             size = usual_micro_batch_size(int(get("data.global_batch_size")))
         elif size != "auto" and size < 1:
-            raise ConfigError(f"data.micro_batch_size is {size}", mend="use at least 1, or auto")
+            raise ConfigError(f"data.micro_batch_size is {size}", hint="use at least 1, or auto")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # hides jsonargparse's warning about a keyword that older versions need
             text = self._config_text
@@ -117,7 +117,7 @@ def read_config(configs: Sequence[str], settings: Sequence[str]) -> Checked:
     """
     for one in configs:
         if not Path(one).is_file():
-            raise ConfigError(f"configuration file {one} does not exist", mend="correct --config")
+            raise ConfigError(f"configuration file {one} does not exist", hint="correct --config")
     words = ["fit"]
     for one in configs:
         words += ["--config", one]

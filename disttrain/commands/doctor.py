@@ -27,9 +27,9 @@ def main(argv: list[str]) -> int:
     """
     arguments = _parser().parse_args(argv)
     if not arguments.timeout > 0:
-        raise ConfigError(f"--timeout is {arguments.timeout:g}", mend="use a positive number of seconds")
+        raise ConfigError(f"--timeout is {arguments.timeout:g}", hint="use a positive number of seconds")
     if arguments.port is not None and not 0 < arguments.port < 65536:
-        raise ConfigError(f"--port is {arguments.port}", mend="use 1 to 65535")
+        raise ConfigError(f"--port is {arguments.port}", hint="use 1 to 65535")
 
     # Imported here: --help and command-line mistakes do not need torch.
     from disttrain.distributed.world import World, detect_world
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
         world = detect_world()
     except ConfigError as error:
         # Contradictory launcher variables are a finding, not a reason to stop: this node can still be checked.
-        world, trouble = World(), failure("launcher", error.what, error.mend)
+        world, trouble = World(), failure("launcher", error.what, error.hint)
     report = examine(world, options, caught=show)
     if trouble is not None:
         report.findings.append(trouble)

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     for folder in arguments.folders:
         if not folder.is_dir():
             raise ConfigError(
-                f"folder {folder} does not exist", mend="give a run folder, or a folder that contains runs"
+                f"folder {folder} does not exist", hint="give a run folder, or a folder that contains runs"
             )
     runs = find_runs(arguments.folders, skipped=_skip)
     queued: dict[str, commands.Queued] = {}

@@ -50,15 +50,15 @@ def main(argv: list[str], subcommands: Collection[str]) -> int:
     if not arguments.command:
         raise ConfigError(
             "disttrain launch needs a subcommand or a script",
-            mend="name one, as in: disttrain launch fit --config X.yaml",
+            hint="name one, as in: disttrain launch fit --config X.yaml",
         )
     _check_command(arguments.command[0], subcommands)
     if arguments.nproc is not None and arguments.nproc < 1:
-        raise ConfigError(f"--nproc is {arguments.nproc}", mend="use at least 1, or omit it for one rank per GPU")
+        raise ConfigError(f"--nproc is {arguments.nproc}", hint="use at least 1, or omit it for one rank per GPU")
     if arguments.nproc is not None and arguments.nproc > _MOST_RANKS:
-        raise ConfigError(f"--nproc is {arguments.nproc}", mend=f"use at most {_MOST_RANKS} on one machine")
+        raise ConfigError(f"--nproc is {arguments.nproc}", hint=f"use at most {_MOST_RANKS} on one machine")
     if arguments.max_restarts < 0:
-        raise ConfigError(f"--max-restarts is {arguments.max_restarts}", mend="use 0 or more")
+        raise ConfigError(f"--max-restarts is {arguments.max_restarts}", hint="use 0 or more")
     _check_outside(os.environ)
     nproc = arguments.nproc or max(1, count_gpus(os.environ, Path("/dev")))
     command = torchrun_command(arguments.command, nproc=nproc, max_restarts=arguments.max_restarts)
@@ -81,12 +81,12 @@ def _check_command(name: str, subcommands: Collection[str]) -> None:
     """Reject what every rank would reject, before any rank starts."""
     if name.endswith(".py"):
         if not Path(name).is_file():
-            raise ConfigError(f"there is no script {name}", mend="give its path, relative to the current folder")
+            raise ConfigError(f"there is no script {name}", hint="give its path, relative to the current folder")
     elif name == "launch":
-        raise ConfigError("disttrain launch cannot launch itself", mend="name the subcommand that the ranks should run")
+        raise ConfigError("disttrain launch cannot launch itself", hint="name the subcommand that the ranks should run")
     elif name not in subcommands:
         known = nearest(name, subcommands)
-        raise ConfigError(f"there is no subcommand {name!r} to launch", mend=f"see `disttrain --help`; {known}")
+        raise ConfigError(f"there is no subcommand {name!r} to launch", hint=f"see `disttrain --help`; {known}")
 
 
 def torchrun_command(command: list[str], *, nproc: int, max_restarts: int = 0) -> list[str]:
@@ -124,12 +124,12 @@ def _check_outside(env: Mapping[str, str]) -> None:
     if world.launcher == "slurm":
         raise ConfigError(
             f"srun started {world.size} tasks, each of which would launch its own ranks",
-            mend="omit `launch`, since srun starts one task per rank; or use torchrun with srun --ntasks-per-node=1",
+            hint="omit `launch`, since srun starts one task per rank; or use torchrun with srun --ntasks-per-node=1",
         )
     if "TORCHELASTIC_RUN_ID" in env:
         raise ConfigError(
             f"disttrain launch was started by torchrun, as rank {world.rank} of {world.size}",
-            mend="pass the subcommand to torchrun directly; or unset the TORCHELASTIC_ variables if they are left over",
+            hint="pass the subcommand to torchrun directly; or unset the TORCHELASTIC_ variables if they are left over",
         )
 
 

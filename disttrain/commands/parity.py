@@ -168,18 +168,18 @@ def _tolerance(asked: float | None, reference: Trace) -> tuple[float, str]:
 def _check(arguments: argparse.Namespace, out: Path) -> None:
     """Reject invalid numbers, a missing recipe, and an output folder that holds anything but a comparison."""
     if arguments.steps < 1:
-        raise ConfigError(f"--steps is {arguments.steps}", mend="use at least 1")
+        raise ConfigError(f"--steps is {arguments.steps}", hint="use at least 1")
     if arguments.kill and arguments.steps < 2:
-        raise ConfigError("--steps is 1, but --kill kills a run between two steps", mend="use at least --steps 2")
+        raise ConfigError("--steps is 1, but --kill kills a run between two steps", hint="use at least --steps 2")
     if arguments.tolerance is not None and not 0 <= arguments.tolerance < 1:
-        raise ConfigError(f"--tolerance is {arguments.tolerance}", mend="use a small number, such as 1e-5")
+        raise ConfigError(f"--tolerance is {arguments.tolerance}", hint="use a small number, such as 1e-5")
     if not Path(arguments.config).is_file():
-        raise ConfigError(f"{arguments.config} does not exist", mend="correct --config")
+        raise ConfigError(f"{arguments.config} does not exist", hint="correct --config")
     there = list(out.iterdir()) if out.exists() else []
     others = [path.name for path in there if not ((out / _FILES[0]).is_file() and _is_ours(path))]
     if others:
         raise ConfigError(
-            f"{out} contains something other than a comparison: {min(others)}", mend="choose another folder with --out"
+            f"{out} contains something other than a comparison: {min(others)}", hint="choose another folder with --out"
         )
 
 
@@ -195,12 +195,12 @@ def _check_recipe(recipe: Checked) -> None:
     if recipe.resume not in ("auto", "never"):
         raise ConfigError(
             f"resume is {recipe.resume}, but the runs of a comparison start from scratch",
-            mend="remove it; to start from a checkpoint's weights, use --initialize_from",
+            hint="remove it; to start from a checkpoint's weights, use --initialize_from",
         )
     if recipe.mirroring:
         raise ConfigError(
             f"trainer.callbacks has {recipe.mirroring[0]} with a mirror, which a comparison would write to",
-            mend="use checkpoint.mirror, which a comparison turns off, or remove the mirror",
+            hint="use checkpoint.mirror, which a comparison turns off, or remove the mirror",
         )
 
 

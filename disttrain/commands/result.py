@@ -81,7 +81,7 @@ def show_complete(run_dir: Path, config: str, *, tests: bool, report: bool = Tru
     if changed := changed_settings(run_dir / "config.yaml", config):
         raise ConfigError(
             f"the run in {run_dir} is complete and was trained with different settings: {', '.join(changed)}",
-            mend="choose another folder: --trainer.run_dir FOLDER; or use --resume never to start over, which renames"
+            hint="choose another folder: --trainer.run_dir FOLDER; or use --resume never to start over, which renames"
             f" the complete run; or --resume {run_dir} to continue from its end",
         )
     tell(f"the run in {run_dir} is already complete; to start over, use --resume never")

@@ -36,9 +36,9 @@ def index(arguments: argparse.Namespace) -> int:
     """Write sidecars and, on request, a manifest; return 0."""
     manifest: Path | None = arguments.manifest
     if arguments.md5 and manifest is None:
-        raise ConfigError("--md5 needs a manifest to write to", mend="add --manifest FILE")
+        raise ConfigError("--md5 needs a manifest to write to", hint="add --manifest FILE")
     if manifest is not None and not manifest.parent.is_dir():
-        raise DataError(f"folder {manifest.parent} does not exist", mend="create it, or correct --manifest")
+        raise DataError(f"folder {manifest.parent} does not exist", hint="create it, or correct --manifest")
     paths = [shard.path for shard in named(arguments.data)]
     found = index_shards(paths, manifest=manifest, md5=arguments.md5, anew=arguments.force, progress=True)
     say("; ".join([summary(found.shards), *_state_counts(found.sidecars, found.kept)]))
@@ -51,7 +51,7 @@ def index(arguments: argparse.Namespace) -> int:
         try:
             write_manifest(manifest, found.shards, name=manifest.stem)
         except OSError as error:
-            raise DataError(f"cannot write {manifest}: {error.strerror}", mend="choose another path") from None
+            raise DataError(f"cannot write {manifest}: {error.strerror}", hint="choose another path") from None
         known = sum(bool(shard.md5) for shard in found.shards) - found.num_hashed
         hashes = {"hashed": found.num_hashed, "MD5 unchanged": known}
         details = ", ".join(f"{number} {what}" for what, number in hashes.items() if number)

@@ -94,7 +94,7 @@ def _histogram(console: Console, title: str, sizes: Sizes) -> None:
 def _classes(console: Console, index: ShardIndex, fields: Sequence[str]) -> None:
     name = next((field for field in fields if field.rpartition(".")[2] in ("cls", "index")), None)
     if name is None:
-        raise DataError(f"the samples have no field cls; they have {', '.join(fields)}", mend="omit --classes")
+        raise DataError(f"the samples have no field cls; they have {', '.join(fields)}", hint="omit --classes")
     found: Counter[str] = Counter()
     jobs = range(len(index.shards))
     for counts in together(lambda n: count_values(index.shards[n], index.table(n), name), jobs, label="counting"):
@@ -170,5 +170,5 @@ def named(specs: Sequence[str]) -> list[Shard]:
         for place in places(spec):
             shards += parse_manifest(place) if is_manifest(place) else [Shard(place, -1, -1)]
     if not shards:
-        raise DataError(f"{' '.join(map(shown, specs))} matches no shards", mend="correct the pattern")
+        raise DataError(f"{' '.join(map(shown, specs))} matches no shards", hint="correct the pattern")
     return shards

@@ -65,8 +65,8 @@ def main(argv: list[str]) -> int:
         try:
             check_data(checked)
         except DataError as error:
-            mend = f"{error.mend}; or use --no-check-data if only the nodes have the data"
-            raise DataError(error.what, mend=mend.removeprefix("; ")) from None
+            hint = f"{error.hint}; or use --no-check-data if only the nodes have the data"
+            raise DataError(error.what, hint=hint.removeprefix("; ")) from None
     script = Script(
         run_dir=Path(os.path.abspath(checked.run_dir)),
         folder=Path.cwd(),
@@ -105,18 +105,18 @@ def _settings(given: list[str], job: Job) -> tuple[list[str], dict[str, str]]:
     for text in given:
         name, equals, value = text.removeprefix("--").partition("=")
         if not equals or not name:
-            raise ConfigError(f"--set {text} is not a setting", mend="write --set NAME=VALUE")
+            raise ConfigError(f"--set {text} is not a setting", hint="write --set NAME=VALUE")
         if INDEX not in value:
             fixed.append(f"{name}={value}")
         elif job.array is None:
             raise ConfigError(
                 f"--set {text} uses {INDEX}, the index of a job array, but the job is not an array",
-                mend="add --array, such as --array 0-3",
+                hint="add --array, such as --array 0-3",
             )
         elif name == "trainer.run_dir":
             raise ConfigError(
                 f"--set {text}: the runs of an array already have separate folders",
-                mend=f"remove {INDEX}: run 3 goes to RUN_DIR/3",
+                hint=f"remove {INDEX}: run 3 goes to RUN_DIR/3",
             )
         else:
             by_index[name] = value
@@ -128,19 +128,19 @@ def _check_folder(script: Script, job: Job, resume: str) -> None:
     if resume == "never":
         raise ConfigError(
             "resume is never, so every start of the job, even after a preemption, would start over",
-            mend="remove it, and set trainer.run_dir to a new folder: --set trainer.run_dir=FOLDER",
+            hint="remove it, and set trainer.run_dir to a new folder: --set trainer.run_dir=FOLDER",
         )
     if read_run(script.run_dir).get("status") == "completed":
         raise ConfigError(
             f"run folder {script.run_dir} contains a complete run",
-            mend="choose another one with --set trainer.run_dir=FOLDER, or move it away",
+            hint="choose another one with --set trainer.run_dir=FOLDER, or move it away",
         )
     if complete := _complete(script.run_dir, job):
         left = job.without(complete)
         names = ", ".join(map(str, complete[:8])) + (f" and {len(complete) - 8} more" if len(complete) > 8 else "")
         raise ConfigError(
             f"run folder {script.run_dir} contains complete runs of the array: {names}",
-            mend=f"skip them: --array {left}; or move them away" if left else "move them away; all are complete",
+            hint=f"skip them: --array {left}; or move them away" if left else "move them away; all are complete",
         )
     before = str(read_job(script.run_dir).get("job", ""))
     if before and commands.has("squeue"):
@@ -149,7 +149,7 @@ def _check_folder(script: Script, job: Job, resume: str) -> None:
         if alive:
             raise ConfigError(
                 f"job {alive[0].job} of run folder {script.run_dir} is {alive[0].state.lower()}",
-                mend=f"wait for it, or cancel it: scancel {before}",
+                hint=f"wait for it, or cancel it: scancel {before}",
             )
 
 
@@ -168,15 +168,15 @@ def _check_output(script: Script) -> None:
         if INDEX not in str(folder) and not folder.is_dir():
             raise ConfigError(
                 f"the folder of --output, {folder}, does not exist, and SLURM does not create it",
-                mend=f"create it: mkdir -p {shlex.quote(str(folder))}; or omit --output",
+                hint=f"create it: mkdir -p {shlex.quote(str(folder))}; or omit --output",
             )
         if not os.access(folder, os.W_OK):
-            raise ConfigError(f"the folder of --output, {folder}, cannot be written", mend="choose another one")
+            raise ConfigError(f"the folder of --output, {folder}, cannot be written", hint="choose another one")
 
 
 def _let_slurm_check(job: Job, site: Site, script: Script, text: str) -> str:
     if not commands.has("sbatch"):
-        raise ConfigError("sbatch is not installed here", mend="submit on a machine of the cluster, or use --dry-run")
+        raise ConfigError("sbatch is not installed here", hint="submit on a machine of the cluster, or use --dry-run")
     if partition := job.partition or site.partition:
         commands.check_partition(partition)
     with tempfile.NamedTemporaryFile("w", suffix=".sbatch", prefix="disttrain-") as file:

@@ -160,7 +160,7 @@ class TrainingCLI(CLIBase):
         for name in _OF_FIT:
             if name in flags and args[0] in _EVALUATIONS:
                 raise ConfigError(
-                    f"--{name} applies to fit, not to {args[0]}", mend="choose the weights with --checkpoint_path PATH"
+                    f"--{name} applies to fit, not to {args[0]}", hint="choose the weights with --checkpoint_path PATH"
                 )
         self.config = parse(parser, args)
 
@@ -232,7 +232,7 @@ class TrainingCLI(CLIBase):
             if is_remote(source):
                 raise ConfigError(
                     f"--initialize_from {shown(source)} is a URL, not a path",
-                    mend="run `disttrain checkpoints export URL weights.safetensors`, and give that file",
+                    hint="run `disttrain checkpoints export URL weights.safetensors`, and give that file",
                 )
             path = resolve_path(source, name="--initialize_from")
             if start.aside is not None and path.is_relative_to(self.trainer.run_dir):
@@ -347,7 +347,7 @@ def _write_config(run_dir: Path, text: str) -> None:
     except OSError as error:
         raise ConfigError(
             f"run folder {run_dir} cannot be written: {error.strerror}",
-            mend="set trainer.run_dir to a writable folder",
+            hint="set trainer.run_dir to a writable folder",
         ) from None
 
 

@@ -109,11 +109,11 @@ class ShardedDataModule(pl.LightningDataModule):
             "predict": predict or test,
         }
         if fields is not None and not fields:
-            raise ConfigError("data.fields is empty", mend="name the fields of a batch, or omit data.fields to get all")
+            raise ConfigError("data.fields is empty", hint="name the fields of a batch, or omit data.fields to get all")
         check_names(fields or (), where="data.fields")
         self.fields = fields
         if max_bad_samples < 0:
-            raise ConfigError(f"data.max_bad_samples is {max_bad_samples}", mend="use 0 or more")
+            raise ConfigError(f"data.max_bad_samples is {max_bad_samples}", hint="use 0 or more")
         self.hooks = hooks or HooksConfig()
         self.skip_bad, self.max_bad_samples = on_bad_sample == "skip", max_bad_samples
         self.unsafe_decoders = tuple(unsafe_decoders or ())
@@ -243,7 +243,7 @@ class ShardedDataModule(pl.LightningDataModule):
             DataError: that split is not set up or has no shards.
         """
         if split not in self._readers:
-            raise DataError(f"data.{split} names no shards", mend=f"set data.{split} to a pattern of shards")
+            raise DataError(f"data.{split} names no shards", hint=f"set data.{split} to a pattern of shards")
         return self._readers[split]
 
     def state_dict(self) -> dict[str, Any]:
@@ -274,7 +274,7 @@ class ShardedDataModule(pl.LightningDataModule):
             raise CheckpointError(
                 f"the checkpoint's order of samples has format {saved.get('version')}; this disttrain has format"
                 f" {now['version']}, which orders samples differently",
-                mend="finish the run with the version of disttrain that started it, or start over with --resume never",
+                hint="finish the run with the version of disttrain that started it, or start over with --resume never",
             )
         check_appended(shards, saved.get("names", ""), index)
         different = [
@@ -283,7 +283,7 @@ class ShardedDataModule(pl.LightningDataModule):
         if different:
             raise CheckpointError(
                 f"the checkpoint was written with a different order of samples: {'; '.join(different)}",
-                mend="restore those settings and shards, or start over with --resume never",
+                hint="restore those settings and shards, or start over with --resume never",
             )
 
     def _open(self, stage: str, *, write_sidecars: bool) -> None:
@@ -295,7 +295,7 @@ class ShardedDataModule(pl.LightningDataModule):
             if spec is None or spec in ("", []):
                 if split == "val" and stage == "fit":
                     continue
-                raise DataError(f"data.{split} names no shards", mend=f"set data.{split} to a pattern of shards")
+                raise DataError(f"data.{split} names no shards", hint=f"set data.{split} to a pattern of shards")
             retry = self.cache_config.retry
             indexes = open_sources(spec, f"data.{split}", write_sidecars=write_sidecars, retry=retry)
             index = ShardIndex(
@@ -347,7 +347,7 @@ class ShardedDataModule(pl.LightningDataModule):
 
     def _train_order(self) -> Order | Mixture:
         if self.order is None:
-            raise DataError("the training data is not set up", mend="call setup('fit') first, or trainer.fit(...)")
+            raise DataError("the training data is not set up", hint="call setup('fit') first, or trainer.fit(...)")
         return self.order
 
     def _position(self) -> tuple[int, int]:
@@ -367,7 +367,7 @@ class ShardedDataModule(pl.LightningDataModule):
             raise ConfigError(
                 f"accumulate_grad_batches is {trainer.accumulate_grad_batches}, but global_batch_size and"
                 f" micro_batch_size on {data_ranks(trainer).size} ranks imply {accumulation}",
-                mend="remove accumulate_grad_batches; it is derived",
+                hint="remove accumulate_grad_batches; it is derived",
             )
         trainer.accumulate_grad_batches = self._accumulation = accumulation
 

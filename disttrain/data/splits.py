@@ -52,7 +52,7 @@ def open_sources(
     opened = []
     for number, part in enumerate(parts, start=1):
         if not isinstance(part, SourceConfig):
-            raise ConfigError(f"{name} mixes sources and plain patterns", mend="write each as {shards: PATTERN}")
+            raise ConfigError(f"{name} mixes sources and plain patterns", hint="write each as {shards: PATTERN}")
         named = replace(part, name=part.name or f"source {number}")
         index = open_index(part.shards, name=f"{name} ({named.name})")
         opened.append((named, index))
@@ -75,11 +75,11 @@ def order_of(sources: list[tuple[SourceConfig, ShardIndex]], config: OrderConfig
     if len(weights) < len(sources):
         without = [source.name for source, _ in sources if source.weight is None]
         raise ConfigError(
-            f"data.train: {', '.join(without)} has no weight, but others do", mend="give all sources a weight, or none"
+            f"data.train: {', '.join(without)} has no weight, but others do", hint="give all sources a weight, or none"
         )
     names = [source.name for source, _ in sources]
     if len(set(names)) < len(names):
-        raise ConfigError("data.train: two sources have the same name", mend="give each source a unique name")
+        raise ConfigError("data.train: two sources have the same name", hint="give each source a unique name")
     return Mixture(
         [
             Portion(source.name, tuple(index.sizes.tolist()), weight)

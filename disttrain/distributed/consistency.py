@@ -58,7 +58,7 @@ def check_alike(settings: Mapping[str, Any]) -> None:
         return
     raise ConfigError(
         f"the ranks differ in versions, code or settings:\n    {differing}",
-        mend="install the same versions and the same code on every node, and give every rank the same settings",
+        hint="install the same versions and the same code on every node, and give every rank the same settings",
     )
 
 

@@ -191,6 +191,6 @@ def _pause(deadline: float, missing: list[str]) -> None:
     if time.monotonic() > deadline:
         raise JoinError(
             f"{_some(missing)} did not join the others in time",
-            mend="check that these ranks have started, and what they printed; `disttrain doctor` shows more",
+            hint="check that these ranks have started, and what they printed; `disttrain doctor` shows more",
         )
     time.sleep(_POLL_SECONDS)

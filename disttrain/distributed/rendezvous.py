@@ -73,7 +73,7 @@ def find_meeting(world: World, environ: Mapping[str, str] | None = None) -> Meet
         if missing:
             raise ConfigError(
                 f"the environment says rank {world.rank} of {world.size}, but {' and '.join(missing)} is not set",
-                mend="launch with torchrun, disttrain launch or srun; or unset RANK WORLD_SIZE LOCAL_RANK to run alone",
+                hint="launch with torchrun, disttrain launch or srun; or unset RANK WORLD_SIZE LOCAL_RANK to run alone",
             )
         return Meeting(env["MASTER_ADDR"], (_port(env),), env.get("TORCHELASTIC_RUN_ID", "ranks"))
     hosts = tuple(slurm_hosts(env))
@@ -145,7 +145,7 @@ def _listen(meeting: Meeting) -> socket.socket:
     raise ConfigError(
         f"rank 0 cannot listen on port {', '.join(map(str, meeting.ports))} of {socket.gethostname()}: it is used by"
         " another program",
-        mend="set MASTER_PORT to a free port, the same for all ranks; on one node `disttrain launch` finds one",
+        hint="set MASTER_PORT to a free port, the same for all ranks; on one node `disttrain launch` finds one",
     )
 
 
@@ -174,7 +174,7 @@ def hear(meeting: Meeting, deadline: float) -> int:
         if time.monotonic() > deadline:
             raise JoinError(
                 f"rank 0 at {meeting.host} was not reached in time; {told}",
-                mend="check that rank 0 has started and that no firewall blocks it; `disttrain doctor` shows more",
+                hint="check that rank 0 has started and that no firewall blocks it; `disttrain doctor` shows more",
             )
         if time.monotonic() > noted:
             noted = time.monotonic() + _NOTE_SECONDS
@@ -205,7 +205,7 @@ def slurm_hosts(env: Mapping[str, str]) -> list[str]:
     if not text:
         raise ConfigError(
             f"SLURM started this process, but none of {', '.join(names)} is set",
-            mend="pass on SLURM's variables (srun --export=ALL; --env of the container), or set MASTER_ADDR",
+            hint="pass on SLURM's variables (srun --export=ALL; --env of the container), or set MASTER_ADDR",
         )
     try:
         return expand_nodes(text)
@@ -250,7 +250,7 @@ def _address(host: str) -> str:
     found = re.search(r"\bNodeAddr=(\S+)", shown)
     if found is None:
         raise ConfigError(
-            f"the node name {host!r} does not resolve, and scontrol gives no address for it", mend="set MASTER_ADDR"
+            f"the node name {host!r} does not resolve, and scontrol gives no address for it", hint="set MASTER_ADDR"
         )
     return found.group(1)
 
@@ -260,7 +260,7 @@ def _scontrol(what: str, argument: str, why: str) -> str:
     if command is None:
         raise ConfigError(
             f"{why}, and `scontrol` is not on PATH",
-            mend="set MASTER_ADDR to the first node's address, or add SLURM's commands to the container's PATH",
+            hint="set MASTER_ADDR to the first node's address, or add SLURM's commands to the container's PATH",
         )
     try:
         done = subprocess.run(
@@ -270,12 +270,12 @@ def _scontrol(what: str, argument: str, why: str) -> str:
         done = None
     if done is None or done.returncode:
         said = done.stderr.strip() if done else "no answer within 20 s"
-        raise ConfigError(f"{why}, and scontrol fails: {said}", mend="set MASTER_ADDR to the first node's address")
+        raise ConfigError(f"{why}, and scontrol fails: {said}", hint="set MASTER_ADDR to the first node's address")
     return done.stdout
 
 
 def _port(env: Mapping[str, str]) -> int:
     text = env["MASTER_PORT"]
     if not text.isdigit() or not 0 < int(text) < 65536:
-        raise ConfigError(f"environment variable MASTER_PORT is {text!r}, not a port", mend="use 1024 to 65535")
+        raise ConfigError(f"environment variable MASTER_PORT is {text!r}, not a port", hint="use 1024 to 65535")
     return int(text)

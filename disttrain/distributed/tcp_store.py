@@ -51,7 +51,7 @@ def _agents_store(meeting: Meeting, timeout: timedelta) -> TCPStore:
     except dist.DistNetworkError as error:
         raise JoinError(
             f"the store of torchrun's agent at {host}:{port} cannot be reached: {first_line(error):.300}",
-            mend="check that torchrun still runs on the first node and that this node can reach that address",
+            hint="check that torchrun still runs on the first node and that this node can reach that address",
         ) from None
     store.set_timeout(timeout)
     return store

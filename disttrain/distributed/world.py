@@ -46,7 +46,7 @@ class World:
             raise ConfigError(
                 f"the {self.launcher} environment is contradictory: rank {self.rank} of {self.size},"
                 f" local rank {self.local_rank} of {self.local_size}",
-                mend="launch with torchrun, or unset the stale RANK, WORLD_SIZE, LOCAL_RANK variables",
+                hint="launch with torchrun, or unset the stale RANK, WORLD_SIZE, LOCAL_RANK variables",
             )
 
     @property
@@ -55,7 +55,7 @@ class World:
         if self.size % self.local_size:
             raise ConfigError(
                 f"{self.size} ranks cannot be spread evenly over nodes of {self.local_size} ranks",
-                mend="start the same number of ranks on every node",
+                hint="start the same number of ranks on every node",
             )
         return self.size // self.local_size
 
@@ -79,12 +79,12 @@ class World:
         if self.launcher == "slurm" and num_devices == 1:
             raise ConfigError(
                 f"{what}: SLURM gives each task its own GPU",
-                mend="request GPUs per node, not per task (--gpus-per-node=N, no --gpus-per-task), and give srun"
+                hint="request GPUs per node, not per task (--gpus-per-node=N, no --gpus-per-task), and give srun"
                 " --gpu-bind=none: local rank i uses GPU i of the node",
             )
         raise ConfigError(
             what,
-            mend="start at most one rank per GPU, or correct CUDA_VISIBLE_DEVICES; to use none:"
+            hint="start at most one rank per GPU, or correct CUDA_VISIBLE_DEVICES; to use none:"
             " trainer.accelerator cpu",
         )
 
@@ -121,7 +121,7 @@ def _check_mpi(env: Mapping[str, str]) -> None:
             raise ConfigError(
                 f"mpirun started this process as rank {rank} of {size} ({size_name}), but disttrain does not join ranks"
                 " through MPI: each would be a separate run of one rank in the same folder",
-                mend="start the ranks with `disttrain launch`, torchrun or srun; or have each export"
+                hint="start the ranks with `disttrain launch`, torchrun or srun; or have each export"
                 f" RANK=${rank_name} WORLD_SIZE=${size_name} LOCAL_RANK=${local_name} LOCAL_WORLD_SIZE, MASTER_ADDR"
                 f" and MASTER_PORT; or, if mpirun is not used, unset {size_name}",
             )
@@ -142,7 +142,7 @@ def _slurm_step(env: Mapping[str, str]) -> World | None:
     if len(counts) > 1 or (nodes < size and size % nodes):
         raise ConfigError(
             f"srun spreads {size} tasks unevenly over {nodes} nodes ({spread or 'not the same number on each'})",
-            mend="give --nodes=N --ntasks-per-node=K, and no conflicting --ntasks",
+            hint="give --nodes=N --ntasks-per-node=K, and no conflicting --ntasks",
         )
     rank, local_rank = _number(env, "SLURM_PROCID"), _number(env, "SLURM_LOCALID")
     world = World(rank, size, local_rank, size // nodes, launcher="slurm")
@@ -150,7 +150,7 @@ def _slurm_step(env: Mapping[str, str]) -> World | None:
     if 1 < nodes < size and (dealt or rank % world.local_size != local_rank):
         raise ConfigError(
             f"srun gave task {rank} position {local_rank} on its node: tasks are distributed to the nodes in turn",
-            mend="give srun --distribution=block: the ranks of a node must be consecutive",
+            hint="give srun --distribution=block: the ranks of a node must be consecutive",
         )
     return world
 
@@ -163,13 +163,13 @@ def _check_mixture(env: Mapping[str, str], world: World, step: World) -> None:
         raise ConfigError(
             f"srun started this process as task {step.rank} of {step.size}, but RANK, WORLD_SIZE and LOCAL_RANK say"
             f" rank {world.rank} of {world.size}, local rank {world.local_rank}",
-            mend="unset RANK WORLD_SIZE LOCAL_RANK before srun: they are left over from another launcher or a script",
+            hint="unset RANK WORLD_SIZE LOCAL_RANK before srun: they are left over from another launcher or a script",
         )
     if step.local_size > 1:
         raise ConfigError(
             f"torchrun runs inside srun with {step.local_size} tasks per node: each of them started its own ranks,"
             f" and this is rank {world.rank} of {world.size} in task {step.rank} of {step.size}",
-            mend="give srun --ntasks-per-node=1 if torchrun starts the ranks, or drop torchrun and let srun start"
+            hint="give srun --ntasks-per-node=1 if torchrun starts the ranks, or drop torchrun and let srun start"
             " one task per rank; if torchrun is not used, unset its TORCHELASTIC_RUN_ID, RANK, ... before srun",
         )
     # --standalone uses a random UUID as run id. A restarted elastic job may legitimately be down to one node.
@@ -179,7 +179,7 @@ def _check_mixture(env: Mapping[str, str], world: World, step: World) -> None:
         raise ConfigError(
             f"srun started torchrun on {step.size} nodes, but each torchrun uses only its own node:"
             f" {step.size} separate runs of {_count(world.size, 'rank')}",
-            mend=f"give torchrun --nnodes {step.size}, --rdzv-backend c10d and --rdzv-endpoint with the first node's"
+            hint=f"give torchrun --nnodes {step.size}, --rdzv-backend c10d and --rdzv-endpoint with the first node's"
             " name, not --standalone",
         )
 
@@ -197,5 +197,5 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
     except ValueError:
         raise ConfigError(
             f"environment variable {name} is {text!r}, not a number",
-            mend=f"unset {name} or launch with torchrun",
+            hint=f"unset {name} or launch with torchrun",
         ) from None

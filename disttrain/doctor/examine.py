@@ -126,7 +126,7 @@ def _meeting(report: Report) -> Meeting | None:
         return find_meeting(report.world)
     except DisttrainError as error:
         report.speaks = True
-        report.findings.append(failure("ranks", error.what, error.mend))
+        report.findings.append(failure("ranks", error.what, error.hint))
         return None
 
 
@@ -153,12 +153,12 @@ def _examine_together(report: Report, options: Options, meeting: Meeting, used: 
             store = stack.enter_context(meet(meeting, world, timeout))
         except DisttrainError as error:
             check = "port" if world.rank == 0 else "peers"
-            mend = error.mend if world.rank == 0 else _LOOK_AT_RANK_0
+            hint = error.hint if world.rank == 0 else _LOOK_AT_RANK_0
             # Rank 0 does not know about this rank, so this rank has to print its own report.
             report.speaks = True
             found = network.examine_port(meeting.ports[-1]) if world.rank == 0 else None
             said = found.said if found is not None and found.status == "failure" else error.what
-            report.findings.append(failure(check, said, mend))
+            report.findings.append(failure(check, said, hint))
             return
         store = PrefixStore(f"doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         together = _Together(report, options, meeting, store)
@@ -257,10 +257,10 @@ class _Together:
                     speed.join_group(PrefixStore("group", self.store), world, device, timeout)
                     told["speeds"] = speed.exchange_speeds(device)
             except RuntimeError as error:
-                mend = (
+                hint = (
                     "see the other findings; for more, set NCCL_DEBUG=INFO, or TORCH_DISTRIBUTED_DEBUG=DETAIL for gloo"
                 )
-                found.append(failure("collectives", f"{first_line(error):.300}", mend))
+                found.append(failure("collectives", f"{first_line(error):.300}", hint))
             finally:
                 if dist.is_initialized():
                     dist.destroy_process_group()

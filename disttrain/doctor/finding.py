@@ -19,7 +19,7 @@ class Finding:
         check: the subject, such as ``shared memory``.
         status: ``ok``; ``warning`` (works, but not well); ``failure`` (training would fail or hang).
         said: what was found, with figures and units.
-        mend: how to fix it; empty if there is nothing to fix.
+        hint: how to fix it; empty if there is nothing to fix.
         ranks: the ranks concerned; empty for the whole job.
         host: the node concerned; empty for the whole job.
     """
@@ -27,7 +27,7 @@ class Finding:
     check: str
     status: Status
     said: str
-    mend: str = ""
+    hint: str = ""
     ranks: tuple[int, ...] = ()
     host: str = field(default_factory=socket.gethostname)
 
@@ -37,14 +37,14 @@ def ok(check: str, said: str) -> Finding:
     return Finding(check, "ok", said)
 
 
-def warning(check: str, said: str, mend: str) -> Finding:
+def warning(check: str, said: str, hint: str) -> Finding:
     """Create a finding for something that works, but not well."""
-    return Finding(check, "warning", said, mend)
+    return Finding(check, "warning", said, hint)
 
 
-def failure(check: str, said: str, mend: str) -> Finding:
+def failure(check: str, said: str, hint: str) -> Finding:
     """Create a finding for something that would make training fail or hang."""
-    return Finding(check, "failure", said, mend)
+    return Finding(check, "failure", said, hint)
 
 
 def worst(findings: Iterable[Finding]) -> Status:

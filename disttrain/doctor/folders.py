@@ -54,7 +54,7 @@ def folders_of(config: str | None, run_dir: str | None, data: Sequence[str]) -> 
         if not isinstance(section, dict):
             raise ConfigError(
                 f"{config}: {name} is {section!r:.60}, not a mapping of settings",
-                mend=f"write {name}: with NAME: VALUE lines below it",
+                hint=f"write {name}: with NAME: VALUE lines below it",
             )
     named = list(data) or [text for key in ("train", "val", "test") for text in _texts(sources.get(key))]
     local = [text for text in named if "://" not in text]
@@ -66,13 +66,13 @@ def _settings(config: str) -> dict[str, Any]:
     try:
         settings = read_yaml(config)
     except ReadError as error:
-        raise ConfigError(f"{config} {error}", mend="correct --config, or the file") from None
+        raise ConfigError(f"{config} {error}", hint="correct --config, or the file") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{config} cannot be read: {error}", mend="correct --config") from None
+        raise ConfigError(f"{config} cannot be read: {error}", hint="correct --config") from None
     if settings is None:
         return {}
     if not isinstance(settings, dict):
-        raise ConfigError(f"{config} is not a mapping of settings", mend="correct --config, or write NAME: VALUE lines")
+        raise ConfigError(f"{config} is not a mapping of settings", hint="correct --config, or write NAME: VALUE lines")
     return settings
 
 
@@ -113,16 +113,16 @@ def _existing(path: Path) -> Path:
 def _examine_run_folder(run_dir: Path) -> Finding:
     check, folder = "run folder", _existing(run_dir)
     where = str(run_dir) if folder == run_dir.absolute() else f"{run_dir} (to be created in {folder})"
-    mend = "set trainer.run_dir to a writable folder with space for a few checkpoints"
+    hint = "set trainer.run_dir to a writable folder with space for a few checkpoints"
     probe = folder / f".disttrain-doctor-{os.uname().nodename}-{os.getpid()}"
     try:
         if not folder.is_dir():
-            return failure(check, f"{folder} is a file", mend)
+            return failure(check, f"{folder} is a file", hint)
         seconds, written = _write(probe)
         free = shutil.disk_usage(folder).free
     except OSError as error:
         why = "the file system is read-only" if error.errno == errno.EROFS else error.strerror
-        return failure(check, f"{where} cannot be written: {why}", mend)
+        return failure(check, f"{where} cannot be written: {why}", hint)
     finally:
         with suppress(OSError):
             probe.unlink(missing_ok=True)
@@ -150,16 +150,16 @@ def _write(path: Path) -> tuple[float, int]:
 
 
 def _examine_data(path: Path) -> Finding:
-    check, mend = "data", "correct data.train, data.val or data.test, or mount the file system on this node"
+    check, hint = "data", "correct data.train, data.val or data.test, or mount the file system on this node"
     if not path.exists():
-        return failure(check, f"{path} does not exist", mend)
+        return failure(check, f"{path} does not exist", hint)
     largest = max(_files(path), key=lambda each: each[0], default=(0, path))
     try:
         seconds, read = _read(largest[1])
     except OSError as error:
-        return failure(check, f"{largest[1]} cannot be read: {error.strerror}", mend)
+        return failure(check, f"{largest[1]} cannot be read: {error.strerror}", hint)
     if not read:
-        return warning(check, f"{path} contains no shards", mend)
+        return warning(check, f"{path} contains no shards", hint)
     if read < _MIB:
         return ok(check, f"{path}: readable; {largest[1].name} is too small to measure the speed")
     said = f"{path}: reads {read / seconds / 1e6:,.0f} MB/s ({size(read)} of {largest[1].name})"

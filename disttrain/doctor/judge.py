@@ -24,7 +24,7 @@ def compare_facts(facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """Compare versions, code, configuration and environment of the ranks that arrived, in rank order."""
     hosts = [each["host"] for each in facts]
     found = []
-    for check, key, mend in (
+    for check, key, hint in (
         (
             "versions",
             "versions",
@@ -35,17 +35,17 @@ def compare_facts(facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
     ):
         differing = describe_differences([each[key] for each in facts], hosts)
         if differing:
-            found.append(failure(check, f"differs between ranks: {differing}", mend))
+            found.append(failure(check, f"differs between ranks: {differing}", hint))
     differing = describe_differences([each["environment"] for each in facts], hosts)
     if differing:
-        mend = "export them before starting the launcher, so that all ranks inherit them (srun --export=ALL)"
-        found.append(warning("environment", f"differs between ranks: {differing}", mend))
+        hint = "export them before starting the launcher, so that all ranks inherit them (srun --export=ALL)"
+        found.append(warning("environment", f"differs between ranks: {differing}", hint))
     differing = describe_differences(
         [{k: v for k, v in each["system"].items() if k != "kernel"} for each in facts], hosts
     )
     if differing:
-        mend = "install the same driver on every node; NCCL and CUDA may behave differently between versions"
-        found.append(warning("driver", f"differs between ranks: {differing}", mend))
+        hint = "install the same driver on every node; NCCL and CUDA may behave differently between versions"
+        found.append(warning("driver", f"differs between ranks: {differing}", hint))
     if not found:
         found.append(ok("ranks", f"{len(facts)} ranks on {_nodes(hosts)} have the same versions, code and settings"))
     kernels = describe_differences([{"kernel": each["system"].get("kernel", "")} for each in facts], hosts)
@@ -132,15 +132,15 @@ def judge_links(speeds: Mapping[str, float], *, backend: str, link: Link) -> Fin
     share = (_OF_GLOO_INSIDE if backend == "gloo" else _OF_GPUS) if link.inside else _OF_LINK
     if max(reduce, gather) < max(_LEAST, share * link.speed):
         if not link.inside:
-            mend = "check for a slower interface on the path (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), or other traffic"
+            hint = "check for a slower interface on the path (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), or other traffic"
         elif backend == "gloo":
-            mend = "check with `top` for other processes, and for ranks that share cores (srun --cpu-bind=cores)"
+            hint = "check with `top` for other processes, and for ranks that share cores (srun --cpu-bind=cores)"
         else:
-            mend = "check `nvidia-smi topo -m`, NCCL_P2P_DISABLE, NCCL_SHM_DISABLE, and the log of NCCL_DEBUG=INFO"
-        return warning("collectives", said, mend)
+            hint = "check `nvidia-smi topo -m`, NCCL_P2P_DISABLE, NCCL_SHM_DISABLE, and the log of NCCL_DEBUG=INFO"
+        return warning("collectives", said, hint)
     if latency > _LATENCY_SECONDS[backend]:
-        mend = "check for ranks that share cores or wait for other programs and, between nodes, the `ping` time"
-        return warning("collectives", f"{said}: every collective is slow, however small", mend)
+        hint = "check for ranks that share cores or wait for other programs and, between nodes, the `ping` time"
+        return warning("collectives", f"{said}: every collective is slow, however small", hint)
     return ok("collectives", said)
 
 

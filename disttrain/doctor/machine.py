@@ -115,7 +115,7 @@ def _kept(stat: Path, name: str) -> int:
 
 
 def _shared_memory(shm: Path) -> Finding:
-    mend = (
+    hint = (
         f"delete what dead processes left in {shm}; in a container, enlarge it: --shm-size=8g or --ipc=host in Docker,"
         " an emptyDir with medium Memory in Kubernetes"
     )
@@ -128,11 +128,11 @@ def _shared_memory(shm: Path) -> Finding:
         finally:
             probe.unlink(missing_ok=True)
     except OSError as error:
-        return failure("shared memory", f"{shm} cannot be written: {error.strerror}", mend)
+        return failure("shared memory", f"{shm} cannot be written: {error.strerror}", hint)
     said = f"{size(free)} free in {shm}"
     if free < 64 * _MIB:
-        return failure("shared memory", f"{said}: NCCL and worker processes need more", mend)
-    return warning("shared memory", said, mend) if free < _GIB else ok("shared memory", said)
+        return failure("shared memory", f"{said}: NCCL and worker processes need more", hint)
+    return warning("shared memory", said, hint) if free < _GIB else ok("shared memory", said)
 
 
 def _open_files() -> Finding:
@@ -160,15 +160,15 @@ def _devices(world: World) -> list[Finding]:
     try:
         world.check_devices(number)
     except ConfigError as error:
-        return [*found, failure("devices", error.what, error.mend)]
+        return [*found, failure("devices", error.what, error.hint)]
     if number > world.local_size > 1:
-        mend = f"start {number} ranks per node, or hide the other GPUs with CUDA_VISIBLE_DEVICES"
-        found.append(warning("devices", f"{number - world.local_size} of {number} GPUs have no rank", mend))
+        hint = f"start {number} ranks per node, or hide the other GPUs with CUDA_VISIBLE_DEVICES"
+        found.append(warning("devices", f"{number - world.local_size} of {number} GPUs have no rank", hint))
     pairs = [(i, j) for i in range(number) for j in range(number) if i != j]
     apart = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
     if apart and world.local_size > 1:
-        mend = "check `nvidia-smi topo -m`; IOMMU or ACS in the BIOS, or a virtual machine, may prevent it"
-        found.append(warning("topology", f"{len(apart)} of {len(pairs)} pairs of GPUs have no direct access", mend))
+        hint = "check `nvidia-smi topo -m`; IOMMU or ACS in the BIOS, or a virtual machine, may prevent it"
+        found.append(warning("topology", f"{len(apart)} of {len(pairs)} pairs of GPUs have no direct access", hint))
     elif pairs:
         found.append(ok("topology", f"all {_plural(number, 'GPU')} have direct access to each other"))
     return found

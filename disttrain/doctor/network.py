@@ -90,9 +90,9 @@ def examine_network(env: Mapping[str, str], *, host: str = "") -> tuple[list[Fin
         # NCCL also accepts a prefix of the name.
         absent = [text for text in wanted if not any(name.startswith(text) for name in names)]
         if absent:
-            mend = f"correct it; {nearest(absent[0], names)}"
+            hint = f"correct it; {nearest(absent[0], names)}"
             found.append(
-                failure("network", f"{variable} is {env[variable]!r}, which is not an interface of this node", mend)
+                failure("network", f"{variable} is {env[variable]!r}, which is not an interface of this node", hint)
             )
     if found:
         return found, None

@@ -28,8 +28,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
     table.add_column("found")
     for finding in merge(report.findings):
         text = Text(printable(finding.said, lines=True))
-        if finding.mend:
-            text.append(f"\nmend: {printable(finding.mend)}", style="italic")
+        if finding.hint:
+            text.append(f"\nmend: {printable(finding.hint)}", style="italic")
         table.add_row(cell(finding.check), Text(_WORDS[finding.status], style=_STYLES[finding.status]), text)
     (console or Console()).print(table)
     (console or Console()).print(f"disttrain doctor: {summary(report.findings)}")
@@ -57,5 +57,5 @@ def merge(findings: Iterable[Finding]) -> list[Finding]:
         hosts = list(dict.fromkeys(each.host for each in group if each.host))
         if first.status != "ok" and several and hosts:
             text = f"{', '.join(hosts[:4])}{f' and {len(hosts) - 4} more' if len(hosts) > 4 else ''}: {text}"
-        merged.append(Finding(first.check, first.status, text, first.mend, first.ranks, first.host))
+        merged.append(Finding(first.check, first.status, text, first.hint, first.ranks, first.host))
     return sorted(merged, key=by_weight)

@@ -91,7 +91,7 @@ def progress_of(trainer: pl.Trainer) -> Progress:
         raise CheckpointError(
             f"a checkpoint was asked for after micro batch {micro % accumulation} of {accumulation} of step"
             f" {trainer.global_step}, whose gradients it would lose",
-            mend="save in on_step_end of a disttrain.Callback",
+            hint="save in on_step_end of a disttrain.Callback",
         )
     return Progress(epochs.processed, -(-micro // accumulation), trainer.global_step)
 

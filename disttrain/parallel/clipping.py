@@ -55,9 +55,9 @@ def check_clipping(norm: float | None, value: float | None) -> None:
     """
     if norm is not None and value is not None:
         raise ConfigError(
-            f"trainer.gradient_clip_norm is {norm} and gradient_clip_value {value}", mend="set one of them to null"
+            f"trainer.gradient_clip_norm is {norm} and gradient_clip_value {value}", hint="set one of them to null"
         )
     # Lightning does not clip for a norm of 0, and gradient_clip_norm: 0 has always meant that.
     if (norm is not None and not norm >= 0) or (value is not None and not value > 0):
         name, bound = ("norm", norm) if value is None else ("value", value)
-        raise ConfigError(f"trainer.gradient_clip_{name} is {bound}", mend="use a positive number, or null for none")
+        raise ConfigError(f"trainer.gradient_clip_{name} is {bound}", hint="use a positive number, or null for none")

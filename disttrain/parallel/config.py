@@ -46,19 +46,19 @@ class BatchPlan:
         g, b, r = self.global_batch_size, self.micro_batch_size, self.num_ranks
         for name, value in (("global_batch_size", g), ("micro_batch_size", b), ("num_ranks", r)):
             if value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1", mend=f"set {name} to a positive number")
+                raise ConfigError(f"{name} is {value}; it must be at least 1", hint=f"set {name} to a positive number")
         if g % r:
             nearest_below, nearest_above = g - g % r, g + r - g % r
             sizes = [str(size) for size in (nearest_below, nearest_above) if size > 0]
             raise ConfigError(
                 f"global_batch_size {g} cannot be divided evenly over {r} ranks",
-                mend=f"use {_listed(divisors(g))} ranks, or global_batch_size {' or '.join(sizes)}",
+                hint=f"use {_listed(divisors(g))} ranks, or global_batch_size {' or '.join(sizes)}",
             )
         if (g // r) % b:
             raise ConfigError(
                 f"micro_batch_size {b} does not divide the {g // r} samples that each of {r} ranks takes from"
                 f" global_batch_size {g}",
-                mend=f"use micro_batch_size {_listed(divisors(g // r))}",
+                hint=f"use micro_batch_size {_listed(divisors(g // r))}",
             )
 
     @property
@@ -138,41 +138,41 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         if self.strategy not in ("ddp", "fsdp"):
-            raise ConfigError(f"parallel.strategy is {self.strategy!r}", mend="set it to 'ddp' or 'fsdp'")
+            raise ConfigError(f"parallel.strategy is {self.strategy!r}", hint="set it to 'ddp' or 'fsdp'")
         if self.bucket_mib < 1:
-            raise ConfigError(f"parallel.bucket_mib is {self.bucket_mib}", mend="set it to at least 1 (MiB)")
+            raise ConfigError(f"parallel.bucket_mib is {self.bucket_mib}", hint="set it to at least 1 (MiB)")
         if self.reduction not in ("fast", "tree"):
-            raise ConfigError(f"parallel.reduction is {self.reduction!r}", mend="set it to 'fast' or 'tree'")
+            raise ConfigError(f"parallel.reduction is {self.reduction!r}", hint="set it to 'fast' or 'tree'")
         if self.reduce_dtype not in ("fp32", "bf16"):
-            raise ConfigError(f"parallel.reduce_dtype is {self.reduce_dtype!r}", mend="set it to 'fp32' or 'bf16'")
+            raise ConfigError(f"parallel.reduce_dtype is {self.reduce_dtype!r}", hint="set it to 'fp32' or 'bf16'")
         if self.reduce_dtype == "bf16" and self.reduction == "tree":
             raise ConfigError(
                 "parallel.reduction is tree, and parallel.reduce_dtype is bf16, which rounds each rank's sum",
-                mend="set reduce_dtype to fp32, or reduction to fast",
+                hint="set reduce_dtype to fp32, or reduction to fast",
             )
         if self.activation_checkpointing not in ("none", "blocks", "selective"):
             raise ConfigError(
                 f"parallel.activation_checkpointing is {self.activation_checkpointing!r}",
-                mend="set it to 'none', 'blocks' or 'selective'",
+                hint="set it to 'none', 'blocks' or 'selective'",
             )
         if self.reduction == "tree" and self.find_unused_parameters:
             raise ConfigError(
                 "parallel.reduction is tree, which needs a gradient of every parameter, and"
                 " parallel.find_unused_parameters is true",
-                mend="freeze unused parameters and set find_unused_parameters to false, or reduction to fast",
+                hint="freeze unused parameters and set find_unused_parameters to false, or reduction to fast",
             )
         axes = {"replicate": self.replicate, "shard": self.shard, "tensor": self.tensor}
         for name, degree in axes.items():
             if degree != -1 and degree < 1:
-                raise ConfigError(f"parallel.{name} is {degree}", mend="set it to at least 1, or to -1 to derive it")
+                raise ConfigError(f"parallel.{name} is {degree}", hint="set it to at least 1, or to -1 to derive it")
         derived = [f"parallel.{name}" for name, degree in axes.items() if degree == -1]
         if len(derived) > 1:
-            mend = "set one of them" if len(derived) == 2 else "set two of them"
-            raise ConfigError(f"{' and '.join(derived)} are {'both' if len(derived) == 2 else 'all'} -1", mend=mend)
+            hint = "set one of them" if len(derived) == 2 else "set two of them"
+            raise ConfigError(f"{' and '.join(derived)} are {'both' if len(derived) == 2 else 'all'} -1", hint=hint)
         if self.strategy == "ddp" and (self.replicate, self.shard, self.tensor) != (1, -1, 1):
             raise ConfigError(
                 "parallel.replicate, parallel.shard and parallel.tensor are for fsdp, but parallel.strategy is ddp",
-                mend="set parallel.strategy to fsdp, or remove them",
+                hint="set parallel.strategy to fsdp, or remove them",
             )
 
         self._check_options()
@@ -192,10 +192,10 @@ class ParallelConfig:
                 home = "fsdp" if self.strategy == "ddp" else "ddp"
                 raise ConfigError(
                     f"parallel.{name} is for {home}, but parallel.strategy is {self.strategy}",
-                    mend=f"set parallel.strategy to {home}, or remove {name}",
+                    hint=f"set parallel.strategy to {home}, or remove {name}",
                 )
         if self.compile not in ("none", "blocks"):
-            raise ConfigError(f"parallel.compile is {self.compile!r}", mend="set it to 'none' or 'blocks'")
+            raise ConfigError(f"parallel.compile is {self.compile!r}", hint="set it to 'none' or 'blocks'")
         if self.static_graph and (self.find_unused_parameters or self.reduction == "tree"):
             which = "parallel.find_unused_parameters" if self.find_unused_parameters else "parallel.reduction: tree"
             why = (
@@ -203,17 +203,17 @@ class ParallelConfig:
             )
             raise ConfigError(
                 f"parallel.static_graph is true, but {which} {why}",
-                mend="use one of the two",
+                hint="use one of the two",
             )
         if self.sync_batchnorm and self.tensor != 1:
             raise ConfigError(
                 "parallel.sync_batchnorm is true, and with parallel.tensor several ranks count the same samples",
-                mend="set sync_batchnorm to false, or tensor to 1",
+                hint="set sync_batchnorm to false, or tensor to 1",
             )
         if self.offload and self.reduction == "tree":
             raise ConfigError(
                 "parallel.reduction is tree, which adds gradients on the device, and parallel.offload is true",
-                mend="set offload to false, or reduction to fast",
+                hint="set offload to false, or reduction to fast",
             )
 
     def degrees(self, num_ranks: int) -> Degrees:
@@ -244,7 +244,7 @@ class ParallelConfig:
         ranks = f"{num_ranks} rank{'s' * (num_ranks > 1)}"
         raise ConfigError(
             f"{said} " + (f"leaves nothing to shard on {ranks}" if fills else f"does not equal {ranks}"),
-            mend=f"use {' x '.join(names)} of {_or(fits)}"
+            hint=f"use {' x '.join(names)} of {_or(fits)}"
             + (", or parallel.strategy: ddp" if fills and not with_tensor else ""),
         )
 

@@ -48,12 +48,12 @@ def use_deterministic_kernels(device: str) -> None:
         if given is not None and given not in _VALUES:
             raise ConfigError(
                 f"trainer.deterministic is true, and {_VARIABLE} is {given!r}, with which cuBLAS is not deterministic",
-                mend=f"unset it, or export {_VARIABLE}={_VALUES[0]}",
+                hint=f"unset it, or export {_VARIABLE}={_VALUES[0]}",
             )
         if given is None and uses_cuda():
             raise ConfigError(
                 "trainer.deterministic is true, but this process has used CUDA already",
-                mend=f"export {_VARIABLE}={_VALUES[0]} before it starts, or build the Trainer first",
+                hint=f"export {_VARIABLE}={_VALUES[0]} before it starts, or build the Trainer first",
             )
         os.environ[_VARIABLE] = given or _VALUES[0]
         use_deterministic_convolutions()
@@ -78,7 +78,7 @@ def check_ordered_sums(loss: Tensor, device: torch.device) -> None:
         raise ConfigError(
             f"parallel.reduction is tree, and the model's {', '.join(found)} on CUDA adds in a different order"
             " each time",
-            mend="set trainer.deterministic to true, or parallel.reduction to fast",
+            hint="set trainer.deterministic to true, or parallel.reduction to fast",
         )
 
 

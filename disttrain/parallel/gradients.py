@@ -93,7 +93,7 @@ def ordered_gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     if any(grad.is_sparse for grad in grads):
-        raise ConfigError("parallel.reduction is tree, and a gradient is sparse", mend="set parallel.reduction to fast")
+        raise ConfigError("parallel.reduction is tree, and a gradient is sparse", hint="set parallel.reduction to fast")
     rows = _gathered_rows(grads) if grads else []
     if not rows:
         return torch.zeros((), dtype=torch.float64)

@@ -33,13 +33,13 @@ def check_optimizers(
         if config.strategy == "fsdp" and isinstance(optimizer, _WHOLE):
             raise ConfigError(
                 f"{kind} needs whole parameters and gradients, but parallel.strategy fsdp shards them",
-                mend="set parallel.strategy to ddp, or use an element-wise optimizer, such as AdamW",
+                hint="set parallel.strategy to ddp, or use an element-wise optimizer, such as AdamW",
             )
         if isinstance(optimizer, torch.optim.LBFGS) and (ranks > 1 or accumulation > 1):
             raise ConfigError(
                 f"{kind} evaluates the batch of a step several times and uses its loss, but no rank or micro batch has"
                 f" the loss of the global batch: there are {ranks} ranks with {accumulation} micro batches per step",
-                mend="train on one rank with micro_batch_size equal to global_batch_size, or use another optimizer",
+                hint="train on one rank with micro_batch_size equal to global_batch_size, or use another optimizer",
             )
     layers = [(name, inner) for name, inner in module.named_modules() if isinstance(inner, _EMBEDDINGS)]
     sparse = [name for name, inner in layers if inner.sparse]
@@ -47,7 +47,7 @@ def check_optimizers(
     if sparse and wrong:
         raise ConfigError(
             f"{sparse[0]} has sparse gradients (sparse=True), which cannot be added with {wrong}",
-            mend="use sparse=False, or strategy ddp with reduction fast in 32-true",
+            hint="use sparse=False, or strategy ddp with reduction fast in 32-true",
         )
 
 

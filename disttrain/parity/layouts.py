@@ -60,7 +60,7 @@ class Layout:
         try:
             return replace(recipe, strategy=self.strategy, **degrees, **_FOREIGN[self.strategy])
         except ConfigError as error:
-            raise ConfigError(f"layout {self.name}: {error.what}", mend=error.mend) from None
+            raise ConfigError(f"layout {self.name}: {error.what}", hint=error.hint) from None
 
 
 def parse_layouts(text: str) -> list[Layout]:
@@ -73,7 +73,7 @@ def parse_layouts(text: str) -> list[Layout]:
     names = [layout.name for layout in layouts]
     if len(set(names)) < 2:
         raise ConfigError(
-            f"--layouts {text!r} names fewer than two layouts", mend="give several, such as 1,2xddp,2xfsdp"
+            f"--layouts {text!r} names fewer than two layouts", hint="give several, such as 1,2xddp,2xfsdp"
         )
     return list({layout.name: layout for layout in layouts}.values())
 
@@ -161,13 +161,13 @@ def _plan(layout: Layout, global_batch_size: int, micro_batch_size: int) -> Batc
     try:
         return BatchPlan(global_batch_size, micro_batch_size, layout.num_parts)
     except ConfigError as error:
-        raise ConfigError(f"layout {layout.name}: {error.what}", mend=error.mend) from None
+        raise ConfigError(f"layout {layout.name}: {error.what}", hint=error.hint) from None
 
 
 def _not_a_layout(text: str) -> ConfigError:
     return ConfigError(
         f"{text!r} is not a layout",
-        mend="write 1, RANKSxddp, RANKSxfsdp, COPIESxRANKShsdp (each copy sharded over that many ranks) or"
+        hint="write 1, RANKSxddp, RANKSxfsdp, COPIESxRANKShsdp (each copy sharded over that many ranks) or"
         " PARTSxRANKStp (FSDP over that many parts of the data, each shared by that many ranks), followed by"
         " @SIZE for another micro batch size",
     )

@@ -74,7 +74,7 @@ class Runs:
             rank = next((r for r, code in enumerate(codes) if code not in (0, -signal.SIGKILL)), 0)
             raise ParityError(
                 f"layout {name} failed with exit code {codes[rank]}: {_last_words(_log(run_dir, rank))}",
-                mend=f"see {_log(run_dir, rank)}",
+                hint=f"see {_log(run_dir, rank)}",
             )
         if kill:
             self._check_killed(trace)
@@ -87,12 +87,12 @@ class Runs:
             raise ParityError(
                 f"layout {trace.name} was not killed: it ended by itself after step {done}, but the kill"
                 f" was due before step {self._kill_at + 1}",
-                mend=f"use --steps {done}, or let the recipe train longer (trainer.max_steps, trainer.max_epochs)",
+                hint=f"use --steps {done}, or let the recipe train longer (trainer.max_steps, trainer.max_epochs)",
             )
         if not trace.resumed_from:
             raise ParityError(
                 f"layout {trace.name} was killed after step {self._kill_at} and did not resume from a checkpoint",
-                mend="increase --steps, and configure checkpoints in the recipe's `checkpoint:` only",
+                hint="increase --steps, and configure checkpoints in the recipe's `checkpoint:` only",
             )
 
     @property

@@ -50,7 +50,7 @@ class Trace:
         for line in read_json_lines(path) if path.exists() else ():
             found[int(line["step"])] = {name: float(value) for name, value in line.items()}
         if not found:
-            raise ParityError(f"layout {self.name} recorded no steps", mend=f"see the logs in {self.run_dir}")
+            raise ParityError(f"layout {self.name} recorded no steps", hint=f"see the logs in {self.run_dir}")
         return dict(sorted(found.items()))
 
     @cached_property
@@ -68,7 +68,7 @@ class Trace:
         if not path.exists():
             raise ParityError(
                 f"layout {self.name} recorded no weights for step {step}: {path} is missing",
-                mend=f"run the comparison again; if that does not help, see the logs in {self.run_dir}",
+                hint=f"run the comparison again; if that does not help, see the logs in {self.run_dir}",
             )
         found: dict[str, Tensor] = torch.load(path, weights_only=True)
         return found

@@ -40,9 +40,9 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
         named.setdefault(folder.resolve(), folder)
     folders = list(named.values())
     if not folders:
-        raise ConfigError("no run folder is given", mend="give at least one")
+        raise ConfigError("no run folder is given", hint="give at least one")
     if out is None and len(folders) > 1:
-        raise ConfigError(f"a comparison of {len(folders)} runs needs an output folder", mend="give one with --out")
+        raise ConfigError(f"a comparison of {len(folders)} runs needs an output folder", hint="give one with --out")
     runs = [read_run(folder) for folder in folders]
     out = out or folders[0] / "report"
     labels = labels_of(runs)
@@ -58,7 +58,7 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     except OSError as error:
         raise DataError(
             f"the report cannot be written to {out}: {error.strerror}",
-            mend="give a writable folder with --out",
+            hint="give a writable folder with --out",
         ) from None
     return path
 

@@ -242,24 +242,24 @@ def _leaves(value: object, place: str = "") -> list[tuple[str, str]]:
 
 def _read_run_json(folder: Path) -> dict[str, Any]:
     path = folder / RUN_FILE
-    mend = "give a run folder, which contains run.json, config.yaml and metrics.csv"
+    hint = "give a run folder, which contains run.json, config.yaml and metrics.csv"
     if not folder.is_dir():
-        raise DataError(f"run folder {folder} does not exist", mend=mend)
+        raise DataError(f"run folder {folder} does not exist", hint=hint)
     if not os.path.lexists(path):
-        raise DataError(f"{folder} is not a run folder: run.json is missing", mend=mend)
+        raise DataError(f"{folder} is not a run folder: run.json is missing", hint=hint)
     try:
         content = read_json(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}", mend="restore it") from None
+        raise DataError(f"{path} cannot be read: {error.strerror}", hint="restore it") from None
     except ValueError as error:
-        raise DataError(f"{path} {error}", mend='restore it; {"format": 1} is enough for a report') from None
+        raise DataError(f"{path} {error}", hint='restore it; {"format": 1} is enough for a report') from None
     if not isinstance(content, dict):
-        raise DataError(f"{path} contains a {type(content).__name__}, not an object", mend="restore it")
+        raise DataError(f"{path} contains a {type(content).__name__}, not an object", hint="restore it")
     version = content.get("format", RUN_FORMAT)
     if version != RUN_FORMAT:
         raise DataError(
             f"{path} has format {version!r}, but this disttrain reads format {RUN_FORMAT}",
-            mend="use the disttrain version that wrote the run, or a newer one",
+            hint="use the disttrain version that wrote the run, or a newer one",
         )
     return conform_run(content)
 

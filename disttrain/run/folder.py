@@ -196,7 +196,7 @@ def choose_start(run_dir: Path, resume: str, *, faulty: Mapping[Path, str] | Non
     if is_remote(resume):
         raise CheckpointError(
             f"--resume {shown(resume)} is a URL",
-            mend="set checkpoint.mirror.url to its folder, and use --resume auto with a new run_dir",
+            hint="set checkpoint.mirror.url to its folder, and use --resume auto with a new run_dir",
         )
     if resume != "auto":
         return _named(Path(resume), faulty)
@@ -223,7 +223,7 @@ def best_checkpoint(run_dir: Path, which: str, *, tell: Callable[[str], object] 
     start = _newest(run_dir / CHECKPOINTS, {}) if which in ("best", "last") else _named(Path(which), {})
     if start.checkpoint is None:
         raise CheckpointError(
-            f"run folder {run_dir} holds no committed checkpoint", mend="train first, or give --checkpoint_path PATH"
+            f"run folder {run_dir} holds no committed checkpoint", hint="train first, or give --checkpoint_path PATH"
         )
     if which != "best":
         return start.checkpoint
@@ -342,13 +342,13 @@ def _check_owner(run_dir: Path, checkpoint: Path) -> None:
     if ours and recorded and ours != recorded:
         raise CheckpointError(
             f"{run_dir / RUN_FILE} is the record of run {recorded}, but the checkpoints beside it are from run {ours}",
-            mend="restore the files that belong together, or name the checkpoint: --resume PATH",
+            hint="restore the files that belong together, or name the checkpoint: --resume PATH",
         )
     if owner and owner != (ours or recorded):
         raise CheckpointError(
             f"checkpoint {checkpoint} was made by run {owner}, but this folder belongs to"
             f" {f'run {ours or recorded}' if ours or recorded else 'an unknown run'}",
-            mend=f"move it out of the folder; or, to resume from it anyway, --resume {checkpoint}",
+            hint=f"move it out of the folder; or, to resume from it anyway, --resume {checkpoint}",
         )
 
 
@@ -357,17 +357,17 @@ def _named(path: Path, faulty: Mapping[Path, str]) -> Start:
         start = _newest(path / CHECKPOINTS, faulty)
         if start.checkpoint is None:
             raise CheckpointError(
-                f"run folder {path} holds no committed checkpoint", mend="use another one, or --resume never"
+                f"run folder {path} holds no committed checkpoint", hint="use another one, or --resume never"
             )
         return start
     if ABANDONED in path.name and path.is_dir():
         raise CheckpointError(
             f"checkpoint {path} was abandoned: its run continued from an earlier one",
-            mend=f"rename it to {path.name.partition(ABANDONED)[0]}, then resume from that name or with --resume auto",
+            hint=f"rename it to {path.name.partition(ABANDONED)[0]}, then resume from that name or with --resume auto",
         )
     reader.check(path)
     if path in faulty:
-        raise CheckpointError(faulty[path], mend="resume from an earlier one")
+        raise CheckpointError(faulty[path], hint="resume from an earlier one")
     return Start(path, [f"resuming from {path}"])
 
 

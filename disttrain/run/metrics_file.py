@@ -178,10 +178,10 @@ def _check_names(names: Sequence[str]) -> None:
         if name in FIRST_COLUMNS:
             raise ConfigError(
                 f"a metric is named {name!r}, which is a reserved column of {FILE_NAME}",
-                mend=f"log it under another name, such as 'train/{name}'",
+                hint=f"log it under another name, such as 'train/{name}'",
             )
         if "\n" in name or "\r" in name:
-            raise ConfigError(f"the metric name {name!r} contains a line break", mend="use a name without one")
+            raise ConfigError(f"the metric name {name!r} contains a line break", hint="use a name without one")
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:
@@ -192,7 +192,7 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
         return
     except (OSError, ReadError) as error:
         why = error.strerror if isinstance(error, OSError) else f"it {error}"
-        raise DataError(f"{path} cannot be read: {why}", mend="move it away, or use another run folder") from None
+        raise DataError(f"{path} cannot be read: {why}", hint="move it away, or use another run folder") from None
 
 
 def _read_header(path: Path) -> tuple[str, ...]:
@@ -208,7 +208,7 @@ def _read_header(path: Path) -> tuple[str, ...]:
         raise DataError(
             f"{path} is not a metrics file: its first line begins with {','.join(columns)[:40]!r},"
             f" not with {','.join(FIRST_COLUMNS)!r}",
-            mend="move it away, or use another run folder",
+            hint="move it away, or use another run folder",
         )
     return columns
 

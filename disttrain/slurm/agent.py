@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         nodes, node = (int(os.environ[name]) for name in ("SLURM_NNODES", "SLURM_NODEID"))
     except (IndexError, KeyError, ValueError):
         return _say(
-            ConfigError("this command starts the ranks of a node, inside a SLURM job only", mend="use disttrain submit")
+            ConfigError("this command starts the ranks of a node, inside a SLURM job only", hint="use disttrain submit")
         )
     _pass_signals_on()
     try:

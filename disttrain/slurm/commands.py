@@ -52,7 +52,7 @@ def call(arguments: Sequence[str]) -> str:
         done = subprocess.run(arguments, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
     except FileNotFoundError:
         raise SlurmError(
-            f"{arguments[0]} is not installed here", mend="run on a machine of the cluster, or use --dry-run"
+            f"{arguments[0]} is not installed here", hint="run on a machine of the cluster, or use --dry-run"
         ) from None
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{arguments[0]} did not answer within {_TIMEOUT_SECONDS} s") from None
@@ -71,7 +71,7 @@ def check_partition(partition: str) -> None:
     known = sorted({line.strip() for line in call(["sinfo", "--noheader", "--format=%R"]).splitlines() if line})
     if missing := [name for name in partition.split(",") if name not in known]:
         raise ConfigError(
-            f"the cluster has no partition {missing[0]!r}", mend=f"correct --partition; {nearest(missing[0], known)}"
+            f"the cluster has no partition {missing[0]!r}", hint=f"correct --partition; {nearest(missing[0], known)}"
         )
 
 
@@ -85,8 +85,8 @@ def check_script(script: Path) -> str:
         return _words(call(["sbatch", "--test-only", str(script)]))
     except SlurmError as error:
         reason = error.what.removeprefix("sbatch failed: ")
-        mend = "request what the cluster has: `sinfo --Node --long` lists its nodes, `sinfo` the limits"
-        raise ConfigError(f"SLURM refuses this job: {reason}", mend=error.mend or mend) from None
+        hint = "request what the cluster has: `sinfo --Node --long` lists its nodes, `sinfo` the limits"
+        raise ConfigError(f"SLURM refuses this job: {reason}", hint=error.hint or hint) from None
 
 
 def submit(script: Path) -> str:

@@ -61,27 +61,27 @@ class Job:
             ("signal-seconds", self.signal_seconds, 1),
         ):
             if value is not None and value < least:
-                raise ConfigError(f"--{name} is {value}", mend=f"use at least {least}")
+                raise ConfigError(f"--{name} is {value}", hint=f"use at least {least}")
         if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
             raise ConfigError(
                 f"--tasks-per-node is {self.tasks_per_node} and --gpus-per-node is {self.gpus_per_node},"
                 " but each rank uses exactly one GPU",
-                mend="omit --tasks-per-node, or --gpus-per-node on a cluster without GPUs",
+                hint="omit --tasks-per-node, or --gpus-per-node on a cluster without GPUs",
             )
         if not self.gpus_per_node and self.tasks_per_node is None:
             raise ConfigError(
                 "the number of ranks per node is not set",
-                mend="give --gpus-per-node K, or --tasks-per-node K on a cluster without GPUs",
+                hint="give --gpus-per-node K, or --tasks-per-node K on a cluster without GPUs",
             )
         if self.style not in STYLES:
-            raise ConfigError(f"--style is {self.style!r}", mend=f"use {' or '.join(STYLES)}")
+            raise ConfigError(f"--style is {self.style!r}", hint=f"use {' or '.join(STYLES)}")
         if self.array is not None and not _ARRAY.fullmatch(self.array):
-            raise ConfigError(f"--array is {self.array!r}", mend="write indices such as 0-3, 1,5,7 or 0-9%2")
+            raise ConfigError(f"--array is {self.array!r}", hint="write indices such as 0-3, 1,5,7 or 0-9%2")
         limit = self.limit_seconds
         if self.requeue and limit is not None and limit <= self.signal_seconds:
             raise ConfigError(
                 f"--time is {limit} s, so a signal {self.signal_seconds} s before its end would stop the ranks at once",
-                mend="raise --time, or lower --signal-seconds",
+                hint="raise --time, or lower --signal-seconds",
             )
 
     @property
@@ -160,7 +160,7 @@ def check_ranks(
         plan = BatchPlan(global_batch_size, size, degrees.data)
     except ConfigError as error:
         raise ConfigError(
-            f"the configuration does not fit {here}: {error.what}", mend=f"{error.mend}; or change --nodes"
+            f"the configuration does not fit {here}: {error.what}", hint=f"{error.hint}; or change --nodes"
         ) from None
     if micro_batch_size == "auto":
         return f"{here}, {plan.rank_batch_size} samples per rank and step"
@@ -174,7 +174,7 @@ def _seconds(text: str) -> int:
         match = _SLURM_TIME.fullmatch(text)
         if match is None:
             raise ConfigError(
-                f"--time is {text!r}", mend="write 3h50m, or in SLURM's notation: MM, HH:MM:SS or D-HH:MM:SS"
+                f"--time is {text!r}", hint="write 3h50m, or in SLURM's notation: MM, HH:MM:SS or D-HH:MM:SS"
             )
         days, *parts = (None if part is None else int(part) for part in match.groups())
         first, second, third = parts[0] or 0, parts[1], parts[2]
@@ -185,5 +185,5 @@ def _seconds(text: str) -> int:
         else:  # MM[:SS]
             seconds = first * 60 + (second or 0)
     if seconds <= 0:
-        raise ConfigError(f"--time is {text!r}, which is not positive", mend="use a positive duration, such as 3h50m")
+        raise ConfigError(f"--time is {text!r}, which is not positive", hint="use a positive duration, such as 3h50m")
     return seconds

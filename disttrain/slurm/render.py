@@ -126,7 +126,7 @@ def _directives(job: Job, site: Site, script: Script) -> list[str]:
         if name in _OWN:
             raise ConfigError(
                 f"sbatch option {name} is set by disttrain itself",
-                mend=f"use disttrain's own setting; see `disttrain submit --help` for --{name}",
+                hint=f"use disttrain's own setting; see `disttrain submit --help` for --{name}",
             )
         lines.append(f"--{name}" if value is None else f"--{name}={shlex.quote(value)}")
     return lines
@@ -158,11 +158,11 @@ def _check_words(job: Job, site: Site, script: Script) -> None:
     for what, text in words:
         if text is not None and printable(text) != text:
             raise ConfigError(
-                f"{what} is {text!r}, which contains a control character or bytes that are not UTF-8", mend="remove it"
+                f"{what} is {text!r}, which contains a control character or bytes that are not UTF-8", hint="remove it"
             )
     for name in site.sbatch:
         if not _OPTION.fullmatch(name):
-            raise ConfigError(f"{name!r} is not the name of an sbatch option", mend="write NAME or NAME=VALUE")
+            raise ConfigError(f"{name!r} is not the name of an sbatch option", hint="write NAME or NAME=VALUE")
 
 
 def _cpus_per_task(job: Job, site: Site) -> int | None:

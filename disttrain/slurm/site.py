@@ -40,7 +40,7 @@ class Container:
     def __post_init__(self) -> None:
         if self.runtime not in RUNTIMES:
             raise ConfigError(
-                f"container.runtime is {self.runtime!r}", mend=f"correct it; {nearest(self.runtime, RUNTIMES)}"
+                f"container.runtime is {self.runtime!r}", hint=f"correct it; {nearest(self.runtime, RUNTIMES)}"
             )
 
 
@@ -76,11 +76,11 @@ class Site:
 
     def __post_init__(self) -> None:
         if self.cpus_per_task is not None and self.cpus_per_task < 1:
-            raise ConfigError(f"cpus_per_task is {self.cpus_per_task}", mend="use at least 1")
+            raise ConfigError(f"cpus_per_task is {self.cpus_per_task}", hint="use at least 1")
         for name in self.environment:
             if not _NAME.fullmatch(name):
                 raise ConfigError(
-                    f"environment has {name!r}, which is not a variable name", mend="use letters, digits and _"
+                    f"environment has {name!r}, which is not a variable name", hint="use letters, digits and _"
                 )
 
 
@@ -105,36 +105,36 @@ def load_site(path: Path | None) -> Site:
     try:
         content = read_yaml(path)
     except OSError as error:
-        raise ConfigError(f"site file {path} cannot be read: {error.strerror}", mend="correct --site") from None
+        raise ConfigError(f"site file {path} cannot be read: {error.strerror}", hint="correct --site") from None
     except ValueError as error:
-        raise ConfigError(f"site file {path} {error}", mend="correct --site, or the file") from None
+        raise ConfigError(f"site file {path} {error}", hint="correct --site, or the file") from None
     try:
         return Site(**_read(Site, {} if content is None else content, ""))
     except ConfigError as error:
-        raise ConfigError(f"site file {path}: {error.what}", mend=error.mend) from None
+        raise ConfigError(f"site file {path}: {error.what}", hint=error.hint) from None
 
 
 def _read(kind: type[Any], content: Any, prefix: str) -> dict[str, Any]:
     """Return the arguments of a dataclass, checked by name and type."""
     if not isinstance(content, dict):
-        raise ConfigError(f"{prefix.rstrip('.') or 'the file'} is not a mapping", mend="write NAME: VALUE")
+        raise ConfigError(f"{prefix.rstrip('.') or 'the file'} is not a mapping", hint="write NAME: VALUE")
     known = {one.name: str(one.type) for one in fields(kind)}
     found: dict[str, Any] = {}
     for name, value in content.items():
         if name not in known:
             raise ConfigError(
-                f"there is no field {prefix}{name}", mend=f"correct or remove it; {nearest(str(name), known)}"
+                f"there is no field {prefix}{name}", hint=f"correct or remove it; {nearest(str(name), known)}"
             )
         if value is not None:
             found[name] = _value(f"{prefix}{name}", known[name], value)
     if kind is Container and "image" not in found:
-        raise ConfigError("container.image is missing", mend="set the image, or remove container")
+        raise ConfigError("container.image is missing", hint="set the image, or remove container")
     return found
 
 
 def _value(name: str, kind: str, value: Any) -> Any:
     def wrong(expected: str) -> ConfigError:
-        return ConfigError(f"{name} is {value!r}", mend=f"it must be {expected}")
+        return ConfigError(f"{name} is {value!r}", hint=f"it must be {expected}")
 
     if kind.startswith("Container"):
         return Container(**_read(Container, value, f"{name}."))

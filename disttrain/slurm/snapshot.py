@@ -61,7 +61,7 @@ def write_snapshot(script: Script, *, config: str, text: str, arguments: list[st
     except OSError as error:
         raise ConfigError(
             f"run folder {script.run_dir} cannot be written: {error.strerror}",
-            mend="set trainer.run_dir to a writable folder: --set trainer.run_dir=FOLDER",
+            hint="set trainer.run_dir to a writable folder: --set trainer.run_dir=FOLDER",
         ) from None
     return folder / SCRIPT
 

@@ -75,7 +75,7 @@ class BaseStrategy(CheckpointMixin, SummationMixin, ClippingMixin, JoiningMixin)
             raise ConfigError(
                 f"on_before_batch_transfer of {class_name(module)} takes __count__ out of the batch, which says how"
                 " many samples are real",
-                mend="change the batch in on_after_batch_transfer, or leave __count__ and __weight__ in it",
+                hint="change the batch in on_after_batch_transfer, or leave __count__ and __weight__ in it",
             )
         pads = isinstance(loader, EvaluationLoader) and loader.pads
         return real_outputs(outputs, rows, module, check=pads and loop.batch_progress.current.ready == 1)
@@ -129,13 +129,13 @@ class BaseStrategy(CheckpointMixin, SummationMixin, ClippingMixin, JoiningMixin)
         if not self._module().automatic_optimization and (self._outside or not self._went_backward):
             raise ConfigError(
                 f"{class_name(self._module())} calls loss.backward(), whose gradients the ranks do not reduce",
-                mend="call self.manual_backward(loss) in its place",
+                hint="call self.manual_backward(loss) in its place",
             )
         if name := self._unreduced():
             raise ConfigError(
                 f"parameter {name} of {class_name(self._module())} has a gradient that was not reduced over the"
                 f" {self.world_size} ranks, which would drift apart",
-                mend="freeze and thaw layers between two steps, such as in on_train_epoch_start, and call every layer"
+                hint="freeze and thaw layers between two steps, such as in on_train_epoch_start, and call every layer"
                 " inside of training_step or forward; with several optimizers by hand set"
                 " parallel.find_unused_parameters to true",
             )

@@ -249,7 +249,7 @@ class CheckpointMixin(_Base):
             raise CheckpointError(
                 f"on_load_checkpoint() of {class_name(self._module())} changes {changed[0]} of the checkpoint's"
                 " state_dict, whose weights have been loaded by then",
-                mend="change the weights in place there, or convert a checkpoint's (disttrain checkpoints export) and"
+                hint="change the weights in place there, or convert a checkpoint's (disttrain checkpoints export) and"
                 " begin a new run with --initialize_from",
             )
 
@@ -263,7 +263,7 @@ class CheckpointMixin(_Base):
         if len(optimizers) != len(param_groups):
             raise CheckpointError(
                 f"checkpoint {path} holds {len(param_groups)} optimizers, the module has {len(optimizers)}",
-                mend="use the module that the checkpoint was made with",
+                hint="use the module that the checkpoint was made with",
             )
         index = reader.read_index(path)
         weights, tensors = self._weights(path, meta, index)
@@ -335,7 +335,7 @@ class CheckpointMixin(_Base):
             elif self._module().strict_loading:  # else its hook has kept it out, too
                 raise CheckpointError(
                     f"checkpoint {path} has no {name}, which get_extra_state() of the model gives now",
-                    mend="use the model that the checkpoint was made with",
+                    hint="use the model that the checkpoint was made with",
                 )
         return weights, {"model": read}
 

@@ -24,6 +24,6 @@ def parse_duration(text: str, setting: str) -> float:
     whole = "".join(number + unit for number, unit in parts)
     if not parts or whole != text.replace(" ", "") or units != sorted(set(units), key="dhms".index):
         raise ConfigError(
-            f"{setting} is {text!r}, not a duration", mend="write numbers with d, h, m or s, such as 3h50m or 90s"
+            f"{setting} is {text!r}, not a duration", hint="write numbers with d, h, m or s, such as 3h50m or 90s"
         )
     return sum(float(number) * _SECONDS[unit] for number, unit in parts)

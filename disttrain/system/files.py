@@ -49,15 +49,15 @@ def expand_path(text: str | Path, *, name: str) -> Path:
         variable = missing.group(1).strip("{}")
         raise ConfigError(
             f"{name} is {str(text)!r}, but the environment variable {variable} is not set",
-            mend=f"export {variable}=..., or write out the full path",
+            hint=f"export {variable}=..., or write out the full path",
         )
     if expanded.startswith("~"):
         raise ConfigError(
             f"{name} is {str(text)!r}, but there is no user {expanded[1:].partition('/')[0]!r}",
-            mend="write out the full path; for a folder whose name begins with ~, use ./~NAME",
+            hint="write out the full path; for a folder whose name begins with ~, use ./~NAME",
         )
     if not expanded or "\0" in expanded:
-        raise ConfigError(f"{name} is {str(text)!r}, which is not a path", mend="give a file or folder")
+        raise ConfigError(f"{name} is {str(text)!r}, which is not a path", hint="give a file or folder")
     return Path(expanded)
 
 
@@ -72,7 +72,7 @@ def resolve_path(text: str | Path, *, name: str) -> Path:
         return path.resolve()
     except (OSError, RuntimeError) as error:  # Python 3.11 raises RuntimeError for a symlink cycle
         why = error.strerror if isinstance(error, OSError) else "its symbolic links form a loop"
-        raise ConfigError(f"{name} {str(text)!r} cannot be found: {why}", mend="use another folder") from None
+        raise ConfigError(f"{name} {str(text)!r} cannot be found: {why}", hint="use another folder") from None
 
 
 def place(text: str, *, name: str) -> str:

@@ -248,7 +248,7 @@ class Task(pl.LightningModule):
         raise ConfigError(
             f"{class_name(self)}.losses() returned {_shape(losses)}, for a micro batch of {size} samples; expected"
             f" one loss per sample, shape ({size},), or one per token, shape ({size}, tokens)",
-            mend="return unreduced losses (reduction='none'), not averaged, summed or flattened; the task"
+            hint="return unreduced losses (reduction='none'), not averaged, summed or flattened; the task"
             " weights, masks and averages them over the global batch",
         )
 
@@ -259,7 +259,7 @@ class Task(pl.LightningModule):
                 return
         raise ConfigError(
             f"{class_name(self)}.loss_weights() returned {_shape(weights)}, but losses() {_shape(losses)}",
-            mend=f"return weights of shape ({losses.shape[0]},), one per sample, or of the losses' shape, or None",
+            hint=f"return weights of shape ({losses.shape[0]},), one per sample, or of the losses' shape, or None",
         )
 
     def _nominal_weight(self, batch: Batch) -> float:
@@ -291,7 +291,7 @@ class Task(pl.LightningModule):
             if LOSS in own:
                 raise ConfigError(
                     f"{class_name(self)}.build_metrics() has a metric {LOSS!r}, a name reserved for losses()",
-                    mend="give it another name",
+                    hint="give it another name",
                 )
             metrics = {LOSS: WeightedMean(), **own}
             self.evaluation[split] = nn.ModuleDict(metrics).to(self.device)
@@ -344,13 +344,13 @@ def tensor_field(batch: Batch, name: str) -> Tensor:
     if name not in batch:
         fields = [field for field in batch if not field.startswith("__")]
         raise DataError(
-            f"the batch has no field {name!r}", mend=f"correct the task's field or data.fields; {nearest(name, fields)}"
+            f"the batch has no field {name!r}", hint=f"correct the task's field or data.fields; {nearest(name, fields)}"
         )
     value = batch[name]
     if not isinstance(value, Tensor):
         raise DataError(
             f"field {name!r} is a {type(value).__name__}, not a tensor: its values are not numbers of one shape",
-            mend=f"declare another decoder for data.fields.{name}",
+            hint=f"declare another decoder for data.fields.{name}",
         )
     return value
 

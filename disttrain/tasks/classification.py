@@ -46,7 +46,7 @@ class ClassificationTask(Task):
     ) -> None:
         super().__init__(optimizer=optimizer, schedule=schedule)
         if not 0 <= label_smoothing < 1:
-            raise ConfigError(f"label_smoothing is {label_smoothing}", mend="use a value from 0 to below 1")
+            raise ConfigError(f"label_smoothing is {label_smoothing}", hint="use a value from 0 to below 1")
         self.model = model
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
         self.input, self.target, self.scale = input, target, scale

@@ -89,13 +89,13 @@ class RegressionTask(Task):
         if columns.shape[1] != len(self.input_mean) + 1:
             raise DataError(
                 f"field {self.input!r} has {columns.shape[1] - 1} features, but num_features is {len(self.input_mean)}",
-                mend="set num_features to the number of features in the data",
+                hint="set num_features to the number of features in the data",
             )
         mean, std = columns.mean(dim=0), columns.std(dim=0, correction=0)
         if not bool((mean + std).isfinite().all()):
             raise DataError(
                 f"fields {self.input!r} and {self.target!r} have no finite mean and standard deviation",
-                mend="they are computed before data.hooks.transform: repair the data, or set standardize to false",
+                hint="they are computed before data.hooks.transform: repair the data, or set standardize to false",
             )
         std = torch.where(std > 0, std, torch.ones_like(std))  # a constant column stays at zero
         self.input_mean.copy_(mean[:-1])

@@ -183,7 +183,7 @@ def test_training_weights_come_back_from_inference_mode(tmp_path: Path) -> None:
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         EMA(**settings)
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 def test_one_average_is_enough(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_a_full_disk_that_ends_a_run_is_one_error(digits: Path, tmp_path: Path) 
         outcome = ranks.wait()
         disk.make_sound(run_dir / "checkpoints")
         assert outcome.codes == [2], outcome.text
-        assert outcome.text.count("disttrain: error") == outcome.text.count("mend:") == 1, outcome.text
+        assert outcome.text.count("disttrain: error") == outcome.text.count("hint:") == 1, outcome.text
         assert "No space left on device" in outcome.text, outcome.text
         assert "Traceback" not in outcome.text, outcome.text
         start(ONE, fit_arguments(run_dir, digits, ONE), folder=tmp_path / "again").wait().ok()

@@ -74,7 +74,7 @@ def test_what_was_set_aside_can_be_gone_on_from(folder: Path) -> None:
     leave_behind(folder, 8, start=folder / "step-00000008")
     with pytest.raises(CheckpointError, match="was abandoned") as caught:
         choose_start(folder.parent, str(folder / "step-00000012.abandoned"))
-    assert "rename it to step-00000012, then" in caught.value.mend
+    assert "rename it to step-00000012, then" in caught.value.hint
     (folder / "step-00000012.abandoned").rename(folder / "step-00000012")
     assert choose_start(folder.parent, "auto").checkpoint == folder / "step-00000012"
 

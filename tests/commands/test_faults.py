@@ -341,7 +341,7 @@ def test_a_fault_is_one_clear_message(case: Case) -> None:
     if code == 2:
         assert text.startswith("disttrain: error: ")
         assert text.count("disttrain: error") == 1
-        assert text.count("\n  mend: ") == 1, "no hint"
+        assert text.count("\n  hint: ") == 1, "no hint"
         assert len(text.splitlines()) == 2
     assert blocks(PAGE.read_text())[case.what] == case.block(text), "regenerate the page"
 

@@ -100,7 +100,7 @@ def test_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
         launch.main(["--max-restarts", "-1", "fit"], NAMES)
     with pytest.raises(ConfigError, match="no subcommand 'ft' to launch") as caught:
         launch.main(["--nproc", "2", "ft"], NAMES)
-    assert "did you mean 'fit'?" in caught.value.mend
+    assert "did you mean 'fit'?" in caught.value.hint
     with pytest.raises(ConfigError, match="there is no script nowhere"):
         launch.main(["nowhere.py"], NAMES)
     with pytest.raises(ConfigError, match="cannot launch itself"):

@@ -207,7 +207,7 @@ def test_verify_names_every_fault(tmp_path: Path, run: Run) -> None:
     Path(idx[7]).write_text(Path(idx[7]).read_text().replace("txt 1536", "txt 1537"))
     Path(idx[8]).write_text("v1.2 1\ncls 512 99999 000.cls\n")
     code, lines = run("verify", tmp_path / "t.json")
-    mend = "run `disttrain shards index`"
+    hint = "run `disttrain shards index`"
     text = "\n".join(lines)
     expected = [
         f"shard {shard[1]} at byte 3072: a header is cut off; the file ends at byte 3172",
@@ -219,11 +219,11 @@ def test_verify_names_every_fault(tmp_path: Path, run: Run) -> None:
         f"shard {shard[3]} at byte 2560: sample 'b' lacks field 'txt', has cls",
         f"shard {shard[3]} holds 3 samples, but its manifest says 4",
         f"shard {shard[4]} does not exist",
-        f"sidecar {idx[6]} is older than its shard and ignored: {mend}",
+        f"sidecar {idx[6]} is older than its shard and ignored: {hint}",
         f"sidecar {idx[7]} does not match its shard: sample 't-7/000' is cls at byte 512 of size 1,"
         f" txt at byte 1536 of size 1 in the shard, cls at byte 512 of size 1, txt at byte 1537 of size 1"
-        f" in the sidecar: {mend}",
-        f"sidecar {idx[8]} is damaged or points outside its shard: {mend}",
+        f" in the sidecar: {hint}",
+        f"sidecar {idx[8]} is damaged or points outside its shard: {hint}",
     ]
     for fault in expected:
         assert fault in lines, f"not named: {fault}\n{text}"

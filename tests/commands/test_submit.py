@@ -42,7 +42,7 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("options", "what", "mend"),
+    ("options", "what", "hint"),
     [
         (["--config", "absent.yaml"], "configuration file absent.yaml does not exist", "--config"),
         (["--set", "seed_everything"], "--set seed_everything is not a setting", "NAME=VALUE"),
@@ -53,10 +53,10 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(
         (["--site", "absent.yaml"], "site file absent.yaml cannot be read", "--site"),
     ],
 )
-def test_mistakes(options: list[str], what: str, mend: str) -> None:
+def test_mistakes(options: list[str], what: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=what) as caught:
         submit.main([*CONFIG, "--tasks-per-node", "2", *options, "--dry-run"])
-    assert mend in caught.value.mend
+    assert hint in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_data_that_is_missing_is_told_before_the_job_waits(digits: Path, tmp_pat
     for spec in (f"{digits}/train-{{000000..000009}}.tar", str(digits / "trian.json")):
         with pytest.raises(DataError, match=r"train-000004\.tar does not exist|trian\.json") as caught:
             submit.main([*words, "--set", f"data.train={spec}"])
-        assert "--no-check-data" in caught.value.mend
+        assert "--no-check-data" in caught.value.hint
 
 
 @pytest.mark.parametrize("command", [submit, jobs])
@@ -119,7 +119,7 @@ def test_a_complete_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"status": "completed"}')
     with pytest.raises(ConfigError, match="contains a complete run") as caught:
         submit.main([*CONFIG, "--tasks-per-node", "1", "--set", f"trainer.run_dir={tmp_path}", "--dry-run"])
-    assert "trainer.run_dir" in caught.value.mend
+    assert "trainer.run_dir" in caught.value.hint
 
 
 def test_complete_members_of_an_array_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,10 +135,10 @@ def test_complete_members_of_an_array_are_left_alone(tmp_path: Path, capsys: pyt
 
     with pytest.raises(ConfigError, match=r"contains complete runs of the array: 0, 2\n") as caught:
         submit_array("0-4%2")
-    assert "--array 1,3-4;" in caught.value.mend
+    assert "--array 1,3-4;" in caught.value.hint
     with pytest.raises(ConfigError, match=r"of the array: 5\n") as caught:
         submit_array("5")
-    assert caught.value.mend == "move them away; all are complete"
+    assert caught.value.hint == "move them away; all are complete"
     assert submit_array("1,3-7:4") == 0
     assert "#SBATCH --array=1,3-7:4\n" in capsys.readouterr().out
 

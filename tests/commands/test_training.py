@@ -42,7 +42,7 @@ def assert_error(outcome: Outcome, *parts: str) -> None:
     text = outcome.outputs[0]
     assert "Traceback" not in text, text
     assert text.count("disttrain: error") == 1, text
-    assert "mend:" in text, text
+    assert "hint:" in text, text
     assert len(text) < 2000, f"not one page: {len(text)} characters"
     missing = [part for part in parts if part not in text]
     assert not missing, f"the message lacks {missing}:\n{text}"

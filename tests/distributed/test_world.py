@@ -134,7 +134,7 @@ def test_what_makes_no_sense_is_refused(environment: dict[str, str], words: list
 def test_the_processes_of_mpirun_are_no_runs_of_their_own(size: str) -> None:
     with pytest.raises(ConfigError, match=r"mpirun started this process as rank 1 of 2") as caught:
         detect_world({size: "2", size.replace("SIZE", "RANK"): "1", "PMI_RANK": "1"})
-    assert "torchrun" in caught.value.mend
+    assert "torchrun" in caught.value.hint
 
 
 def test_uneven_nodes_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""``disttrain doctor`` finds planted faults, on this machine and on real ranks, and names who and how to mend it."""
+"""``disttrain doctor`` finds planted faults, on this machine and on real ranks, and names who and how to fix it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str], digits: Pa
     wanted = {"versions", "processors", "memory", "shared memory", "open files", "devices", "network", "run folder"}
     assert wanted | {"data", "computing", "ranks"} <= checks
     assert found["measured"]["compute_seconds"] > 0
-    assert all(each["mend"] for each in found["findings"] if each["status"] != "ok")
+    assert all(each["hint"] for each in found["findings"] if each["status"] != "ok")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"], "something was left behind"
     code, found = run_here(capsys, "--config", str(config), "--data", f"{tmp_path}/nowhere/*.tar", "--strict")
     assert code == 1

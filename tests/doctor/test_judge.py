@@ -53,7 +53,7 @@ def test_what_differs_is_named(changed: dict[str, Any], check: str, status: str,
     (finding,) = judge.compare_facts([facts("n1"), facts("n1"), facts("n2", **changed)])
     assert (finding.check, finding.status) == (check, status)
     assert said in finding.said
-    assert finding.mend
+    assert finding.hint
 
 
 def test_clocks() -> None:
@@ -89,7 +89,7 @@ def test_a_slow_rank_is_slow_among_two_and_among_many() -> None:
 def test_links_are_judged_by_what_they_should_carry(backend: str, link: Link, slowest: float) -> None:
     speeds = SPEEDS | {"all_reduce": slowest, "all_gather": slowest / 2}
     slow = judge.judge_links(speeds, backend=backend, link=link)
-    assert (slow.status, bool(slow.mend)) == ("warning", True)
+    assert (slow.status, bool(slow.hint)) == ("warning", True)
     assert link.name in slow.said if link.speed else "0.00 GB/s" not in slow.said
     well = judge.judge_links(speeds | {"all_reduce": 1.2 * slowest}, backend=backend, link=link)
     assert well.status == "ok", "the faster of the two counts"
@@ -134,7 +134,7 @@ def test_the_table_has_the_mend_below_what_was_found() -> None:
     console = Console(width=80, record=True, file=io.StringIO())
     print_report(report, console)
     lines = console.export_text().splitlines()
-    places = [next(i for i, line in enumerate(lines) if word in line) for word in ("enough", "FAILURE", "mend: use")]
+    places = [next(i for i, line in enumerate(lines) if word in line) for word in ("enough", "FAILURE", "hint: use")]
     assert places == sorted(places), "\n".join(lines)
     assert lines[-1] == "disttrain doctor: 1 failure"
     print_report(Report(World(), [ok("a", "one\x1b"), ok("a", "two")]), console)

@@ -37,7 +37,7 @@ def test_a_plan_is_exact_or_refused_with_sizes_that_work(batch: int, micro: int,
         return
     with pytest.raises(ConfigError) as caught:
         BatchPlan(batch, micro, ranks)
-    first, _, batches = caught.value.mend.partition("global_batch_size")
+    first, _, batches = caught.value.hint.partition("global_batch_size")
     offered = [int(number) for number in re.findall(r"\d+", first)]
     assert offered, f"no size is offered: {caught.value}"
     for size in offered:  # each of them must work
@@ -55,22 +55,22 @@ def test_a_plan_is_exact_or_refused_with_sizes_that_work(batch: int, micro: int,
         (
             (64, 16, 3),
             "global_batch_size 64 cannot be divided evenly over 3 ranks\n"
-            "  mend: use 1, 2, 4, 8, 16, 32 or 64 ranks, or global_batch_size 63 or 66",
+            "  hint: use 1, 2, 4, 8, 16, 32 or 64 ranks, or global_batch_size 63 or 66",
         ),
         (
             (2, 1, 3),
             "global_batch_size 2 cannot be divided evenly over 3 ranks\n"
-            "  mend: use 1 or 2 ranks, or global_batch_size 3",
+            "  hint: use 1 or 2 ranks, or global_batch_size 3",
         ),
         (
             (64, 5, 4),
             "micro_batch_size 5 does not divide the 16 samples that each of 4 ranks takes from global_batch_size 64\n"
-            "  mend: use micro_batch_size 1, 2, 4, 8 or 16",
+            "  hint: use micro_batch_size 1, 2, 4, 8 or 16",
         ),
         (
             (5040, 11, 1),
             "micro_batch_size 11 does not divide the 5040 samples that each of 1 ranks takes from global_batch_size"
-            " 5040\n  mend: use micro_batch_size 1, 2, 3, 4, 5, 6, ..., 1008, 1260, 1680, 2520 or 5040",
+            " 5040\n  hint: use micro_batch_size 1, 2, 3, 4, 5, 6, ..., 1008, 1260, 1680, 2520 or 5040",
         ),
         ((1, 2, 1), "use micro_batch_size 1"),
         ((0, 1, 1), "global_batch_size is 0"),
@@ -167,7 +167,7 @@ def test_degrees_fit_or_those_that_do_are_listed(replicate: int, shard: int, ten
         return
     with pytest.raises(ConfigError) as caught:
         config.degrees(ranks)
-    offered = re.findall(r"(\d+) x (\d+)(?: x (\d+))?", caught.value.mend)
+    offered = re.findall(r"(\d+) x (\d+)(?: x (\d+))?", caught.value.hint)
     assert offered, str(caught.value)
     for copies, parts, layers in offered:
         assert (int(copies), int(parts), int(layers or 1)) in fits, str(caught.value)
@@ -176,7 +176,7 @@ def test_degrees_fit_or_those_that_do_are_listed(replicate: int, shard: int, ten
 def test_nothing_to_shard_is_refused() -> None:
     with pytest.raises(ConfigError, match="leaves nothing to shard on 4 ranks") as caught:
         ParallelConfig(strategy="fsdp", replicate=4).degrees(4)
-    assert caught.value.mend == "use replicate x shard of 2 x 2 or 1 x 4, or parallel.strategy: ddp"
+    assert caught.value.hint == "use replicate x shard of 2 x 2 or 1 x 4, or parallel.strategy: ddp"
 
 
 def test_configurations_are_frozen_values() -> None:

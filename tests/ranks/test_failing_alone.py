@@ -39,7 +39,7 @@ def fail_alone(run_dir: str, where: str) -> None:
         if dist.get_rank() == 1:
             threading.Event().wait()
 
-    error = ValueError("mine alone") if where == "teardown" else DisttrainError("mine alone", mend="mend it")
+    error = ValueError("mine alone") if where == "teardown" else DisttrainError("mine alone", hint="hint it")
     trainer = Trainer(run_dir=run_dir, max_steps=3, callbacks=[Fails(error)], progress_bar=False)
     task = MLPTask(OptimizerConfig(name="sgd", lr=0.1))
     batches = MicroBatches(trainer.global_rank, 1, micro_batches=2, steps=3)

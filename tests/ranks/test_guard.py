@@ -110,7 +110,7 @@ def test_a_module_that_optimizes_by_hand_is_not_and_is_told_so(poisoned: Path, t
     refused = fit(tmp_path / "refused", poisoned, 1, "{}", *SPIKES, *module)
     assert refused.codes == [2], refused.text
     assert "guard.spikes is 20, but PlainFeatures optimizes by hand" in refused.text
-    assert "mend: set guard.spikes to 0, or use automatic optimization" in refused.text
+    assert "hint: set guard.spikes to 0, or use automatic optimization" in refused.text
     text = fit(tmp_path / "run", poisoned, 1, "{}", *module).ok().text
     assert text.count("the guard is off: PlainFeatures optimizes by hand (automatic_optimization is False)") == 1
 

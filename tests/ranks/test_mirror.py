@@ -153,14 +153,14 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("what", "message", "mend"), WRONG)
+@pytest.mark.parametrize(("what", "message", "hint"), WRONG)
 def test_what_cannot_work_ends_the_run_before_its_first_step(
-    digits: Path, tmp_path: Path, s3: S3Server, what: str, message: str, mend: str
+    digits: Path, tmp_path: Path, s3: S3Server, what: str, message: str, hint: str
 ) -> None:
     s3.check_credentials(what == "keys")
     outcome = fit(tmp_path / "run", digits, 2, s3, url="s3://modles/run" if what == "bucket" else URL)
     assert outcome.codes == [2, 2], outcome.text
     assert outcome.text.count(message) == 1
-    assert outcome.text.count(f"mend: {mend}") == 1
+    assert outcome.text.count(f"hint: {hint}") == 1
     assert "Traceback" not in outcome.text
     assert "attempts" not in read_run(tmp_path / "run"), "training has begun"

@@ -144,7 +144,7 @@ def test_what_cannot_be_trained_is_refused_by_name(
     try:
         with pytest.raises(ConfigError, match=message) as caught:
             trainer.fit(kind(), datamodule=data)
-        assert caught.value.mend
+        assert caught.value.hint
     finally:
         dist.destroy_process_group()
 

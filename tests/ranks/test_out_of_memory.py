@@ -137,7 +137,7 @@ def test_several_ranks_end_and_the_same_command_takes_less(tmp_path: Path) -> No
     assert first.codes[1] == OUT_OF_MEMORY_CODE, first.text
     assert first.codes[0] == 2, "a peer was not ended by the lost connection"
     text = " ".join(first.text.split())
-    assert "step 0: out of memory on rank 1 in the backward pass with micro_batch_size 8 mend: start the same" in text
+    assert "step 0: out of memory on rank 1 in the backward pass with micro_batch_size 8 hint: start the same" in text
     assert "start the same command again: it takes at most half of that by itself" in text
     assert "Traceback" not in text
     assert start().codes[1] == OUT_OF_MEMORY_CODE
@@ -167,7 +167,7 @@ def test_nothing_smaller_is_left(tmp_path: Path) -> None:
     outcome = run_cli(2, command(tmp_path / "run", tmp_path / "data", *data), folder=tmp_path / "logs")
     assert outcome.codes == [2, 2], outcome.text
     text = " ".join(outcome.text.split())
-    assert "step 0: out of memory on rank 1 in the backward pass with micro_batch_size 1 mend: use" in text
+    assert "step 0: out of memory on rank 1 in the backward pass with micro_batch_size 1 hint: use" in text
     assert not (tmp_path / "run" / "memory").exists()
 
 

@@ -172,7 +172,7 @@ def test_refused_credentials_are_one_message(many: Path, s3: S3Server, tmp_path:
     assert outcome.codes == [2, 2], outcome.text
     said = "s3://digits/train-000000.tar: HTTP 403: the server refused the request: Forbidden (1 attempt; credentials: "
     assert said in outcome.text
-    assert outcome.text.count("mend: use credentials with read access") == 1
+    assert outcome.text.count("hint: use credentials with read access") == 1
     assert "Traceback" not in outcome.text
 
 
@@ -187,5 +187,5 @@ def test_a_missing_shard_is_one_message(digits: Path, tmp_path: Path) -> None:
         )
     assert outcome.codes == [2, 2], outcome.text
     assert f"data.train: a shard does not exist: {server.url}/train-000004.tar: HTTP 404" in outcome.text
-    assert outcome.text.count("mend:") == 1
+    assert outcome.text.count("hint:") == 1
     assert "Traceback" not in outcome.text

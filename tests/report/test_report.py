@@ -348,7 +348,7 @@ def test_a_run_named_twice_is_one_run(tmp_path: Path) -> None:
 def test_several_runs_need_a_place(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="2 runs") as caught:
         write_report([tmp_path / "one", tmp_path / "two"])
-    assert "--out" in caught.value.mend
+    assert "--out" in caught.value.hint
     with pytest.raises(ConfigError, match="no run folder"):
         write_report([])
 
@@ -368,7 +368,7 @@ def test_a_folder_that_is_no_run_folder_is_named(tmp_path: Path, content: str | 
     with pytest.raises(DataError, match=message) as caught:
         write_report([tmp_path])
     assert str(tmp_path) in caught.value.what
-    assert caught.value.mend, f"says no mend: {caught.value}"
+    assert caught.value.hint, f"says no hint: {caught.value}"
     assert not (tmp_path / "report").exists(), "a folder was made all the same"
 
 
@@ -381,7 +381,7 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written") as caught:
         write_report([make_run(tmp_path / "run")], tmp_path / "file")
-    assert "--out" in caught.value.mend
+    assert "--out" in caught.value.hint
 
 
 def test_config_differences() -> None:

@@ -151,7 +151,7 @@ def test_a_path_that_cannot_be_resumed_is_refused(run_dir: Path, tmp_path: Path)
     (tmp_path / "bare" / "checkpoints").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="holds no committed checkpoint") as caught:
         choose_start(run_dir, str(tmp_path / "bare"))
-    assert "--resume never" in caught.value.mend
+    assert "--resume never" in caught.value.hint
 
 
 def test_the_best_and_the_last_checkpoint(run_dir: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_run_without_checkpoints_has_neither(tmp_path: Path) -> None:
     for which in ("best", "last"):
         with pytest.raises(CheckpointError, match="holds no committed checkpoint") as caught:
             best_checkpoint(tmp_path, which)
-        assert "train first" in caught.value.mend
+        assert "train first" in caught.value.hint
 
 
 def test_a_record_is_written_whole_and_readable_by_others(tmp_path: Path) -> None:

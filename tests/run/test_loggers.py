@@ -143,7 +143,7 @@ def test_another_file_is_not_overwritten(path: Path) -> None:
     for use in (lambda: write(path, (1, {"a": 1.0})), lambda: list(read_rows(path))):
         with pytest.raises(DataError, match="not a metrics file") as caught:
             use()
-        assert caught.value.mend, "the error says no mend"
+        assert caught.value.hint, "the error says no hint"
     assert path.read_text() == "name,age\nx,3\n"
 
 
@@ -151,7 +151,7 @@ def test_another_file_is_not_overwritten(path: Path) -> None:
 def test_an_impossible_name_is_refused(path: Path, name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         write(path, (1, {name: 1.0}))
-    assert caught.value.mend, "the error says no mend"
+    assert caught.value.hint, "the error says no hint"
     assert not path.exists(), "a file was made"
 
 

@@ -14,7 +14,7 @@ from disttrain.slurm.site import Container, Site, find_site, load_site
 
 
 @pytest.mark.parametrize(
-    ("options", "what", "mend"),
+    ("options", "what", "hint"),
     [
         ({}, "the number of ranks per node is not set", "--gpus-per-node K"),
         ({"gpus_per_node": 4, "tasks_per_node": 2}, "--tasks-per-node is 2 and --gpus-per-node is 4", "omit"),
@@ -27,11 +27,11 @@ from disttrain.slurm.site import Container, Site, find_site, load_site
         ({"tasks_per_node": 1, "style": "mpirun"}, "--style is 'mpirun'", "srun or torchrun"),
     ],
 )
-def test_a_job_that_cannot_be(options: dict[str, Any], what: str, mend: str) -> None:
+def test_a_job_that_cannot_be(options: dict[str, Any], what: str, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Job("a", **options)
     assert what in caught.value.what
-    assert mend in caught.value.mend
+    assert hint in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_ranks_against_the_configuration() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "what", "mend"),
+    ("text", "what", "hint"),
     [
         ("acount: x", "there is no field acount", "did you mean 'account'?"),
         ("modules: cuda", "modules is 'cuda'", "a list of strings"),
@@ -73,14 +73,14 @@ def test_ranks_against_the_configuration() -> None:
         ("a: [", "is not valid YAML", "or the file"),
     ],
 )
-def test_a_site_that_cannot_be(tmp_path: Path, text: str, what: str, mend: str) -> None:
+def test_a_site_that_cannot_be(tmp_path: Path, text: str, what: str, hint: str) -> None:
     file = tmp_path / "site.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError) as caught:
         load_site(file)
     assert str(file) in caught.value.what
     assert what in caught.value.what
-    assert mend in caught.value.mend
+    assert hint in caught.value.hint
 
 
 def test_a_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missi
 
 
 @pytest.mark.parametrize(
-    ("options", "more", "what", "mend"),
+    ("options", "more", "what", "hint"),
     [
         (["--partition", "hgih"], {}, "the cluster has no partition 'hgih'", "did you mean 'high'?"),
         (["--tasks-per-node", "99"], {"data.global_batch_size": "99", "data.micro_batch_size": "1"}, "SLURM", "sinfo"),
@@ -36,12 +36,12 @@ def test_what_is_refused_is_not_queued(
     options: list[str],
     more: dict[str, str],
     what: str,
-    mend: str,
+    hint: str,
 ) -> None:
     before = cluster.run(["squeue", "--noheader", "--states=all", "--format=%i"]).stdout
     with cluster.as_here(), pytest.raises(ConfigError, match=what) as caught:
         submit.main(arguments(tmp_path / "run", digits, "--tasks-per-node", "2", *options, more=more))
-    assert mend in caught.value.mend
+    assert hint in caught.value.hint
     assert cluster.run(["squeue", "--noheader", "--states=all", "--format=%i"]).stdout == before
     assert not (tmp_path / "run").exists(), "something was written"
 

@@ -246,7 +246,7 @@ class Cluster:
         return done.stdout.split().count("idle")
 
     def settle(self) -> None:
-        """Cancel all jobs, mend all nodes, and wait until these are idle."""
+        """Cancel all jobs, repair all nodes, and wait until these are idle."""
         self.run(["bash", "-c", "scancel --quiet $(squeue --noheader --format=%A | sort -u) || true"])
         for number in range(1, self.nodes + 1):
             self.heal(f"n{number}")

@@ -18,5 +18,5 @@ def test_a_duration_is_its_seconds(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "5", "h", "3x", "-1h", "30m1h", "1h1h", "1h30", "one hour"])
 def test_what_is_no_duration_names_the_setting(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"trainer.stop_after is .*, not a duration\n  mend: write numbers"):
+    with pytest.raises(ConfigError, match=r"trainer.stop_after is .*, not a duration\n  hint: write numbers"):
         parse_duration(text, "trainer.stop_after")

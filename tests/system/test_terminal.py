@@ -28,9 +28,9 @@ def test_what_a_terminal_obeys_is_shown(lines: bool) -> None:
 
 
 def test_a_message_cannot_pose_as_another(capsys: pytest.CaptureFixture[str]) -> None:
-    tell("error: key 'a\ndisttrain: all is well\r' is damaged\n  mend: \x1b[31mred")
+    tell("error: key 'a\ndisttrain: all is well\r' is damaged\n  hint: \x1b[31mred")
     assert capsys.readouterr().err == (
-        "disttrain: error: key 'a\n  disttrain: all is well\\x0d' is damaged\n  mend: \\x1b[31mred\n"
+        "disttrain: error: key 'a\n  disttrain: all is well\\x0d' is damaged\n  hint: \\x1b[31mred\n"
     )
     say("a\nb")
     assert capsys.readouterr().out == "a\\x0ab\n"

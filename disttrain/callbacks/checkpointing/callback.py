@@ -40,8 +40,7 @@ from disttrain.lightning.internals import validation_follows
 from disttrain.strategies.build import strategy_of
 from disttrain.system.terminal import tell
 
-_GRACE_SECONDS = 60.0
-"""How long a run that fails waits for the save that is under way."""
+_GRACE_SECONDS = 60.0  # how long a run that fails waits for the save that is under way
 
 
 class Checkpointing(Callback, Checkpoint):
@@ -88,7 +87,7 @@ class Checkpointing(Callback, Checkpoint):
         if keep_last < 1 or keep_best < 0:
             raise ConfigError(
                 f"checkpoint.keep_last is {keep_last} and keep_best {keep_best}",
-                mend="keep at least the last one, and 0 or more of the best",
+                hint="keep at least the last one, and 0 or more of the best",
             )
         self.keep_last, self.keep_best, self.keep_every_steps = keep_last, keep_best, keep_every_steps
         self.monitor = Monitor(monitor, mode) if monitor is not None and keep_best else None
@@ -238,7 +237,7 @@ class Checkpointing(Callback, Checkpoint):
         if self._saved_step != trainer.global_step:
             raise SpoiltError(
                 f"the run ends at step {trainer.global_step} with weights that are not finite, and is not saved",
-                mend="start it again, with a lower learning rate or gradient clipping: it goes on from an older step",
+                hint="start it again, with a lower learning rate or gradient clipping: it goes on from an older step",
             )
 
     def save_if_new(self, trainer: pl.Trainer) -> None:

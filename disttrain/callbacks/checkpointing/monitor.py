@@ -30,9 +30,9 @@ class Monitor:
 
     def __post_init__(self) -> None:
         if self.mode not in ("min", "max"):
-            raise ConfigError(f"mode of monitor {self.name!r} is {self.mode!r}", mend="use 'min' or 'max'")
+            raise ConfigError(f"mode of monitor {self.name!r} is {self.mode!r}", hint="use 'min' or 'max'")
         if self.min_delta < 0:
-            raise ConfigError(f"min_delta of monitor {self.name!r} is {self.min_delta}", mend="use 0 or more")
+            raise ConfigError(f"min_delta of monitor {self.name!r} is {self.min_delta}", hint="use 0 or more")
 
     @property
     def worst(self) -> float:
@@ -57,7 +57,7 @@ class Monitor:
             listed = f"metrics there are: {', '.join(names)}" if names else "no metrics were logged"
             raise ConfigError(
                 f"the monitored metric {self.name!r} is not logged in validation; {listed}",
-                mend=f"set the monitor to one of them; {nearest(self.name, names)}",
+                hint=f"set the monitor to one of them; {nearest(self.name, names)}",
             )
         value: float | None = None
         # Lightning keeps what an earlier validation logged, under the same name, until another one logs it.

@@ -36,11 +36,11 @@ class SaveTimes:
     ) -> None:
         for name, value in (("every_steps", every_steps), ("every_epochs", every_epochs)):
             if value is not None and value < 1:
-                raise ConfigError(f"checkpoint.{name} is {value}", mend="use at least 1, or null for every epoch")
+                raise ConfigError(f"checkpoint.{name} is {value}", hint="use at least 1, or null for every epoch")
         if keep_every_steps is not None and keep_every_steps < 1:
-            raise ConfigError(f"checkpoint.keep_every_steps is {keep_every_steps}", mend="use at least 1, or null")
+            raise ConfigError(f"checkpoint.keep_every_steps is {keep_every_steps}", hint="use at least 1, or null")
         if every_minutes is not None and not every_minutes > 0:
-            raise ConfigError(f"checkpoint.every_minutes is {every_minutes}", mend="use more than 0, or null")
+            raise ConfigError(f"checkpoint.every_minutes is {every_minutes}", hint="use more than 0, or null")
         if every_steps is None and every_minutes is None and every_epochs is None:
             every_epochs = 1
         self.every_steps, self.every_epochs, self.every_minutes = every_steps, every_epochs, every_minutes

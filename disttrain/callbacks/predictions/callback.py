@@ -103,7 +103,7 @@ class PredictionWriter(Callback):
             return
         keys, ids = batch[KEY][:count], batch[ID][:count].tolist()
         if any(one >= two for one, two in zip([self._last, *ids], ids, strict=False)):
-            raise DataError(f"sample {ids[0]} comes after sample {self._last}", mend="predict in the plain order")
+            raise DataError(f"sample {ids[0]} comes after sample {self._last}", hint="predict in the plain order")
         self._first, self._last = (ids[0] if self._first < 0 else self._first), ids[-1]
         columns = _columns(outputs, batch[KEY], count, class_name(pl_module))
         begin = 0
@@ -179,7 +179,7 @@ class PredictionWriter(Callback):
         except OSError as error:
             raise DataError(
                 f"predictions cannot be written to {self.output.path}: {error.strerror or error}",
-                mend="check the permissions and the space left there, or let --output name another place",
+                hint="check the permissions and the space left there, or let --output name another place",
             ) from None
 
 
@@ -190,7 +190,7 @@ def _columns(outputs: Any, keys: list[str], count: int, module: str) -> Columns:
     if not isinstance(outputs, Mapping):
         raise DataError(
             f"predict_step of {module} returned a {type(outputs).__name__}",
-            mend="return a tensor, or a dictionary of names to one value a sample",
+            hint="return a tensor, or a dictionary of names to one value a sample",
         )
     columns: dict[str, Column] = {}
     for name, values in outputs.items():
@@ -199,11 +199,11 @@ def _columns(outputs: Any, keys: list[str], count: int, module: str) -> Columns:
         if rows not in (len(keys), count):
             what = f"{rows} value{'s' * (rows != 1)}" if has_rows else f"a {type(values).__name__}"
             raise DataError(
-                f"output {name!r} of {module} is {what} for {count} samples", mend="return one value a sample"
+                f"output {name!r} of {module} is {what} for {count} samples", hint="return one value a sample"
             )
         if name == KEY and list(values)[:count] != keys[:count]:
             raise DataError(
-                f"{module} returned other values of {KEY} than the samples'", mend=f"return {KEY} as it is in the batch"
+                f"{module} returned other values of {KEY} than the samples'", hint=f"return {KEY} as it is in the batch"
             )
         if name != KEY:
             columns[str(name)] = to_column(values)[:count]
@@ -234,10 +234,10 @@ def _check(told: list[_Told], total: int, trainer: pl.Trainer) -> None:
         raise DataError(
             f"{expected} samples were to be predicted; {delivered} were delivered and have {total} results, of samples"
             f" {', '.join(f'{first} to {last}' for first, last in spans)}: not one each",
-            mend="nothing was written; this is a fault of the loader or of the module",
+            hint="nothing was written; this is a fault of the loader or of the module",
         )
     if not total:
-        raise DataError("no sample is left that could be predicted", mend="see what was skipped, and repair it")
+        raise DataError("no sample is left that could be predicted", hint="see what was skipped, and repair it")
 
 
 def _expected(trainer: pl.Trainer, total: int) -> int:

@@ -67,7 +67,7 @@ class Output:
             ConfigError: the options contradict each other.
         """
         if samples_per_file is not None and samples_per_file < 1:
-            raise ConfigError(f"--samples_per_file is {samples_per_file}", mend="use at least 1")
+            raise ConfigError(f"--samples_per_file is {samples_per_file}", hint="use at least 1")
         if path is None:
             is_file = format in (None, "jsonl") and samples_per_file is None
             place = run_dir / (f"{NAME}.jsonl" if is_file else NAME)
@@ -79,18 +79,18 @@ class Output:
             if format is None:
                 raise ConfigError(
                     f"--output {path} does not say what is to be written",
-                    mend="end it in .jsonl, .parquet or .tar for one file, or give --format for a folder of files",
+                    hint="end it in .jsonl, .parquet or .tar for one file, or give --format for a folder of files",
                 )
             return cls(place, format, samples_per_file or SAMPLES_PER_FILE, overwrite)
         if format not in (None, suffix):
             raise ConfigError(
                 f"--output {path} is a {suffix} file, but --format is {format}",
-                mend="leave one of them out, or name a folder",
+                hint="leave one of them out, or name a folder",
             )
         if samples_per_file is not None:
             raise ConfigError(
                 f"--output {path} is one file, but --samples_per_file is {samples_per_file}",
-                mend=f"name a folder: --output {place.with_suffix('')} --format {suffix}",
+                hint=f"name a folder: --output {place.with_suffix('')} --format {suffix}",
             )
         return cls(place, suffix, 0, overwrite)
 
@@ -114,7 +114,7 @@ class Output:
             if other is not None:
                 raise ConfigError(
                     f"folder {self.path} holds other things than predictions, such as {other}",
-                    mend="let --output name a folder of its own",
+                    hint="let --output name a folder of its own",
                 )
             if not held:
                 return
@@ -122,10 +122,10 @@ class Output:
             return
         elif self.samples_per_file or self.path.is_dir():
             kind, wanted = ("folder", "file") if self.path.is_dir() else ("file", "folder")
-            raise ConfigError(f"--output {self.path} is a {kind}, not a {wanted}", mend="name another place")
+            raise ConfigError(f"--output {self.path} is a {kind}, not a {wanted}", hint="name another place")
         if not self.overwrite:
             raise ConfigError(
-                f"predictions exist: {self.path}", mend="let --output name another place, or give --overwrite"
+                f"predictions exist: {self.path}", hint="let --output name another place, or give --overwrite"
             )
 
 
@@ -161,7 +161,7 @@ class Workshop:
         if not self._parts.is_dir():
             raise DataError(
                 f"{self._folder}, made by rank 0, is not to be seen from here",
-                mend="let --output name a place that all nodes share",
+                hint="let --output name a place that all nodes share",
             )
 
     def part(self, number: int, rank: int) -> IO[bytes]:

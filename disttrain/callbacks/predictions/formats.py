@@ -111,7 +111,7 @@ class Parquet(Format):
             self._parquet: Any = importlib.import_module("pyarrow.parquet")
         except ImportError:
             raise ConfigError(
-                "the format parquet needs pyarrow, which is missing", mend="pip install 'disttrain[parquet]'"
+                "the format parquet needs pyarrow, which is missing", hint="pip install 'disttrain[parquet]'"
             ) from None
         self._schema: Any = None
 
@@ -179,7 +179,7 @@ class Parquet(Format):
         except self._arrow.ArrowException as error:
             raise DataError(
                 f"an output changes its type between batches, which Parquet cannot hold: {error}",
-                mend="return one type for each output from predict(), or write JSON lines",
+                hint="return one type for each output from predict(), or write JSON lines",
             ) from None
 
     def _array(self, column: Column) -> Any:
@@ -266,7 +266,7 @@ class Tar(Format):
             if name.startswith("_") or split_name(f"key.{name}.json") != ("key", f"{name}.json"):
                 raise DataError(
                     f"output {name!r} cannot be the name of a file in a tar",
-                    mend="lower case, without slashes, not starting with '_'; or write Parquet or JSON lines",
+                    hint="lower case, without slashes, not starting with '_'; or write Parquet or JSON lines",
                 )
 
     @staticmethod
@@ -312,7 +312,7 @@ def _plain(value: Any) -> Any:
 
 def _refuse_key(columns: Columns) -> None:
     if "key" in columns:
-        raise DataError("an output is called 'key', as the samples' keys are", mend="give it another name")
+        raise DataError("an output is called 'key', as the samples' keys are", hint="give it another name")
 
 
 @contextmanager
@@ -324,7 +324,7 @@ def _refusing(name: str, kind: str, *errors: type[Exception]) -> Iterator[None]:
     except refused as error:
         raise DataError(
             f"output {name!r} cannot be written to {kind}: {error}",
-            mend="return numbers, text, or tensors of numbers from predict(), or choose another --format",
+            hint="return numbers, text, or tensors of numbers from predict(), or choose another --format",
         ) from None
 
 

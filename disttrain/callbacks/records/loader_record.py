@@ -46,6 +46,6 @@ class LoaderRecord(Callback):
         if different:
             raise CheckpointError(
                 f"the checkpoint is in the middle of an epoch of a loader that has changed: {'; '.join(different)}",
-                mend="restore that, or resume from a checkpoint at the end of an epoch (Checkpointing(every_epochs=1));"
+                hint="restore that, or resume from a checkpoint at the end of an epoch (Checkpointing(every_epochs=1));"
                 " ShardedDataModule resumes on any number of ranks",
             )

@@ -252,7 +252,7 @@ class RunRecord(Callback):
             if must:
                 raise DisttrainError(
                     f"{self.run_dir / RUN_FILE} cannot be written: {error.strerror}",
-                    mend="make room, or the folder writable; the same command ends the run from its last checkpoint",
+                    hint="make room, or the folder writable; the same command ends the run from its last checkpoint",
                 ) from error
             self._complain(RUN_FILE, error)
 

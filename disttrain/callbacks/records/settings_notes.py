@@ -193,7 +193,7 @@ def _check_length(trainer: pl.Trainer, batches: float = math.inf) -> None:
         if end > scheduler.total_steps:
             raise ConfigError(
                 f"OneCycleLR ends after {scheduler.total_steps} steps of its own, this run would take {end}",
-                mend="limit the run (trainer.max_steps, trainer.max_epochs), or begin a new one with a longer cycle:"
+                hint="limit the run (trainer.max_steps, trainer.max_epochs), or begin a new one with a longer cycle:"
                 " --initialize_from takes the weights; a cycle that has begun cannot be extended",
             )
 

@@ -33,7 +33,7 @@ class StepLog(Callback):
 
     def __init__(self, every_steps: int, bad_samples: BadSamples) -> None:
         if every_steps < 1:
-            raise ConfigError(f"trainer.log_every_steps is {every_steps}", mend="use at least 1")
+            raise ConfigError(f"trainer.log_every_steps is {every_steps}", hint="use at least 1")
         self.every_steps, self.bad_samples = every_steps, bad_samples
         self.checkpoints: Checkpointing | None = None
         """The callback that saves, whose time is subtracted; set by the Trainer."""

@@ -88,14 +88,14 @@ class UpdateGuard(Callback):
         margin: int = 10,
     ) -> None:
         if spikes < 0 or (0 < spikes < 3):
-            raise ConfigError(f"guard.spikes is {spikes}", mend="use 0 for none, or at least 3, such as 10")
+            raise ConfigError(f"guard.spikes is {spikes}", hint="use 0 for none, or at least 3, such as 10")
         if window < 4 or patience < 1:
             raise ConfigError(
                 f"guard.window is {window} and guard.patience {patience}",
-                mend="use a window of 4 or more and a patience of 1 or more",
+                hint="use a window of 4 or more and a patience of 1 or more",
             )
         if rollbacks < 0 or margin < 0:
-            raise ConfigError(f"guard.rollbacks is {rollbacks} and guard.margin {margin}", mend="use 0 or more")
+            raise ConfigError(f"guard.rollbacks is {rollbacks} and guard.margin {margin}", hint="use 0 or more")
         self.enabled, self.spikes, self.window, self.patience = enabled, spikes, window, patience
         self.max_rollbacks, self.margin = rollbacks, margin
         self.skipped = 0
@@ -136,17 +136,17 @@ class UpdateGuard(Callback):
     def _can_watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Whether updates can be left out here; says so where that may surprise."""
         if trainer.precision == "16-mixed":
-            why, mend = "16-mixed leaves steps out by a rule of its own", "another trainer.precision"
+            why, hint = "16-mixed leaves steps out by a rule of its own", "another trainer.precision"
         elif not pl_module.automatic_optimization:
             why = f"{class_name(pl_module)} optimizes by hand (automatic_optimization is False)"
-            mend = "automatic optimization"
+            hint = "automatic optimization"
             if trainer.is_global_zero and not self.spikes:
                 tell(f"the guard is off: {why}; losses that are not finite spoil the weights")
         else:
             return True
         if self.spikes:
             raise ConfigError(
-                f"guard.spikes is {self.spikes:g}, but {why}", mend=f"set guard.spikes to 0, or use {mend}"
+                f"guard.spikes is {self.spikes:g}, but {why}", hint=f"set guard.spikes to 0, or use {hint}"
             )
         return False
 
@@ -332,7 +332,7 @@ class UpdateGuard(Callback):
                 f"the last {len(self._streak.bad)} updates were left out, because loss or gradient were not finite"
                 + (" or far above the usual" if self.spikes else "")
                 + why,
-                mend=f"see the samples in {_folder(trainer)}; resume from an older checkpoint with a lower learning"
+                hint=f"see the samples in {_folder(trainer)}; resume from an older checkpoint with a lower learning"
                 " rate or with gradient clipping; checkpoint.every_steps and keep_last say what there is to go back to,"
                 " guard.rollbacks how often",
             )

@@ -45,7 +45,7 @@ def read_rollbacks(folder: Path) -> list[Rollback]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder / FILE}, which says what batches are to be left out, cannot be read: {error}",
-            mend="restore it, or move it away to go on with what the checkpoint says",
+            hint="restore it, or move it away to go on with what the checkpoint says",
         ) from None
 
 
@@ -62,7 +62,7 @@ def write_rollbacks(folder: Path, rollbacks: list[Rollback]) -> None:
         sync_directory(folder)
     except OSError as error:
         raise CheckpointError(
-            f"{folder / FILE} cannot be written: {error.strerror}", mend="make room, or the folder writable"
+            f"{folder / FILE} cannot be written: {error.strerror}", hint="make room, or the folder writable"
         ) from error
 
 

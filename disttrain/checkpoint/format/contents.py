@@ -79,7 +79,7 @@ def plain_contents(contents: Mapping[str, Any]) -> dict[str, Any]:
             )
         raise CheckpointError(
             f"a checkpoint cannot store {shown}{and_more(faults, _SHOWN)}: loading it would need unpickling",
-            mend="; ".join(hints),
+            hint="; ".join(hints),
         )
     return found
 
@@ -106,7 +106,7 @@ def check_tensors(tensors: Tensors) -> None:
         if kind or tensor.is_nested:
             raise CheckpointError(
                 f"a checkpoint cannot store {name}, a {kind or 'nested'} tensor",
-                mend="register it with persistent=False if it can be rebuilt, or make it a dense tensor",
+                hint="register it with persistent=False if it can be rebuilt, or make it a dense tensor",
             )
 
 
@@ -130,7 +130,7 @@ def check_hooks(given: Mapping[str, Any], saved: Mapping[str, Any], *, partly: b
         raise CheckpointError(
             f"on_save_checkpoint() of {who} {'replaces' if replaced else 'adds'} {name} in the checkpoint's state_dict,"
             " which a resume would not undo",
-            mend="store extra tensors under another key of the checkpoint, and convert weights after training; for"
+            hint="store extra tensors under another key of the checkpoint, and convert weights after training; for"
             " averaged weights use disttrain.EMA",
         )
     removed = [name for name in given if name not in saved]
@@ -138,7 +138,7 @@ def check_hooks(given: Mapping[str, Any], saved: Mapping[str, Any], *, partly: b
         raise CheckpointError(
             f"on_save_checkpoint() of {who} removes {removed[0]}{and_more(removed)} from the checkpoint's state_dict:"
             " it could not be resumed from",
-            mend="set strict_loading = False if the module restores these weights itself",
+            hint="set strict_loading = False if the module restores these weights itself",
         )
 
 

@@ -64,7 +64,7 @@ def refuse_folder(path: object) -> None:
     if isinstance(path, str | Path) and Path(path).is_dir():
         raise CheckpointError(
             f"load_from_checkpoint reads a Lightning file, but {path} is a folder",
-            mend=f"disttrain checkpoints export {path} weights.pt, then"
+            hint=f"disttrain checkpoints export {path} weights.pt, then"
             " module.load_state_dict(torch.load('weights.pt')); or Trainer.test(module, ckpt_path=...), which reads it",
         )
 
@@ -85,10 +85,10 @@ def read_weights(path: Path, *, group: str = "model") -> dict[str, Tensor]:
             raise no_group(path, group, groups(path))
         wrong = faults(path)
         if wrong:
-            raise CheckpointError(wrong[0], mend="use another checkpoint")
+            raise CheckpointError(wrong[0], hint="use another checkpoint")
         return read_group(path, group)
     if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint or file at {path}", mend="correct the path")
+        raise CheckpointError(f"there is no checkpoint or file at {path}", hint="correct the path")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -98,18 +98,18 @@ def read_weights(path: Path, *, group: str = "model") -> dict[str, Tensor]:
     except Exception as error:  # damaged bytes may raise almost anything
         raise CheckpointError(
             f"{path} cannot be read as weights: {cause(error)}",
-            mend="give a .safetensors file, or a state_dict of tensors saved by torch.save",
+            hint="give a .safetensors file, or a state_dict of tensors saved by torch.save",
         ) from None
     inner = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(inner, dict):
         raise CheckpointError(
-            f"{path} is not a state_dict: it is of type {type(inner).__name__}", mend="save a dictionary of tensors"
+            f"{path} is not a state_dict: it is of type {type(inner).__name__}", hint="save a dictionary of tensors"
         )
     other = next((name for name, value in inner.items() if not isinstance(value, Tensor)), None)
     if other is not None:
         raise CheckpointError(
             f"{path} is not a state_dict: {other!r} is of type {type(inner[other]).__name__}",
-            mend="save a dictionary of tensors only, as model.state_dict() returns",
+            hint="save a dictionary of tensors only, as model.state_dict() returns",
         )
     return {str(name): value for name, value in inner.items()}
 
@@ -126,7 +126,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], *, about: Mapping[s
         CheckpointError: the extension is unknown, or the file cannot be written.
     """
     if path.suffix not in (".safetensors", ".pt", ".pth"):
-        raise CheckpointError(f"{path} does not end in a known suffix", mend="name it .safetensors, .pt or .pth")
+        raise CheckpointError(f"{path} does not end in a known suffix", hint="name it .safetensors, .pt or .pth")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         make_folder(path.parent)
@@ -145,7 +145,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], *, about: Mapping[s
         reason = f"{path.parent} is not a folder" if no_folder else error.strerror or error
         raise CheckpointError(
             f"{path} cannot be written: {reason}",
-            mend="give a path inside a folder" if no_folder else "check space and permissions",
+            hint="give a path inside a folder" if no_folder else "check space and permissions",
         ) from None
     finally:
         with suppress(OSError):
@@ -185,7 +185,7 @@ def initialize(model: nn.Module, path: Path, *, strict: bool = True) -> Taken:
         hint = nearest(taken.missing[0], taken.unexpected) if taken.missing and taken.unexpected else ""
         raise CheckpointError(
             f"the weights in {path} do not match this model: {taken}",
-            mend="use the model that they were made with, or --initialize_strict false to load what fits"
+            hint="use the model that they were made with, or --initialize_strict false to load what fits"
             + (f"; for {taken.missing[0]}, {hint}" if hint.startswith("did") else ""),
         )
     with torch.no_grad():

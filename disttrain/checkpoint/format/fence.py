@@ -86,7 +86,7 @@ def claim(directory: Path, *, run: str = "", after: int = 0) -> Attempt:
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint folder {directory} cannot be written: {error.strerror}",
-            mend="set trainer.run_dir to a folder that you can write to",
+            hint="set trainer.run_dir to a folder that you can write to",
         ) from error
     return attempt
 
@@ -116,7 +116,7 @@ def guard(directory: Path, attempt: Attempt | None) -> None:
     raise FencedError(
         f"this process is attempt {attempt.number} of the run in {directory.parent}, but {who};"
         " it will not publish anything",
-        mend="let the newer attempt run; this process is stale and exits",
+        hint="let the newer attempt run; this process is stale and exits",
     )
 
 

@@ -132,7 +132,7 @@ def check(path: Path) -> Committed:
     if itself is None or not stat.S_ISDIR(itself.st_mode):
         raise CheckpointError(
             f"there is no checkpoint at {path}{': it is a file' if itself is not None else ''}",
-            mend="give a run folder, or a directory under its checkpoints/",
+            hint="give a run folder, or a directory under its checkpoints/",
         )
     found = replace(_read(path), changed_ns=itself.st_mtime_ns)
     for name, entry in found.files.items():
@@ -142,7 +142,7 @@ def check(path: Path) -> Committed:
             state = "is missing" if there is None else f"has {there} bytes"
             raise CheckpointError(
                 f"checkpoint {path} is torn: {name} {state}, but its marker says {entry.num_bytes}",
-                mend="resume from an earlier one",
+                hint="resume from an earlier one",
             )
     return found
 
@@ -214,7 +214,7 @@ def _entries(directory: Path) -> list[Path]:
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint folder {directory} cannot be read: {error.strerror}",
-            mend="make it readable, or use another run folder",
+            hint="make it readable, or use another run folder",
         ) from error
 
 
@@ -238,7 +238,7 @@ def _look(path: Path) -> os.stat_result | None:
         return None
     except OSError as error:
         raise CheckpointError(
-            f"checkpoint {path} cannot be read: {error.strerror}", mend="make its folder readable"
+            f"checkpoint {path} cannot be read: {error.strerror}", hint="make its folder readable"
         ) from error
 
 
@@ -263,7 +263,7 @@ def newer_format(path: Path | str, found: object) -> CheckpointError:
     """Return the error for a checkpoint written by a newer disttrain."""
     return CheckpointError(
         f"{path} has checkpoint format {found}, but this disttrain reads up to {FORMAT}",
-        mend="install a newer disttrain",
+        hint="install a newer disttrain",
     )
 
 
@@ -271,11 +271,11 @@ def _read(path: Path) -> Committed:
     try:
         text = read_text(path / MARKER)
     except FileNotFoundError:
-        raise CheckpointError(f"checkpoint {path} was never committed", mend="resume from an earlier one") from None
+        raise CheckpointError(f"checkpoint {path} was never committed", hint="resume from an earlier one") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"it {error}"
         raise CheckpointError(
-            f"checkpoint {path} has a damaged {MARKER}: {reason}", mend="resume from an earlier one"
+            f"checkpoint {path} has a damaged {MARKER}: {reason}", hint="resume from an earlier one"
         ) from None
     return parse(text, path)
 
@@ -299,7 +299,7 @@ def parse(text: str, path: Path, *, shown: str = "") -> Committed:
         return _first(path, content) if number == 1 else _second(path, content)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise CheckpointError(
-            f"checkpoint {shown or path} has a damaged {MARKER}", mend="resume from an earlier one"
+            f"checkpoint {shown or path} has a damaged {MARKER}", hint="resume from an earlier one"
         ) from None
 
 

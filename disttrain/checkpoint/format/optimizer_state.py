@@ -53,12 +53,12 @@ def named_state(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
     except KeyError:
         raise CheckpointError(
             f"{kind} holds state for a parameter that is in none of its parameter groups",
-            mend="when you remove a parameter from its group, also delete its entry in optimizer.state",
+            hint="when you remove a parameter from its group, also delete its entry in optimizer.state",
         ) from None
     if not {"state", "param_groups"} <= found.keys():
         raise CheckpointError(
             f"state_dict() of {kind} lacks 'state' or 'param_groups'",
-            mend="extend the dict that torch.optim.Optimizer returns",
+            hint="extend the dict that torch.optim.Optimizer returns",
         )
     groups = []
     for group, held in zip(found["param_groups"], optimizer.param_groups, strict=True):
@@ -67,7 +67,7 @@ def named_state(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
                 raise CheckpointError(
                     f"{kind} holds a parameter of shape {tuple(parameter.shape)} that does not belong to"
                     f" {class_name(module)}",
-                    mend="register it in the module, so that it is saved, moved and reduced like the others",
+                    hint="register it in the module, so that it is saved, moved and reduced like the others",
                 )
             numbered[number] = names[id(parameter)]
         groups.append({**group, "params": [numbered[number] for number in group["params"]]})
@@ -126,7 +126,7 @@ def divide(value: Any, path: str, tensors: dict[str, Tensor], where: str, depth:
         if isinstance(value, DTensor) and any(placement.is_partial() for placement in value.placements):
             raise _refused(where, "DTensor with pending partial sums")
         if path in tensors:
-            raise CheckpointError(f"{where} has the same name as another tensor, {path}", mend="give it another key")
+            raise CheckpointError(f"{where} has the same name as another tensor, {path}", hint="give it another key")
         tensors[path] = value.detach()
         return ("tensor", value.device.type)
     if isinstance(value, np.generic):
@@ -244,7 +244,7 @@ class Filling:
         """
         if path not in self._index:
             raise CheckpointError(
-                f"the checkpoint lacks the optimizer tensor {path}", mend="resume from another checkpoint"
+                f"the checkpoint lacks the optimizer tensor {path}", hint="resume from another checkpoint"
             )
         shape, dtype = self._index[path]
         parameter = self._parameters.get(name) if name is not None else None
@@ -299,7 +299,7 @@ def agreed_groups(
     Raises:
         CheckpointError: the settings differ, or a parameter is in a different group.
     """
-    mend = "use the model and optimizer that it was made with, or start over with --resume never"
+    hint = "use the model and optimizer that it was made with, or start over with --resume never"
     # Group names were added together with configurable groups; older checkpoints have none.
     if len(saved) != len(now) or any(
         set(was) - NOT_COMPARED != set(is_) - NOT_COMPARED for was, is_ in zip(saved, now, strict=False)
@@ -307,7 +307,7 @@ def agreed_groups(
         raise CheckpointError(
             f"checkpoint {path} holds optimizer state with settings or parameter groups that differ from"
             f" this run's {kind}",
-            mend=mend,
+            hint=hint,
         )
     for number, (was, is_) in enumerate(zip(saved, now, strict=True)):
         moved = sorted(set(was["params"]) ^ set(is_["params"]))
@@ -315,7 +315,7 @@ def agreed_groups(
             raise CheckpointError(
                 f"checkpoint {path} has different parameters in the optimizer's parameter group"
                 f" {is_.get('name', number)!r}: {moved[0]}{and_more(moved)} moved",
-                mend=mend,
+                hint=hint,
             )
     return [_agreed(was, is_) for was, is_ in zip(saved, now, strict=True)]
 
@@ -355,6 +355,6 @@ def _as_saved(saved: Any, loaded: Any, same_type: bool) -> Any:
 def _refused(where: str, kind: str) -> CheckpointError:
     return CheckpointError(
         f"{where} is of type {kind}, which a checkpoint cannot store",
-        mend="use tensors, numbers, strings, None, and lists, tuples and dicts of these; or convert it in state_dict()"
+        hint="use tensors, numbers, strings, None, and lists, tuples and dicts of these; or convert it in state_dict()"
         " and load_state_dict(), or in get_extra_state() and set_extra_state()",
     )

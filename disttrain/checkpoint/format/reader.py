@@ -82,7 +82,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     except Exception as error:  # damaged bytes may raise almost anything
         raise CheckpointError(
             f"{path / META} cannot be read without running code from it: {cause(error)}",
-            mend="resume from another checkpoint; this file was damaged or not written by disttrain",
+            hint="resume from another checkpoint; this file was damaged or not written by disttrain",
         ) from None
     number = meta.get("format", 0)
     if not isinstance(number, int) or number > FORMAT:
@@ -169,7 +169,7 @@ def no_group(path: Path, group: str, there: Iterable[str]) -> CheckpointError:
     """Return the error for a group of tensors that a checkpoint does not hold."""
     return CheckpointError(
         f"checkpoint {path} has no {group!r} tensors",
-        mend="its run kept no moving average; use the trained weights" if group == "ema" else nearest(group, there),
+        hint="its run kept no moving average; use the trained weights" if group == "ema" else nearest(group, there),
     )
 
 
@@ -180,7 +180,7 @@ def _damage_named(path: Path) -> Iterator[None]:
     except CheckpointException as error:  # derives from BaseException, so `except Exception` would miss it
         raise CheckpointError(
             f"the tensors of checkpoint {path} cannot be read: {cause(error)}",
-            mend="resume from an earlier one",
+            hint="resume from an earlier one",
         ) from error
 
 
@@ -204,12 +204,12 @@ def _compare(path: Path, metadata: Metadata, into: Tensors) -> None:
         if not isinstance(entry, TensorStorageMetadata):
             raise CheckpointError(
                 f"checkpoint {path} has no tensor {name}",
-                mend=f"use the model that it was made with; {nearest(name, there)}",
+                hint=f"use the model that it was made with; {nearest(name, there)}",
             )
         if entry.size != tensor.shape:
             raise CheckpointError(
                 f"checkpoint {path}: {name} has shape {tuple(entry.size)}, but the model's has {tuple(tensor.shape)}",
-                mend="use the model that the checkpoint was made with",
+                hint="use the model that the checkpoint was made with",
             )
 
 
@@ -232,15 +232,15 @@ class _SafeReader(FileSystemReader):
             except Exception as error:  # damaged bytes may raise almost anything
                 raise CheckpointError(
                     f"the index of checkpoint {self.path} cannot be read: {cause(error)}",
-                    mend="resume from an earlier one",
+                    hint="resume from an earlier one",
                 ) from None
         if not (isinstance(metadata, Metadata) and hasattr(metadata, "state_dict_metadata")):
             raise CheckpointError(
-                f"the index of checkpoint {self.path} is not an index", mend="resume from an earlier one"
+                f"the index of checkpoint {self.path} is not an index", hint="resume from an earlier one"
             )
         if why := _misfit(metadata, Path(self.path)):
             raise CheckpointError(
-                f"the index of checkpoint {self.path} is damaged: {why}", mend="resume from an earlier one"
+                f"the index of checkpoint {self.path} is damaged: {why}", hint="resume from an earlier one"
             )
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id

@@ -51,7 +51,7 @@ def ensure(path: Path) -> None:
     """
     fault = fault_together(path)
     if fault:
-        raise CheckpointError(fault, mend="use an earlier checkpoint")
+        raise CheckpointError(fault, hint="use an earlier checkpoint")
 
 
 def trust(path: Path) -> None:

@@ -98,7 +98,7 @@ class Job:
         if spoilt := next((name for _, name in told if name), ""):
             raise SpoiltError(
                 f"its weights are not finite ({spoilt.removeprefix('model.')})",
-                mend="use a lower learning rate or gradient clipping; guard.enabled: false saves such weights too",
+                hint="use a lower learning rate or gradient clipping; guard.enabled: false saves such weights too",
             )
         with raise_together(group), file_errors(self.temporary, sums):
             if lead:
@@ -208,7 +208,7 @@ def pack_meta(meta: dict[str, Any]) -> bytes:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"the state to save holds an object that would need unpickling: {cause(error)}",
-            mend="return only plain values and tensors from state_dict() and on_save_checkpoint()",
+            hint="return only plain values and tensors from state_dict() and on_save_checkpoint()",
         ) from None
     return stream.getvalue()
 
@@ -233,7 +233,7 @@ def file_errors(path: Path, sums: Sums | None = None) -> Iterator[None]:
             raise  # a bug, or a lost peer
         raise CheckpointError(
             f"cannot write checkpoint {path}: {cause(first)}",
-            mend="check free space, quota and permissions of the run folder",
+            hint="check free space, quota and permissions of the run folder",
         ) from error
 
 
@@ -242,7 +242,7 @@ def _check_space(directory: Path, num_bytes: int) -> None:
     if free < num_bytes:
         raise CheckpointError(
             f"cannot write a checkpoint to {directory}: it needs about {num_bytes:,} bytes, but only {free:,} are free",
-            mend="free space, keep fewer checkpoints (checkpoint.keep_last, keep_best), or move trainer.run_dir",
+            hint="free space, keep fewer checkpoints (checkpoint.keep_last, keep_best), or move trainer.run_dir",
         )
 
 

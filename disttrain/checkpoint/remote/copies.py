@@ -62,7 +62,7 @@ class MirrorConfig:
         if not is_remote(self.url) or scheme.lower() in _READ_ONLY or not rest.strip("/"):
             raise ConfigError(
                 f"checkpoints cannot be copied to {shown(self.url) if rest else self.url!r} (checkpoint.mirror.url)",
-                mend="use a URL such as s3://bucket/folder, gs://bucket/folder or file:///folder",
+                hint="use a URL such as s3://bucket/folder, gs://bucket/folder or file:///folder",
             )
 
 
@@ -112,7 +112,7 @@ class Mirror:
         if not isinstance(content, dict) or not content.get("run"):
             raise CheckpointError(
                 f"{self.url}/{FENCE} is damaged, so it is unknown which run owns these checkpoints",
-                mend="delete that object, or use another checkpoint.mirror.url",
+                hint="delete that object, or use another checkpoint.mirror.url",
             )
         return content
 
@@ -140,14 +140,14 @@ class Mirror:
         there = self.owner()
         if not there:
             raise CheckpointError(
-                f"{self.url}/{FENCE} is gone, so the copies were moved or deleted", mend="restart the run"
+                f"{self.url}/{FENCE} is gone, so the copies were moved or deleted", hint="restart the run"
             )
         if there.get("token") != attempt.token:
             who = f"attempt {there.get('number')} (host {there.get('host')}, process {there.get('pid')})"
             raise FencedError(
                 f"this process is attempt {attempt.number} of run {attempt.run}, but {who} has taken over {self.url};"
                 " it will not publish anything",
-                mend="let the newer attempt run; this process is stale and exits",
+                hint="let the newer attempt run; this process is stale and exits",
             )
 
     def committed(self) -> tuple[list[Stored], list[str]]:
@@ -212,7 +212,7 @@ class Mirror:
             if after and not any(one.name == after for one in found):
                 why = next((reason for reason in passed_over if f"/{after} " in reason), self._never(after))
                 raise CheckpointError(
-                    f"{why}, though it was just uploaded", mend="check what else deletes objects there"
+                    f"{why}, though it was just uploaded", hint="check what else deletes objects there"
                 )
             if not dry_run:
                 self._remove(gone)
@@ -316,7 +316,7 @@ class Mirror:
         except RemoteError as error:
             raise CheckpointError(
                 f"the checkpoint folder {self.url} {what}: {error.what}",
-                mend=_MENDS.get(error.status or 0, error.mend),
+                hint=_MENDS.get(error.status or 0, error.hint),
             ) from None
 
 
@@ -363,5 +363,5 @@ def another_run(mirror: Mirror, theirs: str, ours: str) -> CheckpointError:
     this = f"this folder belongs to run {ours}" if ours else "this is a new run"
     return CheckpointError(
         f"checkpoint.mirror.url {mirror.url} holds the checkpoints of run {theirs}, but {this}",
-        mend="use another checkpoint.mirror.url for this run; or, to resume that one, a new run_dir with --resume auto",
+        hint="use another checkpoint.mirror.url for this run; or, to resume that one, a new run_dir with --resume auto",
     )

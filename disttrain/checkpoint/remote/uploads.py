@@ -152,7 +152,7 @@ def fetch(mirror: Mirror, stored: Stored, directory: Path, attempt: Attempt) -> 
                 raise CheckpointError(
                     f"{mirror.url}/{stored.name} takes {stored.entry.num_bytes:,} bytes, but only {free:,} are free for"
                     f" {directory}",
-                    mend="free space, or move trainer.run_dir",
+                    hint="free space, or move trainer.run_dir",
                 )
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
@@ -207,5 +207,5 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"cannot copy checkpoint {path}: {error.strerror or error}", mend="check the run folder's disk"
+            f"cannot copy checkpoint {path}: {error.strerror or error}", hint="check the run folder's disk"
         ) from error

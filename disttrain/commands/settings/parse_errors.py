@@ -47,32 +47,32 @@ def explain(message: str, settings: Iterable[str]) -> DisttrainError:
         message: the parser's message.
         settings: the dotted names of all settings that the parser knows.
     """
-    own = re.search(r"(?:^|- )\s*([^\n]+)\n\s+mend: ([^\n]+)", message)
+    own = re.search(r"(?:^|- )\s*([^\n]+)\n\s+hint: ([^\n]+)", message)
     if own is not None and own.group(2) != SEE_HELP and "Option '" not in own.group(1):
-        return ConfigError(_within(_keys(message[: own.start()]), own.group(1).strip()), mend=own.group(2).strip())
+        return ConfigError(_within(_keys(message[: own.start()]), own.group(1).strip()), hint=own.group(2).strip())
     text = " ".join(message.replace(SEE_HELP, "").split())
     unknown = re.search(r"(?:Option '|does not accept option '|[Uu]nrecognized arguments: --)([\w.]+)", text)
     if unknown is not None:
         path = ".".join([*_keys(text[: unknown.start()]), unknown.group(1)])
-        return ConfigError(f"there is no setting {path!r}", mend=_nearest_setting(path, set(settings)))
-    value = re.search(r"Expected an? (.{1,200}?)\. Got value: (.*?)(?: mend:| - | Given value|$)", text)
+        return ConfigError(f"there is no setting {path!r}", hint=_nearest_setting(path, set(settings)))
+    value = re.search(r"Expected an? (.{1,200}?)\. Got value: (.*?)(?: hint:| - | Given value|$)", text)
     if value is not None:
         path = ".".join(_keys(text[: value.start()]))
-        return ConfigError(f"{path} is {value.group(2)!r}", mend=f"it must be {_kind(value.group(1))}")
+        return ConfigError(f"{path} is {value.group(2)!r}", hint=f"it must be {_kind(value.group(1))}")
     optional = re.search(r"Expected an? (.{1,200}?) - Expected a <class 'NoneType'>.*Given value: (.*)$", text)
     if optional is not None:
         path = ".".join(_keys(text[: optional.start()]))
-        return ConfigError(f"{path} is {optional.group(2)!r}", mend=f"it must be {_kind(optional.group(1))}, or null")
-    function = re.search(r"expects a function or a callable class: (.*?)(?= - Expected| Given value| mend:|$)", text)
+        return ConfigError(f"{path} is {optional.group(2)!r}", hint=f"it must be {_kind(optional.group(1))}, or null")
+    function = re.search(r"expects a function or a callable class: (.*?)(?= - Expected| Given value| hint:|$)", text)
     if function is not None:
         return ConfigError(
             f"{'.'.join(_keys(text[: function.start()]))}: {function.group(1)[:300]}",
-            mend="name a function, or a class with its init_args, in a module that can be imported from here",
+            hint="name a function, or a class with its init_args, in a module that can be imported from here",
         )
-    class_path = re.search(r"Problem with given class_path .*?(?= - Expected| mend:|$)", text)
+    class_path = re.search(r"Problem with given class_path .*?(?= - Expected| hint:|$)", text)
     if class_path is not None:
-        return ConfigError(class_path.group(0), mend="correct the class path; its module must be importable from here")
-    return ConfigError(text[:400], mend=SEE_HELP)
+        return ConfigError(class_path.group(0), hint="correct the class path; its module must be importable from here")
+    return ConfigError(text[:400], hint=SEE_HELP)
 
 
 def own_error(error: BaseException) -> DisttrainError | None:

@@ -36,10 +36,10 @@ def parse(parser: LightningArgumentParser, args: Sequence[Any]) -> Any:
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, OSError) as error:
         if isinstance(error, ConfigError) or passed_through_users_code(error):
             raise
-        raise ConfigError(f"a setting cannot be read: {type(error).__name__}: {error}", mend=SEE_HELP) from error
+        raise ConfigError(f"a setting cannot be read: {type(error).__name__}: {error}", hint=SEE_HELP) from error
     seed = config.get(f"{args[0]}.seed_everything", 0)
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ConfigError(f"seed_everything is {seed}", mend="use a number from 0 to 4294967295")
+        raise ConfigError(f"seed_everything is {seed}", hint="use a number from 0 to 4294967295")
     return config
 
 
@@ -68,26 +68,26 @@ def _content(file: str) -> Any:
     try:
         return read_yaml(file)
     except ReadError as error:
-        raise ConfigError(f"{file} {error}", mend="correct --config, or the file") from None
+        raise ConfigError(f"{file} {error}", hint="correct --config, or the file") from None
     except FileNotFoundError:
-        raise ConfigError(f"configuration file {file} does not exist", mend="correct --config") from None
+        raise ConfigError(f"configuration file {file} does not exist", hint="correct --config") from None
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{file} cannot be read: {why}", mend="correct --config") from None
+        raise ConfigError(f"{file} cannot be read: {why}", hint="correct --config") from None
 
 
 def _check(name: str, value: str) -> None:
     """Reject a value that would block the parser or crash it with an obscure error."""
     if "\0" in value:
-        raise ConfigError(f"{name} is {value!r}, which contains a NUL character", mend="remove it")
+        raise ConfigError(f"{name} is {value!r}, which contains a NUL character", hint="remove it")
     if len(value) > _MOST_DIGITS and re.fullmatch(r"[-+]?\d+", value):
-        raise ConfigError(f"{name} is a number with {len(value):,} digits", mend="use a smaller number")
+        raise ConfigError(f"{name} is a number with {len(value):,} digits", hint="use a smaller number")
     try:
         mode = Path(value).stat().st_mode if value and name.rpartition(".")[2] != "url" else stat.S_IFREG
     except (OSError, ValueError):
         return
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise ConfigError(f"{name} is {value}, which is neither a regular file nor a folder", mend="correct it")
+        raise ConfigError(f"{name} is {value}, which is neither a regular file nor a folder", hint="correct it")
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -47,7 +47,7 @@ class ShardStore:
             raise ConfigError(
                 f"cache.max_gib {config.max_gib:g} is {config.max_bytes} bytes, less than shard {shown(largest.path)}"
                 f" of {largest.size_bytes} bytes",
-                mend=f"set data.cache.max_gib to {max(0.01, 4 * largest.size_bytes / 2**30):.2g} or more",
+                hint=f"set data.cache.max_gib to {max(0.01, 4 * largest.size_bytes / 2**30):.2g} or more",
             )
         self._cache = ShardCache(config) if largest is not None else None
         self._ahead: _Ahead | None = None
@@ -80,7 +80,7 @@ class ShardStore:
         except OSError as error:
             raise DataError(
                 f"the cache folder {self._cache.directory} cannot be written: {error.strerror}",
-                mend="free space in it, or set data.cache.directory to another folder",
+                hint="free space in it, or set data.cache.directory to another folder",
             ) from None
         self.finish()  # after publishing the new plan, or a shard of both might be evicted in between
         self._ahead = ahead

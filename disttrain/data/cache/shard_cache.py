@@ -65,9 +65,9 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         if not self.max_gib > 0:
-            raise ConfigError(f"cache.max_gib is {self.max_gib}", mend="use more than 0 (GiB)")
+            raise ConfigError(f"cache.max_gib is {self.max_gib}", hint="use more than 0 (GiB)")
         if self.prefetch_threads < 0:
-            raise ConfigError(f"cache.prefetch_threads is {self.prefetch_threads}", mend="use 0 or more")
+            raise ConfigError(f"cache.prefetch_threads is {self.prefetch_threads}", hint="use 0 or more")
 
     @property
     def max_bytes(self) -> int:
@@ -103,7 +103,7 @@ class ShardCache:
         except OSError as error:
             raise DataError(
                 f"the cache folder {error.filename or self.directory} cannot be created or written: {error.strerror}",
-                mend="set data.cache.directory to a writable folder",
+                hint="set data.cache.directory to a writable folder",
             ) from None
         foreign = [
             name for name in os.listdir(self.directory) if name not in (_LOCK, _TAG) and not _OWN.fullmatch(name)
@@ -111,7 +111,7 @@ class ShardCache:
         if foreign:
             raise DataError(
                 f"the cache folder {self.directory} holds {min(foreign)!r}, which the cache did not create",
-                mend="move it elsewhere, or set data.cache.directory to another folder",
+                hint="move it elsewhere, or set data.cache.directory to another folder",
             )
         self._plans, self._lock = Plans(self.directory), Lock()
 
@@ -219,7 +219,7 @@ class ShardCache:
                 raise DataError(
                     f"the cache {self.directory} has had no room for {shown(shard.path)} for"
                     f" {self.config.retry.budget_seconds:.0f} s: everything in it is being read or fetched",
-                    mend=f"raise data.cache.max_gib above {self.config.max_gib:g}",
+                    hint=f"raise data.cache.max_gib above {self.config.max_gib:g}",
                 )
             self._sleep(_POLL_SECONDS)  # readers hold their locks for milliseconds
 
@@ -273,7 +273,7 @@ class ShardCache:
             raise ShardError(
                 f"shard {remote.name} has {remote.size} bytes, but the index says {shard.size_bytes}"
                 + (" and the version differs" if replaced else ""),
-                mend="it was replaced: rerun to index it again, and rewrite its manifest if it has one",
+                hint="it was replaced: rerun to index it again, and rewrite its manifest if it has one",
             )
         whose = "its manifest" if shard.md5 else "the server"
         algorithm, expected = ("md5", shard.md5) if shard.md5 else remote.checksum
@@ -290,7 +290,7 @@ class ShardCache:
         if expected and digest.hexdigest() != expected:
             raise ShardError(
                 f"shard {remote.name} has {algorithm.upper()} {digest.hexdigest()}, but {whose} says {expected}",
-                mend="upload the shard again, or rewrite its manifest with `disttrain shards index --md5`; a proxy"
+                hint="upload the shard again, or rewrite its manifest with `disttrain shards index --md5`; a proxy"
                 " may also be serving an old copy",
             )
         # After a power loss the node must not find a shard with the right size but full of zeros.
@@ -307,7 +307,7 @@ class ShardCache:
             raise DataError(
                 f"the cache folder {self.directory} {what}; shard {shown(shard.path)} of {shard.size_bytes} bytes"
                 " was not fetched",
-                mend="free space, lower data.cache.max_gib, or set data.cache.directory to another disk",
+                hint="free space, lower data.cache.max_gib, or set data.cache.directory to another disk",
             ) from None
 
 

@@ -135,13 +135,13 @@ def check_names(names: Iterable[str], padded: Collection[str] = (), *, where: st
     if taken := sorted(names.intersection(RESERVED) - {allowed}):
         raise ConfigError(
             f"{where} has {taken[0]!r}, but disttrain reserves the names {', '.join(RESERVED)}",
-            mend="choose another name; to weight samples, set data.hooks.weight to the field that holds the weights",
+            hint="choose another name; to weight samples, set data.hooks.weight to the field that holds the weights",
         )
     for name in padded:
         if name + LENGTHS in names:
             raise ConfigError(
                 f"{where} has {name + LENGTHS!r}, the name reserved for the lengths of the padded field {name!r}",
-                mend=f"rename or remove it: pad of data.fields.{name} adds the lengths",
+                hint=f"rename or remove it: pad of data.fields.{name} adds the lengths",
             )
 
 

@@ -55,10 +55,10 @@ def check(ext: str, kind: str) -> None:
     name = kind.removeprefix(PREFIX)
     known = _image_names() | set(autodecode.decoders)
     if name not in known:
-        raise ConfigError(f"field {ext!r}: webdataset has no decoder {name!r}", mend=nearest(name, known))
+        raise ConfigError(f"field {ext!r}: webdataset has no decoder {name!r}", hint=nearest(name, known))
     module, package = (_PACKED[name],) * 2 if name in _PACKED else ("PIL", "pillow")
     if (name in _PACKED or name in _image_names()) and find_spec(module) is None:
-        raise ConfigError(f"field {ext!r}: {kind} needs {package}, which is missing", mend=f"pip install {package}")
+        raise ConfigError(f"field {ext!r}: {kind} needs {package}, which is missing", hint=f"pip install {package}")
 
 
 def reader(kind: str) -> Read:

@@ -99,41 +99,41 @@ class Field:
         if self.kind == "tensor" and not (self.dtype and self.shape):
             raise ConfigError(
                 f"field {self.ext!r} is a raw tensor without dtype or shape",
-                mend="declare both, such as dtype: uint8, shape: [3, 32, 32]",
+                hint="declare both, such as dtype: uint8, shape: [3, 32, 32]",
             )
         if self.dtype and self.dtype not in _DTYPES:
-            raise ConfigError(f"field {self.ext!r} has dtype {self.dtype!r}", mend=nearest(self.dtype, _DTYPES))
+            raise ConfigError(f"field {self.ext!r} has dtype {self.dtype!r}", hint=nearest(self.dtype, _DTYPES))
         if self.kind == "image":
             self._check_image()
         if min(self.shape, default=0) < 0:
-            raise ConfigError(f"field {self.ext!r} has shape {self.shape}", mend="if dims vary, omit shape and set pad")
+            raise ConfigError(f"field {self.ext!r} has shape {self.shape}", hint="if dims vary, omit shape and set pad")
         if self.pad is not None and self.shape:
             raise ConfigError(
-                f"field {self.ext!r} has both pad and shape", mend="declare shape if it is fixed, else pad"
+                f"field {self.ext!r} has both pad and shape", hint="declare shape if it is fixed, else pad"
             )
         if self.classes < 0:
-            raise ConfigError(f"field {self.ext!r} has classes {self.classes}", mend="give the number of classes")
+            raise ConfigError(f"field {self.ext!r} has classes {self.classes}", hint="give the number of classes")
         self._check_unused()
         if self.default is not None:
             self._check_default()
 
     def _check_image(self) -> None:
         if self.mode not in MODES:
-            raise ConfigError(f"field {self.ext!r} has mode {self.mode!r}", mend=nearest(self.mode, MODES))
+            raise ConfigError(f"field {self.ext!r} has mode {self.mode!r}", hint=nearest(self.mode, MODES))
         channels = 3 if self.mode == "rgb" else 1
         wanted = f"declare ({channels}, height, width)"
         if self.shape and (len(self.shape) != 3 or self.shape[0] != channels or min(self.shape) < 1):
-            raise ConfigError(f"field {self.ext!r} has shape {self.shape} and mode {self.mode}", mend=wanted)
+            raise ConfigError(f"field {self.ext!r} has shape {self.shape} and mode {self.mode}", hint=wanted)
         if self.augment is not None and not self.shape:
-            raise ConfigError(f"field {self.ext!r} has augment but no shape", mend=wanted)
+            raise ConfigError(f"field {self.ext!r} has augment but no shape", hint=wanted)
         if self.max_pixels < 1:
-            raise ConfigError(f"field {self.ext!r} has max_pixels {self.max_pixels}", mend="use at least 1")
+            raise ConfigError(f"field {self.ext!r} has max_pixels {self.max_pixels}", hint="use at least 1")
         if self.backend not in BACKENDS:
-            raise ConfigError(f"field {self.ext!r} has backend {self.backend!r}", mend=nearest(self.backend, BACKENDS))
+            raise ConfigError(f"field {self.ext!r} has backend {self.backend!r}", hint=nearest(self.backend, BACKENDS))
         if self.backend != "pillow":
             if self.mode != "rgb":
                 raise ConfigError(
-                    f"field {self.ext!r} has backend {self.backend} and mode {self.mode}", mend="omit backend"
+                    f"field {self.ext!r} has backend {self.backend} and mode {self.mode}", hint="omit backend"
                 )
             check_backend(self.ext, self.backend)
 
@@ -144,16 +144,16 @@ class Field:
         needs = {"npy": "dtype", "image": "shape"}.get(self.kind, "")
         if self.kind not in kinds or self.pad is not None:
             what = "pad" if self.pad is not None else f"the decoder {self.kind!r}"
-            raise ConfigError(f"field {self.ext!r}: default cannot be combined with {what}", mend="remove one of them")
+            raise ConfigError(f"field {self.ext!r}: default cannot be combined with {what}", hint="remove one of them")
         if not isinstance(self.default, kinds[self.kind]) or (
             isinstance(self.default, bool) and self.kind != "json" and self.dtype != "bool"
         ):
             raise ConfigError(
                 f"field {self.ext!r}: default is {self.default!r}, which {self.kind!r} never returns",
-                mend="use text for txt, a whole number for cls and image, a number for npy and tensor",
+                hint="use text for txt, a whole number for cls and image, a number for npy and tensor",
             )
         if needs and not getattr(self, needs):
-            raise ConfigError(f"field {self.ext!r} has a default but no {needs}", mend=f"declare {needs} too")
+            raise ConfigError(f"field {self.ext!r} has a default but no {needs}", hint=f"declare {needs} too")
         self.filler()
 
     def filler(self) -> Any:
@@ -170,11 +170,11 @@ class Field:
                 found = np.full(self.shape, self.default, dtype=dtype)
         except (OverflowError, ValueError, FloatingPointError):
             raise ConfigError(
-                f"field {self.ext!r}: default {self.default!r} does not fit {dtype}", mend="use one that fits the dtype"
+                f"field {self.ext!r}: default {self.default!r} does not fit {dtype}", hint="use one that fits the dtype"
             ) from None
         if found.size and found.flat[0] != self.default and np.isfinite(self.default) and found.dtype.kind in "biu":
             raise ConfigError(
-                f"field {self.ext!r}: default {self.default!r} does not fit {dtype}", mend="use one that fits the dtype"
+                f"field {self.ext!r}: default {self.default!r} does not fit {dtype}", hint="use one that fits the dtype"
             )
         return torch.from_numpy(found)
 
@@ -182,19 +182,19 @@ class Field:
         if self.decoder != "bytes" and len({ext.endswith(_GZIP) for ext in self.alternatives}) > 1:
             raise ConfigError(
                 f"field {self.ext!r} mixes extensions with and without {_GZIP}",
-                mend="use only one kind, or pack all samples the same way",
+                hint="use only one kind, or pack all samples the same way",
             )
         if self.kind.startswith(external.PREFIX):
             external.check(self.ext, self.kind)
         elif self.kind in ("joblib", "dill"):
             raise ConfigError(
                 f"field {self.ext!r} has to be unpickled, which can run arbitrary code",
-                mend="store it as npy, json or a raw tensor",
+                hint="store it as npy, json or a raw tensor",
             )
         elif self.kind not in DECODERS:
             raise ConfigError(
                 f"field {self.ext!r}: no decoder named {self.kind!r}",
-                mend=f"set its decoder; {nearest(self.kind, [*DECODERS, external.PREFIX + 'NAME'])}",
+                hint=f"set its decoder; {nearest(self.kind, [*DECODERS, external.PREFIX + 'NAME'])}",
             )
 
     def _check_unused(self) -> None:
@@ -215,7 +215,7 @@ class Field:
             if is_set and not has_effect:
                 raise ConfigError(
                     f"field {self.ext!r}: {name} does not apply to the decoder {self.kind!r}",
-                    mend=f"remove {name}, or use another decoder",
+                    hint=f"remove {name}, or use another decoder",
                 )
 
     @property

@@ -54,7 +54,7 @@ def check_safe(fields: Mapping[str, Field], unsafe_decoders: Sequence[str] = ())
         if not external.unpickles(decoder):
             raise ConfigError(
                 f"data.unsafe_decoders has {decoder!r}, which is not an unsafe decoder",
-                mend=nearest(decoder, external.PICKLES),
+                hint=nearest(decoder, external.PICKLES),
             )
     unsafe = {name: field for name, field in fields.items() if external.unpickles(field.kind)}
     for name, field in unsafe.items():
@@ -68,7 +68,7 @@ def check_safe(fields: Mapping[str, Field], unsafe_decoders: Sequence[str] = ())
 def _unsafe(where: str, kind: str) -> ConfigError:
     return ConfigError(
         f"{where} has to be unpickled, which can run arbitrary code",
-        mend=f"store it as npy, json or a raw tensor; or, if you trust the source of the data, add {kind!r} to"
+        hint=f"store it as npy, json or a raw tensor; or, if you trust the source of the data, add {kind!r} to"
         " data.unsafe_decoders",
     )
 

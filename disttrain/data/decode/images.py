@@ -82,14 +82,14 @@ class RandomResizedCrop:
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ConfigError(f"augment.scale is {self.scale}", mend="use 0 < min <= max <= 1")
+            raise ConfigError(f"augment.scale is {self.scale}", hint="use 0 < min <= max <= 1")
         if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
-            raise ConfigError(f"augment.ratio is {self.ratio}", mend="use 0 < min <= max")
+            raise ConfigError(f"augment.ratio is {self.ratio}", hint="use 0 < min <= max")
         if not 0 <= self.flip <= 1:
-            raise ConfigError(f"augment.flip is {self.flip}", mend="use a probability from 0 to 1")
+            raise ConfigError(f"augment.flip is {self.flip}", hint="use a probability from 0 to 1")
         if not 0 < self.evaluation_fraction <= 1:
             raise ConfigError(
-                f"augment.evaluation_fraction is {self.evaluation_fraction}", mend="use 0 < fraction <= 1"
+                f"augment.evaluation_fraction is {self.evaluation_fraction}", hint="use 0 < fraction <= 1"
             )
 
     def draw(self, height: int, width: int, generator: np.random.Generator) -> Crop:
@@ -135,7 +135,7 @@ def check_backend(ext: str, backend: str) -> None:
     for module, name in (("PIL", "Pillow"), ("simplejpeg", "simplejpeg"))[: 1 + (backend == "simplejpeg")]:
         if find_spec(module) is None:
             raise ConfigError(
-                f"field {ext!r} holds images, but {name} is missing", mend="pip install 'disttrain[image]'"
+                f"field {ext!r} holds images, but {name} is missing", hint="pip install 'disttrain[image]'"
             )
 
 

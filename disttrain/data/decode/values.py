@@ -37,12 +37,12 @@ class BadValuesError(ValueError):
 
     Args:
         faults: what is wrong with each bad value, by its place in the batch.
-        mend: hint, if there is a better one than declaring another decoder.
+        hint: hint, if there is a better one than declaring another decoder.
     """
 
-    def __init__(self, faults: Mapping[int, str], mend: str = "") -> None:
-        super().__init__(dict(faults), mend)
-        self.faults, self.mend = dict(faults), mend
+    def __init__(self, faults: Mapping[int, str], hint: str = "") -> None:
+        super().__init__(dict(faults), hint)
+        self.faults, self.hint = dict(faults), hint
 
     def __str__(self) -> str:
         return "; ".join(f"value {place}: {what}" for place, what in self.faults.items())

@@ -82,13 +82,13 @@ def index_shards(
     failed = [result for result in done if isinstance(result, ShardError)]
     if failed:
         others = f" (and {len(failed) - 1} more; `disttrain shards verify` names all faults)" if failed[1:] else ""
-        raise ShardError(f"{failed[0].what}{others}", mend=failed[0].mend)
+        raise ShardError(f"{failed[0].what}{others}", hint=failed[0].hint)
     found = [result for result in done if not isinstance(result, ShardError)]
     label = "hashing" if progress else ""
     shards, num_hashed = _with_md5s([shard for shard, _ in found], known, hash_others=md5, anew=anew, label=label)
     for path, was, is_now in zip(local, before, together(_state, local, quick=True), strict=True):
         if is_now != was:
-            raise ShardError(f"shard {path} was written to while it was read", mend="index it once its writer is done")
+            raise ShardError(f"shard {path} was written to while it was read", hint="index it once its writer is done")
     sidecars = Counter(state for shard, state in found if not shard.is_remote)
     kept = Counter(state for shard, state in found if shard.is_remote)
     return Indexed(tuple(shards), sidecars, kept, num_hashed)
@@ -148,7 +148,7 @@ def _known_md5s(manifest: Path) -> dict[str, str]:
     try:
         listed = parse_manifest(manifest)
     except DataError as error:
-        raise DataError(error.what, mend="remove it, or choose another name for the manifest") from None
+        raise DataError(error.what, hint="remove it, or choose another name for the manifest") from None
     written = os.stat(manifest).st_mtime_ns
     recorded = [shard for shard in listed if shard.md5]
     states = together(_state, [shard.path for shard in recorded], quick=True)

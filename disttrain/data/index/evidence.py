@@ -100,7 +100,7 @@ def check_evidence(saved: Mapping[str, Any], index: ShardIndex) -> str:
         raise CheckpointError(
             f"{index.name}: shard {shown(shards[other[0]].path)}{more} was replaced since the checkpoint was written:"
             " it has the same name and number of samples, but different contents",
-            mend="restore the shards that the run started with; to train on the new ones, start a new run from this"
+            hint="restore the shards that the run started with; to train on the new ones, start a new run from this"
             " run's weights with --initialize_from",
         )
     outcome = (
@@ -136,7 +136,7 @@ def check_appended(saved: Mapping[str, Any], names_hash: str, index: ShardIndex)
         raise CheckpointError(
             f"{index.name}: the run started with {count} of these shards, and {more} {'was' if more == 1 else 'were'}"
             f" appended since, from {shown(index.shards[count].path)} on, which changes the order of samples",
-            mend=f"finish the run on its first {count} shards, start over with --resume never, or start a new run"
+            hint=f"finish the run on its first {count} shards, start over with --resume never, or start a new run"
             " from this run's weights with --initialize_from",
         )
 

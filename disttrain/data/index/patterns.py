@@ -78,7 +78,7 @@ def path_of(place: str) -> str:
     try:
         return urlsplit(place).path if is_remote(place) else place
     except ValueError as error:
-        raise DataError(f"{place} is not a valid URL: {error}", mend="correct it") from None
+        raise DataError(f"{place} is not a valid URL: {error}", hint="correct it") from None
 
 
 def _expanded(spec: str, *, name: str) -> str:
@@ -97,7 +97,7 @@ def _expanded(spec: str, *, name: str) -> str:
         if variable not in os.environ:
             raise DataError(
                 f"{name}: {shown(spec)!r} has ${variable}, which is not set",
-                mend=f"export {variable}, or write its value instead",
+                hint=f"export {variable}, or write its value instead",
             )
         # A password may contain characters that would end the host part, or act as a glob or braces.
         in_secrets, text = found.start() < secrets_end, os.environ[variable]
@@ -119,7 +119,7 @@ def _names(pattern: str, *, name: str, retry: RetryConfig, ask_servers: bool) ->
         else:
             matches = sorted(islice(glob.iglob(part, recursive=True), _MOST_NAMES + 1))
             if not matches:
-                raise DataError(f"{name}: no file matches {part!r}", mend="check the pattern and the folder")
+                raise DataError(f"{name}: no file matches {part!r}", hint="check the pattern and the folder")
             found += matches
     return found
 
@@ -128,18 +128,18 @@ def _braces(pattern: str, *, name: str) -> list[str]:
     if pattern.count("{") > _MOST_BRACES or "\0" in pattern:
         raise DataError(
             f"{name}: {shown(pattern)[:_QUOTED]!r} has too many braces or a NUL byte",
-            mend="name the shards in a manifest or in a text file, one per line",
+            hint="name the shards in a manifest or in a text file, one per line",
         )
     if _count(pattern) > _MOST_NAMES:
         raise DataError(
             f"{name}: {shown(pattern)[:_QUOTED]!r} names more than {_MOST_NAMES:,} shards",
-            mend="correct the range, or pack larger shards",
+            hint="correct the range, or pack larger shards",
         )
     try:
         return list(braceexpand.braceexpand(pattern))
     except (ValueError, RecursionError):
         raise DataError(
-            f"{name}: {shown(pattern)[:_QUOTED]!r} has an unmatched brace", mend="close or remove the brace"
+            f"{name}: {shown(pattern)[:_QUOTED]!r} has an unmatched brace", hint="close or remove the brace"
         ) from None
 
 
@@ -172,16 +172,16 @@ def _on_server(pattern: str, *, name: str, retry: RetryConfig) -> list[str]:
     if scheme in ("http", "https"):
         raise DataError(
             f"{name}: {shown(pattern)} is a glob, which cannot be expanded over HTTP",
-            mend="use braces, such as train-{000000..000007}.tar, or a manifest",
+            hint="use braces, such as train-{000000..000007}.tar, or a manifest",
         )
     first = min(pattern.index(sign) for sign in _SIGNS if sign in pattern)
     folder = pattern[:first].rpartition("/")[0]
     if folder.count("/") < 2:  # a glob may not match the bucket name itself
-        raise DataError(f"{name}: {shown(pattern)} does not name its bucket", mend="name the bucket without wildcards")
+        raise DataError(f"{name}: {shown(pattern)} does not name its bucket", hint="name the bucket without wildcards")
     try:
         names = sorted(ObjectFolder(folder, retry).sizes())
     except RemoteError as error:
-        raise DataError(f"{name}: {shown(folder)} cannot be listed: {error.what}", mend=error.mend) from None
+        raise DataError(f"{name}: {shown(folder)} cannot be listed: {error.what}", hint=error.hint) from None
     found: list[str] = []
     with suppress(re.error):  # an empty range such as [9-0]
         matches = re.compile(_as_regex(pattern[len(folder) + 1 :])).fullmatch
@@ -189,7 +189,7 @@ def _on_server(pattern: str, *, name: str, retry: RetryConfig) -> list[str]:
     if not found:
         raise DataError(
             f"{name}: no object matches {shown(pattern)!r}",
-            mend=f"check the pattern; {shown(folder)} holds {len(names)} objects"
+            hint=f"check the pattern; {shown(folder)} holds {len(names)} objects"
             + (f", such as {names[0]!r}" if names else ""),
         )
     return found
@@ -213,19 +213,19 @@ def _lines(place: str, *, name: str, retry: RetryConfig) -> Iterator[str]:
     try:
         text = read_remote_text(place, retry) if is_remote(place) else read_text(place)
     except RemoteError as error:
-        raise DataError(f"{name}: the list cannot be read: {error.what}", mend=error.mend) from None
+        raise DataError(f"{name}: the list cannot be read: {error.what}", hint=error.hint) from None
     except (OSError, ValueError) as error:
         why = (error.strerror if isinstance(error, OSError) else "") or f"it {error}"
-        raise DataError(f"{name}: list {place} cannot be read: {why}", mend="write one shard per line") from None
+        raise DataError(f"{name}: list {place} cannot be read: {why}", hint="write one shard per line") from None
     lines = [line.strip() for line in text.split("\n")]
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
-        raise DataError(f"{name}: list {shown(place)} names no shards", mend="write one shard or pattern per line")
+        raise DataError(f"{name}: list {shown(place)} names no shards", hint="write one shard or pattern per line")
     for line in lines:
         spec = _expanded(line, name=name)
         if path_of(spec).endswith(_LIST_SUFFIXES):
             raise DataError(
-                f"{name}: list {shown(place)} names another list, {shown(spec)!r}", mend="copy its lines instead"
+                f"{name}: list {shown(place)} names another list, {shown(spec)!r}", hint="copy its lines instead"
             )
         if is_remote(spec):
             yield spec
@@ -240,9 +240,9 @@ def _require_files(paths: Sequence[str], *, name: str) -> None:
     there = together(os.path.isfile, paths, quick=True)
     missing = [path for path, is_there in zip(paths, there, strict=True) if not is_there]
     if missing:
-        what, mend = why_missing(missing[0])
+        what, hint = why_missing(missing[0])
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise DataError(f"{name}: {what}{more}", mend=mend)
+        raise DataError(f"{name}: {what}{more}", hint=hint)
 
 
 def why_missing(path: str, listed: str = "") -> tuple[str, str]:

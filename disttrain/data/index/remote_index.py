@@ -115,7 +115,7 @@ def read_remote_text(url: str, retry: RetryConfig = DEFAULT_RETRY) -> str:
     file = RemoteFile(url, retry)
     if file.size > _MOST_TEXT_BYTES:
         raise RemoteError(
-            f"{file.name} has {file.size} bytes, too many for a list", mend="name a manifest or a sidecar"
+            f"{file.name} has {file.size} bytes, too many for a list", hint="name a manifest or a sidecar"
         )
     return file.read(0, file.size).decode("utf-8", "surrogateescape")
 

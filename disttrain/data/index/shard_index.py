@@ -158,7 +158,7 @@ class ShardIndex:
         described = iter(_describe_all(paths, name=name, write_sidecars=write_sidecars, retry=retry))
         shards = [next(described) if isinstance(place, str) else place for place in found]
         if not shards:
-            raise DataError(f"{name} names no shards", mend=f"set {name} to a pattern such as 'train-{{000..007}}.tar'")
+            raise DataError(f"{name} names no shards", hint=f"set {name} to a pattern such as 'train-{{000..007}}.tar'")
         return cls(shards, name=name, write_sidecars=write_sidecars, retry=retry)
 
     def __len__(self) -> int:
@@ -208,7 +208,7 @@ class ShardIndex:
             raise ShardError(
                 f"shard {shown(entry.path)} holds {len(table)} samples, but the index of {self.name} says"
                 f" {entry.num_samples}",
-                mend="run `disttrain shards index` on the data again",
+                hint="run `disttrain shards index` on the data again",
             )
         return table
 
@@ -243,7 +243,7 @@ def _describe_all(paths: Sequence[str], *, name: str, write_sidecars: bool, retr
         return list(together(describe, paths, threads=threads, quick=not are_remote, label=_label(name, len(paths))))
     except RemoteError as error:
         missing = "does not exist" if error.status == 404 else "cannot be read"
-        raise DataError(f"{name}: a shard {missing}: {error.what}", mend=error.mend) from None
+        raise DataError(f"{name}: a shard {missing}: {error.what}", hint=error.hint) from None
 
 
 def _label(name: str, num_shards: int) -> str:
@@ -280,7 +280,7 @@ def parse_manifest(path: str | Path, *, name: str = "data", retry: RetryConfig =
         if content.get("datasets"):
             raise DataError(
                 f"{name}: {shown(place)} lists other data sets under 'datasets', which are not read",
-                mend="list those manifests instead",
+                hint="list those manifests instead",
             )
         folder = _beside(place, f"{content['base']}/") if content.get("base") else place
         return [
@@ -293,14 +293,14 @@ def parse_manifest(path: str | Path, *, name: str = "data", retry: RetryConfig =
             for entry in content["shardlist"]
         ]
     except FileNotFoundError:
-        raise DataError(f"{name}: manifest {path} does not exist", mend="run `disttrain shards index`") from None
+        raise DataError(f"{name}: manifest {path} does not exist", hint="run `disttrain shards index`") from None
     except RemoteError as error:
         missing = "does not exist" if error.status == 404 else "cannot be read"
-        raise DataError(f"{name}: the manifest {missing}: {error.what}", mend=error.mend) from None
+        raise DataError(f"{name}: the manifest {missing}: {error.what}", hint=error.hint) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(
             f"{name}: {shown(place)} is not a shard manifest ({type(error).__name__}: {str(error)[:200]})",
-            mend="write one with `disttrain shards index`",
+            hint="write one with `disttrain shards index`",
         ) from None
 
 
@@ -343,12 +343,12 @@ def read_manifest(path: str | Path, *, name: str = "data", retry: RetryConfig = 
         shard = shards[number]
         if status is None:
             what, _ = why_missing(shard.path, f", listed in {shown(str(path))},")
-            raise DataError(f"{name}: {what}", mend="restore it")
+            raise DataError(f"{name}: {what}", hint="restore it")
         if shard.size_bytes not in (-1, status.st_size):
             raise DataError(
                 f"{name}: shard {shard.path} has {status.st_size} bytes, but {shown(str(path))} says"
                 f" {shard.size_bytes}",
-                mend="restore the shard, or run `disttrain shards index` again",
+                hint="restore the shard, or run `disttrain shards index` again",
             )
         shards[number] = replace(shard, size_bytes=status.st_size, state=FileState.of(status))
     if local and not is_remote(str(path)):

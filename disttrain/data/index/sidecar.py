@@ -177,7 +177,7 @@ def _built(shard: ByteSource) -> ShardTable:
     if not samples:
         also = f", but {unread.fields.first}" if unread.fields.number else ""
         raise ShardError(
-            f"shard {shard.name} holds no samples{also}", mend="remove it from the pattern, or pack it again"
+            f"shard {shard.name} holds no samples{also}", hint="remove it from the pattern, or pack it again"
         )
     return replace(_table(samples), unread=unread.fields)
 
@@ -209,13 +209,13 @@ def _group(members: Iterable[Member], path: str) -> dict[str, dict[str, tuple[in
         if key != last and key in samples:
             raise ShardError(
                 f"shard {path} at byte {member.offset}: sample key {key!r} occurs twice, with other samples in between",
-                mend="a sample's files must be adjacent and its key unique within the shard: pack the shard again",
+                hint="a sample's files must be adjacent and its key unique within the shard: pack the shard again",
             )
         fields = samples.setdefault(key, {})
         if extension in fields:
             raise ShardError(
                 f"shard {path} at byte {member.offset}: sample {key!r} has field {extension!r} twice",
-                mend="pack the shard again with one file per field",
+                hint="pack the shard again with one file per field",
             )
         fields[extension] = (member.offset, member.size)
         last = key
@@ -378,5 +378,5 @@ def build_sidecar(path: str) -> tuple[ShardTable, bool]:
     before = state_of(path)
     table = build_table(path)
     if state_of(path) != before:
-        raise ShardError(f"shard {path} was written to while it was read", mend="run this once its writer is done")
+        raise ShardError(f"shard {path} was written to while it was read", hint="run this once its writer is done")
     return table, write_sidecar_file(path, table)

@@ -112,7 +112,7 @@ class LocalFile:
         except OSError as error:
             raise ShardError(
                 f"cannot open shard {path}: {error.strerror}",
-                mend=open_hint(error, "check the path and its permissions"),
+                hint=open_hint(error, "check the path and its permissions"),
             ) from None
         self.name = path
         self.size = os.fstat(self._fd).st_size
@@ -135,7 +135,7 @@ class LocalFile:
                 data += more  # a system call returns at most 2 GiB
         except OSError as error:
             raise ShardError(
-                f"shard {self.name} at byte {offset}: {error.strerror}", mend="check the disk and the file"
+                f"shard {self.name} at byte {offset}: {error.strerror}", hint="check the disk and the file"
             ) from None
         return data
 
@@ -175,8 +175,8 @@ class _Scanner:
             self._buffer, self._at = self._source.read(offset, max(length, window)), offset
         return self._buffer[offset - self._at : offset - self._at + length]
 
-    def _fail(self, what: str, offset: int, mend: str = "pack or copy the shard again") -> TarError:
-        return TarError(f"shard {self._path} at byte {offset}: {what}", mend=mend)
+    def _fail(self, what: str, offset: int, hint: str = "pack or copy the shard again") -> TarError:
+        return TarError(f"shard {self._path} at byte {offset}: {what}", hint=hint)
 
     def members(self, position: int, stop: int | None = None) -> Iterator[Member]:
         described, is_after_end = Described(), False

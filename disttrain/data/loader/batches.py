@@ -70,7 +70,7 @@ def check_batch(batch: Any, owner: object) -> Any:
         raise ConfigError(
             f"{type(owner).__name__} is a disttrain.Task, but its loader returns a {type(batch).__name__}"
             + (f" without {', '.join(missing)}" if isinstance(batch, Mapping) else ""),
-            mend="use disttrain.ShardedDataModule, add these entries to each batch (disttrain/data/loader/batches.py),"
+            hint="use disttrain.ShardedDataModule, add these entries to each batch (disttrain/data/loader/batches.py),"
             " or derive the module from lightning.pytorch.LightningModule, which accepts any batch",
         )
     return batch
@@ -107,7 +107,7 @@ class BatchMaker:
         if self.hooks.transform is None and weight and weight not in reader.fields:
             raise ConfigError(
                 f"data.hooks.weight is {weight!r}, which is not one of data.fields",
-                mend=f"name the field that holds the weights; {nearest(weight, reader.fields)}",
+                hint=f"name the field that holds the weights; {nearest(weight, reader.fields)}",
             )
         reader.require(self._checks if self.hooks.transform is None else {})
 
@@ -220,7 +220,7 @@ class BatchMaker:
         if not isinstance(out, dict):
             raise ConfigError(
                 f"data.hooks.transform returned a {type(out).__name__}",
-                mend="return the sample as a dictionary; raise disttrain.FilteredSampleError to skip it",
+                hint="return the sample as a dictionary; raise disttrain.FilteredSampleError to skip it",
             )
         self._check(out, key)
         return out
@@ -236,12 +236,12 @@ class BatchMaker:
         if out.get(KEY, key) != key:
             raise ConfigError(
                 f"data.hooks.transform returned the key {out[KEY]!r} for sample {key!r}",
-                mend=f"leave {KEY} unchanged, and return your value under another name",
+                hint=f"leave {KEY} unchanged, and return your value under another name",
             )
         if self.hooks.weight and self.hooks.weight not in out:
             raise ConfigError(
                 f"data.hooks.weight is {self.hooks.weight!r}, which data.hooks.transform does not return",
-                mend=f"return it for every sample, or correct the name; {nearest(self.hooks.weight, out)}",
+                hint=f"return it for every sample, or correct the name; {nearest(self.hooks.weight, out)}",
             )
 
     def _faults(self, samples: Sequence[Sample]) -> dict[int, str]:
@@ -282,7 +282,7 @@ class BatchMaker:
                 continue
             if not self._faults([made]):
                 return wanted, made
-        raise ConfigError("data.hooks.transform rejects every sample", mend="correct the transform")
+        raise ConfigError("data.hooks.transform rejects every sample", hint="correct the transform")
 
     def _refused(self, sample_id: int, why: str) -> BadSample:
         reason = f" was rejected by data.hooks.transform: {why}"
@@ -313,13 +313,13 @@ class BatchMaker:
         found = self.hooks.collate(samples)
         if not isinstance(found, dict):
             raise ConfigError(
-                f"data.hooks.collate returned a {type(found).__name__}", mend="return a dictionary of fields"
+                f"data.hooks.collate returned a {type(found).__name__}", hint="return a dictionary of fields"
             )
         check_names(found, where="the return value of data.hooks.collate", allowed=KEY)
         if KEY in found and list(found[KEY]) != own[KEY]:
             raise ConfigError(
                 f"data.hooks.collate returned values of {KEY} that differ from the samples'",
-                mend="omit it, and return your values under another name",
+                hint="omit it, and return your values under another name",
             )
         return dict(found)
 

@@ -54,9 +54,9 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         for name, value in (("threads", self.threads), ("workers", self.workers)):
             if value < 0:
-                raise ConfigError(f"loader.{name} is {value}", mend="use 0 or more")
+                raise ConfigError(f"loader.{name} is {value}", hint="use 0 or more")
         if self.prefetch_mib < 1:
-            raise ConfigError(f"loader.prefetch_mib is {self.prefetch_mib}", mend="use at least 1")
+            raise ConfigError(f"loader.prefetch_mib is {self.prefetch_mib}", hint="use at least 1")
 
 
 @dataclass(frozen=True)

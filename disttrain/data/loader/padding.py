@@ -65,7 +65,7 @@ def real_outputs(outputs: Any, rows: Rows | None, module: nn.Module, *, check: b
         raise ConfigError(
             f"predict_step of {class_name(module)} returned {unclear} for a micro batch of {rows.size}, so the"
             " padding of the last micro batches cannot be removed",
-            mend='return one row per sample, or slice by batch["__count__"] in predict_step',
+            hint='return one row per sample, or slice by batch["__count__"] in predict_step',
         ) from None
     return outputs if rows.real == rows.size else cut
 

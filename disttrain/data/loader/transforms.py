@@ -65,7 +65,7 @@ def collate_samples(samples: Sequence[Sample], fields: Mapping[str, Field]) -> d
         if odd := (sample.keys() - {KEY}) ^ set(names):
             raise DataError(
                 f"data.hooks.transform returned {min(odd, key=str)!r} for some samples but not for others",
-                mend="return it for every sample",
+                hint="return it for every sample",
             )
     for name in names:
         batch.update(column(name, [sample[name] for sample in samples], fields.get(name)))
@@ -112,7 +112,7 @@ def pad_tensors(name: str, values: Sequence[Any], fill: float) -> tuple[Tensor, 
         if not fits or value.dtype != first.dtype:
             raise DataError(
                 f"field {name!r} has pad, but holds both {_words(value)} and {_words(first)}",
-                mend="only the first dim may differ: remove pad, or make the other dims equal in data.hooks.transform",
+                hint="only the first dim may differ: remove pad, or make the other dims equal in data.hooks.transform",
             )
     lengths = torch.tensor([len(value) for value in values], dtype=torch.int64)
     padded = first.new_full((len(values), int(lengths.max()), *first.shape[1:]), fill)

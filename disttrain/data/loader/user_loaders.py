@@ -112,18 +112,18 @@ _NAMES: Final = {RunningStage.TRAINING: "train", RunningStage.VALIDATING: "val",
 def _check_own(loader: TrainLoader, trainer: pl.Trainer) -> None:
     """Refuse a loader of a data module's that knows nothing of the trainer."""
     owner = getattr(loader.position, "__self__", None)
-    mend = "pass the data module itself: trainer.fit(module, datamodule=data)"
+    hint = "pass the data module itself: trainer.fit(module, datamodule=data)"
     if isinstance(owner, pl.LightningDataModule) and owner.trainer is not trainer:
         raise ConfigError(
             f"the train loader comes from a {type(owner).__name__} that is not attached to this trainer: every epoch"
             " would repeat the order of the first, and a resume would start from its first batch",
-            mend=mend,
+            hint=hint,
         )
     if loader.plan.accumulation != trainer.accumulate_grad_batches:
         raise ConfigError(
             f"the train loader splits a global batch into {loader.plan.accumulation} micro batches per rank, but the"
             f" trainer accumulates {trainer.accumulate_grad_batches}",
-            mend=mend,
+            hint=hint,
         )
 
 
@@ -136,20 +136,20 @@ def _check_split(loader: Any, name: str, trainer: pl.Trainer) -> None:
     splits = gather((split, ranks.rank))
     with raise_together():
         if fault := _fault(splits, ranks.size, _MEND_ITERABLE if _is_iterable(loader) else _MEND):
-            what, mend = fault
-            raise ConfigError(f"the {name} loader, a {_described(loader)}, {what}", mend=mend)
+            what, hint = fault
+            raise ConfigError(f"the {name} loader, a {_described(loader)}, {what}", hint=hint)
     if name != "train" and trainer.is_global_zero:
         _warn_of_padding(loader, name)
 
 
 def _fault(splits: list[tuple[_Split, int]], size: int, how: str) -> tuple[str, str] | None:
-    """What is wrong with the splits of all ranks, and how to mend it; None where they fit."""
-    first, mend = splits[0][0], how.format(size=size, last=size - 1)
+    """What is wrong with the splits of all ranks, and how to fix it; None where they fit."""
+    first, hint = splits[0][0], how.format(size=size, last=size - 1)
     for rank, (split, part) in enumerate(splits):
         if not split.parts:
-            return f"does not split its samples: each of the {len(splits)} ranks would read all of them", mend
+            return f"does not split its samples: each of the {len(splits)} ranks would read all of them", hint
         if (split.parts, split.part) != (size, part):
-            return f"returns part {split.part} of {split.parts} on rank {rank}, which needs part {part} of {size}", mend
+            return f"returns part {split.part} of {split.parts} on rank {rank}, which needs part {part} of {size}", hint
         if split.order != first.order:
             both = f"{_words(first.order)} on rank 0, {_words(split.order)} on rank {rank}"
             return (

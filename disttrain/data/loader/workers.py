@@ -194,11 +194,11 @@ class _Worker:
                 raise ConfigError(
                     f"{_script()} starts training when imported: a worker process, which imports it, would start a"
                     " second training run",
-                    mend='put its main code under `if __name__ == "__main__":`, or use loader.workers 0',
+                    hint='put its main code under `if __name__ == "__main__":`, or use loader.workers 0',
                 ) from None
             raise DataError(
                 f"a worker process ended with exit code {code} while making a batch of {maker.reader.index.name}",
-                mend="code -9 usually means out of memory: lower data.loader.workers or data.loader.prefetch_mib;"
+                hint="code -9 usually means out of memory: lower data.loader.workers or data.loader.prefetch_mib;"
                 " otherwise check data.hooks",
             ) from None
         if error is not None:
@@ -246,7 +246,7 @@ def _pickled_task(task: tuple[Any, ...]) -> bytes:
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ConfigError(
             f"data.hooks cannot be sent to worker processes: {error}",
-            mend="use functions and classes defined at a module's top level, or data.loader.workers 0",
+            hint="use functions and classes defined at a module's top level, or data.loader.workers 0",
         ) from None
 
 

@@ -46,10 +46,10 @@ class Portion:
     def __post_init__(self) -> None:
         if not self.weight > 0:
             raise ConfigError(
-                f"source {self.name!r} has weight {self.weight}", mend="use a positive weight, or remove the source"
+                f"source {self.name!r} has weight {self.weight}", hint="use a positive weight, or remove the source"
             )
         if sum(self.shard_sizes) < 1:
-            raise DataError(f"source {self.name!r} holds no samples", mend="point it at shards that hold samples")
+            raise DataError(f"source {self.name!r} holds no samples", hint="point it at shards that hold samples")
 
 
 class Mixture:
@@ -202,7 +202,7 @@ def _quotas(portions: Sequence[Portion], global_batch_size: int) -> tuple[int, N
         name = portions[int(np.flatnonzero(quotas == 0)[0])].name
         raise ConfigError(
             f"the weight of source {name!r} gives it no sample in {_MAX_PERIOD} global batches",
-            mend="raise its weight or the global batch size, or remove the source",
+            hint="raise its weight or the global batch size, or remove the source",
         )
     return period, quotas
 

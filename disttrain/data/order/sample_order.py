@@ -84,15 +84,15 @@ class OrderConfig:
 
     def __post_init__(self) -> None:
         if self.global_batch_size < 1:
-            raise ConfigError(f"global_batch_size is {self.global_batch_size}", mend="set it to at least 1")
+            raise ConfigError(f"global_batch_size is {self.global_batch_size}", hint="set it to at least 1")
         if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed is {self.seed}", mend="use a seed from 0 to 2**63 - 1")
+            raise ConfigError(f"seed is {self.seed}", hint="use a seed from 0 to 2**63 - 1")
         if self.window < 1:
-            raise ConfigError(f"window is {self.window}", mend="set it to at least 1 (1 disables shuffling)")
+            raise ConfigError(f"window is {self.window}", hint="set it to at least 1 (1 disables shuffling)")
         if self.lanes < 0 or (self.lanes and self.global_batch_size % self.lanes):
             raise ConfigError(
                 f"lanes is {self.lanes}, which does not divide global_batch_size {self.global_batch_size}",
-                mend="use a divisor of the global batch size, or 0 to choose one automatically",
+                hint="use a divisor of the global batch size, or 0 to choose one automatically",
             )
 
     @property
@@ -309,7 +309,7 @@ def steps_in(num_samples: int, global_batch_size: int) -> int:
     if num_samples < global_batch_size:
         raise DataError(
             f"the training data holds {num_samples} samples, fewer than one global batch of {global_batch_size}",
-            mend=f"set global_batch_size to at most {num_samples}, or add data",
+            hint=f"set global_batch_size to at most {num_samples}, or add data",
         )
     return num_samples // global_batch_size
 
@@ -355,7 +355,7 @@ def evaluation_ids(num_samples: int, micro_batch_size: int, num_ranks: int, rank
         DataError: there are no samples.
     """
     if num_samples < 1:
-        raise DataError("the evaluation data holds no samples", mend="point val/test at shards that hold samples")
+        raise DataError("the evaluation data holds no samples", hint="point val/test at shards that hold samples")
     total = -(-num_samples // micro_batch_size)
     each = -(-total // num_ranks)
     ids = np.arange(rank * each, (rank + 1) * each, dtype=np.int64)[:, None] * micro_batch_size

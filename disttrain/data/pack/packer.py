@@ -68,19 +68,19 @@ class PackConfig:
         if self.samples_per_shard < 1 or self.num_shards < 0:
             raise ConfigError(
                 f"samples_per_shard is {self.samples_per_shard} and num_shards {self.num_shards}",
-                mend="set one of them to at least 1",
+                hint="set one of them to at least 1",
             )
         if self.fractions:
             fits = len(self.fractions) in (2, 3) and min(self.fractions) >= 0 and self.fractions[0] > 0
             if not fits or abs(sum(self.fractions) - 1) > 1e-6:
                 raise ConfigError(
                     f"split fractions {', '.join(map(str, self.fractions))} are not valid",
-                    mend="give two or three, for train, val and test, that sum to 1, such as 0.7,0.15,0.15",
+                    hint="give two or three, for train, val and test, that sum to 1, such as 0.7,0.15,0.15",
                 )
         if not 0 <= self.split_seed < 2**63:
-            raise ConfigError(f"split_seed is {self.split_seed}", mend="use a seed from 0 to 2**63 - 1")
+            raise ConfigError(f"split_seed is {self.split_seed}", hint="use a seed from 0 to 2**63 - 1")
         if not re.fullmatch(r"[\w-]*", self.prefix):
-            raise ConfigError(f"prefix is {self.prefix!r}", mend="use letters, digits, '_' and '-' only")
+            raise ConfigError(f"prefix is {self.prefix!r}", hint="use letters, digits, '_' and '-' only")
 
     def file_prefix(self, split: str) -> str:
         """Return the file name prefix of a split."""
@@ -169,7 +169,7 @@ def pack(source: Source, *, out_dir: str | Path, config: PackConfig | None = Non
     except OSError as error:
         raise DataError(
             f"cannot pack into {folder}: {error}",
-            mend="check the folder and its free space, then rerun: packing resumes",
+            hint="check the folder and its free space, then rerun: packing resumes",
         ) from error
     return Packing(packed, was_complete=False, notes=samples.notes)
 
@@ -182,10 +182,10 @@ def plan_splits(samples: Samples, config: PackConfig) -> dict[str, Ids]:
         DataError: a split would be empty.
     """
     if len(samples) == 0:
-        raise DataError("the source holds no samples", mend="point it at data")
+        raise DataError("the source holds no samples", hint="point it at data")
     if samples.splits:
         if config.fractions is not None:
-            raise ConfigError("the source already has splits", mend="omit --split")
+            raise ConfigError("the source already has splits", hint="omit --split")
         splits = dict(samples.splits)
     elif config.fractions == ():
         return {_WHOLE: np.arange(len(samples), dtype=np.int64)}
@@ -202,7 +202,7 @@ def plan_splits(samples: Samples, config: PackConfig) -> dict[str, Ids]:
     if empty:
         raise DataError(
             f"{len(samples)} samples are too few: split {empty[0]!r} would be empty",
-            mend="use other fractions, or --split none",
+            hint="use other fractions, or --split none",
         )
     splits["train"] = shuffled(splits["train"], seed=config.split_seed)
     return splits
@@ -215,7 +215,7 @@ def _shard_counts(splits: Mapping[str, Ids], config: PackConfig) -> dict[str, in
         return {split: -(-size // config.samples_per_shard) for split, size in sizes.items()}
     first = next(iter(sizes.values()))
     if config.num_shards > first:
-        raise ConfigError(f"{config.num_shards} shards are too many for {first} samples", mend=f"use at most {first}")
+        raise ConfigError(f"{config.num_shards} shards are too many for {first} samples", hint=f"use at most {first}")
     return {split: min(size, max(1, round(size / first * config.num_shards))) for split, size in sizes.items()}
 
 
@@ -256,7 +256,7 @@ def _refuse_other_splits(folder: Path, config: PackConfig, splits: Mapping[str, 
         if split not in splits and (job.manifest.exists() or job.journal.exists()):
             raise DataError(
                 f"{folder} holds a split {job.prefix!r} of another packing, which this packing does not have",
-                mend=f"remove {job.manifest} and its shards, or pack into another folder",
+                hint=f"remove {job.manifest} and its shards, or pack into another folder",
             )
 
 
@@ -293,7 +293,7 @@ class _Job:
         if there - ours:
             raise DataError(
                 f"{self.folder / min(there - ours)} exists and was not written by `disttrain shards pack`",
-                mend="remove it, pack into another folder, or set --prefix",
+                hint="remove it, pack into another folder, or set --prefix",
             )
 
     def begin(self, parts: list[Ids]) -> dict[str, Shard]:

@@ -73,13 +73,13 @@ def write_shard(samples: Samples, ids: Ids, path: Path, tick: Tick) -> Shard:
 def _check(sample: Sample, keys: set[str]) -> None:
     """Check that a sample can be read back unchanged."""
     if sample.key in keys:
-        raise DataError(f"two samples have the key {sample.key!r}", mend="give every sample of a source a unique key")
+        raise DataError(f"two samples have the key {sample.key!r}", hint="give every sample of a source a unique key")
     keys.add(sample.key)
     if not sample.fields:
-        raise DataError(f"sample {sample.key!r} has no fields", mend="add at least one, or skip the sample")
+        raise DataError(f"sample {sample.key!r} has no fields", hint="add at least one, or skip the sample")
     for extension in sample.fields:
         if extension.startswith("_") or split_name(f"{sample.key}.{extension}") != (sample.key, extension):
             raise DataError(
                 f"sample {sample.key!r} with field {extension!r} cannot be stored in a shard",
-                mend="use no dot after the last slash of a key, and lower-case fields that do not start with '_'",
+                hint="use no dot after the last slash of a key, and lower-case fields that do not start with '_'",
             )

@@ -50,34 +50,34 @@ def open_source(spec: str, *, target: str = "", task: str = "", features: Sequen
         DataError: the source does not exist, or a required library is missing.
     """
     if task not in ("", "classification", "regression"):
-        raise ConfigError(f"task is {task!r}", mend="use classification or regression")
+        raise ConfigError(f"task is {task!r}", hint="use classification or regression")
     path = Path(spec)
     if path.suffix.lower() in (".csv", ".parquet"):
         return open_table(path, target=target, task=task, features=features)
     if target or features:
-        raise ConfigError(f"{spec} has no columns to choose", mend="--target and --features are for CSV and Parquet")
+        raise ConfigError(f"{spec} has no columns to choose", hint="--target and --features are for CSV and Parquet")
     if spec.startswith("sklearn:"):
         return _sklearn(spec.removeprefix("sklearn:"), task)
     if not path.is_dir():
         raise DataError(
             f"cannot pack {spec}: there is no such folder",
-            mend=f"name a folder, a .csv or .parquet file, or sklearn: with one of {', '.join(SKLEARN)}",
+            hint=f"name a folder, a .csv or .parquet file, or sklearn: with one of {', '.join(SKLEARN)}",
         )
     if task == "regression":
-        raise ConfigError(f"{spec}: an image folder is for classification", mend="omit --task")
+        raise ConfigError(f"{spec}: an image folder is for classification", hint="omit --task")
     return _image_folder(path)
 
 
 def _sklearn(name: str, task: str) -> Source:
     if name not in SKLEARN:
-        raise DataError(f"sklearn:{name} is not known", mend=nearest(name, SKLEARN))
+        raise DataError(f"sklearn:{name} is not known", hint=nearest(name, SKLEARN))
     if task not in ("", SKLEARN[name]):
-        raise ConfigError(f"sklearn:{name} is for {SKLEARN[name]}, not {task}", mend="omit --task")
+        raise ConfigError(f"sklearn:{name} is for {SKLEARN[name]}, not {task}", hint="omit --task")
     try:
         version = importlib.metadata.version("scikit-learn")
     except importlib.metadata.PackageNotFoundError:
         raise DataError(
-            f"sklearn:{name} needs scikit-learn, which is missing", mend="pip install 'disttrain[recipes]'"
+            f"sklearn:{name} needs scikit-learn, which is missing", hint="pip install 'disttrain[recipes]'"
         ) from None
     return Source(name=name, fingerprint=f"sklearn:{name}:{version}", load=lambda: _load_sklearn(name))
 
@@ -124,7 +124,7 @@ def _image_folder(folder: Path) -> Source:
     if has_splits and unknown:
         raise DataError(
             f"{folder} has class folders in train, but also a folder {unknown[0]!r}",
-            mend="name the splits train, val and test, each with class folders, and keep nothing else beside them",
+            hint="name the splits train, val and test, each with class folders, and keep nothing else beside them",
         )
     by_split = {split: roots[split] for split in _OWN_SPLITS if split in roots} if has_splits else {"": folder}
     images: list[_Image] = []
@@ -133,13 +133,13 @@ def _image_folder(folder: Path) -> Source:
         for class_folder in _folders(root):
             found, left_out = _list_images(split, class_folder)
             if not found and split in ("", "train"):
-                raise DataError(f"class folder {class_folder} holds no images", mend="add some, or remove the folder")
+                raise DataError(f"class folder {class_folder} holds no images", hint="add some, or remove the folder")
             images.extend(found)
             others.extend(left_out)
         if not any(image.split == split for image in images):
             raise DataError(
                 f"folder {root} holds no images in class folders",
-                mend=f"arrange them as {root}/<class>/<name>.jpg (or {', '.join(sorted(IMAGES - {'jpg'}))})",
+                hint=f"arrange them as {root}/<class>/<name>.jpg (or {', '.join(sorted(IMAGES - {'jpg'}))})",
             )
     listing = hashlib.sha256()
     for image in images:
@@ -176,7 +176,7 @@ def _load_images(images: list[_Image], others: list[Path]) -> Samples:
         if image.class_name not in numbers:
             raise DataError(
                 f"class {image.class_name!r} of {image.path.parent} is not in train",
-                mend=f"every class must be in train; {nearest(image.class_name, classes)}",
+                hint=f"every class must be in train; {nearest(image.class_name, classes)}",
             )
     keys = _keys(images)
     labels = np.array([numbers[image.class_name] for image in images], dtype=np.int64)
@@ -196,7 +196,7 @@ def _load_images(images: list[_Image], others: list[Path]) -> Samples:
         try:
             content = image.path.read_bytes()
         except OSError as error:
-            raise DataError(f"cannot read image {image.path}: {error.strerror}", mend="restore it") from None
+            raise DataError(f"cannot read image {image.path}: {error.strerror}", hint="restore it") from None
         return Sample(keys[number], {image.extension: content, "cls": str(labels[number]).encode()})
 
     return Samples(

@@ -44,7 +44,7 @@ class _Table:
 
     def column(self, name: str, role: str) -> Column:
         if name not in self.columns:
-            raise DataError(f"{self.path} has no column {name!r} ({role})", mend=nearest(name, self.columns))
+            raise DataError(f"{self.path} has no column {name!r} ({role})", hint=nearest(name, self.columns))
         return self.columns[name]
 
     def holds_numbers(self, name: str) -> bool:
@@ -56,7 +56,7 @@ class _Table:
     def numbers(self, name: str, role: str) -> NDArray[np.float64]:
         column = self.column(name, role)
         if column is None:
-            raise DataError(f"{self.path}, column {name!r} ({role}) holds neither numbers nor text", mend="convert it")
+            raise DataError(f"{self.path}, column {name!r} ({role}) holds neither numbers nor text", hint="convert it")
         if isinstance(column, list):
             parsed = (_number(cell) for cell in column)
             values = np.array([np.nan if value is None else value for value in parsed], dtype=np.float64)
@@ -72,7 +72,7 @@ class _Table:
             more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
             raise DataError(
                 f"{self.place(row, name)}: {what}, not a finite float32 number{more}",
-                mend="correct or remove the row, or choose columns with --features",
+                hint="correct or remove the row, or choose columns with --features",
             )
         return values
 
@@ -88,7 +88,7 @@ def open_table(path: Path, *, target: str, task: str = "", features: Sequence[st
         with open(path, "rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}", mend="check the path") from None
+        raise DataError(f"cannot read {path}: {error.strerror}", hint="check the path") from None
     options = json.dumps([path.stem, target, task, *features])
 
     def load() -> Samples:
@@ -143,14 +143,14 @@ def _samples(table: _Table, target: str, task: str, features: Sequence[str]) -> 
     if not target:
         raise ConfigError(
             f"{table.path}: no target column was given",
-            mend=f"add --target COLUMN, one of {', '.join(table.columns)}",
+            hint=f"add --target COLUMN, one of {', '.join(table.columns)}",
         )
     labels, classes, notes = _labels(table, target, task)
     if target in features:
-        raise ConfigError(f"column {target!r} is both target and feature", mend="remove it from --features")
+        raise ConfigError(f"column {target!r} is both target and feature", hint="remove it from --features")
     names = list(features) or [name for name in table.columns if name != target and table.holds_numbers(name)]
     if not names:
-        raise DataError(f"{table.path} has no numeric columns besides {target!r}", mend="name some with --features")
+        raise DataError(f"{table.path} has no numeric columns besides {target!r}", hint="name some with --features")
     left_out = [name for name in table.columns if name != target and name not in names]
     if left_out and not features:
         notes += (f"skipped non-numeric columns: {', '.join(left_out)}",)
@@ -166,14 +166,14 @@ def _labels(table: _Table, target: str, task: str) -> tuple[Labels, tuple[str, .
         if not task and not np.any(values % 1):
             raise ConfigError(
                 f"{table.path}: target {target!r} holds whole numbers, which may be classes or quantities",
-                mend="add --task classification or --task regression",
+                hint="add --task classification or --task regression",
             )
         return values, (), ()
     if isinstance(column, list) and any(_number(cell) is None for cell in column):
         names = [cell.strip() for cell in column]
         if "" in names:
             raise DataError(
-                f"{table.place(names.index(''), target)}: the class is missing", mend="fill or drop the row"
+                f"{table.place(names.index(''), target)}: the class is missing", hint="fill or drop the row"
             )
         return _numbered(names, sorted(set(names)))
     values = table.numbers(target, "the target")
@@ -181,7 +181,7 @@ def _labels(table: _Table, target: str, task: str) -> tuple[Labels, tuple[str, .
         row = int(np.flatnonzero(values % 1)[0])
         raise DataError(
             f"{table.place(row, target)}: {values[row]} is not a class number",
-            mend="use --task regression, or round it",
+            hint="use --task regression, or round it",
         )
     classes = values.astype(np.int64)
     present = np.unique(classes)
@@ -221,16 +221,16 @@ def _read_csv(path: Path) -> _Table:
                     lines.append(reader.line_num)
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path} after line {lines[-1] if lines else 0}: {error}", mend="save it as CSV in UTF-8"
+            f"{path} after line {lines[-1] if lines else 0}: {error}", hint="save it as CSV in UTF-8"
         ) from None
     names = [name.strip() for name in rows[0]] if rows else []
     if len(rows) < 2 or all(_number(name) is not None for name in names):
         what = "its first line holds numbers, not column names" if len(rows) > 1 else "it holds no rows"
-        raise DataError(f"{path}: {what}", mend="name the columns in the first line, with the rows below")
+        raise DataError(f"{path}: {what}", hint="name the columns in the first line, with the rows below")
     for row, line in zip(rows[1:], lines[1:], strict=True):
         if len(row) != len(names):
             raise DataError(
-                f"{path}, line {line}: {len(row)} cells, but {len(names)} columns are named", mend="correct the line"
+                f"{path}, line {line}: {len(row)} cells, but {len(names)} columns are named", hint="correct the line"
             )
     _no_doubles(path, names)
     cells = zip(*rows[1:], strict=True)
@@ -244,15 +244,15 @@ def _read_parquet(path: Path) -> _Table:
         parquet: Any = importlib.import_module("pyarrow.parquet")
     except ImportError:
         raise DataError(
-            f"{path}: Parquet needs pyarrow, which is missing", mend="pip install 'disttrain[parquet]'"
+            f"{path}: Parquet needs pyarrow, which is missing", hint="pip install 'disttrain[parquet]'"
         ) from None
     try:
         content = parquet.read_table(path)
     except (arrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file: {error}", mend="write it again") from None
+        raise DataError(f"{path} is not a readable Parquet file: {error}", hint="write it again") from None
     _no_doubles(path, content.column_names)
     if content.num_rows == 0:
-        raise DataError(f"{path}: it holds no rows", mend="point at a file with rows")
+        raise DataError(f"{path}: it holds no rows", hint="point at a file with rows")
     columns = {name: _from_arrow(arrow, content.column(name)) for name in content.column_names}
     return _Table(path, columns, content.num_rows)
 
@@ -273,4 +273,4 @@ def _from_arrow(arrow: Any, column: Any) -> Column:
 def _no_doubles(path: Path, names: Sequence[str]) -> None:
     double = next((name for name in names if list(names).count(name) > 1), None)
     if double is not None:
-        raise DataError(f"{path} has two columns {double!r}", mend="rename one of them")
+        raise DataError(f"{path} has two columns {double!r}", hint="rename one of them")

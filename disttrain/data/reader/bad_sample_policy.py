@@ -34,7 +34,7 @@ class BadSample(NamedTuple):
         field: name of the faulty field; empty if a transform rejected the sample.
         offset: byte offset of that field in the shard, -1 if the sample lacks it.
         reason: what is wrong.
-        mend: hint for the error message.
+        hint: hint for the error message.
     """
 
     shard: str
@@ -42,7 +42,7 @@ class BadSample(NamedTuple):
     field: str
     offset: int
     reason: str
-    mend: str
+    hint: str
 
     def __str__(self) -> str:
         at = f" at byte {self.offset}" if self.offset >= 0 else ""
@@ -52,4 +52,4 @@ class BadSample(NamedTuple):
         """Return the error for this sample; ``others`` is how many more bad samples the read found."""
         kind = DecodeError if self.offset >= 0 else DataError
         more = f" (and {others} more in this read)" if others else ""
-        return kind(f"{self}{more}", mend=f"{self.mend}; or set data.on_bad_sample to skip")
+        return kind(f"{self}{more}", hint=f"{self.hint}; or set data.on_bad_sample to skip")

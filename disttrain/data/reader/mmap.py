@@ -144,7 +144,7 @@ class MappedShards:
             if entry.file.size() < len(entry.file):
                 raise ends_early(self._shards[entry.shard].path, entry.file.size())
         names = ", ".join(self._shards[entry.shard].path for entry in torn[:3])
-        raise ShardError(f"reading {names} failed", mend="check the disk and the files")
+        raise ShardError(f"reading {names} failed", hint="check the disk and the files")
 
     def _fetch(
         self,
@@ -220,7 +220,7 @@ def ends_early(path: str, offset: int) -> ShardError:
     """Return the error for a shard that was truncated after it was indexed."""
     return ShardError(
         f"shard {path} ends at byte {offset}, before a sample that its index lists",
-        mend="restore the shard and run `disttrain shards index` again",
+        hint="restore the shard and run `disttrain shards index` again",
     )
 
 
@@ -228,7 +228,7 @@ def cannot_open(path: str, error: OSError) -> ShardError:
     """Return the error for a shard that has disappeared or is not readable."""
     return ShardError(
         f"cannot open shard {path}: {error.strerror}",
-        mend=open_hint(error, "restore it; it existed when the run started"),
+        hint=open_hint(error, "restore it; it existed when the run started"),
     )
 
 

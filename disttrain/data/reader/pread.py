@@ -58,7 +58,7 @@ class _OpenShard:
                 count = os.preadv(self.fd, (buffer,), offset)
             except OSError as error:
                 raise ShardError(
-                    f"shard {self.path} at byte {offset}: {error.strerror}", mend="check the disk and the file"
+                    f"shard {self.path} at byte {offset}: {error.strerror}", hint="check the disk and the file"
                 ) from None
             if count == len(buffer):
                 return

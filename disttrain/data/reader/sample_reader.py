@@ -113,7 +113,7 @@ class Reader:
                 raise DataError(
                     f"{index.name}: field {name!r} (extension {field.ext!r}) does not occur in"
                     f" {shown(index.shards[0].path)}, which has {', '.join(present)}",
-                    mend=f"correct data.fields.{name}; {nearest(field.alternatives[0], present)}",
+                    hint=f"correct data.fields.{name}; {nearest(field.alternatives[0], present)}",
                 )
 
     def require(self, allowed: Mapping[str, Allowed]) -> None:
@@ -190,10 +190,10 @@ class Reader:
         """Return the average size of a sample in its shard, headers included."""
         return float(sum(shard.size_bytes for shard in self.index.shards)) / max(1, len(self.index))
 
-    def bad_sample(self, sample_id: int, field: str, offset: int, reason: str, mend: str) -> BadSample:
+    def bad_sample(self, sample_id: int, field: str, offset: int, reason: str, hint: str) -> BadSample:
         """Return the record of a bad sample."""
         shard = int(np.searchsorted(self.index.starts, sample_id, side="right")) - 1
-        return BadSample(shown(self.index.shards[shard].path), self.index.key(sample_id), field, offset, reason, mend)
+        return BadSample(shown(self.index.shards[shard].path), self.index.key(sample_id), field, offset, reason, hint)
 
     def _remember(self, ids: NDArray[np.int64], found: _BadPlacesError) -> None:
         self._known_bad.update({int(ids[place]): sample for place, sample in found.samples.items()})
@@ -201,7 +201,7 @@ class Reader:
     def _all_bad(self) -> DataError:
         example = next(iter(self._known_bad.values()))
         return DataError(
-            f"{self.index.name}: a thousand samples in a row are bad, such as {example}", mend=example.mend
+            f"{self.index.name}: a thousand samples in a row are bad, such as {example}", hint=example.hint
         )
 
     def _decoded(self, places: Places, draws: Draws | None) -> dict[str, Decoded]:
@@ -247,9 +247,9 @@ class Reader:
                 self._check(name, out[name])
             except BadValuesError as found:
                 offset = places.in_batch_order(offsets[:, column])
-                mend = found.mend or f"repair the sample, or declare another decoder for data.fields.{name}"
+                hint = found.hint or f"repair the sample, or declare another decoder for data.fields.{name}"
                 for place, reason in found.faults.items():
-                    bad.setdefault(place, self._undecodable(places, place, name, int(offset[place]), reason, mend))
+                    bad.setdefault(place, self._undecodable(places, place, name, int(offset[place]), reason, hint))
         if bad:
             raise _BadPlacesError(bad)
         return out
@@ -259,7 +259,7 @@ class Reader:
         for allowed in self._allowed.get(name, ()):
             faults |= allowed.faults(values)
         if faults:
-            raise BadValuesError(faults, mend="repair the sample, or correct what the run expects")
+            raise BadValuesError(faults, hint="repair the sample, or correct what the run expects")
 
     def _lacking(self, places: Places, offsets: NDArray[np.int64]) -> dict[int, BadSample]:
         names, found = list(self.fields), {}
@@ -272,13 +272,13 @@ class Reader:
             )
         return found
 
-    def _undecodable(self, places: Places, place: int, name: str, offset: int, reason: str, mend: str) -> BadSample:
+    def _undecodable(self, places: Places, place: int, name: str, offset: int, reason: str, hint: str) -> BadSample:
         return self.bad_sample(
             self._id_of(places, place),
             name,
             offset,
             f", field {name!r} ({self.fields[name].ext}): {reason}",
-            mend,
+            hint,
         )
 
     def _id_of(self, places: Places, place: int) -> int:

@@ -41,16 +41,16 @@ class AttemptError(Exception):
     Attributes:
         again: whether a retry may succeed.
         status: the HTTP status, if known.
-        mend: how to fix it, if more than waiting is needed.
+        hint: how to fix it, if more than waiting is needed.
         after_seconds: the server's ``Retry-After``.
     """
 
     def __init__(
-        self, what: str, *, again: bool, status: int | None = None, mend: str = "", after_seconds: float = 0.0
+        self, what: str, *, again: bool, status: int | None = None, hint: str = "", after_seconds: float = 0.0
     ) -> None:
         super().__init__(what)
         self.again, self.status, self.after_seconds = again, status, after_seconds
-        self.mend = mend or _MENDS.get(status or 0, "")
+        self.hint = hint or _MENDS.get(status or 0, "")
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,9 @@ async def get_range(session: Any, url: str, start: int, stop: int, timeout: floa
         seconds = float(after) if after.isdecimal() else 0.0
         raise AttemptError(what, again=again, status=status, after_seconds=seconds)
     if (encoding := headers.get("Content-Encoding", "identity").lower()) != "identity":
-        mend = "disable compression of such files on the server and on proxies in front of it"
+        hint = "disable compression of such files on the server and on proxies in front of it"
         what = f"the server compressed the response ({encoding}), though asked not to"
-        raise AttemptError(what, again=False, status=status, mend=mend)
+        raise AttemptError(what, again=False, status=status, hint=hint)
     if found is None or found[1] is None:
         raise AttemptError(f"invalid Content-Range {headers.get('Content-Range')!r}", again=True, status=status)
     first, last, total = int(found[1]), int(found[2]), int(found[3])

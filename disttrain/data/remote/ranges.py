@@ -54,12 +54,12 @@ class RetryConfig:
 
     def __post_init__(self) -> None:
         if self.attempts < 1:
-            raise ConfigError(f"retry.attempts is {self.attempts}", mend="use at least 1 (1 tries once)")
+            raise ConfigError(f"retry.attempts is {self.attempts}", hint="use at least 1 (1 tries once)")
         for name in ("base_seconds", "max_seconds", "budget_seconds"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"retry.{name} is {getattr(self, name)}", mend="use 0 or more seconds")
+                raise ConfigError(f"retry.{name} is {getattr(self, name)}", hint="use 0 or more seconds")
         if self.timeout_seconds <= 0:
-            raise ConfigError(f"retry.timeout_seconds is {self.timeout_seconds}", mend="use more than 0 seconds")
+            raise ConfigError(f"retry.timeout_seconds is {self.timeout_seconds}", hint="use more than 0 seconds")
 
     def wait_seconds(self, failed: int, chance: float) -> float:
         """Return the wait after ``failed`` attempts; ``chance`` in [0, 1) is the jitter."""
@@ -73,8 +73,8 @@ DEFAULT_RETRY: Final = RetryConfig()
 class RemoteError(ShardError):
     """Raised if a remote file cannot be accessed; ``status`` is the last HTTP status, if known."""
 
-    def __init__(self, what: str, *, mend: str = "", status: int | None = None) -> None:
-        super().__init__(what, mend=mend)
+    def __init__(self, what: str, *, hint: str = "", status: int | None = None) -> None:
+        super().__init__(what, hint=hint)
         self.status = status
 
 
@@ -107,7 +107,7 @@ class RemoteFile:
         if "://...@" in self.url or self.url.endswith("?..."):
             raise ConfigError(
                 f"{self.url} is a redacted URL, as shown in records of runs: its password or signature was removed",
-                mend="use environment variables, https://$USER:$PASSWORD@host/..., or the full URL; for a signed URL,"
+                hint="use environment variables, https://$USER:$PASSWORD@host/..., or the full URL; for a signed URL,"
                 " use the full URL",
             )
         # A private generator: jitter from the global one would make the run's random numbers depend on the network.
@@ -154,7 +154,7 @@ class RemoteFile:
             raise AttemptError(
                 f"the file was replaced: {what}",
                 again=False,
-                mend="rerun once its upload is done, to index it again; rewrite its manifest, if it has one",
+                hint="rerun once its upload is done, to index it again; rewrite its manifest, if it has one",
             )
 
     def _read(self, start: int, stop: int) -> bytes:
@@ -203,7 +203,7 @@ def try_again(
             if over or not failed.again:
                 raise _error(url, failed, number, spent) from None
         except NoLibraryError as error:
-            raise ConfigError(f"{shown(url)} cannot be read: {error}", mend=error.mend) from None
+            raise ConfigError(f"{shown(url)} cannot be read: {error}", hint=error.hint) from None
         sleep(wait)
     raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -214,7 +214,7 @@ def _error(url: str, failed: AttemptError, attempts: int, seconds: float) -> Rem
     # A library's message may contain the unredacted URL.
     return RemoteError(
         f"{shown(url)}: {status}{redacted(str(failed))} ({tries}; credentials: {credential_source(url)})",
-        mend=failed.mend or _WAIT,
+        hint=failed.hint or _WAIT,
         status=failed.status,
     )
 

@@ -49,11 +49,11 @@ _IN_WORDS: Final = {
 
 
 class NoLibraryError(Exception):
-    """Raised if URLs of this kind cannot be opened here; ``mend`` is the hint."""
+    """Raised if URLs of this kind cannot be opened here; ``hint`` is the hint."""
 
-    def __init__(self, what: str, *, mend: str) -> None:
+    def __init__(self, what: str, *, hint: str) -> None:
         super().__init__(what)
-        self.mend = mend
+        self.hint = hint
 
 
 def tells_state(url: str) -> bool:
@@ -166,9 +166,9 @@ def _new_filesystem(scheme: str, timeout: float) -> Any:
 
         kind = fsspec.get_filesystem_class(scheme)
     except ImportError as error:
-        raise NoLibraryError(str(error), mend="run `pip install 'disttrain[cloud]'`") from None
+        raise NoLibraryError(str(error), hint="run `pip install 'disttrain[cloud]'`") from None
     except ValueError as error:
-        raise NoLibraryError(str(error), mend="use http, https, s3 or gs") from None
+        raise NoLibraryError(str(error), hint="use http, https, s3 or gs") from None
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if scheme in _S3:
         limits = {"connect_timeout": timeout, "read_timeout": timeout}
@@ -224,11 +224,11 @@ def _failed(error: Exception, timeout: float) -> AttemptError:
     if "CERTIFICATE_VERIFY_FAILED" in text or "certificate verify failed" in text:
         return _untrusted(text)
     if any(sign in text for sign in _NO_TLS):
-        mend = "correct the port, or use http:// if no encryption is intended"
-        return AttemptError("the server does not speak TLS on this port", again=False, mend=mend)
+        hint = "correct the port, or use http:// if no encryption is intended"
+        return AttemptError("the server does not speak TLS on this port", again=False, hint=hint)
     if kind in _NO_CREDENTIALS:
-        mend = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_S3_ANON=true for a public bucket"
-        return AttemptError(f"no credentials: {text}", again=False, mend=mend)
+        hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_S3_ANON=true for a public bucket"
+        return AttemptError(f"no credentials: {text}", again=False, hint=hint)
     may_pass = kind not in _BAD_URLS and not isinstance(error, _BUGS)
     again = may_pass and (status is None or status in WAITING_HELPS)
     if status is not None and status >= 400:
@@ -259,15 +259,15 @@ def _untrusted(text: str) -> AttemptError:
     """Return the error for a certificate that does not verify, with the reason."""
     found = re.search(r"certificate verify failed:? ?([^(\"'\]]*[^(\"'\] ])?", text)
     why = (found[1] or "").rstrip(". ") if found else ""
-    mend = (
+    hint = (
         "to trust it, set SSL_CERT_FILE (for s3: AWS_CA_BUNDLE) to a PEM file with this certificate or that of its"
         " authority"
     )
     if "expired" in why:
-        mend = "renew the server's certificate, and check this machine's clock"
+        hint = "renew the server's certificate, and check this machine's clock"
     elif "ostname mismatch" in why or "IP address mismatch" in why:
-        mend = "use the host name that the certificate was issued for"
-    return AttemptError(f"the server's certificate is not trusted: {why or text}", again=False, mend=mend)
+        hint = "use the host name that the certificate was issued for"
+    return AttemptError(f"the server's certificate is not trusted: {why or text}", again=False, hint=hint)
 
 
 def _status_of(error: BaseException | None) -> int | None:

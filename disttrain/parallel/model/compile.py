@@ -118,7 +118,7 @@ def _check_compiler(device: torch.device) -> None:
         if not has_triton():
             raise ConfigError(
                 f"parallel.compile is blocks, but Triton cannot compile for {torch.cuda.get_device_name(device)}",
-                mend="install triton (it needs compute capability 7.0), or set parallel.compile to none",
+                hint="install triton (it needs compute capability 7.0), or set parallel.compile to none",
             )
         return
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -128,7 +128,7 @@ def _check_compiler(device: torch.device) -> None:
     except Exception as error:
         raise ConfigError(
             "parallel.compile is blocks, but there is no C++ compiler for the CPU",
-            mend="install g++ or set the environment variable CXX, or set parallel.compile to none",
+            hint="install g++ or set the environment variable CXX, or set parallel.compile to none",
         ) from error
 
 

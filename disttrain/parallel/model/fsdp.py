@@ -56,7 +56,7 @@ def no_blocks(what: str, module: nn.Module, setting: str) -> ConfigError:
     return ConfigError(
         f"{what}, but {type(module).__name__} has no blocks: no child of a ModuleList or Sequential has"
         f" {_MIN_UNIT_PARAMETERS:,} parameters or more",
-        mend=f"give the model a shard_units() method that returns its blocks, or set {setting} to none",
+        hint=f"give the model a shard_units() method that returns its blocks, or set {setting} to none",
     )
 
 
@@ -78,13 +78,13 @@ def _check(module: nn.Module, units: list[nn.Module]) -> None:
             raise ConfigError(
                 f"shard_units() in {type(module).__name__} returns a {type(unit).__name__}, which has no forward(),"
                 " so FSDP cannot gather its parameters",
-                mend="return the modules that it holds",
+                hint="return the modules that it holds",
             )
     for name, parameter in module.named_parameters():
         if parameter.ndim == 0:
             raise ConfigError(
                 f"parameter {name} is a single number, shape (), which FSDP cannot shard",
-                mend="give it the shape (1,), such as nn.Parameter(torch.ones(1)), or set parallel.strategy to ddp",
+                hint="give it the shape (1,), such as nn.Parameter(torch.ones(1)), or set parallel.strategy to ddp",
             )
 
 

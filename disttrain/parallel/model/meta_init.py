@@ -44,13 +44,13 @@ def starts_on_meta(module: nn.Module, *, wanted: bool, fitting: bool) -> bool:
     if meta and not wanted:
         raise ConfigError(
             f"{meta[0]} of {class_name(module)} is on the meta device, and parallel.meta_init is false",
-            mend="set parallel.meta_init to true, or build the model on the CPU",
+            hint="set parallel.meta_init to true, or build the model on the CPU",
         )
     given = [name for name, kind, _, tensor in tensors if kind == "parameter" and not tensor.is_meta]
     if wanted and given and (meta or fitting):
         raise ConfigError(
             f"parallel.meta_init is true, and {given[0]} of {class_name(module)} is not on the meta device",
-            mend='build the model under torch.device("meta"), or set parallel.meta_init to false',
+            hint='build the model under torch.device("meta"), or set parallel.meta_init to false',
         )
     return bool(meta)
 
@@ -205,7 +205,7 @@ def _refuse_lost_tensors(module: nn.Module) -> None:
                 raise ConfigError(
                     f"parallel.meta_init is true, and {f'{name}.' if name else ''}{key} of {class_name(module)} is a"
                     " tensor on the meta device that is neither a parameter nor a buffer: its value is lost",
-                    mend='build it with device="cpu", or later, as Task.build_metrics does for metrics',
+                    hint='build it with device="cpu", or later, as Task.build_metrics does for metrics',
                 )
 
 
@@ -219,6 +219,6 @@ def _no_value(module: nn.Module, tensor: str) -> ConfigError:
     kind = type(module.get_submodule(tensor.rpartition(".")[0])).__name__
     return ConfigError(
         f"parallel.meta_init is true, but nothing initializes {tensor} of {class_name(module)}",
-        mend=f"give {kind} a reset_parameters() method that fills all of its parameters and buffers (a buffer"
+        hint=f"give {kind} a reset_parameters() method that fills all of its parameters and buffers (a buffer"
         ' built with device="cpu" keeps its value), or set meta_init to false',
     )

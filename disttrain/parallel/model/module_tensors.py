@@ -50,12 +50,12 @@ def check_types(module: nn.Module, *, sharded: bool) -> None:
         if parameter.is_complex() and (sharded or parameter.requires_grad):
             raise ConfigError(
                 f"parameter {name} is {kind}: its gradient cannot be summed over ranks, nor its norm taken",
-                mend="keep it as a real tensor of shape (..., 2), and use torch.view_as_complex(...) in forward()",
+                hint="keep it as a real tensor of shape (..., 2), and use torch.view_as_complex(...) in forward()",
             )
         if sharded and not parameter.is_floating_point():
             raise ConfigError(
                 f"parameter {name} is {kind}, which FSDP cannot shard",
-                mend="register it as a buffer, since it is not trained, or set parallel.strategy to ddp",
+                hint="register it as a buffer, since it is not trained, or set parallel.strategy to ddp",
             )
 
 
@@ -73,7 +73,7 @@ def check_units(module: nn.Module) -> None:
             one, two = (f"{names[id(each)]} ({str(each.dtype)[6:]})" for each in (trained[0], other))
             raise ConfigError(
                 f"parameters {one} and {two} are in one FSDP unit, where all must have the same type",
-                mend="convert one of them, define units in the model's shard_units(), or set parallel.strategy to ddp",
+                hint="convert one of them, define units in the model's shard_units(), or set parallel.strategy to ddp",
             )
 
 

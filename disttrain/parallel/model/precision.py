@@ -123,7 +123,7 @@ def device_kind(accelerator: str) -> str:
     """
     available = torch.cuda.is_available()
     if accelerator == "cuda" and not available:
-        raise ConfigError("trainer.accelerator is cuda, but PyTorch sees no CUDA device", mend="use auto or cpu")
+        raise ConfigError("trainer.accelerator is cuda, but PyTorch sees no CUDA device", hint="use auto or cpu")
     return "cuda" if accelerator != "cpu" and available else "cpu"
 
 
@@ -135,10 +135,10 @@ def check_precision(precision: str, device: str) -> None:
     """
     if precision == "16-mixed" and device == "cpu":
         raise ConfigError(
-            "trainer.precision is 16-mixed, which needs a CUDA device", mend="use bf16-mixed or 32-true on the CPU"
+            "trainer.precision is 16-mixed, which needs a CUDA device", hint="use bf16-mixed or 32-true on the CPU"
         )
     if "bf16" in precision and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError(
             f"trainer.precision is {precision}, which {torch.cuda.get_device_name()} cannot do",
-            mend="use 16-mixed or 32-true",
+            hint="use 16-mixed or 32-true",
         )

@@ -42,7 +42,7 @@ class ShardedDropout(ParallelStyle):
         if not isinstance(module, nn.Dropout):
             raise ConfigError(
                 f"tensor_plan() gives the style ShardedDropout to a {type(module).__name__}",
-                mend="use it only for torch.nn.Dropout modules",
+                hint="use it only for torch.nn.Dropout modules",
             )
         module.forward = _SharedMask(module, self.dim, device_mesh)  # type: ignore[method-assign, assignment]
         return module
@@ -79,7 +79,7 @@ def apply_tensor_plan(module: nn.Module, mesh: DeviceMesh) -> None:
         if not found:
             raise ConfigError(
                 f"tensor_plan() of {type(owner).__name__} names {pattern!r}, which matches no module of it",
-                mend=f"correct the plan; {nearest(pattern, names)}",
+                hint=f"correct the plan; {nearest(pattern, names)}",
             )
         for name, inner in found:
             _check_size(name, inner, style, mesh.size())
@@ -93,7 +93,7 @@ def _find_plan(module: nn.Module) -> tuple[nn.Module, Plan]:
             return inner, dict(declared())
     raise ConfigError(
         f"parallel.tensor is set, but {type(module).__name__} does not say how to divide its layers",
-        mend="give the model a tensor_plan() method that maps module names to styles of"
+        hint="give the model a tensor_plan() method that maps module names to styles of"
         " torch.distributed.tensor.parallel, or set parallel.tensor to 1",
     )
 
@@ -115,5 +115,5 @@ def _check_size(name: str, module: nn.Module, style: ParallelStyle, degree: int)
         if isinstance(style, kind) and size % degree:
             raise ConfigError(
                 f"parallel.tensor {degree} does not divide {what} {size} of {name}",
-                mend=f"use a parallel.tensor that divides {size}, or remove {name} from tensor_plan()",
+                hint=f"use a parallel.tensor that divides {size}, or remove {name} from tensor_plan()",
             )

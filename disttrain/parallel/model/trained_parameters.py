@@ -43,6 +43,6 @@ def check_members(optimizer: Optimizer, reducible: Mapping[str, nn.Parameter], m
         f"{kind} of {class_name(module)} updates {count} parameter{'s' * (count > 1)}, the first of shape"
         f" {tuple(strange[0].shape)}, that the strategy does not manage: the module does not hold"
         f" {'them' if count > 1 else 'it'}, or did not when training was set up, so the ranks would diverge",
-        mend="create layers in __init__, hold them in a module or nn.ModuleList (not a plain list), and create"
+        hint="create layers in __init__, hold them in a module or nn.ModuleList (not a plain list), and create"
         " optimizers in configure_optimizers",
     )

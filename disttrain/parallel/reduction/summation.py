@@ -69,12 +69,12 @@ class SummationMixin(_Base):
         if not module.automatic_optimization:
             raise ConfigError(
                 f"parallel.reduction is tree, and {class_name(module)} steps its optimizers by itself",
-                mend="set parallel.reduction to fast, or leave automatic_optimization on",
+                hint="set parallel.reduction to fast, or leave automatic_optimization on",
             )
         if trainer.precision in ("16-mixed", "bf16-true", "16-true"):
             raise ConfigError(
                 f"parallel.reduction is tree, and trainer.precision is {trainer.precision}",
-                mend="use bf16-mixed or 32-true, whose gradients are float32, or set parallel.reduction to fast",
+                hint="use bf16-mixed or 32-true, whose gradients are float32, or set parallel.reduction to fast",
             )
         self._sums = PartialSums(data_ranks(trainer).rank)
         return self._sums
@@ -108,7 +108,7 @@ class SummationMixin(_Base):
             raise ConfigError(
                 f"parallel.reduction is tree, and a step had {sums.count + 1} micro batches of"
                 f" {sums.plan.accumulation}: the loader's length is no multiple of the accumulation",
-                mend="use disttrain's data module or drop the rest, or set parallel.reduction to fast",
+                hint="use disttrain's data module or drop the rest, or set parallel.reduction to fast",
             )
         self._reduced(parameters)
         plan = sums.plan
@@ -134,6 +134,6 @@ def _present(name: str, gradient: Tensor | None) -> Tensor:
     if gradient is None:
         raise ConfigError(
             f"parallel.reduction is tree, and parameter {name} got no gradient from a micro batch",
-            mend="freeze it (requires_grad=False) or use it in every forward pass, or set parallel.reduction to fast",
+            hint="freeze it (requires_grad=False) or use it in every forward pass, or set parallel.reduction to fast",
         )
     return gradient

@@ -127,8 +127,8 @@ def test_what_has_no_plain_form_is_named(value: Any, kind: str) -> None:
         plain_contents({"hyper_parameters": {"a": [1, {"b": value}]}, "mine": value, "fine": 1})
     for word in ("hyper_parameters.a.1.b (of type", "mine (of type", kind, "would need unpickling"):
         assert word in caught.value.what, caught.value.what
-    assert "save_hyperparameters(ignore=[...])" in caught.value.mend
-    assert "state_dict()" in caught.value.mend
+    assert "save_hyperparameters(ignore=[...])" in caught.value.hint
+    assert "state_dict()" in caught.value.hint
 
 
 def test_tensors_are_shared_and_parameters_become_tensors() -> None:

@@ -130,7 +130,7 @@ def test_state_that_cannot_be_saved_is_refused_by_name_and_type(value: Any, word
     optimizer.state[module.weight] = {"odd": value}
     with pytest.raises(CheckpointError, match=words) as caught:
         split(named_state(optimizer, module), "optimizer 0")
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 def test_settings_and_parameters_that_cannot_be_saved_are_refused() -> None:

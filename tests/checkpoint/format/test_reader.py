@@ -141,7 +141,7 @@ def test_torn_files_are_named(saved: Path, name: str, way: str) -> None:
         with pytest.raises(CheckpointError) as caught:
             read(saved)
         assert str(caught.value) == (
-            f"checkpoint {saved} is torn: {name} {now}, but its marker says {size}\n  mend: resume from an earlier one"
+            f"checkpoint {saved} is torn: {name} {now}, but its marker says {size}\n  hint: resume from an earlier one"
         )
     assert committed(saved.parent) == ([], [f"checkpoint {saved} is torn: {name} {now}, but its marker says {size}"])
 
@@ -212,7 +212,7 @@ def test_a_newer_format_is_refused(saved: Path) -> None:
     commit(saved, 5)
     with pytest.raises(CheckpointError, match="has checkpoint format 99, but this disttrain reads up to 3") as caught:
         read_meta(saved)
-    assert "newer disttrain" in caught.value.mend
+    assert "newer disttrain" in caught.value.hint
 
 
 def test_a_tensor_that_is_missing_names_the_nearest(saved: Path) -> None:
@@ -342,7 +342,7 @@ def test_a_state_that_could_only_be_unpickled_is_not_committed(saved: Path, tmp_
     directory, planted = saved.parent, tmp_path / "planted"
     with pytest.raises(CheckpointError, match="would need unpickling") as caught:
         write(directory, "step-6", tensors=state(), meta={"x": Bomb(planted)}, global_step=6)
-    assert "state_dict()" in caught.value.mend
+    assert "state_dict()" in caught.value.hint
     assert not planted.exists()
     assert [c.path for c in committed(directory)[0]] == [saved]
     assert (directory / "LATEST").read_text() == "step-5\n"

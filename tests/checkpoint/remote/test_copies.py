@@ -183,7 +183,7 @@ def test_a_server_that_fails_for_good_leaves_the_older_copy(s3: S3Server, tmp_pa
     path = save(directory, 8, attempt)
     with pytest.raises(CheckpointError, match=r"cannot be written: s3://.*/run/step-0.*HTTP 503.*\(8 attempts in") as e:
         upload(path, mirror, attempt, Keep(1))
-    assert e.value.mend
+    assert e.value.hint
     assert [one.entry.global_step for one in mirror.committed()[0]] == [4]
     s3.faults.clear()
     s3.fail("PUT", "COMMITTED", 403)  # all files are there, the marker is not
@@ -412,14 +412,14 @@ def test_what_cannot_be_written_to(s3: S3Server, tmp_path: Path) -> None:
             MirrorConfig(place)
     with pytest.raises(CheckpointError, match="The specified bucket does not exist") as error:
         begin(tmp_path / "run", mirror_at("s3://nowhere/run"))
-    assert error.value.mend == "create the bucket, or correct the URL"
+    assert error.value.hint == "create the bucket, or correct the URL"
     s3.check_credentials(True)
     try:
         with pytest.raises(CheckpointError, match="HTTP 403") as error:
             begin(tmp_path / "other", mirror_at(f"s3://{bucket_of(tmp_path)}/run"))
     finally:
         s3.check_credentials(False)
-    assert error.value.mend == "give credentials that can read, write, list and delete there"
+    assert error.value.hint == "give credentials that can read, write, list and delete there"
     with pytest.raises(RemoteError):
         ObjectFolder("s3://nowhere/run").sizes()
 

@@ -120,7 +120,7 @@ def test_a_shard_that_is_read_is_never_evicted(server: RangeServer, tmp_path: Pa
     fd = full.open(shards[0])
     with pytest.raises(DataError, match=r"has had no room for .*/train-001.tar") as error:
         full.open(shards[1])
-    assert "data.cache.max_gib" in error.value.mend
+    assert "data.cache.max_gib" in error.value.hint
     os.close(fd)
     assert held(full, shards) == [0]
 
@@ -312,7 +312,7 @@ def test_files_of_others_in_the_cache_are_refused(server: RangeServer, tmp_path:
     (kept_in(tmp_path / "c") / "train-000.tar").write_bytes(b"mine")
     with pytest.raises(DataError, match=r"holds 'train-000.tar', which the cache did not create") as error:
         ShardCache(config)
-    assert "data.cache.directory" in error.value.mend
+    assert "data.cache.directory" in error.value.hint
     assert (kept_in(tmp_path / "c") / "train-000.tar").read_bytes() == b"mine"
 
 

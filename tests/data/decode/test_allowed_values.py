@@ -56,7 +56,7 @@ def test_names_that_disttrain_gives_itself_are_refused_wherever_they_come_from(t
     said = f"has '{name}', but disttrain reserves the names"
     with pytest.raises(ConfigError, match=f"data.fields {said}") as caught:
         ShardedDataModule(train="x.tar", fields={name: "x.npy"})
-    assert "data.hooks.weight" in caught.value.mend
+    assert "data.hooks.weight" in caught.value.hint
     with pytest.raises(ConfigError, match=f"data.fields {said}"):
         reader_of(tmp_path, {name: Field("cls")}, cls=[b"1"])
     reader = reader_of(tmp_path, **labels(b"1", b"2"))
@@ -243,7 +243,7 @@ def test_weights_come_from_a_transform(tmp_path: Path) -> None:
         BatchMaker(reader, HooksConfig(weigh([1] * 4), weight="u")).make(rows([0]))
     with pytest.raises(ConfigError, match=r"data\.hooks.weight is 'lable', which is not one") as caught:
         BatchMaker(reader, HooksConfig(weight="lable"))
-    assert "label" in caught.value.mend
+    assert "label" in caught.value.hint
 
 
 # Samples that are not wanted.
@@ -336,4 +336,4 @@ def test_a_transform_that_filters_everything_or_forgets_its_return_is_named(tmp_
         BatchMaker(odd, HooksConfig(only_even), skip_bad=True).make(rows([3, 4]))
     with pytest.raises(ConfigError, match="returned a NoneType") as caught:
         BatchMaker(reader, HooksConfig(lambda sample, random: None)).make(rows([0, 1]))  # type: ignore[arg-type,return-value]
-    assert "FilteredSampleError" in caught.value.mend
+    assert "FilteredSampleError" in caught.value.hint

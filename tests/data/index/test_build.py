@@ -78,7 +78,7 @@ def test_what_changed_is_read_again(paths: list[str], scanned: list[str]) -> Non
     assert all(fitting_sidecar(path)[0] is not None for path in paths)
 
 
-def test_a_subtly_wrong_sidecar_is_mended_by_force(paths: list[str]) -> None:
+def test_a_subtly_wrong_sidecar_is_fixed_by_force(paths: list[str]) -> None:
     index_shards(paths)
     sidecar = sidecar_path(paths[0])
     right = sidecar.read_text()
@@ -142,7 +142,7 @@ def test_no_file_is_overwritten_that_is_no_manifest(paths: list[str], tmp_path: 
     (tmp_path / "notes.json").write_text("mine")
     with pytest.raises(DataError, match=r"notes\.json is not a shard manifest") as caught:
         index_shards(paths, manifest=tmp_path / "notes.json")
-    assert "choose another name" in caught.value.mend
+    assert "choose another name" in caught.value.hint
 
 
 def test_remote_shards_are_asked_for_once(server: RangeServer, paths: list[str], tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_a_shard_of_the_same_size_with_other_contents_is_an_error(paths: list[st
     Path(paths[1]).write_bytes(data.replace(b"cls12" * 3, b"cls99" * 3))
     with pytest.raises(CheckpointError, match=r"data.train: shard .*t-1.tar was replaced since") as caught:
         check_evidence(before, opened(paths))
-    assert "--initialize_from" in caught.value.mend
+    assert "--initialize_from" in caught.value.hint
     Path(paths[1]).write_bytes(data)
     set_time(paths[1], 60)
     told = check_evidence(before, opened(paths))

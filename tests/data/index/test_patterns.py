@@ -163,7 +163,7 @@ def test_what_stands_in_the_place_of_a_shard(folder: Path) -> None:
         with pytest.raises(DataError, match=what) as caught:
             places(f"{folder}/{path}")
         caught.match(hint)
-        assert f"did you mean '{path}'" not in caught.value.mend
+        assert f"did you mean '{path}'" not in caught.value.hint
 
 
 def test_many_neighbours_are_not_all_named(folder: Path) -> None:
@@ -171,7 +171,7 @@ def test_many_neighbours_are_not_all_named(folder: Path) -> None:
         (folder / f"long-name-{number}.tar").write_bytes(b"")
     with pytest.raises(DataError, match=r"holds 54 \.tar files, such as") as caught:
         places(f"{folder}/zzz.zip")
-    assert len(caught.value.mend) < 300
+    assert len(caught.value.hint) < 300
 
 
 def test_globs_of_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +191,7 @@ def test_globs_of_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for nothing in ("test-*.tar", "train-[9-0].tar"):
         with pytest.raises(DataError, match="no object matches") as caught:
             places(f"{root}/{nothing}")
-        assert "holds 6 objects" in caught.value.mend
+        assert "holds 6 objects" in caught.value.hint
     assert places(f"{root}/test-*.tar", ask_servers=False) == []
     for place in ("https://host/a-*.tar", "s3://*/a-*.tar"):
         with pytest.raises(DataError, match=r"cannot be expanded over HTTP|does not name its bucket"):

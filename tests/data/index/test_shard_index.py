@@ -156,7 +156,7 @@ def test_manifests_of_manifests_are_refused(tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text(json.dumps({"shardlist": [], "datasets": [{"source_url": "n.json"}]}))
     with pytest.raises(DataError, match=r"m\.json lists other data sets under 'datasets'") as caught:
         parse_manifest(tmp_path / "m.json")
-    assert "list those manifests" in caught.value.mend
+    assert "list those manifests" in caught.value.hint
 
 
 def test_patterns(tmp_path: Path) -> None:
@@ -183,12 +183,12 @@ def test_missing_shards_name_the_nearest(tmp_path: Path) -> None:
         places(f"{tmp_path}/trian-{{000000..000002}}.tar", name="data.train")
     assert "data.train: shard" in caught.value.what
     assert "trian-000000.tar does not exist (and 2 more)" in caught.value.what
-    assert "did you mean 'train-000000.tar'?" in caught.value.mend
+    assert "did you mean 'train-000000.tar'?" in caught.value.hint
     with pytest.raises(DataError, match="no file matches"):
         places(f"{tmp_path}/val-*.tar")
     with pytest.raises(DataError) as caught:
         places(f"{tmp_path}/none/val-0.tar")
-    assert f"folder {tmp_path}/none does not exist" in caught.value.mend
+    assert f"folder {tmp_path}/none does not exist" in caught.value.hint
     with pytest.raises(DataError, match="has an unmatched brace"):
         places(f"{tmp_path}/train-{{000..001.tar")
 

@@ -248,5 +248,5 @@ def test_sparse_members_are_refused_with_a_mend(tmp_path: Path, tool: str) -> No
         pytest.skip("this file system shows bsdtar no holes")
     with pytest.raises(ShardError, match="sparse members are not supported") as caught:
         list(scan_members(str(tmp_path / "a.tar")))
-    assert "GNU tar without --sparse, bsdtar with --no-read-sparse" in caught.value.mend
+    assert "GNU tar without --sparse, bsdtar with --no-read-sparse" in caught.value.hint
     assert "'holes.bin' is sparse" in caught.value.what

@@ -167,7 +167,7 @@ def test_a_bad_sample_is_an_error_unless_it_is_to_be_skipped(tmp_path: Path) -> 
     reader = damaged(tmp_path, [4, 7])
     with pytest.raises(DecodeError, match=r"sample 's04', field 'label' \(cls\)") as caught:
         BatchMaker(reader).make(rows([0, 4]))
-    assert caught.value.mend.endswith("or set data.on_bad_sample to skip")
+    assert caught.value.hint.endswith("or set data.on_bad_sample to skip")
     with pytest.raises(DataError, match="sample 's07' has no field 'label'"):
         BatchMaker(reader).make(rows([0, 7]))
 

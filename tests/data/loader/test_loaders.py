@@ -166,7 +166,7 @@ def test_an_error_of_a_thread_reaches_the_consumer(tmp_path: Path, threads: int)
         seen = []
         with pytest.raises(DataError, match="'k37'") as caught:
             seen.extend(batch[ID].item() for batch in loader)
-    assert "mend:" in str(caught.value)
+    assert "hint:" in str(caught.value)
     assert reading_threads() == [], "reading threads outlive the error"
 
 

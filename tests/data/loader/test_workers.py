@@ -115,7 +115,7 @@ def test_errors_travel(reader: Reader, pool: WorkerPool) -> None:
     ids = np.arange(5)[None]
     with pytest.raises(DataError, match="sample 'train-00000' was rejected") as caught:
         pool.make(BatchMaker(reader, HooksConfig(refuse_every_fifth)), ids, None, None)
-    assert "on_bad_sample" in caught.value.mend
+    assert "on_bad_sample" in caught.value.hint
     with pytest.raises(ZeroDivisionError, match="a bug of one's own") as bug:
         pool.make(BatchMaker(reader, HooksConfig(fail)), ids, None, None)
     assert any("in a worker process" in note and "hooks.py" in note for note in bug.value.__notes__)

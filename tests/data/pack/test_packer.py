@@ -331,7 +331,7 @@ def test_wrong_options_are_named(options: dict[str, object], words: str) -> None
     with pytest.raises(ConfigError) as caught:
         PackConfig(**options)  # type: ignore[arg-type]
     assert words in caught.value.what
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 def test_too_little_data_is_named(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def test_a_deleted_shard_is_a_shard_error(tmp_path: Path, table_read: bool) -> N
     with pytest.raises(ShardError, match="cannot open shard") as caught:
         reader.read(ids_of([1, 22]))
     assert paths[1] in str(caught.value)
-    assert "mend:" in str(caught.value)
+    assert "hint:" in str(caught.value)
 
 
 def test_a_shard_with_more_samples_than_indexed_is_a_shard_error(tmp_path: Path) -> None:
@@ -303,4 +303,4 @@ def test_no_descriptor_left_has_its_own_hint(tmp_path: Path) -> None:
             reader.read(ids_of([0]))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert "ulimit -n" in caught.value.mend
+    assert "ulimit -n" in caught.value.hint

@@ -95,7 +95,7 @@ def test_lasting_faults_of_gcs(gcs: RangeServer, url: str, fault: str, words: st
         RemoteFile(url, QUICK)
     assert error.value.what.startswith(f"{url}: {words}")
     assert error.value.what.endswith("credentials: anonymous (FSSPEC_GS_TOKEN))")
-    assert error.value.mend
+    assert error.value.hint
 
 
 @needs_gcs
@@ -185,7 +185,7 @@ def test_credentials_that_s3_refuses(
         "data.train: a shard cannot be read: s3://shards/train-000.tar: HTTP 403: the server refused the request:"
         f" Forbidden (1 attempt; credentials: {told})"
     )
-    assert error.value.mend.startswith("use credentials with read access")
+    assert error.value.hint.startswith("use credentials with read access")
 
 
 @needs_openssl
@@ -201,7 +201,7 @@ def test_s3_over_tls(s3: S3Server, folder: Path, tmp_path: Path, monkeypatch: py
             RemoteError, match=r"certificate is not trusted: self-signed certificate \(1 attempt"
         ) as error:
             RemoteFile("s3://shards/train-000.tar", QUICK)
-        assert "AWS_CA_BUNDLE" in error.value.mend
+        assert "AWS_CA_BUNDLE" in error.value.hint
         monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate.with_suffix(".crt")))
         monkeypatch.setattr(requests, "_FILESYSTEMS", {})
         whole = (folder / "train-000.tar").read_bytes()
@@ -220,4 +220,4 @@ def test_gcs_over_tls_that_is_not_trusted(
             RemoteError, match=r"certificate is not trusted: self-signed certificate \(1 attempt"
         ) as error:
             RemoteFile("gs://shards/train-000.tar", QUICK)
-    assert "SSL_CERT_FILE" in error.value.mend
+    assert "SSL_CERT_FILE" in error.value.hint

@@ -139,7 +139,7 @@ LASTING = {
 @needs_nginx
 @pytest.mark.parametrize("case", LASTING)
 def test_what_lasts_is_one_error(folder: Path, tmp_path: Path, case: str) -> None:
-    setting, words, mend = LASTING[case]
+    setting, words, hint = LASTING[case]
     with range_server(folder) as upstream:
         texts = setting.texts(tmp_path, folder, upstream)
         with (
@@ -151,7 +151,7 @@ def test_what_lasts_is_one_error(folder: Path, tmp_path: Path, case: str) -> Non
     assert error.value.what.startswith("data.train: a shard ")
     assert f"{url}/train-002.tar?...: " in error.value.what
     assert error.value.what.endswith("credentials: query of the URL)")
-    assert mend in error.value.mend
+    assert hint in error.value.hint
     assert "secret" not in str(error.value)
 
 
@@ -193,7 +193,7 @@ def test_a_shard_that_is_replaced_after_it_was_indexed(folder: Path, tmp_path: P
         os.truncate(folder / "train-000.tar", 1024)
         with pytest.raises(ShardError, match=r"train-000.tar has 1024 bytes, but the index says") as error:
             cache.open(shard)
-    assert "it was replaced" in error.value.mend
+    assert "it was replaced" in error.value.hint
 
 
 @needs_nginx
@@ -212,7 +212,7 @@ def test_an_old_copy_from_a_caching_proxy(folder: Path, tmp_path: Path) -> None:
             write_manifest(tmp_path / "train.json", [told], name="train")
             with pytest.raises(ShardError, match=f"train-000.tar has MD5 {old}, but its manifest says") as error:
                 stream(str(tmp_path / "train.json"), tmp_path / "c")
-    assert "a proxy may also be serving an old copy" in error.value.mend
+    assert "a proxy may also be serving an old copy" in error.value.hint
 
 
 @needs_openssl
@@ -223,7 +223,7 @@ def test_https(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             ShardIndex.open(names(url))
         assert "the server's certificate is not trusted: self-signed certificate (1 attempt;" in error.value.what
         assert f"{url}/train-000.tar: " in error.value.what
-        assert "SSL_CERT_FILE" in error.value.mend
+        assert "SSL_CERT_FILE" in error.value.hint
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate.with_suffix(".crt")))
         assert_same(folder, url, tmp_path / "shards")
 
@@ -237,13 +237,13 @@ def test_https_that_cannot_work(folder: Path, tmp_path: Path, monkeypatch: pytes
         pytest.raises(RemoteError, match=r"not trusted: IP address mismatch.*\(1 attempt;") as error,
     ):
         RemoteFile(f"{url}/train-000.tar", QUICK)
-    assert "the host name that the certificate was issued for" in error.value.mend
+    assert "the host name that the certificate was issued for" in error.value.hint
     with (
         nginx_server(folder, tmp_path / "plain") as url,
         pytest.raises(RemoteError, match=r"does not speak TLS on this port \(1 attempt;") as error,
     ):
         RemoteFile(f"{url}/train-000.tar".replace("http:", "https:"), QUICK)
-    assert "http://" in error.value.mend
+    assert "http://" in error.value.hint
 
 
 def test_what_certificates_can_be_faulted_for() -> None:
@@ -252,7 +252,7 @@ def test_what_certificates_can_be_faulted_for() -> None:
     )
     failed = requests._failed(expired, 1)
     assert str(failed) == "the server's certificate is not trusted: certificate has expired"
-    assert "renew" in failed.mend
+    assert "renew" in failed.hint
     assert not failed.again
 
 

@@ -112,7 +112,7 @@ def test_lasting_faults_are_errors(server: RangeServer, fault: str, words: str, 
     assert f"{server.url}/x.bin" in text
     assert "4 attempts in" in text
     assert "credentials: anonymous" in text
-    assert error.value.mend
+    assert error.value.hint
     assert error.value.status == status
     assert len(server.faults["x.bin"]) == 5
 
@@ -142,7 +142,7 @@ def test_what_is_compressed_unasked_is_refused_at_once(server: RangeServer) -> N
     server.headers = {"Content-Encoding": "gzip"}
     with pytest.raises(RemoteError, match=r"the server compressed the response \(gzip\).*1 attempt;") as error:
         RemoteFile(f"{server.url}/x.bin", QUICK)
-    assert "disable compression" in error.value.mend
+    assert "disable compression" in error.value.hint
 
 
 @pytest.mark.parametrize("query", ["?sig=a%2Fb%2B%3d&x=%7e+%20", "?k=a:b@c,d;e!$'()*", "?p=%C3%BC&q="])
@@ -234,7 +234,7 @@ def test_waits_grow_are_jittered_and_keep_to_the_budget(server: RangeServer) -> 
 def test_settings_that_cannot_work(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"retry.{field} is {value}") as error:
         RetryConfig(**{field: value})
-    assert error.value.mend
+    assert error.value.hint
 
 
 def test_no_server_is_an_error() -> None:
@@ -297,7 +297,7 @@ def test_no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         RemoteError, match=r"no credentials: Unable to locate.*1 attempt; credentials: none found"
     ) as error:
         RemoteFile("s3://bucket/x.tar", QUICK)
-    assert "AWS_ACCESS_KEY_ID" in error.value.mend
+    assert "AWS_ACCESS_KEY_ID" in error.value.hint
 
 
 def same_index(one: ShardIndex, other: ShardIndex) -> None:
@@ -472,4 +472,4 @@ def test_a_redacted_url_is_refused_with_a_hint() -> None:
     for url in ("https://...@h/x.tar", "https://h/x.tar?..."):
         with pytest.raises(ConfigError, match="its password or signature was removed") as error:
             RemoteFile(url)
-        assert "$PASSWORD" in error.value.mend
+        assert "$PASSWORD" in error.value.hint
