@@ -1,4 +1,4 @@
-"""What happens around the steps: stopping, checkpoints, randomness, records and progress."""
+"""Callbacks: checkpoints, stopping, randomness, records and progress."""
 
 from disttrain.callbacks.checkpointing.callback import Checkpointing
 from disttrain.callbacks.early_stopping import EarlyStopping

@@ -1,11 +1,12 @@
-"""What becomes known of skipped samples: a quarantine file, a count, and an end when there are too many.
+"""Report skipped samples: quarantine files, counts, and an error if there are too many.
 
-Each rank writes the bad samples that it meets to ``<run_dir>/quarantine/rank-00000.jsonl``, each once. How many
-all ranks have met in one pass over a split (an epoch, a validation, a test) is summed on the logging interval, in a
-save and at the end of the pass; more than ``data.max_bad_samples`` ends the run on every rank at the same step. Samples
-that a transform left out because they are not wanted are counted beside them, and end nothing. A module that is not a
-Task is warned that it has to weigh its losses.
-Cost: nothing where no sample can be left out; else one sum of two numbers on the logging interval, and one a save.
+Each rank appends each bad sample it meets, once, to ``<run_dir>/quarantine/rank-00000.jsonl``. The number that all
+ranks have met in one pass over a split (an epoch, a validation, a test) is summed on the logging interval, at each save
+and at the end of the pass; if it exceeds ``data.max_bad_samples``, the run ends on every rank at the same step. Samples
+that a transform filters out on purpose are counted separately and never end a run. A module that is not a Task gets a
+warning that it must weight its losses.
+
+Cost: nothing if no sample can be skipped; otherwise one sum of two numbers per logging interval and one per save.
 """
 
 from __future__ import annotations
@@ -33,28 +34,28 @@ FOLDER = "quarantine"
 
 
 class BadSamples(Callback):
-    """Records skipped samples and keeps to the budget.
+    """Records skipped samples and enforces the limit on their number.
 
     Args:
-        run_dir: the run's folder.
+        run_dir: the run folder.
         every_steps: optimizer steps between two sums.
     """
 
     def __init__(self, run_dir: Path, every_steps: int) -> None:
         self.run_dir, self._every_steps = run_dir, every_steps
         self.total = 0
-        """Skipped samples of all ranks in training so far, each time one came up."""
+        """Samples skipped in training so far, over all ranks; a sample counts each time it is met."""
         self.filtered = 0
-        """Samples of all ranks in training so far that the transform left out, each time one came up."""
+        """Samples filtered out by the transform in training so far, counted the same way."""
         self._epoch = self._summed_step = -1
-        self._of_pass: dict[str, int] = {}  # of all ranks, by split
-        self._unsummed: dict[str, tuple[int, int]] = {}  # of this rank, since the last sum: bad and filtered ones
+        self._of_pass: dict[str, int] = {}  # bad samples of all ranks, by split
+        self._unsummed: dict[str, tuple[int, int]] = {}  # this rank's bad and filtered samples since the last sum
         self._seen: set[tuple[str, str]] = set()
-        self._under_way: list[Any] = []  # training batches of the step that is not done
+        self._under_way: list[Any] = []  # training batches of the unfinished step
         self._has_warned = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts of the run so far, the same on all ranks."""
+        """Return the counts of the run so far, the same on all ranks."""
         return {
             "total": self.total,
             "filtered": self.filtered,
@@ -63,13 +64,13 @@ class BadSamples(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the counts of a checkpoint."""
+        """Restore the counts of a checkpoint."""
         self.total, self._epoch = state_dict["total"], state_dict["epoch"]
         self.filtered = state_dict.get("filtered", 0)
         self._of_pass["train"] = state_dict["train"]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """No step is to be summed yet; a checkpoint that is resumed has the sums."""
+        """Clear the counts not yet summed; a resumed checkpoint restores the sums."""
         self._summed_step = trainer.global_step
         if stage == "fit":
             self._under_way.clear()
@@ -77,7 +78,7 @@ class BadSamples(Callback):
             self._of_pass.clear()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn a module whose losses would not be weighed; steps up to a checkpoint that was loaded are summed."""
+        """Warn if the module does not weight its losses; steps up to a loaded checkpoint are already summed."""
         self._summed_step = trainer.global_step
         data = sharded_data(trainer)
         if data is not None and (data.hooks.weight or data.skip_bad):
@@ -86,14 +87,14 @@ class BadSamples(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Have the counts of a checkpoint hold what the ranks have met since the last sum. A collective."""
-        # A rehearsal sums nothing, as no step is done by then: a rank whose hook fails would leave the others waiting.
+        """Include everything met since the last sum in the checkpoint's counts. Collective."""
+        # No collective in a rehearsal, where no step is done yet: if a hook failed on one rank, the others would hang.
         if trainer.global_step != self._summed_step:
             self._add_up(trainer, "train")
             checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A new pass begins with nothing against it."""
+        """Reset the count for a new pass, unless the epoch was resumed."""
         if trainer.current_epoch != self._epoch:
             self._epoch = trainer.current_epoch
             self._begin("train")
@@ -107,7 +108,7 @@ class BadSamples(Callback):
             self._under_way.append((skipped, trainer.global_step))
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Record what was skipped in a step, and sum up where a log line is due."""
+        """Record what was skipped in a step; sum the counts if a log line is due."""
         for skipped, step in self._under_way:
             self._note(trainer, "train", skipped, step)
         self._under_way.clear()
@@ -115,11 +116,11 @@ class BadSamples(Callback):
             self._sum_up(trainer, "train")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sum up the rest of an epoch."""
+        """Sum the rest of an epoch."""
         self._sum_up(trainer, "train")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A new pass."""
+        """Start a new pass."""
         self._begin("val")
 
     def on_validation_batch_start(
@@ -129,11 +130,11 @@ class BadSamples(Callback):
         self._note(trainer, "val", batch)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sum up a pass."""
+        """Sum a pass."""
         self._sum_up(trainer, "val")
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A new pass."""
+        """Start a new pass."""
         self._begin("test")
 
     def on_test_batch_start(
@@ -143,11 +144,11 @@ class BadSamples(Callback):
         self._note(trainer, "test", batch)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sum up a pass."""
+        """Sum a pass."""
         self._sum_up(trainer, "test")
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A new pass."""
+        """Start a new pass."""
         self._begin("predict")
 
     def on_predict_batch_start(
@@ -157,11 +158,11 @@ class BadSamples(Callback):
         self._note(trainer, "predict", batch)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sum up a pass."""
+        """Sum a pass."""
         self._sum_up(trainer, "predict")
 
     def skipped(self, split: str) -> int:
-        """Samples of all ranks that were skipped in the current or last pass over a split."""
+        """Return how many samples all ranks skipped in the current or last pass over a split."""
         return self._of_pass.get(split, 0)
 
     def _begin(self, split: str) -> None:
@@ -184,7 +185,7 @@ class BadSamples(Callback):
             append_lines(path, "".join(to_json(line) + "\n" for line in told))
 
     def _sum_up(self, trainer: pl.Trainer, split: str) -> None:
-        """Add what the ranks have met since the last sum; too many end the run. A collective."""
+        """Add the counts since the last sum; raise on all ranks if there are too many. Collective."""
         data = self._add_up(trainer, split)
         if data is not None and self._of_pass[split] > data.max_bad_samples:
             with raise_together():
@@ -195,9 +196,9 @@ class BadSamples(Callback):
                 )
 
     def _add_up(self, trainer: pl.Trainer, split: str) -> ShardedDataModule | None:
-        """Add what the ranks have met since the last sum; returns the data where samples can be left out."""
+        """Add the counts since the last sum; return the data module if samples can be skipped. Collective."""
         data = sharded_data(trainer)
-        # How much of the data Lightning's sanity check sees depends on the ranks, so nothing is decided by it.
+        # The samples of Lightning's sanity check depend on the number of ranks, so they must not decide anything.
         if data is None or trainer.sanity_checking or not (data.skip_bad or data.hooks.transform is not None):
             return None
         mine = torch.tensor(self._unsummed.get(split, (0, 0)), device=trainer.strategy.root_device)
@@ -224,7 +225,7 @@ class BadSamples(Callback):
 
 
 def quarantined(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """The samples that a run has skipped, each once, as its quarantine files list them."""
+    """Yield the samples that a run has skipped, each once, from its quarantine files."""
     seen = set()
     for path in sorted((run_dir / FOLDER).glob("rank-*.jsonl")):
         for line in read_json_lines(path):

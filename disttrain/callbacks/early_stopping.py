@@ -1,9 +1,8 @@
-"""Early stopping on an exact validation metric, by one decision for all ranks.
+"""Early stopping on an exact validation metric, decided once for all ranks.
 
-The metric is that of all samples on every rank, and the value that decides is rank 0's, so all ranks stop at
-the same step. Patience, best value and the decision are kept in checkpoints: a resumed run stops where the
-uninterrupted one does. The monitor's name is checked by a short validation before step 0. A validation that does not
-log the metric does not count.
+The metric covers all samples on every rank, and rank 0's value decides, so all ranks stop at the same step. Patience,
+best value and decision are saved in checkpoints: a resumed run stops at the same step as an uninterrupted one. A short
+validation before step 0 checks the monitor's name. Validations that do not log the metric do not count.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from disttrain.system.terminal import tell
 
 
 class EarlyStopping(Callback):
-    """Stops when a validation metric has not improved for some validations.
+    """Stops training when a validation metric has not improved for a number of validations.
 
     Args:
-        monitor: the metric, as logged, such as ``val/loss``; without one, nothing is stopped or restored.
+        monitor: the logged metric, such as ``val/loss``; without one, nothing is stopped or restored.
         mode: ``min`` or ``max``.
         patience: validations without improvement before the run stops.
-        min_delta: improvement that counts, exclusive.
+        min_delta: an improvement must be larger than this to count.
         restore_best: end with the weights of the best validation instead of the last ones.
     """
 
@@ -53,15 +52,15 @@ class EarlyStopping(Callback):
         self.stop_reason = ""
         self.checkpoints: Checkpointing | None = None
         """The callback that keeps the best weights; set by the Trainer."""
-        self._told = False  # of a validation without the metric
+        self._told = False  # about a validation without the metric
 
     @property
     def has_best(self) -> bool:
-        """Whether any validation has been better than none."""
+        """Whether any validation has logged a value that counts."""
         return not math.isnan(self.best)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Have the best checkpoints kept by this metric, unless another was chosen for them."""
+        """Let checkpointing rank by this metric, unless it has its own monitor."""
         checkpoints = self.checkpoints
         if checkpoints is not None and checkpoints.monitor is None and checkpoints.keep_best:
             checkpoints.monitor = self.monitor and Monitor(self.monitor.name, self.monitor.mode)
@@ -72,7 +71,7 @@ class EarlyStopping(Callback):
             self.monitor.value(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A run that had decided to stop when it was interrupted stops again."""
+        """Check the settings; stop again if the run had decided to stop when it was interrupted."""
         if self.monitor is not None and not trainer.enable_validation:
             raise ConfigError(
                 f"early stopping monitors {self.monitor.name!r}, but the run has no validation",
@@ -86,7 +85,7 @@ class EarlyStopping(Callback):
             trainer.should_stop = True
 
     def _check_interval(self, trainer: pl.Trainer) -> None:
-        """Say so where the run ends before its first validation, so that nothing is ever decided here."""
+        """Warn if the run ends before its first validation, so that early stopping never acts."""
         assert self.monitor is not None
         first, epoch = first_validation(trainer), steps_per_epoch(trainer)
         limits: list[float] = [trainer.max_steps] if trainer.max_steps > 0 else []
@@ -107,7 +106,7 @@ class EarlyStopping(Callback):
                 self.checkpoints.tell(trainer.global_step, "monitor", text)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note which metrics there are, to know the new ones from them."""
+        """Note the current metrics, to tell them from those of this validation."""
         begin_validation(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -133,7 +132,7 @@ class EarlyStopping(Callback):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the last state, then go back to the best weights."""
+        """Save the last state, then restore the best weights."""
         checkpoints = self.checkpoints
         if checkpoints is None or not (self.restore_best and self.has_best):
             return
@@ -146,7 +145,7 @@ class EarlyStopping(Callback):
             checkpoints.tell(trainer.global_step, "best", text)
 
     def state_dict(self) -> dict[str, Any]:
-        """Best, patience used, and the decision."""
+        """Return the best value, the patience used and the decision."""
         return {
             "monitor": self.monitor and self.monitor.name,
             "best": self.best,
@@ -156,9 +155,9 @@ class EarlyStopping(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting, unless another metric is monitored now."""
+        """Restore the counts, unless another metric is monitored now."""
         if self.monitor is not None and state_dict["monitor"] == self.monitor.name:
             self.best, self.best_step = state_dict["best"], state_dict["best_step"]
             self.waited = state_dict["waited"]
-            # A run resumed with more patience may go on.
+            # A run resumed with more patience continues.
             self.stop_reason = state_dict["stop_reason"] if self.waited >= self.patience else ""

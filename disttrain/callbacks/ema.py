@@ -1,15 +1,15 @@
-"""An exponential moving average of the weights, sharded as they are, for evaluation.
+"""An exponential moving average of the weights for evaluation, sharded like the weights.
 
-After each optimizer step every rank moves its own part of the averages towards its own part of the weights:
-``average = decay * average + (1 - decay) * weight`` (Polyak & Juditsky 1992, doi:10.1137/0330046, with weights that
-fade). It is elementwise, so where the weights have the same bits in all layouts, the averages have too. They are saved
-in checkpoints as tensors of their own, group ``ema``, and go on in any layout.
+After each optimizer step, every rank updates its shard of the averages from its shard of the weights: ``average = decay
+* average + (1 - decay) * weight`` (Polyak & Juditsky 1992, doi:10.1137/0330046, with exponentially decaying weights).
+The update is elementwise: if the weights are bit-identical in all layouts, so are the averages. Checkpoints store them
+as separate tensors, group ``ema``, which load in any layout.
 
-Only parameters that are trained are averaged. Buffers, such as the running statistics of batch norms, are evaluated
-as training has left them; so are frozen parameters.
+Only trained parameters are averaged. Frozen parameters and buffers, such as the running statistics of batch norms, are
+evaluated as they are.
 
-Cost: one more copy of a rank's trained parameters (in float32 where they are narrower) and one pass over it a step, no
-collective and no wait for the device; in an evaluation another copy, of the weights that are put aside.
+Cost: one more copy of a rank's trained parameters (float32 if they are narrower) and one pass over it per step, without
+collectives or device synchronization; during an evaluation, another copy for the training weights.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ GROUP: Final = "ema"
 class EMA(Callback):
     """Keeps an exponential moving average of the weights and evaluates with it.
 
-    Validation, test and prediction run with the averages; the training weights come back afterwards, to the bit, after
-    an exception too. A checkpoint taken meanwhile holds the training weights as its model. What is loaded from a
-    checkpoint to be evaluated, best weights at the end of a run included, are its averages.
+    Validation, test and prediction run with the averages; afterwards, even after an exception, the training weights are
+    restored bit-identically. A checkpoint saved during an evaluation holds the training weights as its model. When a
+    checkpoint is loaded for evaluation, or the best weights are restored at the end of a run, the averages are loaded.
 
     Args:
-        decay: share of the old average that is kept at an update, from 0 to below 1.
+        decay: share of the old average kept at each update, in [0, 1).
         warmup: keep less at first: ``min(decay, (1 + n) / (10 + n))`` at update n, counted from 0 (the rule of
-            TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``), so that the start weights fade soon.
-        evaluate: evaluate with the averages; else they are only kept and saved.
+            TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``), so that the initial weights fade quickly.
+        evaluate: evaluate with the averages; otherwise they are only maintained and saved.
         every_steps: optimizer steps between two updates.
 
     Raises:
@@ -60,17 +60,17 @@ class EMA(Callback):
             raise ConfigError(f"ema.every_steps is {every_steps}", hint="use at least 1")
         self.decay, self.warmup, self.evaluated, self.every_steps = decay, warmup, evaluate, every_steps
         self.updates = 0
-        """Updates of the averages so far, those of earlier attempts included."""
-        self._trainer: pl.Trainer | None = None  # while it trains
+        """Updates of the averages so far, including earlier attempts."""
+        self._trainer: pl.Trainer | None = None  # set while training
         self._module: nn.Module | None = None
-        self._step = 0  # optimizer steps that the averages know of
+        self._step = 0  # the last optimizer step included in the averages
         self._resumed = False
         self._trained: dict[str, nn.Parameter] = {}
         self._averages: dict[str, Tensor] = {}
-        self._aside: list[tuple[Tensor, Tensor]] | None = None  # (parameter, its training weights) in an evaluation
+        self._aside: list[tuple[Tensor, Tensor]] | None = None  # (parameter, its training weights) during an evaluation
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        """The trained parameters, sharded where they can be, each under its first name."""
+        """Return the trained parameters, resharded under FSDP, each under its first name."""
         assert self._module is not None, "the callback is not set up"
         reshard(self._module)
         found: dict[int, tuple[str, nn.Parameter]] = {}
@@ -79,24 +79,24 @@ class EMA(Callback):
                 found.setdefault(id(parameter), (name, parameter))
         return dict(found.values())
 
-    # When the averages move.
+    # Updating the averages.
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Have the averages saved and loaded with checkpoints."""
+        """Register the averages to be saved in and loaded from checkpoints."""
         groups = strategy_of(trainer).tensor_groups
         if groups.setdefault(GROUP, self) is not self:
             raise ConfigError("trainer.callbacks has more than one EMA", hint="keep one of them")
         self._module = pl_module
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start from the weights; a checkpoint that is resumed fills the averages after this."""
+        """Start from the weights; a checkpoint that is resumed overwrites the averages later."""
         self._trainer, self._resumed, self.updates = None, False, 0
         self._start()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Nothing is averaged before the first step."""
+        """Restart the averages from the weights, unless they were resumed."""
         if not self._resumed:
-            self._start()  # another hook may have changed the weights
+            self._start()  # another hook may have changed the weights since
         self._trainer, self._step = trainer, trainer.global_step
 
     def on_train_batch_end(
@@ -106,7 +106,7 @@ class EMA(Callback):
         self._follow()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the training weights in the module."""
+        """Restore the training weights."""
         self._put_back()
         self._trainer = None
 
@@ -120,13 +120,13 @@ class EMA(Callback):
 
     @torch.no_grad()
     def _follow(self) -> None:
-        """Update the averages, unless they know of the last step already."""
+        """Update the averages, unless they include the last step already."""
         if self._trainer is None or self._trainer.global_step == self._step:
             return
         self._step = self._trainer.global_step
         if self._step % self.every_steps:
             return
-        if not self._averages:  # weights were loaded in the midst of a training
+        if not self._averages:  # weights were loaded in the middle of training
             self._start()
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         pairs = [(_local(average), _local(self._trained[name])) for name, average in self._averages.items()]
@@ -135,11 +135,11 @@ class EMA(Callback):
             averages, weights = zip(*alike, strict=True)
             torch._foreach_lerp_(averages, weights, 1 - decay)
         for average, weight in pairs:
-            if average.dtype != weight.dtype:  # a narrow average would stand still: its steps round to nothing
+            if average.dtype != weight.dtype:  # the average is wider: in bf16 small updates would vanish
                 average.lerp_(weight.to(average.dtype), 1 - decay)
         self.updates += 1
 
-    # What is evaluated.
+    # Evaluating.
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate with the averages."""
@@ -154,19 +154,19 @@ class EMA(Callback):
         self._put_in()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go back to the training weights."""
+        """Restore the training weights."""
         self._put_back()
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go back to the training weights."""
+        """Restore the training weights."""
         self._put_back()
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go back to the training weights."""
+        """Restore the training weights."""
         self._put_back()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Go back to the training weights where an evaluation has failed."""
+        """Restore the training weights after a failed evaluation."""
         self._put_back()
 
     @torch.no_grad()
@@ -184,24 +184,24 @@ class EMA(Callback):
         aside, self._aside = self._aside, None
         if aside is None:
             return
-        self._parameters()  # no gathered copies of the averages stay behind
+        self._parameters()  # reshards, which frees gathered copies of the averages
         for weight, kept in aside:
             weight.copy_(kept)
 
-    # What is saved and loaded: disttrain.checkpoint.format.groups.TensorGroup.
+    # Saving and loading: implements disttrain.checkpoint.format.groups.TensorGroup.
 
     def tensors(self) -> dict[str, Tensor]:
-        """This rank's part of the averages; empty once the module has been filled to be evaluated."""
-        self._follow()  # whatever callback it is that saves, and however early in a step's hooks
+        """Return this rank's averages; empty once weights were loaded for evaluation."""
+        self._follow()  # the callback that saves may run before this one's hook
         return dict(self._averages)
 
     def state(self) -> dict[str, Any]:
-        """How far the warm-up has come."""
+        """Return the progress of the warm-up."""
         return {"updates": self.updates}
 
     @torch.no_grad()
     def resume(self, found: set[str], state: dict[str, Any]) -> None:
-        """Go on with a checkpoint's averages; those that it lacks start from its weights."""
+        """Restore a checkpoint's averages; any that it lacks start from its weights."""
         self._resumed, self.updates = True, state.get("updates", 0)
         missing = [name for name in self._averages if name not in found]
         for name in missing:
@@ -213,14 +213,14 @@ class EMA(Callback):
             warnings.warn(f"the checkpoint has {which}: they start from its weights", stacklevel=2)
 
     def replaced(self, found: bool) -> None:
-        """The module holds what is to be evaluated, so these averages are not put in its place."""
+        """Drop the averages: the module now holds the weights to evaluate."""
         self._averages, self._aside = {}, None
         if self.evaluated and not found:
             warnings.warn("the checkpoint has no averaged weights: its training weights are evaluated", stacklevel=2)
 
     @contextmanager
     def training_weights(self) -> Iterator[None]:
-        """Inside, the module holds the training weights."""
+        """Hold the training weights in the module within the context."""
         evaluating = self._aside is not None
         self._put_back()
         try:
@@ -231,5 +231,5 @@ class EMA(Callback):
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor; writing to it writes to the tensor. Without gradients, it costs nothing."""
+    """Return this rank's shard of a tensor as a view; without gradients, this is free."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

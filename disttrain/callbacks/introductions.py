@@ -1,4 +1,4 @@
-"""Hand callbacks the callbacks that they work with, so that none searches the trainer's list."""
+"""Give callbacks references to the callbacks they work with, so that none searches the trainer's list."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from disttrain.callbacks.update_guard.callback import UpdateGuard
 
 
 class Introductions(Callback):
-    """Introduces the Trainer's and the user's callbacks to each other; it comes first in the trainer's list.
+    """Connects the Trainer's and the user's callbacks; must come first in the trainer's list.
 
     Args:
         record: the run's record.
@@ -25,14 +25,14 @@ class Introductions(Callback):
     def __init__(self, record: RunRecord, step_log: StepLog) -> None:
         self._record, self._step_log = record, step_log
         self.checkpoints: Checkpointing | None = None
-        """The callback that saves: the user's or the Trainer's own."""
+        """The callback that saves: the user's or the Trainer's default."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Also introduce the callbacks that the module has added by ``configure_callbacks``."""
+        """Connect again: the module may have added callbacks in ``configure_callbacks``."""
         self.introduce(trainer.callbacks)  # type: ignore[attr-defined]
 
     def introduce(self, callbacks: list[Callback]) -> None:
-        """Hand each callback the others that it works with."""
+        """Give each callback the others it works with."""
         self.checkpoints = next((one for one in callbacks if isinstance(one, Checkpointing)), None)
         self._record.stopping = next((one for one in callbacks if isinstance(one, EarlyStopping)), None)
         for one in callbacks:

@@ -1,4 +1,4 @@
-"""Keys PyTorch's generators before every training micro batch; see :mod:`disttrain.parallel.randomness`."""
+"""Seed PyTorch's generators before every training micro batch; see :mod:`disttrain.parallel.randomness`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ class KeyedRandomness(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Key the generators by step and by the micro batch's index in the global batch."""
+        """Seed the generators from the step and the micro batch's index in the global batch."""
         index = micro_batch_of_global_batch(trainer, data_ranks(trainer).rank)
         seed_micro_batch(self.seed, trainer.global_step, index, pl_module.device)

@@ -1,8 +1,8 @@
-"""Lightning's settings, callbacks and advice that do not apply here, in disttrain's words.
+"""Refuse Lightning settings and callbacks that do not apply here, and name the replacement.
 
-Users coming from Lightning try its names first. What has another name here, or is done by disttrain itself, is refused
-when the trainer is made or a run begins, with the name to use. Errors in which Lightning advises settings of its own
-trainer are raised as what is wrong and what to set here. No cost in a step.
+Users coming from Lightning try its names first. Arguments and callbacks that have another name here, or whose job
+disttrain does itself, are refused when the trainer is created or a run begins, with the name to use instead. Errors in
+which Lightning suggests settings of its own trainer are reworded to name disttrain's. No cost per step.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _ELSEWHERE: Final = {
     "reload_dataloaders_every_n_epochs": "ShardedDataModule has another order in every epoch",
     "logger": "metrics go to metrics.csv and TensorBoard in run_dir; append others to trainer.loggers",
 }
-"""What to use in place of an argument of Lightning's trainer."""
+"""What to use instead of an argument of Lightning's trainer."""
 
 _TUNER: Final = "is of lightning's Tuner, which cannot work with disttrain's checkpoints and steps"
 _REFUSED: Final[dict[type[Callback], tuple[str, str]]] = {
@@ -83,7 +83,7 @@ _REFUSED: Final[dict[type[Callback], tuple[str, str]]] = {
         "leave it out: a run that failed resumes from its last checkpoint (checkpoint.every_steps, every_minutes)",
     ),
 }
-"""Callbacks that do what disttrain does itself, cannot work with it, or change a run as no resume can repeat."""
+"""Callbacks that duplicate disttrain, cannot work with it, or change a run in ways that a resume cannot reproduce."""
 
 _NO_BEST: Final = (
     "ckpt_path is 'best', and no checkpoint of this run is the best one",
@@ -97,7 +97,7 @@ def refuse_arguments(trainer: type, unknown: Iterable[str]) -> None:
     """Refuse arguments that the trainer does not have.
 
     Raises:
-        ConfigError: there are any; it names the first one, and what to use in its place.
+        ConfigError: there are any; it names the first one and what to use instead.
     """
     for name in unknown:
         known = [key for key in inspect.signature(trainer).parameters if key not in ("self", "unknown")]
@@ -105,7 +105,7 @@ def refuse_arguments(trainer: type, unknown: Iterable[str]) -> None:
 
 
 def refuse_callbacks(callbacks: Iterable[Callback]) -> None:
-    """Refuse callbacks of Lightning's that do not go with disttrain.
+    """Refuse Lightning callbacks that are incompatible with disttrain.
 
     Raises:
         ConfigError: there is one.
@@ -117,12 +117,12 @@ def refuse_callbacks(callbacks: Iterable[Callback]) -> None:
 
 
 def refuse_best(_: str) -> None:
-    """Refuse ``ckpt_path='best'``: no checkpoint holds a metric."""
+    """Refuse ``ckpt_path='best'`` when no checkpoint holds a metric."""
     raise ConfigError(_NO_BEST[0], hint=_NO_BEST[1])
 
 
 def refuse_named_start(which: str) -> None:
-    """Refuse ``fit(ckpt_path='last')`` and ``'best'``, for which Lightning may start anew."""
+    """Refuse ``fit(ckpt_path='last')`` and ``'best'``, for which Lightning may silently start from scratch."""
     raise ConfigError(
         f"ckpt_path is {which!r}, which fit does not take",
         hint='resume by fit(..., resume="auto")',
@@ -130,10 +130,10 @@ def refuse_named_start(which: str) -> None:
 
 
 def wants_progress(progress_bar: bool, callbacks: Iterable[Callback]) -> bool:
-    """Whether disttrain's progress is shown: where it is wanted and no other progress bar is given.
+    """Return whether to show disttrain's progress: if it is wanted and the user gave no other progress bar.
 
     Raises:
-        ConfigError: a progress bar is given, and none is wanted.
+        ConfigError: a progress bar is given although ``progress_bar`` is false.
     """
     given = [type(callback).__name__ for callback in callbacks if isinstance(callback, ProgressBar)]
     if given and not progress_bar:
@@ -144,11 +144,11 @@ def wants_progress(progress_bar: bool, callbacks: Iterable[Callback]) -> bool:
 
 
 def check_by_hand(trainer: pl.Trainer) -> None:
-    """Refuse what a module that optimizes by hand does not get.
+    """Refuse settings that do not apply to a module that uses manual optimization.
 
     Raises:
-        ConfigError: the trainer is to clip its gradients, or a global batch is cut into several micro batches a rank,
-            each of which the module would take for a whole one.
+        ConfigError: the trainer is to clip its gradients, or each rank's share of a global batch is split into several
+            micro batches, each of which the module would treat as a full step.
     """
     module = trainer.lightning_module
     if module.automatic_optimization:
@@ -176,7 +176,7 @@ def check_by_hand(trainer: pl.Trainer) -> None:
 
 @contextmanager
 def in_our_words() -> Iterator[None]:
-    """Raise errors of Lightning's and PyTorch's that advise settings of theirs as what to do here."""
+    """Reword Lightning and PyTorch errors that suggest their own settings, to name disttrain's."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
@@ -198,10 +198,10 @@ _WORDS: Final[tuple[tuple[Callable[[str], bool], str, str], ...]] = (
 
 
 def quieten() -> None:
-    """Silence what Lightning warns of that does not hold here.
+    """Silence Lightning warnings that do not apply here.
 
-    Its own use of a deprecated name, loaders without worker processes (disttrain's have threads), and an ``srun`` that
-    is installed but not used.
+    They concern its own use of a deprecated name, loaders without worker processes (disttrain's use threads), and an
+    ``srun`` that is installed but not used.
     """
     for message in (".*LeafSpec", ".*does not have many workers", ".*`srun` command is"):
         warnings.filterwarnings("ignore", message=message)

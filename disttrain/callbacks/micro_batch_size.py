@@ -1,16 +1,16 @@
-"""``data.micro_batch_size: auto``: the largest micro batch that fits into the memory of every rank.
+"""``data.micro_batch_size: auto``: find the largest micro batch that fits into the memory of every rank.
 
-Training begins with all samples that a rank takes of a global batch. A rank that runs out of memory writes down where
-and with which size, in ``<run_dir>/memory``, and the attempt ends. The next attempt takes the largest size of at most
-half the samples that divides a rank's share, and resumes from the last checkpoint, or starts over where there is none:
-to the bit, it is a run that was started from there with the smaller size. One rank alone starts the next attempt in its
-own process, for which it saves a checkpoint before the first step. Of several, the one that has failed ends with exit
-code 77, and the others by the lost connection, since they may wait for it in any collective; their launcher starts them
-again, or a person does.
+Training starts with a rank's whole share of a global batch as one micro batch. A rank that runs out of memory records
+where and at which size in ``<run_dir>/memory``, and the attempt ends. The next attempt uses the largest size that
+divides a rank's share and is at most half the failed one, and resumes from the last checkpoint, or starts over if there
+is none; the result is bit-identical to a run started from there with the smaller size. A single rank starts the next
+attempt in its own process, for which it saves a checkpoint before the first step. With several ranks, the one that
+failed exits with code 77 and the others end with a lost connection, since they may be waiting for it in any collective;
+then their launcher, or the user, restarts them.
 
-The size goes into checkpoints too, so that a run that is resumed elsewhere begins with it, and into ``run.json``. A
-resume with another size than before is told where the gradient may depend on it, since the module is no ``Task``. Cost:
-a checkpoint before the first step on one rank; nothing in a step.
+The size is also stored in ``run.json`` and in checkpoints, so that a run resumed elsewhere starts with it. If a resume
+uses another size and the module is not a ``Task``, a warning says that the gradient may depend on it. Cost: one
+checkpoint before the first step on a single rank; nothing per step.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ _SMALLER: Final = (
 
 @dataclass(frozen=True)
 class Shortage:
-    """Where a rank ran out of memory.
+    """An out-of-memory error of one rank.
 
     Attributes:
-        rank: which one.
+        rank: the rank.
         step: optimizer steps done before.
-        phase: in what, in words.
-        size: samples of the micro batch.
+        phase: what the rank was doing, in words.
+        size: samples in the micro batch.
     """
 
     rank: int
@@ -75,7 +75,7 @@ class Shortage:
 
 
 class MicroBatchSearch(Callback):
-    """Chooses the micro batch size of an attempt, and ends one in which memory did not suffice for it.
+    """Chooses the micro batch size of an attempt, and ends the attempt if it does not fit into memory.
 
     Args:
         record: the run's record.
@@ -83,15 +83,15 @@ class MicroBatchSearch(Callback):
 
     def __init__(self, record: RunRecord) -> None:
         self._record = record
-        self._shortages: list[Shortage] = []  # of the attempts before; rank 0's
-        self._phase = ""  # of the training under way; empty before it has begun
+        self._shortages: list[Shortage] = []  # of earlier attempts; on rank 0 only
+        self._phase = ""  # of training; empty before it starts and after it ends
 
     def choose(self, trainer: pl.Trainer, checkpoint: str | Path | None) -> None:
-        """Limit the size to what has not failed in this run, before the data are set up. A collective.
+        """Limit the size to what has not failed in this run, before the data are set up. Collective.
 
         Args:
-            trainer: its data module is attached, and its ranks have met.
-            checkpoint: what is loaded next; its run may have found a size elsewhere.
+            trainer: its data module is attached and its process group exists.
+            checkpoint: the checkpoint that is loaded next; its run may have found a size elsewhere.
         """
         self._phase, data = "", sharded_data(trainer)
         if data is None or not data.finds_micro_batch_size:
@@ -101,7 +101,7 @@ class MicroBatchSearch(Callback):
             if trainer.is_global_zero:
                 self._shortages = read_shortages(self._record.run_dir / FOLDER)
                 limits = [max(1, shortage.size // 2) for shortage in self._shortages]
-                with suppress(CheckpointError):  # whoever loads it says what is wrong
+                with suppress(CheckpointError):  # reported when it is loaded
                     saved = read_meta(Path(checkpoint))["trainer"] if checkpoint else {}
                     limits += [int(saved.get(type(data).__qualname__, {}).get("micro_batch_size", 0))]
         limits = [limit for limit in trainer.strategy.broadcast(limits) if limit]
@@ -109,10 +109,10 @@ class MicroBatchSearch(Callback):
             data.limit_micro_batch_size(min(limits))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Have one rank alone save what it starts from: nothing else in its process is as it was then.
+        """Let a single rank save its initial state, which its process could not rebuild for another attempt.
 
         Raises:
-            ConfigError: a smaller micro batch would be another step to the module.
+            ConfigError: the module uses manual optimization, so a smaller micro batch would change its steps.
         """
         data, checkpoints = sharded_data(trainer), self._record.checkpoints
         if stage != "fit" or data is None or not data.finds_micro_batch_size:
@@ -128,7 +128,7 @@ class MicroBatchSearch(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Warn of another micro batch size where the gradient may depend on it."""
+        """Warn if the micro batch size changed and the gradient may depend on it."""
         data = sharded_data(trainer)
         if data is None or isinstance(pl_module, Task) or trainer.state.fn != TrainerFn.FITTING:
             return
@@ -142,7 +142,7 @@ class MicroBatchSearch(Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Record the size, and the shortages that led to it."""
+        """Record the size and the shortages that led to it."""
         data = sharded_data(trainer)
         if data is None or not data.finds_micro_batch_size:
             return
@@ -151,7 +151,7 @@ class MicroBatchSearch(Callback):
             return
         known = {event.get("text") for event in self._record.record.get("events", [])}
         for shortage in self._shortages:
-            # Later ones may have taken it further down since.
+            # "at most": later shortages may have reduced it further.
             told = f"{shortage}; the next attempt takes at most {max(1, shortage.size // 2)}"
             if told not in known:
                 tell(told)
@@ -161,31 +161,31 @@ class MicroBatchSearch(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """A forward pass follows."""
+        """Enter the forward pass."""
         self._enter("forward pass")
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """A backward pass follows."""
+        """Enter the backward pass."""
         self._enter("backward pass")
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Clipping and an optimizer's step follow."""
+        """Enter the optimizer step, including clipping."""
         self._enter("optimizer step")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs, saves and the next batch follow."""
+        """Enter the time between micro batches: logging, saving and loading the next batch."""
         self._enter("time between two micro batches")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Micro batches of an evaluation follow."""
+        """Enter a validation, whose micro batches have another size."""
         self._enter("validation")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Say what an evaluation wants that no training tries again with a smaller size."""
+        """Print a hint after an out-of-memory error in an evaluation outside training, which is not retried."""
         data = sharded_data(trainer)
         evaluates = not self._phase and (trainer.evaluating or trainer.predicting)
         if data is not None and data.finds_micro_batch_size and evaluates and is_out_of_memory(exception):
@@ -195,19 +195,19 @@ class MicroBatchSearch(Callback):
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """What follows has no micro batches."""
+        """Leave training: what follows has no micro batches."""
         self._phase = ""
 
     def next_attempt(self, trainer: pl.Trainer, error: Exception) -> AttemptOver | None:
-        """What follows an error in training: another attempt, or None where memory is not what it lacked.
+        """Return the attempt that follows an error in training, or None if the error was not a lack of memory.
 
         Args:
-            trainer: it trains; this rank alone may have failed.
-            error: what its loops have raised.
+            trainer: the trainer, still in training; only this rank may have failed.
+            error: the exception raised by its loops.
 
         Raises:
-            OutOfMemoryError: the ranks have to be started again.
-            DisttrainError: no size is left to try.
+            OutOfMemoryError: the ranks have to be restarted.
+            DisttrainError: no smaller size is left to try.
         """
         data = sharded_data(trainer)
         if not self._phase or data is None or not is_out_of_memory(error):
@@ -225,7 +225,7 @@ class MicroBatchSearch(Callback):
         raise self._restart(shortage) from error
 
     def _restart(self, shortage: Shortage) -> OutOfMemoryError:
-        """What ends this rank, and says who starts the run again."""
+        """Return the error that ends this rank and says how the run is restarted."""
         note_ending(OutOfMemoryError.exit_code, message=str(shortage))
         if is_to_be_requeued():
             return OutOfMemoryError(f"{shortage}; {have_script_requeue(self._record.run_dir)}")
@@ -244,7 +244,7 @@ class MicroBatchSearch(Callback):
 
 
 def read_shortages(folder: Path) -> list[Shortage]:
-    """What the ranks of a run have written down, by rank. What cannot be read is passed over."""
+    """Return the shortages that the ranks of a run have recorded, by rank; unreadable files are skipped."""
     return sorted(_read(folder), key=lambda shortage: (shortage.rank, -shortage.size))
 
 
@@ -255,12 +255,12 @@ def _read(folder: Path) -> Iterator[Shortage]:
 
 
 def _write(folder: Path, shortage: Shortage) -> None:
-    """Write down a shortage, each in a file of its own."""
+    """Record a shortage in its own file."""
     make_folder(folder)
     write_atomically(folder / f"rank-{shortage.rank:05d}-size-{shortage.size}.json", to_json(asdict(shortage)) + "\n")
 
 
 def _restarts_left() -> bool:
-    """Whether torchrun starts ranks again that fail now."""
+    """Return whether torchrun will restart failing ranks."""
     done, most = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
     return done.isdigit() and most.isdigit() and int(done) < int(most)

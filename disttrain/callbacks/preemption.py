@@ -1,12 +1,11 @@
-"""Stopping a run from outside so that it loses nothing: signals, a time limit, a stop file.
+"""Stop a run on request without losing work: signals, a time limit, a stop file.
 
-SIGTERM, SIGUSR1, SIGINT, ``stop_after`` and the file ``STOP`` in the run's folder only leave a note. The ranks
-vote on their notes during each step, so all of them decide at the same step boundary from the same number,
-however far apart the signals came. They save a checkpoint there, and the run ends with a
-:class:`~disttrain.errors.Preempted`: exit code 75; in a SLURM job that is to go on, rank 0 has it requeued first,
-while all ranks are alive. A validation that was due or under way is left; the
-checkpoint says so, and the resumed run begins with it, which makes its weights those of a run that was never
-stopped. Cost: one vote a step and a validation batch, in the background
+SIGTERM, SIGUSR1, SIGINT, ``stop_after`` and the file ``STOP`` in the run folder only set a flag. The ranks vote on
+their flags during each step, so all of them decide at the same step boundary from the same number, no matter how far
+apart the signals arrived. They save a checkpoint there, and the run ends with :class:`~disttrain.errors.Preempted`:
+exit code 75. In a SLURM job that is to continue, rank 0 first requeues it, while all ranks are alive. A validation that
+is due or in progress is skipped; the checkpoint records that, and the resumed run starts with it, so its weights match
+those of an uninterrupted run. Cost: one vote per step and per validation batch, in the background
 (:mod:`disttrain.distributed.async_max_reduce`).
 """
 
@@ -39,19 +38,19 @@ from disttrain.system.terminal import tell
 STOP_FILE: Final = "STOP"
 _CAUSES: Final = ("", "the file STOP", "trainer.stop_after", "SIGUSR1", "SIGTERM", "SIGINT")
 _SIGNALS: Final = {signal.SIGUSR1: 3, signal.SIGTERM: 4, signal.SIGINT: 5}
-_REQUEUE: Final = (2, 3, 4)  # causes after which a job goes on; a stop file and Ctrl-C are a person's
+_REQUEUE: Final = (2, 3, 4)  # causes that requeue the job; a stop file or Ctrl-C means that the user wants it to end
 _RANK_BITS: Final = 32
-_LOOK_SECONDS: Final = 1.0  # between two looks for the stop file
+_LOOK_SECONDS: Final = 1.0  # between two checks for the stop file
 
 
-class Preemption(Callback, Checkpoint):  # Lightning calls its checkpoint callbacks last
-    """Ends training at a step boundary when any rank is asked to.
+class Preemption(Callback, Checkpoint):  # Lightning runs Checkpoint callbacks last
+    """Ends training at a step boundary when any rank is asked to stop.
 
     Args:
-        run_dir: the run's folder.
+        run_dir: the run folder.
         record: the run's record.
-        stop_after: duration, such as ``3h50m``, after which to stop, by rank 0's clock, counted from the start
-            of the launcher or, without one, of the process.
+        stop_after: duration, such as ``3h50m``, after which to stop, by rank 0's clock, counted from the start of the
+            launcher or, without one, of the process.
     """
 
     def __init__(self, run_dir: Path, record: RunRecord, *, stop_after: str | None = None) -> None:
@@ -68,10 +67,10 @@ class Preemption(Callback, Checkpoint):  # Lightning calls its checkpoint callba
 
     @contextmanager
     def noting(self, *, goes_on: bool) -> Iterator[None]:
-        """Note signals while training is set up and runs; before and after, they do what they did.
+        """Record signals while training is set up and runs; restore the previous handlers afterwards.
 
         Args:
-            goes_on: whether what the attempt before has noted still counts, since this one follows it by itself.
+            goes_on: keep a signal recorded during the previous attempt, which this one follows in the same process.
         """
         noted = self._signals.noted if goes_on else None
         with self._signals:
@@ -79,24 +78,24 @@ class Preemption(Callback, Checkpoint):  # Lightning calls its checkpoint callba
             yield
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether the validation of this step is still to come."""
+        """Return whether the validation of this step is still to be done."""
         return {"validation_due": self._validation_due}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Know of a validation that was left."""
+        """Restore whether a validation was skipped."""
         self._validation_due = bool(state_dict["validation_due"])
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the votes their group. A collective."""
+        """Create the process group for the votes. Collective."""
         if stage == "fit" and self._votes is None:
             self._votes = Votes()
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop here if the set-up was asked to."""
+        """Stop here if that was requested during set-up."""
         self._vote_now(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop before the first step if that was asked for; else make up for a validation that was left."""
+        """Stop before the first step if requested; otherwise run a validation that was skipped."""
         self._from_step = trainer.global_step
         self._vote_now(trainer)
         if self._validation_due:
@@ -106,12 +105,12 @@ class Preemption(Callback, Checkpoint):  # Lightning calls its checkpoint callba
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin a step's vote at its last micro batch."""
+        """Start a step's vote at its last micro batch."""
         if ends_step(trainer):
             self._begin(trainer)
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Read the vote at the step boundary."""
+        """Read the vote at the step boundary; stop if it says so."""
         if not (agreed := self._result()):
             return
         self._validation_due = validation_follows(trainer)
@@ -120,7 +119,7 @@ class Preemption(Callback, Checkpoint):  # Lightning calls its checkpoint callba
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Begin a vote for each batch: every rank has as many."""
+        """Start a vote for each batch: all ranks have the same number of them."""
         if trainer.state.fn == "fit":
             self._begin(trainer)
 
@@ -133,20 +132,20 @@ class Preemption(Callback, Checkpoint):  # Lightning calls its checkpoint callba
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Leave the validation where that was agreed."""
+        """Stop in the middle of the validation if the ranks agreed to."""
         if trainer.state.fn == "fit" and (agreed := self._result()):
             self._validation_due = not trainer.sanity_checking
             self._stop(trainer, agreed)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Training is over, and what follows it is left to the next start."""
+        """Stop before what follows training, such as a test, if requested; the next start does it."""
         self._vote_now(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """End the votes' group.
+        """Destroy the votes' process group.
 
-        A rollback ends an attempt in the midst of a vote. What asks the run to stop is noted still, and counts in the
-        next attempt's first vote.
+        A rollback may end an attempt during a vote. A recorded stop request is kept, and counts in the next attempt's
+        first vote.
         """
         if stage == "fit" and self._votes is not None:
             self._votes.result()
@@ -167,10 +166,10 @@ class Preemption(Callback, Checkpoint):  # Lightning calls its checkpoint callba
             self._stop(trainer, agreed)
 
     def _own(self, trainer: pl.Trainer) -> int:
-        """What this rank brings: the number of a cause, with the rank's below it; 0 to go on."""
+        """Return this rank's vote: the number of a cause with the rank in the low bits; 0 to continue."""
         noted = self._signals.noted
         cause = _SIGNALS[noted] if noted is not None else 0
-        if trainer.is_global_zero and not cause:  # one clock and one look at the folder decide for all
+        if trainer.is_global_zero and not cause:  # one clock and one check of the folder for all ranks
             now = time.monotonic()
             if self._deadline is not None and now >= self._deadline:
                 cause = _CAUSES.index("trainer.stop_after")
@@ -180,12 +179,12 @@ class Preemption(Callback, Checkpoint):  # Lightning calls its checkpoint callba
         return cause << _RANK_BITS | trainer.global_rank if cause else 0
 
     def _stop(self, trainer: pl.Trainer, agreed: int) -> None:
-        """Save and end. A collective: all ranks have read the same vote."""
+        """Save a checkpoint and end the run. Collective: all ranks have read the same vote."""
         number, rank = agreed >> _RANK_BITS, agreed & (1 << _RANK_BITS) - 1
         cause = _CAUSES[number]
         if number in _SIGNALS.values() and trainer.world_size > 1:
             cause += f" on rank {rank}"
-        # At the step that this attempt started from, nothing is new: what it started from serves again.
+        # At the step that this attempt started from there is nothing new to save.
         is_new = self._from_step is not None and trainer.global_step > self._from_step
         if is_new and self.checkpoints is not None:
             self.checkpoints.save_if_new(trainer)
@@ -194,10 +193,10 @@ class Preemption(Callback, Checkpoint):  # Lightning calls its checkpoint callba
             self.record.stopped(trainer, f"preempted by {cause}")
             (self.run_dir / STOP_FILE).unlink(missing_ok=True)
             if number in _REQUEUE and is_to_be_requeued():
-                tell(message)  # SLURM may leave no time for it later
+                tell(message)  # SLURM may kill the job soon after the requeue
                 message = ask_to_requeue(self.run_dir)
                 self.record.tell(trainer.global_step, "requeue", message)
-        # A launcher ends all ranks with the first that ends: none does before rank 0 is done.
+        # A launcher kills all ranks when the first one exits, so all wait here for rank 0 to finish.
         assert self._votes is not None, "the callback is not set up"
         self._votes.now(0)
         raise Preempted(message)
@@ -213,7 +212,7 @@ class Preemption(Callback, Checkpoint):  # Lightning calls its checkpoint callba
 
 
 def _age_seconds() -> float:
-    """Seconds since the launcher was started that restarts this process, or else since this process was."""
+    """Return seconds since the start of the launcher that restarts this process or, without one, of this process."""
     process = launcher_process() if launch_id() else psutil.Process()
     started: float = process.create_time()
     return max(0.0, time.time() - started)

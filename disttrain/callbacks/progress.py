@@ -1,4 +1,4 @@
-"""Progress on rank 0: a bar on a terminal, a line after each validation elsewhere."""
+"""Show progress on rank 0: a bar on a terminal, otherwise one line per validation."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from disttrain.tasks.base import run_steps
 
 
 class StepProgress(ProgressBar):
-    """Step, loss, samples/s and time left; nothing per step where there is no terminal.
+    """Shows step, loss, samples/s and time left; prints nothing per step without a terminal.
 
     Args:
-        log: whose values to show.
+        log: the log whose values are shown.
     """
 
     def __init__(self, log: StepLog) -> None:
@@ -29,12 +29,12 @@ class StepProgress(ProgressBar):
         self._enabled = True
 
     def disable(self) -> None:
-        """Show nothing: all ranks but 0."""
+        """Show nothing; called on all ranks except 0."""
         self._enabled = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the bar."""
-        self._close()  # training may start once more, after a rollback
+        self._close()  # training starts again after a rollback
         if not (self._enabled and trainer.is_global_zero and self._console.is_terminal):
             return
         columns = (
@@ -52,12 +52,12 @@ class StepProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the bar; it is drawn by a thread of its own a few times a second."""
+        """Advance the bar; its own thread redraws it a few times per second."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=trainer.global_step, description=self._shown("train/loss"))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print a line of the last values."""
+        """Print one line with the latest values."""
         if trainer.sanity_checking or trainer.state.fn != "fit" or not (self._enabled and trainer.is_global_zero):
             return
         names = ["train/loss", *sorted(name for name in self._values.latest if name.startswith("val/"))]
@@ -66,11 +66,11 @@ class StepProgress(ProgressBar):
         )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the terminal in order."""
+        """Remove the bar, which restores the terminal."""
         self._close()
 
     def _close(self) -> None:

@@ -1,8 +1,8 @@
-"""A dry save before the first step: what a checkpoint could not hold, or a resume not bring back, is found now.
+"""Dry-run a save before the first step, to find early what a checkpoint cannot hold or a resume cannot restore.
 
-Everything that a save gathers is gathered and looked at: types, shapes and names, on all ranks, which decide together;
-where a hook fails, once more when training starts. Nothing is copied, written, stepped or drawn, and no buffer is
-synchronized. Cost: a walk over the state, once or twice an attempt.
+Everything that a save would gather is gathered and checked (types, shapes and names) on all ranks, which decide
+together; if a hook fails, once more when training starts. Nothing is copied, written or stepped, no random number is
+drawn and no buffer is synchronized. Cost: one or two walks over the state per attempt.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from disttrain.strategies.build import strategy_of
 
 
 class Rehearsal(Callback):
-    """Makes the dry save once all callbacks, the module and its optimizers are set up."""
+    """Runs the dry save once all callbacks, the module and its optimizers are set up."""
 
     def __init__(self) -> None:
         self._done = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look before a checkpoint is loaded: then a start that cannot work has changed nothing.
+        """Check before a checkpoint is loaded, so that a start that cannot work changes nothing.
 
         Raises:
             CheckpointError: a checkpoint could not be saved or resumed.
@@ -33,14 +33,14 @@ class Rehearsal(Callback):
                 found = strategy.rehearse()
             except DisttrainError:
                 raise
-            except Exception:  # a hook's own: it may count on what only comes about when training starts
+            except Exception:  # from a user's hook, which may need state that exists only once training starts
                 pass
             if found is not None:
                 strategy.examine(found)
         self._done = all(gather(found is not None))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look now, if a hook failed before."""
+        """Check now if a hook failed before."""
         if not self._done:
             self._done = True
             with raise_together():

@@ -1,15 +1,15 @@
-"""Which ranks are slow: quantiles of each rank's steps: data wait, forward, backward, communication, and the rest.
+"""Find slow ranks from quantiles of each rank's step time: data wait, forward, backward, communication, and the rest.
 
-Ranks that train together take the same time for a step, since they wait for each other; the slow one is the
-one that waits least. So what counts is the part of a step that a rank does alone: waiting for its data, the
-forward passes with the callbacks before them, and under DDP the backward passes up to where the last gradient is there.
-Communication is what follows that inside of a backward pass: the reduction that is not hidden, with the waiting for
-others. Under FSDP the passes hold the gathering of weights and their waits, so the backward pass does not count as
-alone. The rest is the optimizer, the callbacks, and what ranks wait for there: who is slow in those is not found out.
+Ranks that train together have the same step time, since they wait for each other; the slow rank is the one that waits
+least. So the ranks are compared by the time a rank spends on its own: waiting for its data, the forward passes with the
+callbacks before them, and under DDP the backward passes until the last gradient is computed. Communication is the rest
+of a backward pass: reduction that is not overlapped, and waiting for other ranks. Under FSDP, the passes include
+all-gathers and their waits, so the backward pass is not counted. The rest is the optimizer, the callbacks and the waits
+in them; a rank that is slow there is not detected.
 
-At the end, and every thousand steps, the ranks gather their quantiles; rank 0 puts them into ``run.json`` and
-notes ranks that are slow. Cost: a few readings of a clock a micro batch (on CUDA four events, read when they are long
-done) and one callback of the autograd engine, and one small gathering a thousand steps.
+At the end and every thousand steps, the ranks gather their quantiles; rank 0 writes them to ``run.json`` and reports
+slow ranks. Cost: a few clock readings per micro batch (on CUDA, four events, read long after they completed), one
+autograd engine callback, and one small gather per thousand steps.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from disttrain.lightning.callback import Callback
 from disttrain.strategies.build import DDP
 
 WINDOW: Final = 1000  # steps
-_FEWEST: Final = 10  # steps that tell anything
+_FEWEST: Final = 10  # steps for a meaningful comparison
 _SLOWER: Final = 1.25  # times the median rank's
 _SHARE: Final = 0.05  # of a step
 _PARTS: Final = ("forward", "backward", "communication")  # of a micro batch
 
 Quantiles = dict[str, Any]
-"""One rank's ``rank``, ``host``, whether its backward passes wait for no other (``backward_alone``), and the medians
-and 95 % quantiles of its parts in seconds."""
+"""One rank's ``rank``, ``host``, whether its backward passes do not wait for other ranks (``backward_alone``), and the
+medians and 95% quantiles of its parts in seconds."""
 
 
 class Stragglers(Callback):
-    """Compares the ranks.
+    """Compares the ranks' step times.
 
     Args:
         record: the run's record.
@@ -54,39 +54,39 @@ class Stragglers(Callback):
     def __init__(self, record: RunRecord) -> None:
         self._record = record
         self._steps: deque[tuple[float, ...]] = deque(maxlen=WINDOW)
-        """Seconds: of the whole, of the data wait, and of the parts of a micro batch, summed over a step."""
+        """Per step, in seconds: the total, the data wait, and each part of a micro batch, summed over the step."""
         self._since: float | None = None
         self._waited = 0.0
-        self._marks: list[Any] = []  # moments of the micro batch under way: its begin, the ends of its parts
-        self._open: deque[list[Any]] = deque()  # such lists, whose moments the device may not have come to
-        self._spent = [0.0] * len(_PARTS)  # in this step
+        self._marks: list[Any] = []  # timestamps of the current micro batch: its start, the ends of its parts
+        self._open: deque[list[Any]] = deque()  # earlier ones, which the device may not have reached
+        self._spent = [0.0] * len(_PARTS)  # seconds per part in this step
         self._told: set[int] = set()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The first step of an attempt is not counted."""
+        """Exclude the first step of an attempt."""
         self._since = None
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """A forward pass follows."""
+        """Mark the start of a forward pass."""
         self._marks = [_now(pl_module)]
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """The forward pass is over."""
+        """Mark the end of the forward pass, and arrange to mark the end of the backward computation."""
         self._marks.append(_now(pl_module))
         marks = self._marks
 
         def begun(_: Tensor) -> None:
-            # Called when all gradients are there, before those callbacks that wait for their reduction: these are
-            # queued in the course of the backward pass, and this is at its begin.
+            # The engine runs its callbacks in the order they were queued, once all gradients are computed. This one
+            # is queued first, at the start of the pass; DDP queues the one that waits for the reduction during it.
             torch.autograd.Variable._execution_engine.queue_callback(lambda: marks.append(_now(pl_module)))
 
         if loss.requires_grad:
             loss.register_hook(begun)  # type: ignore[no-untyped-call]
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The backward pass is over, with what it waits for."""
+        """Mark the end of the backward pass, including its communication."""
         self._marks.append(_now(pl_module))
         if len(self._marks) == len(_PARTS) + 1:
             self._open.append(self._marks)
@@ -94,10 +94,10 @@ class Stragglers(Callback):
             marks = self._open.popleft()
             for part, (begin, end) in enumerate(pairwise(marks)):
                 self._spent[part] += _seconds(begin, end)
-        self._marks = self._marks[-1:]  # a module that optimizes by hand may go on
+        self._marks = self._marks[-1:]  # with manual optimization, another backward pass may follow
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count a step, and compare the ranks where it is time."""
+        """Record a step; compare the ranks every thousand steps."""
         now, loader = time.perf_counter(), trainer.train_dataloader
         waited = loader.wait_seconds if isinstance(loader, TrainLoader) else 0.0
         if self._since is not None:
@@ -107,13 +107,13 @@ class Stragglers(Callback):
             self._compare(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The step after a validation is not counted: it holds the validation."""
+        """Exclude the step after a validation, since its time includes the validation."""
         self._since = None
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Nor is the one after a save."""
+        """Exclude the step after a save."""
         self._since = None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -121,7 +121,7 @@ class Stragglers(Callback):
         self._compare(trainer)
 
     def _compare(self, trainer: pl.Trainer) -> None:
-        """Gather all ranks' quantiles. A collective."""
+        """Gather all ranks' quantiles; report slow ranks. Collective."""
         own = _quantiles(list(self._steps), trainer.global_rank)
         if own is not None:
             strategy = trainer.strategy
@@ -141,7 +141,7 @@ class Stragglers(Callback):
 
 
 def find_slow(ranks: list[Quantiles]) -> dict[int, str]:
-    """The ranks that hold up the others, and a sentence about each."""
+    """Return the ranks that slow down the others, with a sentence about each."""
     names = {"wait": "data wait", "forward": "forward pass"}
     if all(each["backward_alone"] for each in ranks):
         names["backward"] = "backward pass"
@@ -159,7 +159,7 @@ def find_slow(ranks: list[Quantiles]) -> dict[int, str]:
 
 
 def _now(module: pl.LightningModule) -> Any:
-    """This moment: of the host's clock, or of the device's stream."""
+    """Return the current time of the host clock or, on CUDA, an event recorded in the stream."""
     if module.device.type != "cuda":
         return time.perf_counter()
     kind: Any = torch.cuda.Event
@@ -179,7 +179,7 @@ def _seconds(begin: Any, end: Any) -> float:
 def _quantiles(steps: list[tuple[float, ...]], rank: int) -> Quantiles | None:
     if len(steps) < _FEWEST:
         return None
-    # seconds: (step, part); the parts are the whole, those measured, the rest
+    # in seconds, (step, part); the parts are the total, the measured ones, and the rest
     parts = np.array([(*step, step[0] - sum(step[1:])) for step in steps])
     told: Quantiles = {"rank": rank, "host": platform.node(), "steps": len(steps)}
     for name, column in zip(("step", "wait", *_PARTS, "rest"), parts.T, strict=True):
