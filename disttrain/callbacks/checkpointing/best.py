@@ -1,7 +1,8 @@
-"""The list of the best checkpoints: who is on it, best first, and whether the first is still there.
+"""The ranked list of the best checkpoints.
 
-The list is part of a checkpoint, so it names one before that is written, and takes it back where the save fails. A
-resumed run knows it again, also where it names checkpoints of another folder: nothing worse takes their place.
+The list is part of each checkpoint, so it includes a checkpoint before that is written, and removes it again if the
+save fails. A resumed run restores the list, even if its checkpoints are in another folder: no worse one takes their
+place.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ class Rated(NamedTuple):
 
 
 class BestList:
-    """The best few checkpoints.
+    """The best few checkpoints, best first.
 
     Args:
-        size: how many at most.
+        size: the maximum number of entries.
     """
 
     def __init__(self, size: int) -> None:
@@ -43,49 +44,49 @@ class BestList:
 
     @property
     def first(self) -> Rated | None:
-        """The best one."""
+        """The best checkpoint, or None."""
         return self._entries[0] if self._entries else None
 
     @property
     def names(self) -> list[str]:
-        """Names of all directories on the list, best first."""
+        """Directory names of all checkpoints on the list, best first."""
         return [entry.name for entry in self._entries]
 
     def admits(self, value: float, monitor: Monitor) -> bool:
-        """Whether a value is among the best."""
+        """Return whether a value is good enough for the list."""
         if len(self._entries) < self.size:
             return monitor.better(value, monitor.worst)
         return monitor.better(value, self._entries[-1].value)
 
     def begin(self) -> None:
-        """Remember the list as it is, for :meth:`undo`."""
+        """Save the current list, for :meth:`undo`."""
         self._before = list(self._entries)
 
     def add(self, entry: Rated, monitor: Monitor) -> None:
-        """Put a checkpoint on the list if its value is among the best; of equal values the earlier step is first."""
+        """Add a checkpoint if its value is among the best; equal values are ordered by step."""
         if self.admits(entry.value, monitor):
             sign = 1 if monitor.mode == "min" else -1
             self._entries = sorted([*self._entries, entry], key=lambda one: (sign * one.value, one.step))[: self.size]
 
     def undo(self) -> None:
-        """Go back to what :meth:`begin` remembered."""
+        """Restore the list saved by :meth:`begin`."""
         self._entries = self._before
 
     def clear(self) -> None:
-        """Forget all."""
+        """Remove all entries."""
         self._entries = []
 
     def state(self) -> list[list[object]]:
-        """The list, for a checkpoint."""
+        """Return the list, to store in a checkpoint."""
         return [list(entry) for entry in self._entries]
 
     def load(self, state: Sequence[Sequence[object]]) -> None:
-        """Take over what :meth:`state` said."""
+        """Restore what :meth:`state` returned."""
         read = [Rated(float(str(value)), int(str(step)), str(name)) for value, step, name in state]
         self._entries = read[: self.size]
 
     def is_first_in(self, directory: Path) -> bool:
-        """Whether the best one is in a folder; one of its name there may be of another course of the run."""
+        """Return whether the best checkpoint is in a folder, and not another one of the same name."""
         if self.first is None:
             return False
         try:

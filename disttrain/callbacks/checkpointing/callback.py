@@ -1,10 +1,11 @@
-"""When checkpoints are taken, how they are written, and which are kept.
+"""When checkpoints are saved, how they are written, and which are kept.
 
-A checkpoint is taken at a step boundary, after the validation that is due there: it holds what that validation decided,
-and a resumed run neither repeats nor misses one. It is copied to CPU memory and written by a background thread while
-training goes on; a save that comes due meanwhile waits for it. An error of a background save is raised on all ranks at
-one step. Older checkpoints are deleted only after a newer one is committed. Later ones than the start are renamed and
-ignored (:mod:`disttrain.checkpoint.cleanup`). Committed ones may be copied to remote storage, under the same rules.
+A checkpoint is saved at a step boundary, after the validation that is due there: it includes that validation's
+decisions, so a resumed run neither repeats nor misses one. It is copied to CPU memory and written by a background
+thread while training continues; the next save waits for it. An error in a background save is raised on all ranks at the
+same step. Older checkpoints are deleted only after a newer one is committed. Checkpoints newer than the resume point
+are renamed and ignored (:mod:`disttrain.checkpoint.cleanup`). Committed ones can be copied to remote storage, under the
+same rules.
 """
 
 from __future__ import annotations
@@ -40,26 +41,26 @@ from disttrain.lightning.internals import validation_follows
 from disttrain.strategies.build import strategy_of
 from disttrain.system.terminal import tell
 
-_GRACE_SECONDS = 60.0  # how long a run that fails waits for the save that is under way
+_GRACE_SECONDS = 60.0  # how long a failing run waits for a save in progress
 
 
 class Checkpointing(Callback, Checkpoint):
     """Saves checkpoints to ``<run_dir>/checkpoints``.
 
     Args:
-        every_steps: steps between two checkpoints; by default one at the end of each epoch.
+        every_steps: steps between two checkpoints; by default, one is saved at the end of each epoch.
         every_epochs: epochs between two, at their ends.
         every_minutes: minutes between two, by rank 0's clock.
         keep_last: how many of the newest to keep.
         keep_best: how many of the best by ``monitor`` to keep; 0 keeps none for their metric.
-        keep_every_steps: also take one every so many steps, and keep these for good.
-        monitor: the metric, as logged; by default that of early stopping, and without either none is best.
+        keep_every_steps: also save one every this many steps, and keep these permanently.
+        monitor: the logged metric; by default that of early stopping, and without either, none is best.
         mode: ``min`` or ``max``.
         save: ``async`` writes in the background, from a copy in CPU memory; ``sync`` stops training meanwhile.
-        on_save_error: ``stop`` ends the run where a checkpoint cannot be written; ``continue`` trains on, and the
-            event is recorded. The end of a run is an error in any case.
-        verify: what is compared at a resume: ``checksums`` of all files, or ``sizes`` alone.
-        mirror: remote storage to copy committed checkpoints to, and to resume from where they are not here.
+        on_save_error: ``stop`` ends the run if a save fails; ``continue`` trains on and records an event. The last
+            checkpoint must be saved in any case.
+        verify: what a resume verifies: ``checksums`` of all files, or only their ``sizes``.
+        mirror: remote storage to copy committed checkpoints to, and to resume from if they are not here.
     """
 
     def __init__(
@@ -91,44 +92,44 @@ class Checkpointing(Callback, Checkpoint):
             )
         self.keep_last, self.keep_best, self.keep_every_steps = keep_last, keep_best, keep_every_steps
         self.monitor = Monitor(monitor, mode) if monitor is not None and keep_best else None
-        """What is best; early stopping sets it where it was not given."""
+        """The metric that ranks checkpoints; set by early stopping if not given."""
         self.background = save == "async"
         self.on_save_error = on_save_error
         self.verify_checksums = verify == "checksums"
         self.mirror = Mirror(mirror) if mirror is not None and mirror.url is not None else None
-        """The copies on remote storage, if there are to be any."""
+        """The copies on remote storage, if enabled."""
         self.directory: Path | None = None
         self.attempt: Attempt | None = None
-        """Who this process is among those that may write here; set before training where a start was looked for."""
+        """This attempt, as known to the fence against stale processes; set before training if a start was searched."""
         self.faulty: tuple[Path, ...] = ()
-        """Checkpoints that were found damaged where a start was looked for."""
+        """Damaged checkpoints found in the search for a start."""
         self.newest: Path | None = None
-        """The checkpoint that this attempt committed last, or went back to; None before."""
+        """The checkpoint that this attempt committed last or resumed from; None before either."""
         self.tell: Callable[[int, str, str], None] = lambda *told: None
         self.log_event: Callable[[int, str, str], object] = lambda *told: None
-        """Told of step, kind and text of events worth recording; and of each checkpoint. On rank 0."""
+        """``tell`` records an event (step, kind, text); ``log_event`` logs each checkpoint. Called on rank 0."""
         self.guarded: Guarded | None = None
-        """What a guard needs, which may have to go back; where there is one, only finite weights are committed."""
+        """What the update guard needs for rollbacks; if set, only finite weights are committed."""
         self.saves_start = False
-        """Whether to save a new run before its first step, too, for attempts in this process that start over."""
+        """Whether to also save a new run before its first step, for attempts in this process that start over."""
         self._ending, self._saver = False, Saver()
         self._mirroring: Mirroring | None = None
         self._best = BestList(keep_best)
         self._saved_step = -1
         self.save_seconds = 0.0
-        """Seconds that saving has stopped this attempt for."""
+        """Seconds for which saving has paused training in this attempt."""
         self.write_seconds = 0.0
-        """Seconds that writing took, in the background or not."""
+        """Seconds spent writing, in the background or not."""
 
     @property
     def best_model_path(self) -> str:
-        """Directory of the best checkpoint, empty where there is none here; Lightning's ``ckpt_path='best'``."""
+        """Directory of the best checkpoint, empty if it is not here; used by Lightning for ``ckpt_path='best'``."""
         if self.directory is None or self._best.first is None or not self._best.is_first_in(self.directory):
             return ""
         return str(self.directory / self._best.first.name)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Find the run's folder; to train, become the one attempt that may write there."""
+        """Set the folder; for training, become the only attempt that may write to it. Collective."""
         self.directory = self.directory or Path(trainer.default_root_dir) / "checkpoints"
         if stage == "fit" and self.attempt is None:
             with raise_together():
@@ -137,17 +138,17 @@ class Checkpointing(Callback, Checkpoint):
             self.attempt = trainer.strategy.broadcast(self.attempt)
         if stage == "fit" and self.mirror is not None and self.attempt is not None:
             with raise_together():
-                if trainer.local_rank == 0 and not trainer.is_global_zero:  # does this node reach it, too?
+                if trainer.local_rank == 0 and not trainer.is_global_zero:  # fail early if this node cannot reach it
                     self.mirror.guard(self.attempt)
             if self._mirroring is not None:
                 self._mirroring.release()
             self._mirroring = Mirroring(self.mirror, self.attempt)
 
     def leave_behind(self, trainer: pl.Trainer) -> list[str]:
-        """Set aside what this run does not go on from, before it takes its first step; notes, on rank 0. A collective.
+        """Rename what this run does not continue from, before its first step; return notes on rank 0. Collective.
 
         Raises:
-            CheckpointError: it cannot be, or a newer attempt has taken over.
+            CheckpointError: that fails, or a newer attempt has taken over.
         """
         notes: list[str] = []
         with raise_together():
@@ -171,7 +172,7 @@ class Checkpointing(Callback, Checkpoint):
         return notes
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Minutes count from here; what the run was loaded from is not saved a second time."""
+        """Start the minute clock; do not save again what the run was loaded from."""
         self._ending, step = False, trainer.global_step
         self.times.begin(step)
         if self.monitor is not None and self._best.first is not None:
@@ -185,7 +186,7 @@ class Checkpointing(Callback, Checkpoint):
             self._save(trainer, value=None)
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Hear how the last save ended; save where one is due and no validation follows, which changes the state."""
+        """Check the last save; save if due, unless a validation follows, which changes the state."""
         started = time.perf_counter()
         self._settle(trainer, self._saver.poll())
         if self._mirroring is not None:
@@ -195,11 +196,11 @@ class Checkpointing(Callback, Checkpoint):
             self._save(trainer, value=None)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note which metrics there are, to rate a checkpoint by new ones alone."""
+        """Note the current metrics, so that a checkpoint is rated only by new ones."""
         begin_validation(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save where one is due or the metric is among the best."""
+        """Save if due, or if the metric is among the best."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         value = self.monitor.value(trainer) if self.monitor is not None else None
@@ -207,25 +208,25 @@ class Checkpointing(Callback, Checkpoint):
             self._save(trainer, value)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the end of the run, unless that was done."""
+        """Save the end of the run, unless already done."""
         self.finish(trainer)
         self._saver.release()
         if self._mirroring is not None:
             self._mirroring.release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let what is under way come to its end; whatever it is, the run has an error already."""
+        """Let saves in progress finish; their errors are ignored, since the run already fails with one."""
         deadline = time.monotonic() + _GRACE_SECONDS
         self._saver.wait(_GRACE_SECONDS)
         if self._mirroring is not None:
             self._mirroring.wait(max(0.0, deadline - time.monotonic()), last=True)
 
     def finish(self, trainer: pl.Trainer) -> None:
-        """Save the end of the run, and make sure that it was this attempt's to save. A collective.
+        """Save the end of the run, and check that no newer attempt has taken over. Collective.
 
         Raises:
-            CheckpointError: it cannot be written, its weights are not finite where that is guarded, or a newer attempt
-                has taken over.
+            CheckpointError: it cannot be written, its weights are not finite while an update guard is active, or a
+                newer attempt has taken over.
         """
         self._ending = True
         self.save_if_new(trainer)
@@ -233,7 +234,7 @@ class Checkpointing(Callback, Checkpoint):
             if trainer.is_global_zero:
                 guard(self._directory(), self.attempt)
                 if self._saved_step == trainer.global_step and self.newest is not None:
-                    self._pruning(self.newest, trainer.global_step)()  # what was kept to go back to
+                    self._pruning(self.newest, trainer.global_step)()  # drop what was kept for a rollback
         if self._saved_step != trainer.global_step:
             raise SpoiltError(
                 f"the run ends at step {trainer.global_step} with weights that are not finite, and is not saved",
@@ -241,12 +242,12 @@ class Checkpointing(Callback, Checkpoint):
             )
 
     def save_if_new(self, trainer: pl.Trainer) -> None:
-        """Commit the present step before this returns, unless a checkpoint of it exists, and copy it. A collective.
+        """Commit the current step before returning, unless already done, and copy it. Collective.
 
-        Weights that are not finite are not committed where that is guarded; that is told, and no error.
+        If an update guard is active, weights that are not finite are not committed; this is reported, not raised.
 
         Raises:
-            CheckpointError: it cannot be written, whatever ``on_save_error`` says.
+            CheckpointError: it cannot be written, regardless of ``on_save_error``.
         """
         started = time.perf_counter()
         self._settle(trainer, self._saver.wait())
@@ -255,7 +256,7 @@ class Checkpointing(Callback, Checkpoint):
             self._save(trainer, value=None, background=False, must=True)
         started = time.perf_counter()
         if self._wait_for_copies(trainer) and trainer.is_global_zero and self.newest is not None:
-            self._pruning(self.newest, trainer.global_step)()  # what was kept only because it was being copied
+            self._pruning(self.newest, trainer.global_step)()  # drop what was kept only to be copied
         self.save_seconds += time.perf_counter() - started
 
     def _wait_for_copies(self, trainer: pl.Trainer) -> bool:
@@ -278,16 +279,16 @@ class Checkpointing(Callback, Checkpoint):
         return True
 
     def settle(self, trainer: pl.Trainer) -> None:
-        """Wait for the save and the copies that are under way. A collective.
+        """Wait for the save and the copies in progress. Collective.
 
         Raises:
-            CheckpointError: one failed, unless ``on_save_error``, or ``mirror.on_error``, says to go on.
+            CheckpointError: one failed, unless ``on_save_error`` or ``mirror.on_error`` is ``continue``.
         """
         self._settle(trainer, self._saver.wait())
         self._wait_for_copies(trainer)
 
     def forget_after(self, step: int) -> None:
-        """Delete the checkpoints of later steps, newest first; no save may be under way. Rank 0 only.
+        """Delete the checkpoints of later steps, newest first; no save may be in progress. Rank 0 only.
 
         Raises:
             CheckpointError: one cannot be deleted, or a newer attempt has taken over.
@@ -295,7 +296,7 @@ class Checkpointing(Callback, Checkpoint):
         cleanup.forget_after(self._directory(), step, attempt=self.attempt, mirror=self.mirror)
 
     def has_best_of(self, path: Path) -> bool:
-        """Whether all checkpoints that were the best when another one was made still exist; no where it is damaged."""
+        """Return whether all checkpoints on the best list of a checkpoint still exist; False if it is damaged."""
         try:
             callbacks = reader.read_meta(path)["trainer"].get("callbacks", {})
         except CheckpointError:
@@ -304,12 +305,12 @@ class Checkpointing(Callback, Checkpoint):
         return all((path.parent / name / reader.MARKER).exists() for name in names)
 
     def state_dict(self) -> dict[str, Any]:
-        """Which checkpoints are the best."""
+        """Return the list of the best checkpoints."""
         return {"monitor": self.monitor and self.monitor.name, "best": self._best.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Know the best ones again, also those that are in another folder: nothing worse takes their place."""
-        self._saved_step, self.newest = -1, None  # an earlier attempt in this process has set them
+        """Restore the best list, even if its checkpoints are in another folder: no worse one takes their place."""
+        self._saved_step, self.newest = -1, None  # an earlier attempt in this process may have set them
         if self.monitor is not None and state_dict["monitor"] == self.monitor.name:
             self._best.load(state_dict["best"])
 
@@ -320,10 +321,10 @@ class Checkpointing(Callback, Checkpoint):
         self, trainer: pl.Trainer, value: float | None, *, background: bool | None = None, must: bool = False
     ) -> None:
         step, started = trainer.global_step, time.perf_counter()
-        # One save at a time: its buffers are in use, and it prunes by what was there when it began.
+        # One save at a time: they share buffers, and each prunes by the state at its start.
         self._settle(trainer, self._saver.wait())
         path: Path = trainer.strategy.broadcast(reader.free_path(self._directory(), f"step-{step:08d}"))
-        # The list is part of what is saved, so it has to name this checkpoint before it is written.
+        # The list is part of the checkpoint, so it must name this one before it is written.
         self._best.begin()
         metric = None
         if self.monitor is not None and value is not None:
@@ -350,7 +351,7 @@ class Checkpointing(Callback, Checkpoint):
         self.save_seconds += time.perf_counter() - started
 
     def _settle(self, trainer: pl.Trainer, outcome: Outcome | None, *, must: bool = False) -> None:
-        """Take note of how a save ended; all ranks have the same outcome."""
+        """Process the outcome of a save, which is the same on all ranks."""
         if outcome is None:
             return
         self.write_seconds += outcome.seconds
@@ -369,7 +370,7 @@ class Checkpointing(Callback, Checkpoint):
         self._tell_error(trainer, f"no checkpoint of step {outcome.global_step}", outcome.error)
 
     def _hear(self, trainer: pl.Trainer, outcome: Outcome | None) -> None:
-        """Take note of how a copy ended; all ranks have the same outcome."""
+        """Process the outcome of a copy, which is the same on all ranks."""
         if outcome is None or outcome.error is None:
             return
         assert self.mirror is not None
@@ -384,12 +385,12 @@ class Checkpointing(Callback, Checkpoint):
             self.tell(trainer.global_step, "save", text)
 
     def _keep(self, step: int) -> Keep:
-        """What to keep at a step."""
+        """Return what to keep at a step."""
         keep = Keep(self.keep_last, self._best.names, self.keep_every_steps)
         return keep if self.guarded is None or self._ending else self.guarded.widen(keep, step)
 
     def _pruning(self, new: Path, step: int) -> Callable[[], None]:
-        """What deletes older checkpoints once the new one is committed; it knows what is best now, not later."""
+        """Return a function that deletes older checkpoints once the new one is committed, by the current best list."""
         keep = self._keep(step)
         if self._mirroring is not None:
             keep = replace(keep, best=[*keep.best, *self._mirroring.needed])

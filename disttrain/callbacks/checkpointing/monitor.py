@@ -1,4 +1,4 @@
-"""A monitored metric: its name, which way is better, and how it is looked up."""
+"""A monitored metric: its name, whether lower or higher is better, and how to look it up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Mode = Literal["min", "max"]
 
 @dataclass(frozen=True)
 class Monitor:
-    """A validation metric and which way is better.
+    """A validation metric and whether lower or higher is better.
 
     Attributes:
         name: as logged, such as ``val/loss``.
@@ -36,20 +36,20 @@ class Monitor:
 
     @property
     def worst(self) -> float:
-        """A value that every finite one is better than."""
+        """The value that any finite one improves on."""
         return math.inf if self.mode == "min" else -math.inf
 
     def better(self, value: float, than: float) -> bool:
-        """Whether ``value`` improves on ``than`` by more than ``min_delta``; NaN never does."""
+        """Return whether ``value`` improves on ``than`` by more than ``min_delta``; NaN never does."""
         if self.mode == "min":
             return value < than - self.min_delta
         return value > than + self.min_delta
 
     def value(self, trainer: pl.Trainer) -> float | None:
-        """Its present value, that of rank 0 on all ranks; None where this validation did not log it. A collective.
+        """Return rank 0's current value on all ranks, or None if this validation did not log it. Collective.
 
         Raises:
-            ConfigError: no metric of that name was logged; the message lists those that were.
+            ConfigError: no metric of that name was ever logged; the message lists those that were.
         """
         metrics, seen = trainer.callback_metrics, _SEEN.setdefault(trainer, _Seen())
         if self.name not in metrics and self.name not in seen.logged | seen.expected:
@@ -60,12 +60,12 @@ class Monitor:
                 hint=f"set the monitor to one of them; {nearest(self.name, names)}",
             )
         value: float | None = None
-        # Lightning keeps what an earlier validation logged, under the same name, until another one logs it.
+        # Lightning keeps a metric in callback_metrics until it is logged again, so compare identities, not names.
         if self.name in metrics and metrics[self.name] is not seen.before.get(self.name):
             seen.logged.add(self.name)
             value = float(metrics[self.name])
         elif self.name in metrics and self.name not in seen.logged:
-            value = float(metrics[self.name])  # a metric of training, which no validation has ever logged
+            value = float(metrics[self.name])  # logged in training, never in a validation
         return trainer.strategy.broadcast(value)
 
 
@@ -74,9 +74,9 @@ class _Seen:
     """What a trainer's validations have logged.
 
     Attributes:
-        before: the metrics as this validation found them.
-        logged: the monitored ones that a validation has logged.
-        expected: those that validations of this run have logged in an earlier process.
+        before: the metrics at the start of this validation.
+        logged: monitored metrics that some validation has logged.
+        expected: those that validations of this run logged in an earlier process.
     """
 
     before: dict[str, object] = field(default_factory=dict)
@@ -88,10 +88,10 @@ _SEEN: Final[WeakKeyDictionary[pl.Trainer, _Seen]] = WeakKeyDictionary()
 
 
 def begin_validation(trainer: pl.Trainer) -> None:
-    """To be called before a validation, so that :meth:`Monitor.value` can tell its metrics from earlier ones."""
+    """Note the current metrics, so that :meth:`Monitor.value` can tell new ones apart; call before each validation."""
     _SEEN.setdefault(trainer, _Seen()).before = dict(trainer.callback_metrics)
 
 
 def expect(trainer: pl.Trainer, name: str) -> None:
-    """Let validations of a resumed run do without a metric that validations before it have logged."""
+    """Allow the first validations of a resumed run not to log a metric that earlier ones have logged."""
     _SEEN.setdefault(trainer, _Seen()).expected.add(name)

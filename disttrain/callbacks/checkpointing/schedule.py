@@ -1,8 +1,8 @@
 """When a checkpoint is due: by steps, by epochs, by minutes.
 
-Steps and epochs are the same on every rank. Minutes are rank 0's clock, asked only at steps that all ranks know:
-each answer says at which step to ask again, half of the way to the time that is due. So an interval costs a
-handful of broadcasts, whatever its length, and no step costs more than a comparison.
+Steps and epochs are the same on every rank. Minutes are measured by rank 0's clock, which is queried only at steps that
+all ranks agree on: each answer includes the step of the next query, half of the remaining time ahead. So an interval of
+any length costs a handful of broadcasts, and any other step costs a comparison.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class SaveTimes:
 
     Args:
         every_steps: steps between two.
-        every_epochs: epochs between two; by default 1 where neither steps nor minutes are given.
+        every_epochs: epochs between two; by default 1 if neither steps nor minutes are given.
         every_minutes: minutes between two.
-        keep_every_steps: steps whose checkpoints are kept for good, so that one is due there.
+        keep_every_steps: steps between checkpoints that are kept permanently, which are due as well.
     """
 
     def __init__(
@@ -47,21 +47,21 @@ class SaveTimes:
         self.keep_every_steps = keep_every_steps
         self._last_save = self._last_ask = time.monotonic()
         self._last_ask_step = self._next_ask_step = -1
-        self._answer = (-1, False)  # (step, whether it is due by the clock)
+        self._answer = (-1, False)  # (step, whether a checkpoint is due by the clock)
         self.questions = 0
-        """How often rank 0's clock was asked: each is one broadcast."""
+        """How often rank 0's clock was queried, with one broadcast each."""
 
     def begin(self, step: int) -> None:
-        """Training begins, or goes on, at a step."""
+        """Start counting when training starts or resumes at a step."""
         self._last_save = self._last_ask = time.monotonic()
         self._last_ask_step, self._next_ask_step = step, step + 1
 
     def saved(self) -> None:
-        """A checkpoint was taken; minutes count from here."""
+        """Restart the minute clock after a checkpoint."""
         self._last_save = time.monotonic()
 
     def due(self, trainer: pl.Trainer) -> bool:
-        """Whether one is due at this step boundary; the same on all ranks, which all have to ask."""
+        """Return whether a checkpoint is due at this step boundary, the same on all ranks. Collective."""
         step = trainer.global_step
         due = any(every is not None and step % every == 0 for every in (self.every_steps, self.keep_every_steps))
         if self.every_epochs is not None and ends_epoch(trainer):

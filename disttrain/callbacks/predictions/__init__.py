@@ -1,1 +1,1 @@
-"""Predictions, written to one file by all ranks."""
+"""Predictions, written to one output by all ranks."""

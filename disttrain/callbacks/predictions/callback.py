@@ -1,9 +1,9 @@
-"""One result a sample, in the plain order, the same files at any world size, and never twice.
+"""Write one result per sample in the plain (unshuffled) order: the same files at any world size, no duplicates.
 
-Each rank holds a contiguous run of the plain order. It keeps its results in parts, one for each output file that
-they belong to; at the end each file is joined from its parts by one rank, and rank 0 gives the whole its name
-(:mod:`disttrain.callbacks.predictions.files`). What is checked before: nothing is there yet. And after: every
-sample that was delivered has one result, in order. Cost: results go to the CPU after each micro batch.
+Each rank predicts a contiguous range of the plain order. It writes its results to parts, one per output file that they
+belong to; at the end, one rank joins the parts of each file, and rank 0 renames the finished output to its final name
+(:mod:`disttrain.callbacks.predictions.files`). Checked before: the output does not exist. Checked after: every
+delivered sample has exactly one result, in order. Cost: results are copied to the CPU after each micro batch.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from disttrain.parallel.ranks import data_ranks
 
 
 class _Told(NamedTuple):
-    """What a rank tells the others.
+    """What a rank reports to the others.
 
     Attributes:
-        rows: how many results it has for each output file.
-        first: the first of its samples, -1 where it has none.
-        last: the last of them.
-        delivered: how many samples it was given.
-        filtered: how many the transform left out.
-        summary: what its format has to say of them.
+        rows: number of results for each output file.
+        first: its first sample, -1 if it has none.
+        last: its last sample.
+        delivered: number of samples it received.
+        filtered: number of samples filtered out by the transform.
+        summary: its format's summary of them.
     """
 
     rows: dict[int, int]
@@ -50,31 +50,31 @@ class _Told(NamedTuple):
 
 
 class PredictionWriter(Callback):
-    """Writes what a module's ``predict_step`` returns: names to one value a sample, or a tensor.
+    """Writes what a module's ``predict_step`` returns: a tensor, or a mapping of names to one value per sample.
 
     Args:
-        output: where to, and as what.
+        output: the path and format to write.
 
     Raises:
-        ConfigError: the format needs a library that is missing.
+        ConfigError: the format needs a library that is not installed.
     """
 
     def __init__(self, output: Output) -> None:
         self.output = output
         self.notes: list[str] = []
-        """What was written, in lines for the user; on rank 0, once it is done."""
+        """Lines for the user on what was written; on rank 0, at the end."""
         self._workshop: Workshop | None = None
         self._part: IO[bytes] | None = None
         self._begin()
 
     def _begin(self) -> None:
         self._format = make_format(self.output.format)
-        self._rows: dict[int, int] = {}  # results by output file
+        self._rows: dict[int, int] = {}  # number of results by output file
         self._first, self._last = -1, -1
         self._delivered = self._filtered = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse an output that exists, and make the hidden folder. A collective."""
+        """Refuse an output that exists, and create the hidden folder. Collective."""
         if stage != "predict":
             return
         self._begin()
@@ -95,7 +95,7 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the results of a micro batch."""
+        """Write the results of a micro batch to this rank's part."""
         if not data_ranks(trainer).leads:
             return
         self._filtered += batch.get(FILTERED, 0)
@@ -117,7 +117,7 @@ class PredictionWriter(Callback):
         self._delivered += count
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Join the files, check them, and publish them. A collective."""
+        """Join the files, check and publish them. Collective."""
         assert self._workshop is not None
         with raise_together(), self._on_disk():
             self._close()
@@ -142,7 +142,7 @@ class PredictionWriter(Callback):
                 self.notes = self._report(rows, renamed, sum(rank.filtered for rank in told), trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Close this rank's part; the next prediction removes it."""
+        """Close this rank's part; the next prediction deletes it."""
         self._close()
 
     def _report(self, rows: dict[int, int], renamed: int, filtered: int, trainer: pl.Trainer) -> list[str]:
@@ -160,7 +160,7 @@ class PredictionWriter(Callback):
         return notes
 
     def _open(self, number: int, rank: int) -> IO[bytes]:
-        """The part for an output file; results come in order, so an earlier file's is done."""
+        """Return the part for an output file; results arrive in order, so the part of an earlier file is complete."""
         assert self._workshop is not None
         if self._part is None or number not in self._rows:
             self._close()
@@ -184,7 +184,7 @@ class PredictionWriter(Callback):
 
 
 def _columns(outputs: Any, keys: list[str], count: int, module: str) -> Columns:
-    """The outputs for the real samples, by name; ``count`` of them, from the left, are real."""
+    """Return the outputs for the real samples by name; the first ``count`` samples are real, the rest padding."""
     if isinstance(outputs, torch.Tensor):
         outputs = {"output": outputs}
     if not isinstance(outputs, Mapping):
@@ -215,10 +215,10 @@ def _ndim(values: Any) -> int | None:
 
 
 def _check(told: list[_Told], total: int, trainer: pl.Trainer) -> None:
-    """Every sample that was delivered has one result, and only bad ones that may be skipped were not delivered.
+    """Check that each delivered sample has one result, and that any others are bad samples that may be skipped.
 
     Raises:
-        DataError: not so.
+        DataError: the check fails.
     """
     delivered, filtered = sum(rank.delivered for rank in told), sum(rank.filtered for rank in told)
     expected = _expected(trainer, total + filtered) - filtered
@@ -241,6 +241,6 @@ def _check(told: list[_Told], total: int, trainer: pl.Trainer) -> None:
 
 
 def _expected(trainer: pl.Trainer, total: int) -> int:
-    """Samples to predict, as far as that is known: as many as were predicted otherwise."""
+    """Return the number of samples to predict if known, otherwise the number predicted."""
     data = sharded_data(trainer)
     return len(data.reader("predict").index) if data is not None else total

@@ -1,9 +1,9 @@
-"""Where predictions go: one file or a folder of numbered ones, made whole before it is seen.
+"""Where predictions are written: one file, or a folder of numbered files, published by one rename.
 
-File *k* of a folder holds the samples ``[k * n, (k + 1) * n)`` of the plain order, whoever predicted them. While
-it is made, everything lies in a hidden folder beside the output; the last act is a rename. So an output exists
-whole or not at all, and what a killed run left is removed by the next one. An output that exists is never
-replaced unless that is asked for. Cost: results are written twice, once as parts and once as files.
+File *k* of a folder holds samples ``[k * n, (k + 1) * n)`` of the plain order, whichever rank predicted them. Until it
+is complete, everything is in a hidden folder next to the output; the last action is a rename. So an output exists in
+full or not at all, and the next run removes what a killed one left behind. An existing output is never replaced unless
+requested. Cost: results are written twice, first as parts and then as files.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _HEAD: Final = struct.Struct("<Q")
 
 @dataclass(frozen=True)
 class Output:
-    """Where predictions go, and as what.
+    """Where predictions are written, and in which format.
 
     Attributes:
         path: a file, or a folder of files.
-        format: what they are written as.
-        samples_per_file: samples of a file; 0 writes one file.
-        overwrite: whether an output that exists is replaced.
+        format: the file format.
+        samples_per_file: samples per file; 0 writes one file.
+        overwrite: whether to replace an existing output.
     """
 
     path: Path
@@ -57,11 +57,11 @@ class Output:
         samples_per_file: int | None = None,
         overwrite: bool = False,
     ) -> Output:
-        """The output that the options of ``disttrain predict`` name.
+        """Return the output that the options of ``disttrain predict`` specify.
 
-        A path that ends in ``.jsonl``, ``.parquet`` or ``.tar`` is one file, any other a folder. Without a path
-        it is ``predictions.jsonl`` in the run's folder, or its folder ``predictions`` where another format or
-        several files are asked for.
+        A path that ends in ``.jsonl``, ``.parquet`` or ``.tar`` is one file, any other path a folder. The default is
+        ``predictions.jsonl`` in the run folder, or its subfolder ``predictions`` if another format or several files are
+        requested.
 
         Raises:
             ConfigError: the options contradict each other.
@@ -95,15 +95,15 @@ class Output:
         return cls(place, suffix, 0, overwrite)
 
     def file_of(self, sample_id: int) -> int:
-        """The number of the file that a sample's result stands in."""
+        """Return the number of the file that holds a sample's result."""
         return sample_id // self.samples_per_file if self.samples_per_file else 0
 
     def file_name(self, number: int) -> str:
-        """What a file is called."""
+        """Return the name of a file."""
         return f"{NAME}-{number:06d}.{self.format}" if self.samples_per_file else self.path.name
 
     def check(self) -> None:
-        """Refuse an output that exists and is not to be replaced, or that holds other things. One rank's work.
+        """Refuse an output that exists and may not be replaced, or that holds other files. Called on one rank.
 
         Raises:
             ConfigError: it does.
@@ -130,11 +130,11 @@ class Output:
 
 
 class Workshop:
-    """The hidden folder in which an output is made.
+    """The hidden folder in which an output is built.
 
     Args:
-        output: what is made.
-        token: tells this attempt from others; the same on all ranks.
+        output: the output.
+        token: identifies this attempt; the same on all ranks.
     """
 
     def __init__(self, output: Output, token: str) -> None:
@@ -145,7 +145,7 @@ class Workshop:
         self._parts, self._files = self._folder / "parts", self._folder / "files"
 
     def open(self) -> None:
-        """Make the folder, and remove what killed attempts left. One rank's work."""
+        """Create the folder, and remove those of killed attempts. Called on one rank."""
         for left in glob.glob(f"{glob.escape(str(self._hidden))}*"):
             shutil.rmtree(left, ignore_errors=True)
         make_folder(self._parts.parent)
@@ -153,7 +153,7 @@ class Workshop:
         self._files.mkdir()
 
     def check(self) -> None:
-        """That this rank sees the folder that another rank made.
+        """Check that this rank sees the folder that rank 0 created.
 
         Raises:
             DataError: it does not.
@@ -165,11 +165,11 @@ class Workshop:
             )
 
     def part(self, number: int, rank: int) -> IO[bytes]:
-        """A new file for what a rank has of an output file."""
+        """Open a new file for a rank's part of an output file."""
         return open(self._part(number, rank), "wb")
 
     def pieces(self, number: int, ranks: Sequence[int]) -> Pieces:
-        """What some ranks have of an output file, in that order; their parts are removed as they are read."""
+        """Yield the pieces of an output file from some ranks' parts, in that order; delete each part once read."""
         for rank in ranks:
             path = self._part(number, rank)
             with open(path, "rb") as file:
@@ -178,14 +178,14 @@ class Workshop:
             path.unlink()
 
     def file(self, number: int) -> Path:
-        """Where an output file is made."""
+        """Return the path at which an output file is built."""
         return self._files / self.output.file_name(number)
 
     def publish(self, shards: Sequence[Shard]) -> None:
-        """Give the finished files their place. One rank's work.
+        """Move the finished files to their final place. Called on one rank.
 
         Raises:
-            ConfigError: something has come there meanwhile.
+            ConfigError: another output has appeared there meanwhile.
         """
         output = self.output
         output.check()
@@ -209,6 +209,6 @@ class Workshop:
 
 
 def write_piece(file: IO[bytes], piece: bytes) -> None:
-    """Add a piece to a part."""
+    """Append a piece to a part."""
     file.write(_HEAD.pack(len(piece)))
     file.write(piece)

@@ -1,10 +1,10 @@
-"""What predictions become on disk: JSON lines, Parquet, or WebDataset tars.
+"""File formats of predictions: JSON lines, Parquet, or WebDataset tars.
 
-A format turns the results of some samples into a *piece* of bytes, which a rank keeps in its part, and joins
-pieces to an output file. Where the pieces were made does not enter, so the same results give the same bytes at
-every world size (with the same versions of the libraries). Types are kept and nothing is rounded: bfloat16, which
-none of the formats has, is widened to float32. Cost: a piece is a micro batch at most; joining holds one
-row group (Parquet) or one piece in memory.
+A format encodes the results of some samples as a *piece* of bytes, which a rank appends to its part, and joins pieces
+to an output file. The output does not depend on which rank made which piece, so the same results give the same bytes at
+every world size (with the same library versions). Types are preserved and nothing is rounded: bfloat16, which none of
+the formats supports, is widened to float32. Cost: a piece is at most one micro batch; joining holds one row group
+(Parquet) or one piece in memory.
 """
 
 from __future__ import annotations
@@ -33,56 +33,56 @@ from disttrain.system.files import to_json
 
 FormatName = Literal["jsonl", "parquet", "tar"]
 Column = NDArray[Any] | Sequence[Any]
-"""One output of some samples: an array, shape (samples, ...), or a value a sample."""
+"""One output for some samples: an array of shape (samples, ...), or one value per sample."""
 Columns = Mapping[str, Column]
 Pieces = Iterator[bytes]
 
 _GROUP_ROWS: Final = 65_536
 _GROUP_BYTES: Final = 64 * 2**20
-_SIZES: Final = struct.Struct("<IQ")  # of a sample's head and of its contents
+_SIZES: Final = struct.Struct("<IQ")  # of a sample's header and contents
 
 
 class Format:
-    """How results are written. One object a rank; :meth:`settle` comes between the pieces and the files."""
+    """How results are written. Each rank has one object; call :meth:`settle` between the pieces and the files."""
 
     def piece(self, keys: Sequence[str], columns: Columns) -> bytes:
-        """The results of some samples, in order.
+        """Encode the results of some samples, in order.
 
         Raises:
-            DataError: the format cannot hold one of the outputs.
+            DataError: the format cannot represent one of the outputs.
         """
         raise NotImplementedError
 
     def summary(self) -> bytes:
-        """What the other ranks must know of this rank's pieces before any are joined."""
+        """Return what the other ranks must know about this rank's pieces before any are joined."""
         return b""
 
     def settle(self, summaries: Sequence[bytes]) -> None:
-        """Take note of all ranks' summaries, in rank order.
+        """Process all ranks' summaries, in rank order.
 
         Raises:
-            DataError: they do not go together.
+            DataError: they are incompatible.
         """
 
     def join(self, pieces: Pieces, num_samples: int, path: Path) -> Shard | None:
-        """Write some pieces as one file, to the disk; a tar says what it is."""
+        """Write pieces to one file and flush it to disk; a tar returns its shard description."""
         raise NotImplementedError
 
 
 def make_format(name: FormatName) -> Format:
-    """The format of a name.
+    """Create the format of a given name.
 
     Raises:
-        ConfigError: it needs a library that is missing.
+        ConfigError: it needs a library that is not installed.
     """
     return {"jsonl": JsonLines, "parquet": Parquet, "tar": Tar}[name]()
 
 
 class JsonLines(Format):
-    """A line is a JSON object with the key first; tensors are nested lists. NaN and Infinity as Python writes them."""
+    """One JSON object per line, the key first; tensors become nested lists, NaN and infinities strings."""
 
     def piece(self, keys: Sequence[str], columns: Columns) -> bytes:
-        """Lines."""
+        """Encode lines."""
         _refuse_key(columns)
         plain = {
             name: column.tolist() if isinstance(column, np.ndarray) else column for name, column in columns.items()
@@ -96,14 +96,14 @@ class JsonLines(Format):
         return "".join(f"{{{line}}}\n" for line in lines).encode()
 
     def join(self, pieces: Pieces, num_samples: int, path: Path) -> None:
-        """Lines after lines."""
+        """Concatenate the lines."""
         with open(path, "wb") as file:
             file.writelines(pieces)
             _to_disk(file)
 
 
 class Parquet(Format):
-    """A row a sample: ``key``, then a column an output; arrays are lists of their own type, nested by dimension."""
+    """One row per sample: ``key``, then one column per output; arrays become nested lists of their own type."""
 
     def __init__(self) -> None:
         try:
@@ -116,7 +116,7 @@ class Parquet(Format):
         self._schema: Any = None
 
     def piece(self, keys: Sequence[str], columns: Columns) -> bytes:
-        """An Arrow stream of one table."""
+        """Encode one table as an Arrow stream."""
         _refuse_key(columns)
         arrow = self._arrow
         arrays = {}
@@ -131,16 +131,16 @@ class Parquet(Format):
         return stream.getvalue()
 
     def summary(self) -> bytes:
-        """The types of the columns."""
+        """Return the types of the columns."""
         return b"" if self._schema is None else bytes(self._schema.serialize())
 
     def settle(self, summaries: Sequence[bytes]) -> None:
-        """One type a column for all files."""
+        """Agree on one type per column for all files."""
         self._schema = None
         self._unify([self._arrow.ipc.read_schema(self._arrow.py_buffer(text)) for text in summaries if text])
 
     def join(self, pieces: Pieces, num_samples: int, path: Path) -> None:
-        """Row groups of up to 64 MiB or 65,536 rows; where they end follows from the micro batches alone."""
+        """Write row groups of up to 64 MiB or 65,536 rows; their boundaries depend only on the micro batches."""
         with open(path, "wb") as file:
             with self._parquet.ParquetWriter(file, self._schema) as writer:
                 for tables in self._groups(pieces):
@@ -189,7 +189,7 @@ class Parquet(Format):
             first = next((value for value in values if isinstance(value, np.ndarray)), None)
             if first is None:
                 return arrow.array(values)
-            # Of all, not of the first: 0.5 after a 1 would become 0.
+            # Promote over all values, not just the first: 0.5 after a 1 would become 0.
             numbers = [np.asarray(value) for value in values if isinstance(value, np.ndarray | int | float)]
             kind = arrow.from_numpy_dtype(np.result_type(*(value.dtype for value in numbers)))
             for _ in range(first.ndim):
@@ -204,18 +204,18 @@ class Parquet(Format):
 
 
 class Tar(Format):
-    """A sample has a file an output: arrays as ``.npy``, str as ``.txt``, bytes as ``.bin``, all else as ``.json``.
+    """One file per sample and output: ``.npy`` for arrays, ``.txt`` for str, ``.bin`` for bytes, else ``.json``.
 
-    Keys are unique in a shard, but several shards of the data may hold one key. The second such sample of an
-    output file gets ``-2`` behind its key, and so on: readers would take the two for one.
+    Keys are unique within a shard, but several shards of the data may contain the same key. Readers would merge such
+    samples, so in each output file the second one gets ``-2`` appended to its key, and so on.
     """
 
     def __init__(self) -> None:
         self.renamed = 0
-        """Keys that got a number, in the files that this rank has joined."""
+        """Number of keys renamed in the files that this rank has joined."""
 
     def piece(self, keys: Sequence[str], columns: Columns) -> bytes:
-        """Samples, each a head (key, names and sizes as JSON) and its contents."""
+        """Encode samples, each as a header (key, names and sizes as JSON) and its contents."""
         self._check(columns)
         files: dict[str, list[tuple[str, bytes]]] = {}
         for name, column in columns.items():
@@ -230,7 +230,7 @@ class Tar(Format):
         return b"".join(out)
 
     def join(self, pieces: Pieces, num_samples: int, path: Path) -> Shard:
-        """A shard with its sidecar, as ``disttrain shards pack`` writes them."""
+        """Write a shard with its sidecar, like ``disttrain shards pack``."""
         samples = self._samples(pieces)
         in_order = Samples(num_samples, lambda _: next(samples))
         return write_shard(in_order, np.arange(num_samples, dtype=np.int64), path, lambda _: None)
@@ -250,14 +250,14 @@ class Tar(Format):
                 yield Sample(self._distinct(key, used), fields)
 
     def _distinct(self, key: str, used: dict[str, int]) -> str:
-        """A name that is not used; those in use come with the last number that was tried behind them."""
+        """Return an unused name; ``used`` maps each name to the last number tried for it."""
         name, number = key, used.get(key, 1)
         while name in used:
             number += 1
             name = f"{key}-{number}"
         self.renamed += name != key
         used[name] = 1
-        used[key] = number  # the lower ones are in use for good: a key that all shards have costs no search each time
+        used[key] = number  # lower numbers stay used, so a key that every shard has needs no repeated search
         return name
 
     @staticmethod
@@ -283,14 +283,14 @@ class Tar(Format):
 
 
 def to_column(values: Any) -> Column:
-    """What a module gave for some samples, without tensors: an array, or a list of values."""
+    """Convert a module's output for some samples to an array, or to a list if it is neither tensor nor array."""
     if isinstance(values, torch.Tensor):
         return _numpy(values)
     return values if isinstance(values, np.ndarray) else list(values)
 
 
 def _array_of(value: Any) -> Any:
-    """A tensor or a NumPy number as an array; anything else as it is."""
+    """Convert a tensor or NumPy scalar to an array; return anything else unchanged."""
     if isinstance(value, torch.Tensor):
         return _numpy(value)
     return np.asarray(value) if isinstance(value, np.generic) else value
@@ -302,7 +302,7 @@ def _numpy(values: torch.Tensor) -> NDArray[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has in place of tensors and arrays inside other values."""
+    """Convert tensors and arrays nested in other values for JSON."""
     if isinstance(value, torch.Tensor):
         return _numpy(value).tolist()
     if isinstance(value, np.ndarray | np.generic):
@@ -317,7 +317,7 @@ def _refuse_key(columns: Columns) -> None:
 
 @contextmanager
 def _refusing(name: str, kind: str, *errors: type[Exception]) -> Iterator[None]:
-    """Turns what a library says of a value into an error that names the output."""
+    """Turn a library's error about a value into one that names the output."""
     refused: tuple[type[Exception], ...] = (*errors, OverflowError)
     try:
         yield
@@ -329,7 +329,7 @@ def _refusing(name: str, kind: str, *errors: type[Exception]) -> Iterator[None]:
 
 
 def _json(value: Any) -> str:
-    """JSON that every parser reads: numbers that it has no word for are ``"NaN"``, ``"Infinity"``, ``"-Infinity"``."""
+    """Encode as strict JSON, with ``"NaN"``, ``"Infinity"`` and ``"-Infinity"`` as strings."""
     try:
         return json.dumps(value, default=_plain, allow_nan=False)
     except ValueError:
