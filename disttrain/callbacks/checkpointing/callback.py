@@ -1,11 +1,10 @@
 """When checkpoints are saved, how they are written, and which are kept.
 
-A checkpoint is saved at a step boundary, after the validation that is due there: it includes that validation's
-decisions, so a resumed run neither repeats nor misses one. It is copied to CPU memory and written by a background
-thread while training continues; the next save waits for it. An error in a background save is raised on all ranks at the
-same step. Older checkpoints are deleted only after a newer one is committed. Checkpoints newer than the resume point
-are renamed and ignored (:mod:`disttrain.checkpoint.cleanup`). Committed ones can be copied to remote storage, under the
-same rules.
+A checkpoint is saved at a step boundary, after the validation due there: it includes that validation's decisions, so a
+resumed run neither repeats nor misses one. It is copied to CPU memory and written by a background thread while training
+continues; the next save waits for it. An error in a background save is raised on all ranks at the same step. Older
+checkpoints are deleted only after a newer one is committed. Checkpoints newer than the resume point are renamed and
+ignored (:mod:`disttrain.checkpoint.cleanup`). Remote copies of committed ones follow the same rules.
 """
 
 from __future__ import annotations
@@ -260,7 +259,7 @@ class Checkpointing(Callback, Checkpoint):
         self.save_seconds += time.perf_counter() - started
 
     def _wait_for_copies(self, trainer: pl.Trainer) -> bool:
-        """Wait for the copies under way and due; says whether there were any. A collective."""
+        """Wait for the copies in progress and due; return whether there were any. Collective."""
         copied = False
         while self._mirroring is not None and (outcome := self._mirroring.wait()) is not None:
             self._hear(trainer, outcome)
@@ -268,13 +267,13 @@ class Checkpointing(Callback, Checkpoint):
         return copied
 
     def restore_best(self, trainer: pl.Trainer) -> bool:
-        """Load the best checkpoint's weights; False where there is none here. A collective."""
+        """Load the best checkpoint's weights; return False if it is not here. Collective."""
         self._settle(trainer, self._saver.wait())
         path = Path(trainer.strategy.broadcast(self.best_model_path))
         if not path.name:
             return False
         strategy_of(trainer).load_weights(path)
-        # What is in memory is no longer the state of this step.
+        # The weights in memory are no longer this step's: do not save them as such.
         self._saved_step = trainer.global_step
         return True
 

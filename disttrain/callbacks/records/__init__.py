@@ -1,1 +1,1 @@
-"""What a run records about itself: its history, metrics, samples, settings and loaders."""
+"""Records that a run keeps: history, metrics, samples, settings and loaders."""

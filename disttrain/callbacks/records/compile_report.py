@@ -1,6 +1,6 @@
-"""Tells what ``compile: blocks`` compiled and where it broke off, once, after the first training step.
+"""Report once, after the first training step, what ``compile: blocks`` compiled and where the graphs break.
 
-The record of the run has it under ``compile``, with what was compiled until the end. Cost: none in later steps.
+The run's record keeps this under ``compile``, updated at the end of training. Cost: none in later steps.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class CompileReport(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After the first micro batch everything that trains has been compiled."""
+        """Report after the first micro batch, when everything used in training has been compiled."""
         if self._told or not trainer.is_global_zero:
             return
         self._told = True
@@ -40,13 +40,13 @@ class CompileReport(Callback):
         self._record.add({"compile": found.as_dict()})
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note what was compiled until the end, evaluation included."""
+        """Record everything compiled by then, including for evaluation."""
         if trainer.is_global_zero:
             self._record.add({"compile": compilation().as_dict()})
 
 
 def describe(found: Compilation) -> str:
-    """One sentence for the graphs, and one for the breaks."""
+    """Describe graphs and breaks in one sentence."""
     graphs = f"compiled {found.graphs} graph{'s' * (found.graphs != 1)}"
     if not found.breaks:
         return f"{graphs} without a break"

@@ -1,7 +1,7 @@
-"""Keeps in checkpoints how a loader that is not disttrain's cut its epoch, and compares that at a resume.
+"""Store in checkpoints how a custom loader splits its epoch into batches, and compare that on resume.
 
-The position in such a loader is a number of batches, so it means the same samples only with the same samples a step in
-the same order. disttrain's own order has a fingerprint instead. No cost in a step.
+The position in such a loader is a number of batches, so it identifies the same samples only if batch size and order are
+the same. disttrain's own order has a fingerprint instead. No cost per step.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from disttrain.errors import CheckpointError
 
 
 class LoaderRecord(Callback):
-    """Refuses to continue in the middle of an epoch that is now cut otherwise."""
+    """Refuses to continue in the middle of an epoch that is now split differently."""
 
     def __init__(self) -> None:
         self._now: dict[str, Any] = {}
         self._saved: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """How the epoch is cut; nothing for other loaders."""
+        """Return how the epoch is split; empty for other loaders."""
         return dict(self._now)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Know how it was cut."""
+        """Restore how it was split."""
         self._saved = dict(state_dict)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compare, where training continues within an epoch.
+        """Compare, if training continues within an epoch.
 
         Raises:
-            CheckpointError: it was cut otherwise.
+            CheckpointError: the epoch was split differently.
         """
         leaves, saved = tree_leaves(trainer.train_dataloader), self._saved
         loader = leaves[0] if len(leaves) == 1 else None

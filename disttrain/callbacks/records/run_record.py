@@ -1,8 +1,8 @@
-"""The record of a run, ``run.json``: attempts, events, why it stopped, its best and its result.
+"""The record of a run, ``run.json``: attempts, events, stop reason, best metric and result.
 
-Rank 0 rewrites the small file atomically when something happens, never per step, so that a run killed at any
-time leaves a record of what it was. The report is drawn from it. Each event is also a line of ``events.jsonl``, as are
-attempts and checkpoints; that file is only appended to, so it keeps what several attempts saw, in order.
+Rank 0 rewrites the small file atomically when something happens, never per step, so a run killed at any time leaves a
+valid record. The report is generated from it. Each event is also a line of ``events.jsonl``, as are attempts and
+checkpoints; that file is append-only, so it keeps what several attempts logged, in order.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from disttrain.system.terminal import tell
 from disttrain.version import __version__
 
 _MOST_ATTEMPTS: Final = 50
-_MOST_EVENTS: Final = {"start": 50, "stop": 50}  # one or more of each an attempt
+_MOST_EVENTS: Final = {"start": 50, "stop": 50}  # each attempt adds at least one of each
 _MOST_OTHERS: Final = 500
 
 
@@ -56,42 +56,42 @@ class RunRecord(Callback):
     """Keeps ``run.json`` of a run folder.
 
     Args:
-        run_dir: the run's folder.
-        bad_samples: the count of those that were skipped.
+        run_dir: the run folder.
+        bad_samples: the callback that counts skipped samples.
         strategy: name of the strategy, for the record.
-        precision: numbers' precision, for the record.
+        precision: the precision, for the record.
     """
 
     def __init__(self, run_dir: Path, bad_samples: BadSamples, *, strategy: str, precision: str) -> None:
         self.run_dir, self.bad_samples = run_dir, bad_samples
         self._layout = {"strategy": strategy, "precision": precision}
         self.start = Start(None)
-        """What was decided before the run started; its notes become events."""
+        """The decision on where the run starts; its notes become events."""
         self.record: dict[str, Any] = {}
         self.checkpoints: Checkpointing | None = None
         """The callback that saves; set by the Trainer, as is ``stopping``."""
         self.stopping: EarlyStopping | None = None
         self.awaits_result = False
-        """Whether the run is complete only once :meth:`add_result` was called."""
+        """Whether the run is complete only after :meth:`add_result`."""
         self.goes_on = False
-        """Whether an attempt that starts now continues the one before in this process: the record holds them as one."""
+        """Whether the next attempt continues the last one in this process; the record counts them as one."""
         self._began = 0.0
         self._complaints: set[tuple[str, int | None]] = set()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Hear of checkpoints that could not be written."""
+        """Unpin the run folder before training; receive checkpointing's events."""
         if stage == "fit":
             release(self.run_dir)
         if self.checkpoints is not None:
             self.checkpoints.tell, self.checkpoints.log_event = self.tell, self.log_event
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open the record, or go on with it, and begin an attempt, unless this continues one."""
+        """Open or continue the record, and begin an attempt, unless this continues one."""
         hold(self.run_dir)
         notes: list[str] = []
         if not self.goes_on and self.checkpoints is not None:
-            # Before the record says that this attempt trains: a restart goes by what the folder holds then. And before
-            # rows are dropped: a newer attempt, which it looks for, may have logged them.
+            # First, before the record names this attempt: a restart resumes from what the folder holds then. And before
+            # rows are dropped: this raises if a newer attempt, which may have logged them, has taken over.
             notes = self.checkpoints.leave_behind(trainer)
         with raise_together():
             for logger in trainer.loggers:
@@ -105,7 +105,7 @@ class RunRecord(Callback):
         make_folder(self.run_dir)
         remove_leftovers(self.run_dir / RUN_FILE)
         self.record = {"format": 1, "name": self.run_dir.name, "command": "fit", "created": now}
-        self.record |= {"attempts": [], "events": [], **read_run(self.run_dir)}  # whose file may lack any of these
+        self.record |= {"attempts": [], "events": [], **read_run(self.run_dir)}  # a file that may lack any of these
         checkpoints = self.checkpoints
         if checkpoints is not None and checkpoints.attempt is not None:
             self.record["id"] = checkpoints.attempt.run
@@ -133,12 +133,12 @@ class RunRecord(Callback):
         self._write()
 
     def event(self, step: int, kind: str, text: str, **more: Any) -> None:
-        """Note something that happened; written with the next change of the record."""
+        """Record an event; it is written with the next change of the record."""
         told = self.log_event(step, kind, text, **more)
         self.record.setdefault("events", []).append(told)
 
     def log_event(self, step: int, kind: str, text: str, **more: Any) -> dict[str, Any]:
-        """Add a line to the log of events alone; gives what it says. Rank 0 only."""
+        """Append a line to the event log only, and return its content. Rank 0 only."""
         told = {"step": step, "time": time.time(), "kind": kind, "text": text, **more}
         try:
             append_lines(self.run_dir / EVENT_LOG, to_json(told) + "\n")
@@ -147,22 +147,22 @@ class RunRecord(Callback):
         return told
 
     def note_micro_batch_size(self, size: int) -> None:
-        """Note the size that an attempt has come to, where it is to be found. Rank 0 only."""
+        """Record the micro batch size that an attempt uses, if found automatically. Rank 0 only."""
         self.record["attempts"][-1]["micro_batch_size"] = size
         self._write()
 
     def set_ranks(self, ranks: list[dict[str, Any]]) -> None:
-        """Keep the ranks' step times; written with the next change of the record. Rank 0 only."""
+        """Store the ranks' step times; they are written with the next change of the record. Rank 0 only."""
         self.record["ranks"] = ranks
 
     def tell(self, step: int, kind: str, text: str, **more: Any) -> None:
-        """Note something and write it down now. Rank 0 only."""
+        """Record an event and write it now. Rank 0 only."""
         self.event(step, kind, text, **more)
         if "attempts" in self.record:
             self._write()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say why training stopped and what was best, once the end of the run is safe."""
+        """Record the stop reason and the best metric, once the last checkpoint is committed."""
         if self.checkpoints is not None:
             self.checkpoints.finish(trainer)
         with raise_together():
@@ -200,8 +200,8 @@ class RunRecord(Callback):
         self._write(must=True)
 
     def stopped(self, trainer: pl.Trainer, reason: str) -> None:
-        """Training was stopped from outside and goes on in another attempt. Rank 0 only."""
-        if not self.record:  # it never came to its first step
+        """Record that training was preempted and will continue in another attempt. Rank 0 only."""
+        if not self.record:  # it was stopped before its first step
             self._begin_attempt(trainer)
         ending = {"ended": time.time(), "stop_reason": reason, "status": PREEMPTED}
         self.record["attempts"][-1] |= {"to_step": trainer.global_step, **ending}
@@ -211,13 +211,13 @@ class RunRecord(Callback):
         self._write()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """A start that fails before its first step leaves the older run where it was."""
+        """Move an older run back into its folder if the start failed before the first step."""
         if trainer.is_global_zero and not self.record and self.start.aside is not None:
             take_back(self.run_dir, self.start.aside)
             tell(f"the older run was moved back to {self.run_dir}")
 
     def add(self, entries: dict[str, Any]) -> None:
-        """Add entries to the record, or replace them. Rank 0 only."""
+        """Add or replace entries of the record. Rank 0 only."""
         self.record |= entries
         self._write()
 
@@ -229,11 +229,11 @@ class RunRecord(Callback):
         self._write(must=True)
 
     def _note_seconds(self) -> None:
-        """How long the attempt took; by a clock that nobody sets, where the times of day may jump."""
+        """Record how long the attempt took, by a monotonic clock."""
         self.record["attempts"][-1]["seconds"] = round(time.monotonic() - self._began, 3)
 
     def note_output(self) -> None:
-        """Note what could not be printed, where that is news. Rank 0 only."""
+        """Record output that could not be printed, if there is more of it. Rank 0 only."""
         if dropped_output() != self.record.get("dropped_output", {}):
             self._write()
 
@@ -241,11 +241,11 @@ class RunRecord(Callback):
         if dropped := dropped_output():
             self.record["dropped_output"] = dropped
         if self.checkpoints is not None and self.checkpoints.directory is not None:
-            # A process whose run goes on elsewhere, of which this node did not hear, leaves the record alone too.
-            with suppress(OSError):  # who cannot tell writes on
+            # A process superseded by a newer attempt on another node must not write the record either: guard() raises.
+            with suppress(OSError):  # if the fence cannot be read, keep writing
                 guard(self.checkpoints.directory, self.checkpoints.attempt)
         try:
-            if must:  # it says that the run is complete: so is what it was made from
+            if must:  # it marks the run complete, so everything it refers to must be on disk
                 sync_records(self.run_dir, 0)
             write_run(self.run_dir, bounded(self.record))
         except OSError as error:
@@ -257,16 +257,17 @@ class RunRecord(Callback):
             self._complain(RUN_FILE, error)
 
     def _complain(self, name: str, error: OSError) -> None:
-        """A full disk is no reason to end a training; what is lost is said, once a file and cause."""
+        """Report a file that cannot be written, once per file and cause; a full disk must not end training."""
         if (name, error.errno) not in self._complaints:
             self._complaints.add((name, error.errno))
             tell(f"{self.run_dir / name} cannot be written, training goes on: {error.strerror}")
 
 
 def bounded(record: dict[str, Any]) -> dict[str, Any]:
-    """A record without its older attempts and events of a kind: a run may be restarted any number of times.
+    """Drop a record's oldest attempts and events of each kind, since a run may be restarted any number of times.
 
-    The first attempt stays. How many are left out is kept, and how long they took; ``events.jsonl`` has them all.
+    The first attempt is kept, as are the number of dropped entries and the duration of dropped attempts;
+    ``events.jsonl`` has all of them.
     """
     attempts = record.get("attempts", [])
     if len(attempts) > _MOST_ATTEMPTS:
@@ -289,13 +290,13 @@ def bounded(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _samples_seen(trainer: pl.Trainer) -> dict[str, int]:
-    """How many samples the steps so far were given: repeated ones, and those of updates left out, count each time."""
+    """Return how many samples the steps so far used; repeated samples and skipped updates count each time."""
     data = sharded_data(trainer)
     return {} if data is None else {"samples_seen": trainer.global_step * data.global_batch_size}
 
 
 def stop_reason(trainer: pl.Trainer, stopping: EarlyStopping | None) -> str:
-    """Why a trainer's fit has come to its end."""
+    """Return why a trainer's fit ended."""
     if stopping is not None and stopping.stop_reason:
         return stopping.stop_reason
     if 0 < trainer.max_steps <= trainer.global_step:
@@ -320,7 +321,7 @@ def _environment(device: torch.device) -> dict[str, str]:
 
 
 def _git_commit() -> str:
-    """The commit of the working folder, with ``+`` where it has changes; empty outside a repository."""
+    """Return the commit of the working directory, with ``+`` if it has changes; empty outside a repository."""
     git = shutil.which("git")
     if git is None:
         return ""

@@ -1,7 +1,7 @@
-"""A record of which samples went into which step, to prove the order or to find a batch again.
+"""Record which samples went into which step, to prove the order or to look up a batch.
 
-One line of JSON a micro batch in ``<run_dir>/ledger/rank-00000.jsonl``: epoch, step, first position in the
-global batch, keys; written when the step is done. Cost: one buffered line a micro batch; leave it out of long runs.
+Each micro batch is one line of JSON in ``<run_dir>/ledger/rank-00000.jsonl``: epoch, step, first position in the global
+batch, keys; it is written when the step is done. Cost: one buffered line per micro batch; avoid it in long runs.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from disttrain.system.reading import read_json_lines
 class SampleLedger(Callback):
     """Writes the sample keys of every training micro batch.
 
-    A run that is resumed or rolled back appends; where a step stands twice, the later line is the one that counts
-    (the earlier step's result was lost).
+    A run that is resumed or rolled back appends; if a step occurs twice, the later line counts (the result of the
+    earlier one was lost).
     """
 
     def __init__(self) -> None:
         self._file: IO[str] | None = None
-        self._under_way: list[str] = []  # lines of the step that is not done
+        self._under_way: list[str] = []  # lines of the unfinished step
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open this rank's file, if the rank speaks for its samples."""
+        """Open this rank's file, unless another rank of its tensor-parallel group writes for it."""
         if not data_ranks(trainer).leads:
             return
-        self.teardown(trainer, pl_module, "fit")  # training may start once more, after a rollback
+        self.teardown(trainer, pl_module, "fit")  # training starts again after a rollback
         path = Path(trainer.default_root_dir) / "ledger" / f"rank-{trainer.global_rank:05d}.jsonl"
-        append_lines(path, "")  # it ends a line that a power cut has torn
+        append_lines(path, "")  # terminates a line torn by a power failure
         self._file = open(path, "a", buffering=1)
 
     def on_train_batch_start(
@@ -56,13 +56,13 @@ class SampleLedger(Callback):
         self._under_way.append(json.dumps(line) + "\n")
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write a step that is done."""
+        """Write the lines of a completed step."""
         if self._file is not None:
             self._file.writelines(self._under_way)
         self._under_way.clear()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Close the file; a step that was not done will come up again."""
+        """Close the file and drop the lines of an unfinished step, which will be repeated."""
         self._under_way.clear()
         if self._file is not None:
             self._file.close()
@@ -70,10 +70,10 @@ class SampleLedger(Callback):
 
 
 def read_ledger(folder: Path) -> dict[int, list[str]]:
-    """The sample keys of every step in the order of their positions, over all ranks' files.
+    """Return the sample keys of every step in the order of their positions, over all ranks' files.
 
-    A line cut off by a kill is ignored; of several lines for one place of a step, the last counts. Their micro batches
-    may be of different sizes.
+    A line cut off by a kill is ignored; if several lines cover the same position of a step, the last one counts. Their
+    micro batches may differ in size.
     """
     steps: dict[int, dict[int, str]] = {}
     for path in sorted(folder.glob("rank-*.jsonl"), key=lambda p: p.stat().st_mtime_ns):

@@ -1,10 +1,9 @@
-"""What a resumed run sets otherwise than the run that made the checkpoint: said, in a line each, before it goes on.
+"""Report how a resumed run's settings differ from those of its checkpoint, before it continues.
 
-Two kinds. Most settings count from the resume on; a line says which ones changed. Learning rates and the settings of a
-module's own schedules come back with the checkpoint; a line says which of the module's settings
-the checkpoint overrides. A schedule that
-would end before the run does is refused before the first step. What a checkpoint holds are the settings as they were
-configured, in short texts and numbers. No cost in a step.
+There are two kinds. Most settings take effect from the resume on; one line lists those that changed. Learning rates and
+the settings of a module's own schedules are restored from the checkpoint; another line lists the module's settings that
+it overrides. A schedule that would end before the run does is refused before the first step. Checkpoints store the
+settings as configured, as short strings and numbers. No cost per step.
 """
 
 from __future__ import annotations
@@ -36,19 +35,19 @@ _FREE: Final = (
     *(f"trainer.parallel.{name}" for name in ("find_unused_parameters", "reshard_after_forward")),
     *(f"trainer.parallel.{name}" for name in ("activation_checkpointing", "gradient_as_bucket_view")),
 )
-"""Settings, and groups of them, of which the result of a run does not depend, or only in its rounding."""
+"""Settings, or groups of them, that do not affect a run's result except by rounding."""
 _ELSEWHERE: Final = (
     *("initialize_from", "initialize_strict", "seed_everything", "checkpoint", "early_stopping"),
     *("optimizer", "lr_scheduler", "trainer.callbacks", "trainer.max_epochs", "trainer.max_steps"),
     *("trainer.validate_every_steps", "data.train", "data.val", "data.test", "data.predict", "data.micro_batch_size"),
 )
-"""Settings that a resume may change, or that are compared elsewhere."""
+"""Settings that a resume may change or that are compared elsewhere."""
 _MOVING: Final = ("last_epoch", "base_lrs")
 _LONGEST: Final = 200
 
 
 def is_effective(name: str) -> bool:
-    """Whether the result of a run depends on a setting, in more than its rounding; by its dotted name."""
+    """Return whether a setting, given by its dotted name, affects a run's result by more than rounding."""
     return not _is_within(name, _FREE)
 
 
@@ -60,7 +59,7 @@ class SettingsNotes(Callback):
     """Compares the settings of a run with those of the checkpoint that it resumes from.
 
     Args:
-        note: is told each line with the step, on rank 0.
+        note: called on rank 0 with the step, ``start`` and each line.
     """
 
     def __init__(self, note: Callable[[int, str, str], object]) -> None:
@@ -69,30 +68,30 @@ class SettingsNotes(Callback):
         self._saved: dict[str, dict[str, Any]] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse an accumulation that the data module has set and the module cannot do."""
+        """Refuse gradient accumulation if the module uses manual optimization."""
         if stage == "fit":
             check_by_hand(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the settings down as they are configured, before a checkpoint changes some.
+        """Store the settings as configured, before a checkpoint overrides some.
 
         Raises:
             ConfigError: a one-cycle schedule ends before the run does.
         """
         self._now = {"effective": dict(_configured(trainer)), "kept": dict(_overridden(trainer))}
         if not trainer.ckpt_path:
-            _check_length(trainer)  # before an older run's folder is given up for this one
+            _check_length(trainer)  # early, before this run replaces an older one in its folder
 
     def state_dict(self) -> dict[str, Any]:
-        """The settings as configured."""
+        """Return the settings as configured."""
         return self._now
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare with those of the checkpoint once all is restored."""
+        """Keep the checkpoint's settings, to compare once everything is restored."""
         self._saved = state_dict
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say what differs; refuse a schedule that is too short.
+        """Report what differs; refuse a schedule that is too short.
 
         Raises:
             ConfigError: a one-cycle schedule ends before the run does.
@@ -117,12 +116,12 @@ class SettingsNotes(Callback):
 
 
 def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """What both know and is not the same; what one of them lacks came or went with another version or command."""
+    """Return settings that are in both but differ; those in only one came with another version or command."""
     return [(name, saved[name], value) for name, value in now.items() if name in saved and saved[name] != value]
 
 
 def _configured(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:
-    """Settings that count from the resume on, by the name that the command line gives them."""
+    """Yield the settings that take effect from the resume on, by their name on the command line."""
     found: dict[str, Any] = dict(getattr(trainer, "settings", {}))
     if not found:
         hparams = trainer.lightning_module.hparams
@@ -147,17 +146,17 @@ def _configured(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:
                 "ema.every_steps": callback.every_steps,
             }
     for name, value in found.items():
-        # An optimizer's are compared with its state.
+        # An optimizer's settings are compared with its state instead.
         if is_effective(name) and not _is_within(name, _ELSEWHERE) and ".optimizer" not in name:
             yield name, _short(value)
 
 
 def _overridden(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:
-    """Settings that a checkpoint overrides, as the module makes them."""
+    """Yield the settings that a checkpoint overrides, as the module configures them."""
     for number, optimizer in enumerate(trainer.optimizers):
         for place, group in enumerate(optimizer.param_groups):
             for name, value in group.items():
-                # A schedule's warm-up may depend on the length of the run; what it starts from is told.
+                # With a schedule, "lr" may depend on the length of the run; "initial_lr" is compared instead.
                 if name != "params" and name not in NOT_COMPARED and (name != "lr" or "initial_lr" not in group):
                     yield f"{name} of group {group.get('name', place)} of optimizer {number}", _short(value)
     for number, config in enumerate(trainer.lr_scheduler_configs):
@@ -177,7 +176,7 @@ def _schedule(scheduler: Any, where: str) -> Iterator[tuple[str, Any]]:
 
 
 def _check_length(trainer: pl.Trainer, batches: float = math.inf) -> None:
-    """Refuse a one-cycle schedule that is too short; a custom loader's ``batches`` are known when training starts."""
+    """Refuse a one-cycle schedule that is too short; for a custom loader, ``batches`` is known once training starts."""
     steps = run_steps(trainer)
     if trainer.max_epochs is not None and trainer.max_epochs > 0 and not math.isinf(batches):
         of_epochs = trainer.max_epochs * int(steps_per_epoch(trainer))

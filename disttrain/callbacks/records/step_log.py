@@ -1,8 +1,8 @@
-"""Loss, learning rate, throughput and data wait, every few steps.
+"""Log loss, learning rate, throughput and data wait every few steps.
 
-The loss is that of all samples since the last log, summed on the device by the task; the host waits for the
-device only when a line is logged. The sums are part of a checkpoint, so that the first line after a resume is the mean
-over the same steps as without it, on any number of ranks. Throughput leaves validation out.
+The loss covers all samples since the last log and is summed on the device by the task; the host synchronizes with the
+device only when a line is logged. The sums are part of a checkpoint, so the first line after a resume is the mean over
+the same steps as without it, on any number of ranks. Throughput excludes validation and checkpoints.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class StepLog(Callback):
 
     Args:
         every_steps: optimizer steps between two lines.
-        bad_samples: the count of those that were skipped.
+        bad_samples: the callback that counts skipped samples.
     """
 
     def __init__(self, every_steps: int, bad_samples: BadSamples) -> None:
@@ -36,32 +36,32 @@ class StepLog(Callback):
             raise ConfigError(f"trainer.log_every_steps is {every_steps}", hint="use at least 1")
         self.every_steps, self.bad_samples = every_steps, bad_samples
         self.checkpoints: Checkpointing | None = None
-        """The callback that saves, whose time is subtracted; set by the Trainer."""
+        """The callback that saves, whose time is excluded; set by the Trainer."""
         self.latest: dict[str, float] = {}
-        """The last values logged, by name."""
+        """The last logged values by name."""
         self.samples = 0
-        """Samples trained on by this attempt."""
+        """Samples trained on in this attempt."""
         self.seconds = 0.0
-        """Seconds that took, validation and checkpoints left out."""
+        """Seconds spent on them, excluding validation and checkpoints."""
         self._since = 0.0
         self._steps = 0
         self._wait = 0.0
         self._saving = 0.0
-        self._task: Task | None = None  # while it trains
+        self._task: Task | None = None  # set while training
         self._loss: Tensor | None = None
         self._resumed_sums: list[float] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums of the line that is under way; the same on all ranks."""
+        """Return the sums since the last line; the same on all ranks."""
         sums = self._task.train_sums if self._task is not None else None
         return {"train_sums": None if sums is None else sums.tolist()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Have the next line count the steps before the checkpoint, too."""
+        """Restore the sums, so that the next line includes the steps before the checkpoint."""
         self._resumed_sums = state_dict["train_sums"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock; the loss is that of the steps from here on, and of those that a checkpoint has summed."""
+        """Start the clock; start the loss sums from the checkpoint's, or from nothing."""
         self._since, self._wait, self._steps = time.perf_counter(), _waited(trainer), 0
         self._saving = self._saving_seconds()
         if isinstance(pl_module, Task):
@@ -74,11 +74,11 @@ class StepLog(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the loss of a module that does not sum its own: that of the last micro batch before a line."""
+        """Keep the last micro batch's loss, for modules that do not sum their own."""
         self._loss = outputs.get("loss") if isinstance(outputs, dict) and self._task is None else None
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count a step, and log where one is due."""
+        """Count a step; log if due."""
         self._steps += 1
         if trainer.global_step % self.every_steps == 0:
             self._log(trainer, pl_module)
@@ -89,20 +89,20 @@ class StepLog(Callback):
             self._stop_clock(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the validation metrics and go on with the clock."""
+        """Log the validation metrics and restart the clock."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         if isinstance(pl_module, Task):
             self._send(trainer, pl_module.last_evaluation)
-        # Checkpoints of this validation are still to come; what they take is subtracted.
+        # This validation's checkpoint is saved after this; its time is subtracted later.
         self._since, self._saving = time.perf_counter(), self._saving_seconds()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Account for the steps since the last line."""
+        """Add the steps since the last line to the totals."""
         self._stop_clock(trainer)
 
     def _stop_clock(self, trainer: pl.Trainer) -> None:
-        """Add the time since the clock was started; leave it at now."""
+        """Add the time since the clock was started, and restart it."""
         now, saving = time.perf_counter(), self._saving_seconds()
         self.seconds += now - self._since - (saving - self._saving)
         self._since, self._saving = now, saving

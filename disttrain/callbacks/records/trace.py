@@ -1,10 +1,11 @@
-"""A trace of a run for comparing it with others: per step loss, gradient norm and weights, and what was drawn.
+"""Trace a run for comparison with others: loss, gradient norm and weights of each step, and random number use.
 
-Written to ``<run_dir>/trace``: ``steps.jsonl`` (loss over the global batch and norm of the gradient as the optimizer
-saw it), ``weights-000012.pt`` after each step (the whole parameters and buffers, by name), and ``rank-00000.json``
-a rank: which random number generators that are not keyed its training drew from. ``about.json`` has what a comparison
-has to know of the module: batch norms, optimizers, micro batch size, and whether training draws random numbers. Cost:
-the weights are gathered and written every step, so this is for short runs of models that fit one process.
+Written to ``<run_dir>/trace``: ``steps.jsonl`` (loss over the global batch, and the gradient norm seen by the
+optimizer), ``weights-000012.pt`` after each step (full parameters and buffers by name), and per rank
+``rank-00000.json``: the random number generators used in training that disttrain does not seed. ``about.json``
+describes the module for the comparison: batch norms, optimizers, micro batch size, and whether training draws random
+numbers. Cost: the weights are gathered and written every step, so use it only for short runs of models that fit into
+one process.
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ class StepTrace(Callback):
     """Writes the trace of a run.
 
     Args:
-        stop_at: step after which the run ends, or after a later one, with the schedule that it has; -1 for where it
-            ends by itself.
-        kill_at: step before which rank 0 kills itself, once, and with it ends the run; -1 for never.
+        stop_at: end the run after this step, or after a later one that it resumes from, without changing the schedule;
+            -1 to let it end by itself.
+        kill_at: kill rank 0, and with it the run, before this step, once; -1 for never.
     """
 
     def __init__(self, stop_at: int = -1, kill_at: int = -1) -> None:
         self._stop_at, self._kill_at = stop_at, kill_at
         self.step_log: StepLog | None = None
-        """The log that holds the loss of a task's step; set by the Trainer."""
+        """The log with the loss of a task's step; set by the Trainer."""
         self._folder = Path()
         self._drawn: set[str] = set()
         self._before: dict[str, str] = {}
@@ -59,7 +60,7 @@ class StepTrace(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the weights that the run starts from."""
         self._folder = Path(trainer.default_root_dir) / FOLDER
-        self._loss = None  # of a step that an earlier attempt broke off
+        self._loss = None  # drop that of a step that an earlier attempt left unfinished
         make_folder(self._folder)
         self._write_weights(trainer, pl_module)
         if trainer.is_global_zero:
@@ -67,7 +68,7 @@ class StepTrace(Callback):
             data = sharded_data(trainer)
             self._about = {
                 "batch_norms": norms,
-                # One that does the step by itself does not have the base's gradient.
+                # A task that overrides training_step does not have the base class's gradient.
                 "is_task": isinstance(pl_module, Task) and type(pl_module).training_step is Task.training_step,
                 "micro_batch_size": None if data is None else data.micro_batch_size,
                 "optimizers": [type(optimizer).__name__ for optimizer in trainer.optimizers],
@@ -78,7 +79,7 @@ class StepTrace(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the generators before a micro batch; die where that was asked for."""
+        """Note the generators' states before a micro batch; kill the process if requested."""
         marker = self._folder / "killed"
         dies = trainer.global_step == self._kill_at and begins_step(trainer) and trainer.is_global_zero
         if dies and not marker.exists():
@@ -90,7 +91,7 @@ class StepTrace(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the generators after a micro batch, and add up its loss."""
+        """Compare the generators' states after a micro batch, and add its loss."""
         after = _generators(pl_module)
         fresh = {name for name, state in after.items() if self._before.get(name) not in (None, state)} - self._drawn
         if fresh:
@@ -112,13 +113,13 @@ class StepTrace(Callback):
         if trainer.is_global_zero:
             append_lines(self._folder / "steps.jsonl", to_json(line) + "\n")
         if 0 < self._stop_at <= trainer.global_step:
-            trainer.should_stop = True  # on every rank, at the same step
+            trainer.should_stop = True  # on all ranks at the same step
 
     def _write_about(self) -> None:
         write_atomically(self._folder / "about.json", to_json(self._about))
 
     def _step_loss(self, trainer: pl.Trainer, module: pl.LightningModule) -> float:
-        """The loss of a step over all ranks; of a module that is no task, the mean over its micro batches."""
+        """Return the loss of a step over all ranks; if the module is not a task, the mean over its micro batches."""
         local, self._loss = self._loss, None
         if isinstance(module, Task) and self.step_log is not None:
             return self.step_log.latest.get("train/loss", float("nan"))
@@ -127,7 +128,7 @@ class StepTrace(Callback):
         return float(trainer.strategy.reduce(local, reduce_op="mean"))
 
     def _write_weights(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Gather and write parameters and buffers. A collective where they are sharded."""
+        """Gather and write parameters and buffers. Collective if they are sharded."""
         weights = {name: _whole(parameter) for name, parameter in module.named_parameters()}
         buffers = {f"buffer {name}": _whole(buffer) for name, buffer in module.named_buffers()}
         if trainer.is_global_zero:
@@ -142,7 +143,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _keyed_state(device: torch.device) -> bytes:
-    """The state of the generators that are keyed before every micro batch."""
+    """Return the state of the generators that are seeded before every micro batch."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
@@ -150,7 +151,7 @@ def _keyed_state(device: torch.device) -> bytes:
 
 
 def _generators(module: pl.LightningModule) -> dict[str, str]:
-    """The states of the generators that disttrain does not key, by name, as hashes."""
+    """Return hashes of the states of the generators that disttrain does not seed, by name."""
     states: dict[str, bytes] = {
         "Python's random": pickle.dumps(random.getstate()),
         "numpy.random": pickle.dumps(np.random.get_state()),
