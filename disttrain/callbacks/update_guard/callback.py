@@ -1,26 +1,26 @@
-"""A step whose loss or gradient is not finite, or far above the usual, changes nothing; after too many a run goes back.
+"""Skip updates whose loss or gradient is not finite or far above normal; after too many in a row, roll the run back.
 
-Loss and gradient norm of a step are sums over all ranks, and where a threshold decides, the ranks take the maximum of
-their decisions: so all leave the update out together or none does. The step still counts, its schedule moves on, and
-its samples are listed under ``<run_dir>/skipped``. What is usual is the median over recent steps; a spike is a
-norm, or a loss, further above it than ``spikes`` robust deviations
-(:mod:`disttrain.callbacks.update_guard.robust_statistics`).
+Loss and gradient norm of a step are sums over all ranks, and if a threshold decides, the ranks take the maximum of
+their decisions: so either all ranks skip the update or none does. The step still counts, its schedule advances, and its
+samples are listed under ``<run_dir>/skipped``. The baseline is the median over recent steps; a spike is a norm or a
+loss more than ``spikes`` robust deviations above it (:mod:`disttrain.callbacks.update_guard.robust_statistics`).
 
-``patience`` bad steps in a row say that the weights may be harmed already, by steps just before that passed for usual.
-The run then goes back to a checkpoint from before, trains again, and leaves out those batches and some before them
-(:mod:`disttrain.callbacks.update_guard.streak`); what it does in between is the same to the bit. After ``rollbacks`` of
-these, it ends with one error. For that, a checkpoint older than the margin is kept whatever ``keep_last`` says, and
-none is committed whose weights are not finite.
+``patience`` bad steps in a row suggest that the weights are already damaged, by steps just before them that passed as
+normal. The run then rolls back to an earlier checkpoint, trains again, and skips those batches and some before them
+(:mod:`disttrain.callbacks.update_guard.streak`); the steps in between are repeated bit-identically. After ``rollbacks``
+rollbacks, the run ends with an error. To make this possible, a checkpoint older than the margin is kept regardless of
+``keep_last``, and none is committed with weights that are not finite.
 
-A :class:`~disttrain.tasks.base.Task` knows the loss over its global batch. Of any other module that Lightning
-optimizes, it is the mean of what ``training_step`` gave on all ranks. A module that optimizes by hand is not watched.
+A :class:`~disttrain.tasks.base.Task` computes the loss over its global batch. For any other module with automatic
+optimization, it is the mean over ranks of what ``training_step`` returned. A module with manual optimization is not
+watched.
 
-Guarantee: which steps are left out does not depend on the layout, but for norms within rounding of the threshold; nor
-on kills, at whatever moment (:mod:`disttrain.callbacks.update_guard.rollback`). Cost: the norm of the gradient, which
-is also logged, and one all-reduce of a number each with ``spikes`` and for a module that is no task. On CUDA with a
-fused optimizer the device decides and nothing waits for it; other optimizers there wait once a step, and so does fused
-SGD with dampening until it has momentum. The host looks at what happened every ten steps, before validations, and at
-the end of an epoch or run. ``16-mixed`` has its own rule and is left alone.
+Guarantee: which steps are skipped depends neither on the layout, except for norms within rounding of the threshold, nor
+on kills at any moment (:mod:`disttrain.callbacks.update_guard.rollback`). Cost: the norm of the gradient, which is also
+logged, and one all-reduce of one number each with ``spikes`` and for a module that is not a task. On CUDA with a fused
+optimizer the decision stays on the device, without synchronization; other optimizers there synchronize once per step,
+and so does fused SGD with dampening until it has momentum. The host checks the results every ten steps, before
+validations, and at the end of an epoch or run. ``16-mixed`` has its own rule and is not watched.
 """
 
 from __future__ import annotations
@@ -62,16 +62,16 @@ _LOOK_EVERY: Final = 10
 
 
 class UpdateGuard(Callback):
-    """Leaves out updates that would harm the weights, and goes back where weights may be harmed already.
+    """Skips updates that would damage the weights, and rolls back if the weights may be damaged already.
 
     Args:
-        enabled: whether to look at all.
-        spikes: robust deviations above the median of recent norms, or of recent losses, from which on an update is left
-            out; 0 for never, so that only losses and gradients which are not finite are.
-        window: steps that are recent. No spike is seen before a quarter of them.
-        patience: updates left out in a row after which the run goes back to a checkpoint from before them.
-        rollbacks: how often a run may go back; once more ends it, and so does having no such checkpoint.
-        margin: batches just before such a row that are left out too after going back.
+        enabled: whether to watch updates at all.
+        spikes: skip updates this many robust deviations above the median of recent norms or losses; 0 skips only
+            updates whose loss or gradient is not finite.
+        window: number of recent steps. No spike is detected before a quarter of them.
+        patience: skipped updates in a row after which the run rolls back to a checkpoint from before them.
+        rollbacks: how often a run may roll back; it ends if it would have to once more, or has no such checkpoint.
+        margin: batches just before such a streak that are also skipped after rolling back.
 
     Raises:
         ConfigError: a number is out of range.
@@ -99,28 +99,28 @@ class UpdateGuard(Callback):
         self.enabled, self.spikes, self.window, self.patience = enabled, spikes, window, patience
         self.max_rollbacks, self.margin = rollbacks, margin
         self.skipped = 0
-        """Updates left out in the run so far, as of the last look."""
+        """Updates skipped in the run so far, as of the last check."""
         self.rollbacks: list[Rollback] = []
-        """Those of the run so far."""
+        """Rollbacks of the run so far."""
         self.checkpoints: Checkpointing | None = None
-        """The callback that keeps the checkpoints to roll back to; set by the Trainer, as is ``record``."""
+        """The callback that keeps the rollback targets; set by the Trainer, as is ``record``."""
         self.record: RunRecord | None = None
-        self._planned: set[int] = set()  # steps that they leave out
+        self._planned: set[int] = set()  # steps that the rollbacks skip
         self._streak = Streak(patience)
         self._usual = Usual(window)
-        self._loss: Tensor | None = None  # of this rank's micro batches up to now, of a module that is no task
-        self._judged: tuple[Tensor, Tensor, Tensor] | None = None  # of the step under way: bad, loss, norm
+        self._loss: Tensor | None = None  # sum over this rank's micro batches, if the module is not a task
+        self._judged: tuple[Tensor, Tensor, Tensor] | None = None  # of the current step: bad, loss, norm
         self._trainer: pl.Trainer | None = None
-        self._found: list[tuple[int, int, float, float]] = []  # left out and not told yet: step, epoch, loss, norm
-        self._unseen: list[tuple[int, int, Tensor]] = []  # step, epoch and those three, since the last look
-        self._keys: dict[int, list[str]] = {}  # samples of this rank by step, since the last look
+        self._found: list[tuple[int, int, float, float]] = []  # skipped, not reported yet: step, epoch, loss, norm
+        self._unseen: list[tuple[int, int, Tensor]] = []  # step, epoch and (bad, loss, norm), since the last check
+        self._keys: dict[int, list[str]] = {}  # this rank's samples by step, since the last check
         self._fused: Optimizer | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Have the checkpoints kept that the run may have to roll back to; forget steps that an earlier attempt judged.
+        """Have rollback targets kept; drop steps that an earlier attempt judged.
 
         Raises:
-            ConfigError: ``spikes`` are asked for where no step can be watched.
+            ConfigError: ``spikes`` is set, but updates cannot be watched.
         """
         if stage != "fit":
             return
@@ -134,7 +134,7 @@ class UpdateGuard(Callback):
             self.checkpoints.guarded = guarded if watches else None
 
     def _can_watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-        """Whether updates can be left out here; says so where that may surprise."""
+        """Return whether updates can be skipped here; print a warning if that may surprise."""
         if trainer.precision == "16-mixed":
             why, hint = "16-mixed leaves steps out by a rule of its own", "another trainer.precision"
         elif not pl_module.automatic_optimization:
@@ -151,8 +151,8 @@ class UpdateGuard(Callback):
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        """What is usual, how many were left out, and which are to be."""
-        self._learn()  # a checkpoint may be taken before this callback's turn
+        """Return the statistics, the number of skipped updates, and the rollbacks."""
+        self._learn()  # a checkpoint may be saved before this callback's hook runs
         self._see()
         return {
             **self._usual.state(),
@@ -162,7 +162,7 @@ class UpdateGuard(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint, of any layout."""
+        """Restore the state of a checkpoint from any layout."""
         self._usual.load(state_dict)
         self.skipped = int(state_dict["skipped"])
         self._streak.clear()
@@ -171,7 +171,7 @@ class UpdateGuard(Callback):
         self._plan([Rollback(**entry) for entry in state_dict.get("rollbacks", [])])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Watch the updates; know the rollbacks that the checkpoint does not know of. A collective."""
+        """Start watching; read rollbacks that are newer than the checkpoint. Collective."""
         if not self.enabled or trainer.precision == "16-mixed" or not pl_module.automatic_optimization:
             return
         recorded: list[Rollback] = []
@@ -186,12 +186,12 @@ class UpdateGuard(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the samples of a step until the next look."""
+        """Remember the samples of a step until the next check."""
         if self._trainer is not None and isinstance(batch, dict) and data_ranks(trainer).leads:
             self._keys.setdefault(trainer.global_step + 1, []).extend(batch.get(KEY, []))
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Add up the loss of a module that does not do so itself."""
+        """Sum the loss of a module that does not do so itself."""
         if self._trainer is not None and not isinstance(pl_module, Task):
             loss = loss.detach().double()
             self._loss = loss if self._loss is None else self._loss + loss
@@ -199,11 +199,11 @@ class UpdateGuard(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Judge the step of a module that does not say when it is to be judged. A collective."""
+        """Judge the step of a module that is not a task. Collective."""
         if self._trainer is None or isinstance(pl_module, Task):
             return
         loss, self._loss = self._loss, None
-        if loss is None:  # its training_step left the micro batches of this rank out
+        if loss is None:  # its training_step skipped all micro batches of this rank
             loss = torch.zeros((), dtype=torch.float64, device=pl_module.device)
         if is_distributed():
             dist.all_reduce(loss)
@@ -211,30 +211,30 @@ class UpdateGuard(Callback):
         self._judge(optimizer, loss, norm_of(trainer.strategy)(pl_module.parameters()))
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Learn from a step that is done, and look back at the last ones where that is due."""
+        """Update the statistics after a step; check the last steps if due."""
         if self._trainer is None:
             return
         self._learn()
-        # A validation may end the run; and what follows a streak is not worth validating.
+        # Check before a validation, which may end the run; damaged weights are not worth validating either.
         validates = validation_follows(trainer)
         if trainer.global_step % _LOOK_EVERY == 0 or validates or ends_training(trainer):
             self._look(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tell of the rest, where something else than this run's limits ended it."""
+        """Report the remaining skipped updates, if the run ended other than by its limits."""
         if self._trainer is not None:
             self._tell(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Watch no more."""
+        """Stop watching."""
         self._trainer = None
         if isinstance(pl_module, Task):
             pl_module.judge = None
 
     def _judge(self, optimizer: Optimizer, loss: Tensor, norm: Tensor) -> None:
-        """Leave out the update of this step, if it would do harm. Called when its gradient is complete."""
+        """Skip the update of this step if it would do damage. Call when its gradient is complete."""
         assert self._trainer is not None
-        norm = norm.to(loss.device)  # that of offloaded gradients is on the CPU
+        norm = norm.to(loss.device)  # with offloading, the norm is on the CPU
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         if self.spikes:
             bad |= self._usual.is_spike(norm, loss, deviations=self.spikes)
@@ -247,14 +247,14 @@ class UpdateGuard(Callback):
         self._judged = (bad, loss.double(), norm.double())
         bare: Any = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         if can_skip_on_device(bare):
-            bare.found_inf, self._fused = bad.float(), bare  # what a loss scaler would set: the kernels look at it
+            bare.found_inf, self._fused = bad.float(), bare  # as GradScaler would: fused kernels read it
         elif bool(bad):
             for group in bare.param_groups:
                 for parameter in group["params"]:
-                    parameter.grad = None  # which an optimizer passes over, state and all
+                    parameter.grad = None  # optimizers skip such parameters, including their state
 
     def _learn(self) -> None:
-        """Take account of a step that is done."""
+        """Add a completed step to the statistics."""
         if self._judged is None or self._trainer is None:
             return
         (bad, loss, norm), self._judged = self._judged, None
@@ -266,7 +266,7 @@ class UpdateGuard(Callback):
         self._unseen.append((*place, torch.stack((bad.double(), loss, norm))))
 
     def _see(self) -> None:
-        """Learn which of the last steps were left out."""
+        """Fetch from the device which of the last steps were skipped."""
         if not self._unseen:
             return
         numbers = torch.stack([judged for _, _, judged in self._unseen]).tolist()
@@ -278,7 +278,7 @@ class UpdateGuard(Callback):
         self._unseen.clear()
 
     def _look(self, trainer: pl.Trainer) -> None:
-        """Tell what was left out since the last look; go back, or end the run, where it is too much. On all ranks."""
+        """Report updates skipped since the last check; roll back or end the run if there are too many. Collective."""
         self._see()
         self._tell(trainer)
         if not self._streak.too_long:
@@ -290,10 +290,10 @@ class UpdateGuard(Callback):
         self._give_up(trainer, "")
 
     def _roll_back(self, trainer: pl.Trainer) -> None:
-        """End this attempt, and have the next one resume from a checkpoint from before the streak. A collective.
+        """End this attempt; the next one resumes from a checkpoint from before the streak. Collective.
 
         Raises:
-            AttemptOver: always, unless there is nothing to roll back to.
+            AttemptOver: always, unless there is no checkpoint to roll back to.
         """
         checkpoints, step, number = self.checkpoints, trainer.global_step, len(self._streak.bad)
         if checkpoints is None:
@@ -322,7 +322,7 @@ class UpdateGuard(Callback):
         raise AttemptOver(target.path)
 
     def _give_up(self, trainer: pl.Trainer, why: str) -> None:
-        """End the run on all ranks. A collective.
+        """End the run on all ranks. Collective.
 
         Raises:
             DisttrainError: always; a ``RankError`` on ranks other than 0.
@@ -338,18 +338,18 @@ class UpdateGuard(Callback):
             )
 
     def _plan(self, rollbacks: list[Rollback]) -> None:
-        """Leave out what these say, too."""
+        """Also skip the steps of these rollbacks."""
         self.rollbacks = merged(self.rollbacks, rollbacks)
         self._planned = planned_steps(self.rollbacks)
 
     def _streak_begins(self) -> int:
-        """The first of the steps in a row that were left out up to now, or 0."""
+        """Return the first step of the current streak of skipped updates, or 0."""
         self._learn()
         self._see()
         return self._streak.first
 
     def _tell(self, trainer: pl.Trainer) -> None:
-        """List what was left out since the last time, with the samples."""
+        """Report updates skipped since the last report, with their samples."""
         self._see()
         folder, ranks = _folder(trainer), data_ranks(trainer)
         found, self._found = self._found, []
@@ -364,7 +364,7 @@ class UpdateGuard(Callback):
         record = self.record
         if trainer.is_global_zero and record is not None:
             for step, _, loss, norm in found:
-                if step in self._planned:  # the rollback has told
+                if step in self._planned:  # reported with the rollback
                     continue
                 text = f"step {step}: the update was left out; loss {loss:.4g}, gradient norm {norm:.4g}"
                 tell(text)

@@ -1,11 +1,10 @@
-"""Rolling back to a checkpoint so that a kill at any moment changes nothing.
+"""Roll back to a checkpoint such that a kill at any moment does not change the result.
 
-The order is what makes it safe. The save under way is waited for. The checkpoints of later steps are deleted, newest
-first: a run killed meanwhile resumes from what is left, comes to the same streak by the same steps, and decides the
-same. The record of the rollback, ``skipped/rollbacks.json``, is written through to the disk: a run killed from then on
-resumes from the checkpoint that was chosen, with it. Only then does the attempt end, and the next one resumes from
-that checkpoint in the same process (:mod:`disttrain.run.attempts`). Costs what a resume costs, without the start of
-processes.
+The order of the steps makes it safe. First, wait for the save in progress. Delete the checkpoints of later steps,
+newest first: a run killed meanwhile resumes from what is left, repeats the same steps up to the same streak, and
+decides the same. Write the record of the rollback, ``skipped/rollbacks.json``, and sync it to disk: from then on, a
+killed run resumes from the chosen checkpoint with this record. Only then does the attempt end, and the next one resumes
+from that checkpoint in the same process (:mod:`disttrain.run.attempts`). Cost: a resume, without starting processes.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ FILE: Final = "rollbacks.json"
 
 
 def read_rollbacks(folder: Path) -> list[Rollback]:
-    """The rollbacks that a run has made, as its record says; none where there is no record. Rank 0 only.
+    """Return the recorded rollbacks of a run; none if there is no record. Rank 0 only.
 
     Args:
         folder: ``<run_dir>/skipped``.
@@ -50,7 +49,7 @@ def read_rollbacks(folder: Path) -> list[Rollback]:
 
 
 def write_rollbacks(folder: Path, rollbacks: list[Rollback]) -> None:
-    """Write the record through to the disk. Rank 0 only.
+    """Write the record and sync it to disk. Rank 0 only.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -69,7 +68,7 @@ def write_rollbacks(folder: Path, rollbacks: list[Rollback]) -> None:
 def find_target(
     trainer: pl.Trainer, checkpoints: Checkpointing, streak: Streak, *, margin: int
 ) -> reader.Committed | None:
-    """The checkpoint to go back to, found sound by all ranks; None where there is none. A collective."""
+    """Return the checkpoint to roll back to, verified by all ranks, or None if there is none. Collective."""
     faulty: set[Path] = set()
     while True:
         chosen: reader.Committed | None = None
@@ -87,11 +86,11 @@ def find_target(
 
 
 def _choose(checkpoints: Checkpointing, streak: Streak, margin: int, faulty: set[Path]) -> reader.Committed | None:
-    """The best target that is not faulty. Rank 0 only."""
+    """Return the preferred target that is not faulty. Rank 0 only."""
     assert checkpoints.directory is not None, "the callback is not set up"
     own = checkpoints.attempt.run if checkpoints.attempt is not None else ""
     found = [entry for entry in reader.committed(checkpoints.directory)[0] if entry.about.run in ("", own)]
     candidates = [entry for entry in targets(found, first=streak.first, margin=margin) if entry.path not in faulty]
-    # What an older one names as the best may have been replaced and deleted since.
+    # Best checkpoints listed in an older one may have been replaced and deleted since.
     newest = max(candidates, key=lambda entry: entry.global_step, default=None)
     return next((entry for entry in candidates if entry is newest or checkpoints.has_best_of(entry.path)), None)

@@ -1,1 +1,1 @@
-"""Detects a hang, reports where every rank is, and ends the run."""
+"""Detect a hang, report where every rank is, and end the run."""

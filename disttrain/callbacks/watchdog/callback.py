@@ -1,15 +1,16 @@
-"""A watchdog on every rank: a run that hangs says where each rank is, and ends so that its launcher restarts it.
+"""A watchdog on every rank: when the run hangs, report where each rank is and exit, so that the launcher restarts it.
 
-Steps, batches and the hooks around them count up a number, and so does what takes long beside them
-(:mod:`disttrain.system.heartbeat`): saving, copying, verifying, fetching. A thread looks at both, from the set-up on.
-If they stand still for ``hang_timeout``, the rank writes where it is and all its Python stacks to
-``<run_dir>/hangs/<attempt>/rank-00003.json``. The other ranks see that folder and do the same; the lowest of them makes
-one report of all, notes it in ``run.json`` and prints it. Then all end with exit code 76. Nothing of it is a
-collective: a rank that works while the others wait for it, without a step, touches ``<run_dir>/hangs/<attempt>.works``.
+Steps, batches and the hooks around them increment a counter, and so does long work between them
+(:mod:`disttrain.system.heartbeat`): saving, copying, verifying, fetching. A thread checks both, from the set-up on. If
+neither changes for ``hang_timeout``, the rank writes its location and all its Python stacks to
+``<run_dir>/hangs/<attempt>/rank-00003.json``. The other ranks see that folder and do the same; the lowest of them
+combines all files into one report, records it in ``run.json`` and prints it. Then all exit with code 76. None of this
+uses collectives: a rank that is working while the others wait for it, without completing a step, touches
+``<run_dir>/hangs/<attempt>.works``.
 
-Time during which the whole process was stopped does not count. A rank whose thread cannot run, since code of C holds
-Python's lock, is made to print its stacks, and is ended, by a process beside it
-(:mod:`disttrain.callbacks.watchdog.monitor_process`). Cost: one addition a batch, one look at the run's folder every
+Time during which the whole process was stopped does not count. If native code holds the GIL, the rank's thread cannot
+run; then a separate process makes the rank print its stacks and kills it
+(:mod:`disttrain.callbacks.watchdog.monitor_process`). Cost: one addition per batch, one check of the run folder every
 few seconds, and that process.
 """
 
@@ -40,22 +41,22 @@ from disttrain.system.heartbeat import beats
 from disttrain.system.stack_summary import whereabouts
 from disttrain.system.terminal import tell
 
-_LOOKS: Final = 20  # within the time limit
-_MOST_SECONDS: Final = 10.0  # between two looks
-_GRACE_SECONDS: Final = 15.0  # for the other ranks' files
-_REPORT_SECONDS: Final = 300.0  # for all of it
+_LOOKS: Final = 20  # checks within the time limit
+_MOST_SECONDS: Final = 10.0  # between two checks
+_GRACE_SECONDS: Final = 15.0  # to wait for the other ranks' files
+_REPORT_SECONDS: Final = 300.0  # for the whole report
 _WORKS: Final = ".works"
-_ENTRIES: Final = 5  # of the flight recorders
-_SHARE: Final = 0.25  # of the time limit without a step, after which a rank that works says so to the others
+_ENTRIES: Final = 5  # to show of the flight recorders
+_SHARE: Final = 0.25  # of the time limit without a step, after which a working rank signals the others
 
 
 class Watchdog(Callback):
-    """Ends a run in which nothing moves.
+    """Ends a run that makes no progress.
 
     Args:
-        run_dir: the run's folder, which all ranks see.
+        run_dir: the run folder, visible to all ranks.
         hang_timeout: duration, such as ``25m``, without any step, batch or other progress, from the set-up on; ``0``
-            watches nothing.
+            disables the watchdog.
     """
 
     def __init__(self, run_dir: Path, *, hang_timeout: str = "25m") -> None:
@@ -70,15 +71,15 @@ class Watchdog(Callback):
 
     @property
     def collective_timeout(self) -> timedelta:
-        """How long a collective may take until PyTorch gives it up: long enough for a report to be made before."""
+        """PyTorch's timeout for collectives: long enough for the watchdog to report first."""
         return max(PYTORCHS_TIMEOUT, timedelta(seconds=self._timeout + _REPORT_SECONDS))
 
     def begin(self, trainer: pl.Trainer, doing: str) -> None:
-        """Watch from here on, and agree on the name of the attempt's folder. A collective, once the ranks have joined.
+        """Start watching, and agree on the name of the attempt's folder. Collective; the process group must exist.
 
         Args:
             trainer: its callbacks include this one.
-            doing: what the run does now.
+            doing: what the run is doing now.
         """
         if self._timeout:
             self._attempt = trainer.strategy.broadcast(f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
@@ -86,7 +87,7 @@ class Watchdog(Callback):
 
     @contextmanager
     def watching(self, trainer: pl.Trainer, doing: str) -> Iterator[None]:
-        """Watch what is done here, where the trainer's hooks do not say when it is over. A collective."""
+        """Watch within the context, for work whose end no trainer hook reports. Collective."""
         self.begin(trainer, doing)
         try:
             yield
@@ -96,69 +97,69 @@ class Watchdog(Callback):
         self._rest()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """The data are set up."""
+        """Beat: the data are set up."""
         self._beat(trainer, "set-up")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The model is where it is to be; a checkpoint is loaded next."""
+        """Beat: the model is on its device; a checkpoint is loaded next."""
         self._beat(trainer, "set-up")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The set-up is over."""
+        """Beat: the set-up is over."""
         self._beat(trainer, "start of training")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The first micro batch of an epoch is waited for."""
+        """Beat: the first micro batch of an epoch is loaded next."""
         self._beat(trainer, "first batch of the epoch")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The last save, copies and the end of the run follow."""
+        """Beat: the last save and copies follow."""
         self._beat(trainer, "end of training")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Watch no more."""
+        """Stop watching."""
         self._rest()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Watch no more; but where the run hangs, a peer that has ended is only why a collective has failed here."""
+        """Stop watching; but if the run hangs, let the watchdog end it: this error only means that a peer has exited."""
         if self._thread is not None and self._folder().exists():
-            self._thread.join(3 * _GRACE_SECONDS)  # it ends the process, once its part of the report is written
+            self._thread.join(3 * _GRACE_SECONDS)  # the thread exits the process after writing its report
         self._rest()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """A micro batch has come."""
+        """Beat: a micro batch was loaded."""
         self._beat(trainer, MICRO_BATCH)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """A micro batch is done."""
+        """Beat: a micro batch is done."""
         self._beat(trainer, f"after a {MICRO_BATCH}")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A validation begins."""
+        """Beat: a validation starts."""
         self._beat(trainer, "validation")
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """A batch is done."""
+        """Beat: a batch is done."""
         self._beat(trainer, "validation")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A validation is over."""
+        """Beat: a validation is over."""
         self._beat(trainer, "after validation")
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A test begins."""
+        """Beat: a test starts."""
         self._beat(trainer, "test")
 
     def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """A batch is done."""
+        """Beat: a batch is done."""
         self._beat(trainer, "test")
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A prediction begins."""
+        """Beat: a prediction starts."""
         self._beat(trainer, "prediction")
 
     def on_predict_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """A batch is done."""
+        """Beat: a batch is done."""
         self._beat(trainer, "prediction")
 
     def _beat(self, trainer: pl.Trainer, doing: str) -> None:
@@ -180,7 +181,7 @@ class Watchdog(Callback):
         self._ended.set()
         self._overseer.end()
         self._ended = self._thread = self._overseer = None
-        with suppress(OSError):  # where there is none, or another rank has removed it
+        with suppress(OSError):  # there is none, or another rank has removed it
             self._works().unlink()
             self._works().parent.rmdir()
 
@@ -193,10 +194,10 @@ class Watchdog(Callback):
     def _watch(self, ended: threading.Event, world: World) -> None:
         folder = self._folder()
         seen, worked, told = self._beats, beats(), self._last_told()
-        quiet, still, looked = 0.0, 0.0, time.monotonic()  # seconds without anything, and without a step or batch
+        quiet, still, looked = 0.0, 0.0, time.monotonic()  # seconds without progress; without a step or batch
         while not ended.wait(self._interval):
             now = time.monotonic()
-            # Of a longer gap than between two looks, the process was stopped; only what it was awake for counts.
+            # A longer gap than between two checks means that the process was stopped; that time does not count.
             passed = min(now - looked, 2 * self._interval)
             quiet, still, looked = quiet + passed, still + passed, now
             if self._beats != seen:
@@ -206,24 +207,24 @@ class Watchdog(Callback):
                 if still >= _SHARE * self._timeout:
                     self._tell_work()
             elif quiet >= _SHARE * self._timeout and (told_now := self._last_told()) != told:
-                told, quiet = told_now, 0.0  # another rank does what this one waits for
+                told, quiet = told_now, 0.0  # another rank is doing work that this one waits for
             if quiet >= self._timeout or folder.exists():
                 self._end(folder, world, quiet)
 
     def _tell_work(self) -> None:
-        """Let the other ranks see that this one works."""
-        with suppress(OSError):  # a full disk: they see no more of it than before
+        """Signal the other ranks that this one is working."""
+        with suppress(OSError):  # on a full disk, the others get no signal
             make_folder(self._works().parent)
             self._works().write_text(f"{time.time()}\n")
 
     def _last_told(self) -> tuple[int, str]:
-        """When a rank last said that it works, and what; only whether that has changed is looked at."""
+        """Return the time and content of the last signal from any rank; only changes matter, so clocks may differ."""
         with suppress(OSError):
             return self._works().stat().st_mtime_ns, self._works().read_text()
         return 0, ""
 
     def _end(self, folder: Path, world: World, quiet: float) -> None:
-        """Tell where this rank is, see to it that there is a report, and end the process."""
+        """Write where this rank is, make sure that there is a report, and exit the process."""
         try:
             place, stacks = whereabouts()
             told = {
@@ -249,7 +250,7 @@ class Watchdog(Callback):
             deadline += _GRACE_SECONDS
             while not (folder / REPORT).exists() and time.monotonic() < deadline:
                 time.sleep(self._interval / 4)
-        except Exception as error:  # a full disk must not keep the rank from ending
+        except Exception as error:  # a full disk must not keep the rank alive
             tell(f"rank {world.rank} hangs, and cannot report it: {error}")
         finally:
             note_ending(HUNG_CODE)
@@ -257,25 +258,25 @@ class Watchdog(Callback):
 
 
 def _last_collectives() -> list[str]:
-    """The last entries of PyTorch's flight recorders, where they record (``TORCH_FR_BUFFER_SIZE``)."""
+    """Return the last entries of PyTorch's flight recorders, if they are enabled (``TORCH_FR_BUFFER_SIZE``)."""
     try:
         import torch._C._distributed_c10d as c10d
-    except ImportError:  # a build without
+    except ImportError:  # a PyTorch build without distributed
         return []
     dumps = []
-    for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):  # gloo's; and NCCL's, which has one of its own
-        with suppress(Exception):  # each exists in some versions and builds only
+    for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):  # gloo's, and NCCL's separate one
+        with suppress(Exception):  # each exists only in some versions and builds
             dumps.append(json.loads(getattr(c10d, name)(True, False)))
     return last_entries(dumps)
 
 
 def last_entries(dumps: list[dict[str, Any]]) -> list[str]:
-    """The newest entries of flight recorders, the newest last, a line each.
+    """Return the newest entries of flight recorders, newest last, one line each.
 
     Args:
-        dumps: what each recorder holds, as PyTorch gives it.
+        dumps: the content of each recorder, in PyTorch's format.
     """
-    # By what they are, since a build may give one recorder under both names.
+    # Deduplicate by content: in some builds both names return the same recorder.
     found = {json.dumps(entry, sort_keys=True): entry for dump in dumps for entry in dump.get("entries", [])}
     entries = sorted(found.values(), key=lambda entry: entry.get("time_created_ns", 0))[-_ENTRIES:]
     names = ("collective_seq_id", "profiling_name", "input_sizes", "state")

@@ -1,7 +1,7 @@
-"""One report on a run that hangs, from the files that its ranks have written, each about itself.
+"""Combine the files written by the ranks of a hung run into one report.
 
-A SLURM job that goes on by itself is requeued after a hang as well, as torchrun restarts one; but only where the run
-has come further than at any earlier hang, so that what hangs for good does so twice and no more.
+A SLURM job that is set to requeue is also requeued after a hang, just as torchrun restarts the ranks; but only if the
+run has progressed further than at any earlier hang, so a run that always hangs at the same step does so only twice.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from disttrain.system.reading import read_json, read_run
 FOLDER: Final = "hangs"
 REPORT: Final = "report.txt"
 MICRO_BATCH: Final = "micro batch"
-"""What a run that trains does; anything else is told with the step that it hangs at."""
+"""The stage of a run that is training; the report names any other stage."""
 
 
 def make_report(run_dir: Path, folder: Path, size: int, timeout: float) -> str:
-    """Write the report, note it in ``run.json``, and return its first paragraph.
+    """Write the report, record it in ``run.json``, and return its first paragraph.
 
     Args:
-        run_dir: the run's folder.
-        folder: where the ranks' files are.
-        size: ranks of the run.
+        run_dir: the run folder.
+        folder: the folder with the ranks' files.
+        size: the number of ranks.
         timeout: seconds without a step that count as a hang.
     """
     ranks: dict[int, dict[str, Any]] = {}
@@ -58,7 +58,7 @@ def make_report(run_dir: Path, folder: Path, size: int, timeout: float) -> str:
 
 
 def summarize(ranks: dict[int, dict[str, Any]], size: int) -> str:
-    """Who is where, in one sentence: those that do not wait for others first."""
+    """Describe which ranks are where in one sentence, starting with those that do not wait for others."""
     places: dict[str, list[int]] = {}
     for rank, told in ranks.items():
         places.setdefault(told["place"], []).append(rank)
@@ -72,7 +72,7 @@ def summarize(ranks: dict[int, dict[str, Any]], size: int) -> str:
 
 
 def _waits(place: str) -> int:
-    """How surely it is the others that are waited for: a collective of the user's own may be in no other's program."""
+    """Rank how surely a place waits for others: a collective in user code may have no counterpart on other ranks."""
     if "waits for the other ranks" not in place and "gradients are reduced" not in place:
         return 0
     return 1 if "called by user code" in place else 2
@@ -85,7 +85,7 @@ def _named(ranks: list[int], hosts: dict[int, str]) -> str:
 
 
 def _spans(ranks: Iterable[int]) -> str:
-    """``0-2, 5`` for 0, 1, 2 and 5."""
+    """Return ``0-2, 5`` for 0, 1, 2 and 5."""
     spans: list[list[int]] = []
     for rank in sorted(ranks):
         if spans and rank == spans[-1][-1] + 1:
@@ -96,7 +96,7 @@ def _spans(ranks: Iterable[int]) -> str:
 
 
 def _go_on(run_dir: Path, step: int) -> str:
-    """Have the SLURM job go on where it is to; returns what was done, as a part of a sentence."""
+    """Requeue the SLURM job if it should continue; return what was done, as part of a sentence."""
     if not is_to_be_requeued():
         return ""
     before = [event for event in read_run(run_dir).get("events", []) if event.get("kind") == "hang"]

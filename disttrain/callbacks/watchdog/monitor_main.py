@@ -1,6 +1,6 @@
-"""What the process beside a rank does: it is run by its path, and imports next to nothing, so it starts in 10 ms.
+"""The monitor process of a rank. It is run by its path and imports almost nothing, so it starts in 10 ms.
 
-:mod:`disttrain.callbacks.watchdog.monitor_process` starts it, and says what for.
+:mod:`disttrain.callbacks.watchdog.monitor_process` starts it and explains why.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import select
 import sys
 import time
 
-_SIGKILL = 9  # importing the module of signals takes nearly as long as starting Python
+_SIGKILL = 9  # importing signal takes nearly as long as starting Python
 
 
 def oversee(pid: int, rank: int, limit: float, grace: float, interval: float, print_stacks: int) -> None:
-    """Return when the rank has ended, or lets go of standard input.
+    """Monitor a rank; return when it has exited or has closed this process's standard input.
 
     Args:
         pid: the rank's process, which is this one's parent.
-        rank: its number.
-        limit: seconds without a byte on standard input after which the rank has to print its stacks.
+        rank: the rank's number.
+        limit: seconds without a byte on standard input after which the rank is made to print its stacks.
         grace: seconds after that until it is killed.
-        interval: seconds between two looks.
-        print_stacks: number of the signal that has the stacks printed.
+        interval: seconds between two checks.
+        print_stacks: number of the signal that makes it print them.
     """
     silent, printed, looked = 0.0, False, time.monotonic()
     while os.getppid() == pid:
@@ -30,7 +30,7 @@ def oversee(pid: int, rank: int, limit: float, grace: float, interval: float, pr
         if spoken and not os.read(0, 4096):
             return
         now = time.monotonic()
-        # Of a longer gap than between two looks, this process was stopped itself, most likely with the rank.
+        # A longer gap than between two checks means that this process was stopped, most likely along with the rank.
         passed, looked = min(now - looked, 2 * interval), now
         if spoken:
             silent, printed = 0.0, False
@@ -49,23 +49,23 @@ def oversee(pid: int, rank: int, limit: float, grace: float, interval: float, pr
 def _send(pid: int, number: int) -> None:
     try:
         os.kill(pid, number)
-    except ProcessLookupError:  # it has just ended
+    except ProcessLookupError:  # it has just exited
         return
 
 
 def _is_stopped(pid: int) -> bool:
-    """By SIGSTOP or a debugger."""
+    """Return whether the process is stopped by SIGSTOP or a debugger."""
     try:
         with open(f"/proc/{pid}/stat") as stat:
             return stat.read().rpartition(")")[2].split()[0] in "Tt"
-    except (OSError, IndexError):  # it has just ended, or this is no Linux
+    except (OSError, IndexError):  # it has just exited, or this is not Linux
         return False
 
 
 def _tell(text: str) -> None:
     try:
         os.write(2, f"disttrain: {text}\n".encode())
-    except OSError:  # nobody reads it
+    except OSError:  # standard error is closed
         return
 
 
