@@ -1,1 +1,1 @@
-"""A run's folder, its metrics, and the list of runs."""
+"""A run's folder and metrics, and the list of runs."""

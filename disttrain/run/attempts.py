@@ -1,9 +1,9 @@
-"""The end of an attempt that the next one follows in the same process.
+"""End an attempt such that the next one follows in the same process.
 
-A run is a series of attempts. Most end with their process, and a launcher or a person starts the next one. Where all
-ranks are healthy, :meth:`disttrain.trainer.Trainer.fit` starts it itself: a callback raises :class:`AttemptOver` on all
-ranks, or one rank alone has run out of memory; Lightning's set-up is torn down as after any fit, and the next attempt
-is set up from the checkpoint named, by the same code as a resume in a new process. No cost otherwise.
+A run is a series of attempts. Most end with their process, and a launcher or the user starts the next one. If all ranks
+are healthy, :meth:`disttrain.trainer.Trainer.fit` starts it itself: after a callback has raised :class:`AttemptOver` on
+all ranks, or a run with a single rank has run out of memory. Lightning's set-up is torn down as after any fit, and the
+next attempt is set up from the given checkpoint, by the same code as a resume in a new process. No cost otherwise.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from disttrain.parallel.model.fsdp_internals import abandon_pass
 
 
 class AttemptOver(Exception):  # noqa: N818 - not a failure: the next attempt follows
-    """Ends an attempt on all ranks; the next one starts from a checkpoint.
+    """Ends an attempt on all ranks; the next one resumes from a checkpoint.
 
     Args:
-        checkpoint: what it resumes from.
+        checkpoint: the checkpoint to resume from.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -35,25 +35,25 @@ Modes = Sequence[tuple[nn.Module, bool]]
 
 
 def modes_of(module: nn.Module) -> Modes:
-    """The mode of a module and of all in it, for :func:`put_right`."""
+    """Return the training mode of a module and all its submodules, for :func:`put_right`."""
     return [(inner, inner.training) for inner in module.modules()]
 
 
 def put_right(module: nn.Module, modes: Modes) -> None:
-    """Free what a pass has left that an exception has broken off, and let a module begin another one.
+    """Clean up after a pass that an exception interrupted, so that the module can start another one.
 
     Args:
-        module: which was trained.
-        modes: those before; a validation that was broken off leaves all in evaluation mode.
+        module: the module that was trained.
+        modes: its modes before; an interrupted validation leaves all modules in evaluation mode.
     """
-    gc.collect()  # the frames are parts of cycles, and hold activations
+    gc.collect()  # frames hold activations, and are part of reference cycles
     abandon_pass(module)
     for inner, training in modes:
         inner.training = training
 
 
 def free_frames(error: BaseException) -> None:
-    """Free what the frames hold that an error, and those that it was raised from, have passed through."""
+    """Clear the local variables in the frames of an error, and of those that caused it, to free memory."""
     one: BaseException | None = error
     while one is not None:
         traceback.clear_frames(one.__traceback__)

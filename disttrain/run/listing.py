@@ -1,6 +1,6 @@
 """List the runs under a folder and their jobs: state, step, last checkpoint. Reads small files; does not import torch.
 
-A run's state is its job's while SLURM knows the job, otherwise the one in the run's record. If the record says
+A run's state is that of its job while SLURM knows the job, otherwise the one in the run's record. If the record says
 ``running`` but the job is gone, the run is ``lost``: it was killed, and rerunning the same command resumes it.
 Unreadable folders are skipped.
 """

@@ -121,7 +121,7 @@ class Watchdog(Callback):
         self._rest()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Stop watching; but if the run hangs, let the watchdog end it: this error only means that a peer has exited."""
+        """Stop watching; but if the run hangs, let the watchdog exit: the error only means that a peer has exited."""
         if self._thread is not None and self._folder().exists():
             self._thread.join(3 * _GRACE_SECONDS)  # the thread exits the process after writing its report
         self._rest()

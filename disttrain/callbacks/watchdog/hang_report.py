@@ -58,7 +58,7 @@ def make_report(run_dir: Path, folder: Path, size: int, timeout: float) -> str:
 
 
 def summarize(ranks: dict[int, dict[str, Any]], size: int) -> str:
-    """Describe which ranks are where in one sentence, starting with those that do not wait for others."""
+    """Say in one sentence which ranks are where, starting with those that do not wait for others."""
     places: dict[str, list[int]] = {}
     for rank, told in ranks.items():
         places.setdefault(told["place"], []).append(rank)
