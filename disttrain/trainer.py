@@ -1,9 +1,8 @@
-"""Lightning's Trainer with the launcher's ranks, intervals in optimizer steps, and disttrain's habits.
+"""Lightning's Trainer with ranks from the launcher, intervals in optimizer steps, and disttrain's own checkpoints.
 
-The configuration names no hardware: ranks come from torchrun, SLURM or a single process. Accumulation is
-derived by the data module, intervals are in steps of the global batch, randomness is keyed, checkpoints are
-disttrain's. Lightning's own signal handlers, which run collectives inside the handler, and its broadcast
-before every batch are taken out.
+The configuration does not name hardware: ranks come from torchrun, SLURM or a single process. The data module derives
+the accumulation, and random numbers are keyed. Two parts of Lightning are disabled: its signal handlers, which run
+collectives inside the handler, and its broadcast before every batch.
 """
 
 from __future__ import annotations
@@ -76,33 +75,33 @@ PrecisionName = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
 
 
 class Trainer(TrainerBase):
-    """Trains, evaluates and predicts on the ranks that the launcher gives.
+    """Trains, evaluates and predicts on the ranks that the launcher starts.
 
     Args:
-        run_dir: folder of the run: checkpoints, logs, record, report.
-        max_epochs: epochs to train; without any limit, Lightning's 1000.
-        max_steps: optimizer steps to train, -1 for no limit.
+        run_dir: run folder, for checkpoints, logs, record and report.
+        max_epochs: epochs to train; without any limit, Lightning's default of 1000.
+        max_steps: optimizer steps to train; -1 for no limit.
         validate_every_steps: optimizer steps between validations; by default one at the end of each epoch.
         log_every_steps: optimizer steps between log lines.
         precision: ``32-true``, ``bf16-mixed``, ``16-mixed`` (CUDA only) or ``bf16-true``.
-        gradient_clip_norm: largest norm of a step's gradient.
-        gradient_clip_value: largest absolute value of an element of it; not together with ``gradient_clip_norm``.
-        parallel: how the model is spread over the ranks.
+        gradient_clip_norm: clip each step's gradient to this norm.
+        gradient_clip_value: clip each element of the gradient to this absolute value; excludes ``gradient_clip_norm``.
+        parallel: how the model is distributed over the ranks.
         seed: seed of dropout and other random numbers in training, and of initial weights with ``parallel.meta_init``.
-        stop_after: duration, such as ``3h50m``, after which to save and stop, counted from the launch.
-        hang_timeout: duration without a step, batch or other progress, from the set-up on, after which the run reports
-            where it hangs, and ends; ``0`` never. PyTorch gives up a collective five minutes later, or after 30.
-        accelerator: ``auto`` takes CUDA where there is any.
-        callbacks: further callbacks; checkpoints are kept by default settings unless one says otherwise.
+        stop_after: duration from launch, such as ``3h50m``, after which to save and stop.
+        hang_timeout: duration without a step, batch or other progress (setup included) after which the run reports
+            where it hangs and exits; ``0`` never. Collectives time out 5 minutes later, but not before 30 minutes.
+        accelerator: ``auto`` uses CUDA if available.
+        callbacks: additional callbacks; checkpoints are saved with default settings unless one of them does it.
         progress_bar: show progress on rank 0.
-        tf32: let CUDA round the factors of float32 products to ten bits, which tensor cores then multiply.
-        deterministic: use kernels that give the same bits each time, or refuse; for the whole process. On CUDA the
-            bits of two runs are equal with it alone.
-        inference_mode: evaluate and predict without autograd altogether; false for a module that switches gradients on
-            there (forces, attributions).
+        tf32: let CUDA multiply float32 matrices on tensor cores, with inputs rounded to 10-bit mantissas (TF32).
+        deterministic: use deterministic kernels or raise an error; process-wide. On CUDA, two runs are bit-identical
+            only with it.
+        inference_mode: evaluate and predict under ``torch.inference_mode``; set to false if the module enables
+            gradients there (forces, attributions).
 
     Raises:
-        ConfigError: a setting is out of range, or this device cannot do it.
+        ConfigError: a setting is out of range or not supported by this device.
     """
 
     def __init__(
@@ -147,17 +146,17 @@ class Trainer(TrainerBase):
             use_tensor_cores(tf32)
         world = detect_world()
         plugins: list[Any] = [ScaledPrecision(device)] if precision == "16-mixed" else []
-        # Never what Lightning finds: a lone process inside a SLURM allocation is not one of its tasks.
+        # Do not let Lightning detect the environment: a single process inside a SLURM allocation is not a SLURM task.
         plugins.append(LoneEnvironment() if world.size == 1 else WorldEnvironment(world))
         if device == "cuda":
             world.check_devices(torch.cuda.device_count())
-        # Once, here: the working folder may change, and what a link names must not change while the run writes there.
+        # Resolve once: the working directory may change, and the run must not follow a symlink that is re-pointed.
         self.run_dir = resolve_path(run_dir, name="trainer.run_dir")
         self.settings: dict[str, Any] = {}
-        """Settings by dotted name, for :meth:`connect` to compare."""
+        """Settings by dotted name, which :meth:`connect` compares between ranks."""
         self._compared, self._validate_every_steps = False, validate_every_steps
-        self._loads: str | Path | None = None  # the checkpoint that fit, validate, test or predict is given
-        self._over: AttemptOver | None = None  # how the attempt before ended, if the next one follows in this process
+        self._loads: str | Path | None = None  # the checkpoint passed to fit, validate, test or predict
+        self._over: AttemptOver | None = None  # how the last attempt ended, if another follows in this process
         bad_samples = BadSamples(self.run_dir, log_every_steps)
         self.record = RunRecord(self.run_dir, bad_samples, strategy=parallel.strategy, precision=precision)
         self.step_log = StepLog(log_every_steps, bad_samples)
@@ -190,11 +189,11 @@ class Trainer(TrainerBase):
             num_nodes=world.num_nodes,
             strategy=build_strategy(parallel, seed=seed, timeout=self.watchdog.collective_timeout),
             plugins=plugins,
-            precision=None if precision == "16-mixed" else precision,  # a plugin says it
+            precision=None if precision == "16-mixed" else precision,  # set by the plugin
             max_epochs=max_epochs,
             max_steps=max_steps,
             num_sanity_val_steps=1,
-            log_every_n_steps=1,  # StepLog keeps the interval
+            log_every_n_steps=1,  # StepLog applies the interval
             gradient_clip_val=gradient_clip_norm if gradient_clip_value is None else gradient_clip_value,
             gradient_clip_algorithm=None if gradient_clip_value is None else "value",
             use_distributed_sampler=False,
@@ -216,20 +215,20 @@ class Trainer(TrainerBase):
 
     @property
     def checkpoints(self) -> Checkpointing | None:
-        """The callback that saves."""
+        """The callback that saves checkpoints."""
         return self._introductions.checkpoints
 
     @property
     def checkpoint_callbacks(self) -> list[Any]:
-        """The one that keeps checkpoints: others are only called as late as it."""
+        """The callback that saves checkpoints, without others that Lightning only schedules like one."""
         return [callback for callback in self.callbacks if isinstance(callback, Checkpointing)]  # type: ignore[attr-defined]
 
     def connect(self) -> None:
-        """Join the other ranks now rather than in ``fit``, and see that they run the same; later calls do nothing.
+        """Join the other ranks now rather than in ``fit``, and check that they run the same code; idempotent.
 
         Raises:
-            ConfigError: versions, source code or :attr:`settings` differ between the ranks.
-            JoinError: some ranks did not come.
+            ConfigError: versions, source code or :attr:`settings` differ between ranks.
+            JoinError: some ranks did not join.
         """
         refuse_second_run()
         self.strategy.setup_environment()
@@ -238,15 +237,15 @@ class Trainer(TrainerBase):
             check_alike(self.settings)
 
     def find_start(self, resume: str) -> Start:
-        """Where to start: ``auto``, ``never``, or a path; rank 0 decides for all. A collective.
+        """Find where to start, for ``auto``, ``never`` or a path; rank 0 decides. Collective.
 
-        Ranks that torchrun or SLURM has started again go on with what their launch has saved in any case.
+        Ranks restarted by torchrun or SLURM always resume from what their launch has saved.
         Pass ``ckpt_path=start.checkpoint`` to :meth:`fit`.
 
         Raises:
-            CheckpointError: the named checkpoint does not exist or is torn, ``auto`` meets another run's, or the
-                copies cannot be reached or are another run's.
-            Preempted: this launch was asked to stop, and has been restarted by torchrun.
+            CheckpointError: the given checkpoint does not exist or is torn, ``auto`` finds a checkpoint of another
+                run, or the remote copies are unreachable or belong to another run.
+            Preempted: this launch was asked to stop, and torchrun restarted it.
         """
         self.connect()
         resume = place(resume, name="--resume")
@@ -263,7 +262,7 @@ class Trainer(TrainerBase):
                 mirror=checkpoints.mirror if checkpoints is not None else None,
                 best=checkpoints.keep_best if checkpoints is not None else 0,
             )
-        if start.checkpoint is not None:  # wherever the working folder is when it is loaded
+        if start.checkpoint is not None:  # the working directory may change before it is loaded
             start = replace(start, checkpoint=start.checkpoint.absolute())
         if checkpoints is not None:
             checkpoints.attempt, checkpoints.faulty = start.attempt, start.faulty
@@ -271,9 +270,9 @@ class Trainer(TrainerBase):
         return start
 
     def save_checkpoint(self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
-        """Save now, at a step boundary; what an exception's hooks ask for is not saved. A collective."""
+        """Save now, at a step boundary; does nothing if called while an exception is handled. Collective."""
         if self.state.status == TrainerStatus.INTERRUPTED and self.state.stage is not None:
-            # Other ranks may not have failed, and an error from here would take the place of the one that happened.
+            # Other ranks may not have failed, so no collectives here; an error would hide the original one.
             tell(f"{filepath} is not saved: the run has failed in the midst of a step")
             return
         super().save_checkpoint(filepath, weights_only, storage_options)
@@ -291,24 +290,24 @@ class Trainer(TrainerBase):
     ) -> None:
         """Train, in one attempt or several.
 
-        A rollback ends an attempt, and so does lack of memory on one rank alone where the micro batch size is to be
-        found. The next one resumes from a checkpoint, as if the run had been started again.
+        A rollback ends an attempt. So does running out of memory on one rank, if the micro batch size is ``auto``. The
+        next attempt resumes from a checkpoint, as if the run had been restarted.
 
         Args:
-            model: what to train.
-            train_dataloaders: Lightning's.
-            val_dataloaders: Lightning's.
+            model: the module to train.
+            train_dataloaders: as in Lightning.
+            val_dataloaders: as in Lightning.
             datamodule: the data.
-            ckpt_path: a checkpoint to resume from, such as :meth:`find_start` finds.
-            weights_only: Lightning's.
-            resume: what :meth:`find_start` takes: ``auto``, ``never``, or a path. None starts a new run in the folder,
+            ckpt_path: a checkpoint to resume from, such as one from :meth:`find_start`.
+            weights_only: as in Lightning.
+            resume: passed to :meth:`find_start`: ``auto``, ``never``, or a path. None starts a new run in the folder,
                 or resumes from ``ckpt_path``.
 
         Raises:
             ConfigError: both ``resume`` and ``ckpt_path`` are given.
             CheckpointError: see :meth:`find_start`.
             Preempted: the run was stopped from outside.
-            OutOfMemoryError: ranks have to be started again, for a smaller micro batch.
+            OutOfMemoryError: the ranks must be restarted with a smaller micro batch.
         """
         if resume is not None:
             if ckpt_path is not None:
@@ -326,18 +325,18 @@ class Trainer(TrainerBase):
             ckpt_path = self._over.checkpoint
             use_own_loops(
                 self, validate_every_steps=self._validate_every_steps
-            )  # Lightning's second fit would count on from where the first ended
+            )  # Lightning's loops would otherwise keep counting from where the last attempt ended
 
     def validate(self, *args: Any, **kwargs: Any) -> Any:
-        """Lightning's; ``ckpt_path`` may be ``best`` or ``last``, of those in the run's folder."""
+        """Run Lightning's validation; ``ckpt_path`` may be ``best`` or ``last``, of those in the run folder."""
         return self._call(super().validate, *args, **kwargs)
 
     def test(self, *args: Any, **kwargs: Any) -> Any:
-        """Lightning's; ``ckpt_path`` as for :meth:`validate`."""
+        """Run Lightning's test; ``ckpt_path`` as in :meth:`validate`."""
         return self._call(super().test, *args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Lightning's; ``ckpt_path`` as for :meth:`validate`, and of padding nothing is returned."""
+        """Run Lightning's prediction; ``ckpt_path`` as in :meth:`validate`. Padding is not returned."""
         return self._call(super().predict, *args, **kwargs)
 
     def _call(self, method: Any, *args: Any, **kwargs: Any) -> Any:
@@ -351,7 +350,7 @@ class Trainer(TrainerBase):
             return method(*given.args, **given.kwargs)
 
     def _checkpoint_of_run(self, which: str) -> str:
-        """The best or the last checkpoint in the run's folder. A collective."""
+        """Return the path of the best or last checkpoint in the run folder. Collective."""
         self.connect()
         path = ""
         with raise_together():
@@ -360,15 +359,15 @@ class Trainer(TrainerBase):
         return str(self.strategy.broadcast(path))
 
     def around_run(self, run: Callable[[], Any]) -> Any:
-        """Set up, run and tear down, with what belongs to all of it around."""
+        """Set up, run and tear down, with signal handling, watchdog and error translation around all three."""
         fitting = self.state.fn == TrainerFn.FITTING
         modes = modes_of(self.lightning_module) if fitting else ()
         self.record.goes_on, self._over = self._over is not None, None
-        # The whole of a fit, from its set-up on; an evaluation has nothing to save.
+        # React to signals during an entire fit, including setup; an evaluation has nothing to save.
         noting = self.preemption.noting(goes_on=self.record.goes_on) if fitting else nullcontext()
         with in_our_words(), lossy_output(), noting:
             if self.state.fn == TrainerFn.FITTING and last_begun() is not None:
-                # Earlier trainers of this process are cycles, which hold shards open until they are collected.
+                # Earlier trainers of this process are reference cycles, which keep shards open until collected.
                 gc.collect()
             self.connect()
             if self.state.fn == TrainerFn.FITTING:
@@ -384,14 +383,15 @@ class Trainer(TrainerBase):
                     raise
                 self._over = over.with_traceback(None)
                 free_frames(error)
-            # Outside of the handler, which holds what the loops' frames hold.
+            # Outside the except block: there, the traceback keeps the loops' frames and their tensors alive.
             put_right(self.lightning_module, modes)
             end_midway(self)
             return None
 
     def around_teardown(self, teardown: Callable[[], None]) -> None:
-        """Release what the run has held."""
-        # Moves the module to the CPU, which after an error of this rank alone waits for kernels that wait for others.
+        """Release the run's resources."""
+        # Lightning moves the module to the CPU. If only this rank failed, that waits for kernels that wait for other
+        # ranks, so a time limit applies.
         with ends_within(sys.exception() if self.world_size > 1 else None):
             teardown()
         give_back(self)

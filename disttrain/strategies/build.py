@@ -1,10 +1,10 @@
-"""DDP and FSDP as Lightning strategies that share one checkpoint format and one set of habits.
+"""DDP and FSDP as Lightning strategies with the same checkpoint format and the same behavior.
 
-Both take their ranks from the launcher and run on CUDA with NCCL and on the CPU with gloo. The module is
-wrapped from outside; nothing is asked of it. Weights are rank 0's at the start whatever the seeds. Under
-both, gradients of a step are reduced once, at its last micro batch: in the library's order, or in one tree over the
-micro batches (:mod:`disttrain.parallel.reduction.summation`). DDP's bucket layout is settled before the first step, so
-that a resumed run reduces in the same order as one that was never interrupted.
+Both take their ranks from the launcher and run on CUDA with NCCL and on the CPU with gloo. The module is wrapped from
+outside and needs no changes. All ranks start with rank 0's weights, whatever their seeds. Gradients are reduced once
+per step, at its last micro batch: in the library's order, or in a fixed tree over the micro batches
+(:mod:`disttrain.parallel.reduction.summation`). DDP's bucket layout is fixed before the first step, so a resumed run
+reduces in the same order as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
 class DDP(BaseStrategy):
-    """Every rank holds the whole model; gradients are averaged in buckets while the backward pass runs.
+    """Replicates the model on every rank; gradients are averaged in buckets during the backward pass.
 
     Args:
-        config: bucket size, the search for unused parameters, the order of sums.
-        seed: keys initial weights of a model that was built on the meta device.
-        timeout: how long a collective may take until PyTorch gives it up.
+        config: bucket size, search for unused parameters, order of summation.
+        seed: seed of the initial weights of a model built on the meta device.
+        timeout: PyTorch's timeout for collectives.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class DDP(BaseStrategy):
         self.config, self.seed = config or ParallelConfig(strategy="ddp"), seed
         self._hook: BucketHook | None = None
         self._filled = self._graph_learned = False
-        self._known: list[tuple[str, nn.Parameter]] = []  # the parameters when DDP was built
-        self._flags: list[bool] = []  # which of them were trained
+        self._known: list[tuple[str, nn.Parameter]] = []  # the parameters when DDP was constructed
+        self._flags: list[bool] = []  # whether each was trainable then
         super().__init__(
             bucket_cap_mb=self.config.bucket_mib,
             find_unused_parameters=self.config.find_unused_parameters,
@@ -89,7 +89,7 @@ class DDP(BaseStrategy):
         )
 
     def model_to_device(self) -> None:
-        """Move the module, or give it memory and initial values."""
+        """Move the module to the device, or allocate and initialize it there."""
         module = self._module()
         fitting = module.trainer.state.fn == TrainerFn.FITTING
         if starts_on_meta(module, wanted=self.config.meta_init, fitting=fitting and not self._filled):
@@ -101,7 +101,7 @@ class DDP(BaseStrategy):
         super().model_to_device()
 
     def configure_ddp(self) -> None:
-        """Wrap the module; one rank alone has nothing to reduce and stays unwrapped."""
+        """Wrap the module; on a single rank, leave it unwrapped."""
         module = self._module()
         self._change_for_training(module)
         self._outside = False
@@ -113,26 +113,26 @@ class DDP(BaseStrategy):
         return super().training_step(*args, **kwargs)
 
     def _rebuild_if_changed(self) -> None:
-        """Build DDP again if layers were frozen or thawed since: it waits for what was trained then. A collective."""
+        """Rebuild DDP if layers were frozen or unfrozen: its reducer waits for a fixed set of gradients. Collective."""
         trainer = self._trainer()
-        # Within a step gradients are on their way; check_reduced refuses a change there.
+        # Within a step, gradients are already accumulated; check_reduced rejects a change there.
         if not self._changed() or not begins_step(trainer):
             return
         if self._hook is not None:
             self._hook.close()
         self.model = self._module()
-        gc.collect()  # the old reducer, whose hooks would see the gradients, too
+        gc.collect()  # free the old reducer, whose autograd hooks would still fire
         self._wrap()
 
     def _changed(self) -> list[tuple[str, nn.Parameter]]:
-        """The parameters that DDP takes for trained and are frozen now, or the other way round."""
-        # With find_unused_parameters DDP does not wait for frozen ones.
+        """Return the parameters that were frozen or unfrozen since DDP was constructed."""
+        # With find_unused_parameters, DDP does not wait for frozen parameters.
         minds = not self.config.find_unused_parameters
         known = zip(self._known, self._flags, strict=True)
         return [one for one, trained in known if one[1].requires_grad != trained and (minds or not trained)]
 
     def _wrap(self) -> None:
-        """Let DDP reduce the gradients of all that is trained now. A collective."""
+        """Wrap the module in DDP, which then reduces all parameters trainable now. Collective."""
         module = self._module()
         self._graph_learned = False
         sums = self._start_tree(module.trainer) if self.config.reduction == "tree" else None
@@ -148,7 +148,8 @@ class DDP(BaseStrategy):
         if odd:
             send_with_forward(self.model, odd)
         if sums is not None:
-            # The hook's collectives come from a thread of their own, so they have a group of their own.
+            # The hook runs collectives in its own thread. Their order relative to the main thread's is not
+            # deterministic, so they need a separate process group.
             exchange = Exchange(new_group(), self.global_rank)
             trained = [parameter for _, parameter in self._trained()]
             self._hook = BucketHook(sums, trained, exchange)
@@ -165,12 +166,12 @@ class DDP(BaseStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Keep gradients unreduced in all micro batches of a step but the last.
+        """Skip the reduction in all micro batches of a step except the last.
 
-        A static graph is learned from one backward pass that reduces: a run's first, whose gradients are reduced once
-        more with the step's last ones, which changes them by rounding alone.
+        DDP learns a static graph from one backward pass with reduction: the run's first. Its gradients are reduced
+        again with the last micro batch's, which only changes the rounding.
         """
-        self._rebuild_if_changed()  # whose gradients are to stay unreduced
+        self._rebuild_if_changed()  # before DDP's no_sync() is entered, so that it applies to the new DDP
         if self.config.static_graph and not self._graph_learned:
             yield
         else:
@@ -178,12 +179,12 @@ class DDP(BaseStrategy):
                 yield
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Note that a backward pass was made."""
+        """Record that a backward pass has run."""
         super().post_backward(closure_loss)
         self._graph_learned = True
 
     def teardown(self) -> None:
-        """End what reduces gradients."""
+        """Stop the reduction thread and free the device."""
         if self._hook is not None:
             self._hook.close()
         super().teardown()
@@ -192,7 +193,7 @@ class DDP(BaseStrategy):
         return iter(self._known)
 
     def _unreduced(self) -> str:
-        # DDP reduces nothing at all while one that it waits for is frozen.
+        # While a parameter that DDP waits for is frozen, DDP reduces nothing at all.
         return next((name for name, p in self._changed() if not p.requires_grad or p.grad is not None), "")
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
@@ -210,12 +211,12 @@ class DDP(BaseStrategy):
 
 
 class FSDP(BaseStrategy):
-    """Parameters, gradients and optimizer state are sharded over the ranks (PyTorch's FSDP2).
+    """Shards parameters, gradients and optimizer state over the ranks (PyTorch's FSDP2).
 
     Args:
-        config: over which ranks to shard, what to reshard, the order of sums.
-        seed: keys initial weights of a model that was built on the meta device.
-        timeout: how long a collective may take until PyTorch gives it up.
+        config: mesh degrees, resharding, order of summation.
+        seed: seed of the initial weights of a model built on the meta device.
+        timeout: PyTorch's timeout for collectives.
     """
 
     def __init__(
@@ -224,19 +225,19 @@ class FSDP(BaseStrategy):
         self.config, self.seed = config or ParallelConfig(strategy="fsdp"), seed
         self._mesh: DeviceMesh | None = None
         self.data_ranks: DataRanks | None = None
-        """This rank's place among those that divide the data; known once the ranks have met."""
+        """This rank's position among the data-parallel ranks; set once the process group exists."""
         self._scatters: list[TreeReduceScatter] = []
         self._looks = 0
         super().__init__(timeout=timeout)
 
     def backend_name(self) -> str:
-        """NCCL with CUDA and gloo without; both, if shards are in the CPU's memory."""
+        """NCCL on CUDA, gloo on the CPU, or both if CUDA shards are offloaded to CPU memory."""
         if self.config.offload and self.root_device.type == "cuda":
-            return "cpu:gloo,cuda:nccl"  # norms of gradients in the CPU's memory are summed there
+            return "cpu:gloo,cuda:nccl"  # norms of offloaded gradients are summed on the CPU
         return super().backend_name()
 
     def setup_environment(self) -> None:
-        """Join the other ranks, and find this rank's place on the mesh."""
+        """Join the other ranks, and determine this rank's position on the mesh."""
         super().setup_environment()
         if self.data_ranks is None:
             self.data_ranks = divide_ranks(self.config.degrees(self.world_size), self.global_rank)
@@ -292,7 +293,7 @@ class FSDP(BaseStrategy):
             move_optimizers(self.optimizers, self.root_device)
 
     def model_to_device(self) -> None:
-        """Move the module; shards that live on the CPU stay there."""
+        """Move the module to the device, except for shards offloaded to the CPU."""
         if self.config.offload and isinstance(self.model, FSDPModule):
             move_all_but_shards(self.model, self.root_device)
         else:
@@ -300,7 +301,7 @@ class FSDP(BaseStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Keep gradients unreduced in all micro batches of a step but the last."""
+        """Skip the reduction in all micro batches of a step except the last."""
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(False)
         try:
@@ -309,7 +310,7 @@ class FSDP(BaseStrategy):
             self.model.set_requires_gradient_sync(True)
 
     def on_validation_end(self) -> None:
-        """Hold sharded parameters again, which callbacks may thaw or give to an optimizer."""
+        """Restore sharded parameters, which callbacks may unfreeze or add to an optimizer."""
         if not self.config.reshard_after_forward:
             reshard(self._module())
 
@@ -317,7 +318,7 @@ class FSDP(BaseStrategy):
         return sharded_parameters(self._module())
 
     def _unreduced(self) -> str:
-        # What a module does in one step of automatic optimization it does in all: the first ones tell.
+        # With automatic optimization all steps behave alike, so checking the first two is enough.
         self._looks += 1
         return unreduced_parameter(self._module()) if self._looks <= 2 or self._manual is not None else ""
 
@@ -326,7 +327,7 @@ class FSDP(BaseStrategy):
         return CPUOffloadPolicy(pin_memory=pinned) if self.config.offload else OffloadPolicy()
 
     def _mesh_of_ranks(self) -> DeviceMesh:
-        """All ranks, on an axis to shard over and those of copies and of tensor groups that are longer than one."""
+        """Return the mesh of all ranks: the shard axis, plus replicate and tensor axes if their degree exceeds 1."""
         if self._mesh is None:
             degrees = self.config.degrees(self.world_size)._asdict()
             axes = {name: degree for name, degree in degrees.items() if name == "shard" or degree > 1}
@@ -336,7 +337,7 @@ class FSDP(BaseStrategy):
         return self._mesh
 
     def _reduce_in_tree(self, trainer: pl.Trainer) -> None:
-        """Give every sharded unit a reduce-scatter that sums in the order of the tree and does not divide."""
+        """Install a reduce-scatter on every sharded unit that sums in tree order, without dividing."""
         sums, (replicas, shards, _) = self._start_tree(trainer), self.config.degrees(self.world_size)
         ranks = data_ranks(trainer)
         exchange, rank = Exchange(ranks.group or _world(), ranks.rank), ranks.rank
@@ -364,13 +365,13 @@ class FSDP(BaseStrategy):
     def _reduced(self, parameters: list[tuple[str, Any]]) -> None:
         for scatter in self._scatters:
             scatter.release()
-        if data_ranks(self._trainer()).size == 1:  # FSDP2 calls no reduce-scatter then
+        if data_ranks(self._trainer()).size == 1:  # FSDP2 skips its reduce-scatter then
             grads = [(name, record.sharded_param.grad) for name, record in parameters]
             self._finish_alone([(name, None if grad is None else grad.to_local()) for name, grad in grads])
 
 
 def build_strategy(config: ParallelConfig, *, seed: int = 0, timeout: timedelta = PYTORCHS_TIMEOUT) -> DDP | FSDP:
-    """The strategy that a configuration names; the seed keys initial weights with ``meta_init``."""
+    """Build the configured strategy; ``seed`` determines the initial weights with ``meta_init``."""
     return (FSDP if config.strategy == "fsdp" else DDP)(config, seed=seed, timeout=timeout)
 
 
@@ -384,7 +385,7 @@ Strategy = DDP | FSDP
 
 
 def strategy_of(trainer: pl.Trainer) -> Any:
-    """The trainer's strategy, which must be one of disttrain's; typed for its checkpoint methods."""
+    """Return the trainer's strategy, which must be one of disttrain's, typed as Any for its checkpoint methods."""
     strategy = trainer.strategy
     if not isinstance(strategy, CheckpointMixin):
         raise TypeError(f"{type(strategy).__name__} does not write disttrain checkpoints; use disttrain.DDP or FSDP")

@@ -1,9 +1,9 @@
-"""From a trainer's state to a checkpoint and back: one format for every strategy and world size.
+"""Save and load a trainer's state in one checkpoint format for every strategy and world size.
 
-Lightning gathers the state; here it is split into tensors under their parameter names (model, optimizers)
-and the rest (schedules, callbacks, data order, progress in steps), none of it tied to a rank. The mixin gives
-a strategy this format for ``trainer.save_checkpoint`` and ``trainer.fit(ckpt_path=...)``. Callbacks may add tensors
-(:mod:`disttrain.checkpoint.format.groups`), which may be the ones to evaluate.
+Lightning collects the state. Here it is split into tensors under their parameter names (model, optimizers) and the rest
+(schedules, callbacks, data order, progress in steps), none of it tied to a rank. The mixin gives a strategy this format
+for ``trainer.save_checkpoint`` and ``trainer.fit(ckpt_path=...)``. Callbacks may add tensors
+(:mod:`disttrain.checkpoint.format.groups`), which may replace the weights in evaluation.
 """
 
 from __future__ import annotations
@@ -56,35 +56,35 @@ _SPLIT_OFF = ("state_dict", "optimizer_states", "loops", "epoch", "global_step")
 
 
 class CheckpointMixin(_Base):
-    """Saves and loads disttrain's checkpoints; to be mixed into a Lightning strategy, before its base."""
+    """Saves and loads disttrain's checkpoints; list it before the base in a Lightning strategy."""
 
     lightning_module: pl.LightningModule | None
     config: ParallelConfig
     _given: dict[str, Any] | None = None
-    """The weights that the checkpoint under way was given, before any hook saw them."""
+    """The weights in the checkpoint being saved, before hooks can change them."""
     _loaded: dict[str, Any] | None = None
-    """Likewise, of the checkpoint that was loaded."""
+    """The same for the checkpoint being loaded."""
     _rehearsing = False
     evaluated_group: str | None = None
-    """The group whose tensors were loaded in place of parameters, at the last load for evaluation."""
+    """The group whose tensors replaced parameters when weights were last loaded for evaluation."""
 
     @cached_property
     def tensor_groups(self) -> dict[str, TensorGroup]:
-        """Further tensors of checkpoints, by the name they are saved under; callbacks add theirs in ``setup``."""
+        """Additional tensors to save, by their name in the checkpoint; callbacks add theirs in ``setup``."""
         return {}
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """The model is wrapped first, then filled."""
+        """True: the model is wrapped before its weights are loaded."""
         return True
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Optimizers are filled together with the model."""
+        """False: optimizer state is loaded together with the model."""
         return False
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        """Set the optimizers up; refuse what no checkpoint could hold, now or once they have stepped."""
+        """Set up the optimizers; reject state that a checkpoint cannot hold, now and after their first step."""
         super().setup_optimizers(trainer)
         check_optimizers(
             [_bare(optimizer) for optimizer in self.optimizers],
@@ -98,7 +98,8 @@ class CheckpointMixin(_Base):
             due = [number]
 
             def check_once(stepped: Any, *_: Any, due: list[int] = due) -> None:
-                # State is made by the first step, as a rule. PyTorch goes through the hooks: none may be removed now.
+                # Most optimizers create their state in the first step. PyTorch is iterating over the hooks now, so this
+                # one cannot remove itself and clears `due` instead.
                 if due:
                     self._check(due.pop(), stepped)
 
@@ -108,28 +109,28 @@ class CheckpointMixin(_Base):
         split(self.optimizer_state(optimizer), f"optimizer {number} ({type(_bare(optimizer)).__name__})")
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """This rank's part of the model's tensors, by parameter name. A collective where there are buffers."""
+        """Return this rank's part of the model's tensors, by parameter name. Collective if there are buffers."""
         if not self._rehearsing:
             self.sync_buffers()
         self._given = dict(get_model_state_dict(self._module()))
         return dict(self._given)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """This rank's part of an optimizer's state, by parameter name. Nothing is copied, and no step taken."""
+        """Return this rank's part of an optimizer's state, by parameter name, without copying or stepping."""
         return named_state(_bare(optimizer), self._module())
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint directory and commit it. A collective.
+        """Write a checkpoint directory and commit it. Collective.
 
-        With a :class:`~disttrain.checkpoint.saving.saver.SaveRequest` as ``storage_options`` it is written as that
-        says.
+        If ``storage_options`` is a :class:`~disttrain.checkpoint.saving.saver.SaveRequest`, the request writes it.
         """
         with raise_together():
             tensors, meta = self._contents(checkpoint)
         path = Path(filepath)
         about = About(meta["progress"]["global_step"], meta["progress"]["epoch"])
         with ExitStack() as stack:
-            # A checkpoint may be taken in an evaluation. The model's tensors above share memory with the parameters.
+            # A checkpoint may be saved during an evaluation, when the parameters hold averaged weights. The tensors
+            # collected above share memory with the parameters, so swap the training weights back before writing.
             for group in self.tensor_groups.values():
                 stack.enter_context(group.training_weights())
             if isinstance(storage_options, SaveRequest):
@@ -139,7 +140,7 @@ class CheckpointMixin(_Base):
             write(path.parent, path.name, tensors=own, meta=meta, global_step=about.global_step, about=about)
 
     def rehearse(self) -> dict[str, Any]:
-        """Gather all that a save would, without copying, writing or synchronizing anything; for :meth:`examine`."""
+        """Collect what a save would, without copying, writing or synchronizing; pass it to :meth:`examine`."""
         self._rehearsing = True
         try:
             return checkpoint_of(self._module().trainer)
@@ -147,16 +148,16 @@ class CheckpointMixin(_Base):
             self._rehearsing = False
 
     def examine(self, checkpoint: dict[str, Any]) -> None:
-        """Look at what :meth:`rehearse` has gathered.
+        """Check what :meth:`rehearse` has collected.
 
         Raises:
-            CheckpointError: something has no form in a checkpoint, or a hook would make one that cannot be resumed.
+            CheckpointError: something cannot be saved, or a hook would make the checkpoint impossible to resume.
         """
         tensors, _ = self._contents(checkpoint)
         check_tensors(tensors)
 
     def _contents(self, checkpoint: dict[str, Any]) -> tuple[reader.Tensors, dict[str, Any]]:
-        """What Lightning has gathered, as tensors and the rest."""
+        """Split what Lightning has collected into tensors and the rest."""
         module = self._module()
         given, self._given = self._given, None
         if given is not None:
@@ -190,9 +191,9 @@ class CheckpointMixin(_Base):
         return tensors, meta
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Fill model and, when fitting, optimizers; return the rest in Lightning's form. A collective.
+        """Load the model and, when fitting, optimizers; return the rest in Lightning's format. Collective.
 
-        Where nothing is trained, the model gets the weights that the run evaluated.
+        For evaluation and prediction, load the weights that the run itself evaluated (which may be averaged).
         """
         path = Path(checkpoint_path)
         verification.ensure(path)
@@ -207,13 +208,13 @@ class CheckpointMixin(_Base):
             checkpoint |= {"epoch": progress.epoch, "global_step": progress.global_step}
         else:
             self._fill_to_evaluate(path, meta)
-        # For on_load_checkpoint() of modules, which read it: these are the weights themselves, not copies.
+        # Modules may read the state_dict in on_load_checkpoint(): pass the live weights, not copies.
         self._loaded = dict(get_model_state_dict(self._module()))
         checkpoint["state_dict"] = dict(self._loaded)
         return checkpoint
 
     def load_weights(self, path: Path) -> None:
-        """Fill the model alone, with the weights that the run evaluated. A collective."""
+        """Load only the model, with the weights that the run evaluated. Collective."""
         verification.ensure(path)
         self._fill_to_evaluate(path, reader.read_meta(path))
 
@@ -230,17 +231,17 @@ class CheckpointMixin(_Base):
         self.sync_buffers()
 
     def sync_buffers(self) -> None:
-        """Give all ranks rank 0's buffers, such as the running statistics of batch norms. A collective.
+        """Broadcast rank 0's buffers, such as the running statistics of batch norms. Collective.
 
-        Ranks gather their own in training; what is evaluated and saved must be one model.
+        They diverge between ranks in training, but all ranks must evaluate and save the same model.
         """
         broadcast_tensors(self._module().buffers())
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Nothing is left to do: :meth:`load_checkpoint` has filled the model.
+        """Load nothing, since :meth:`load_checkpoint` has loaded the model; check that hooks changed no weights.
 
         Raises:
-            CheckpointError: ``on_load_checkpoint()`` of the module asks for other weights than that.
+            CheckpointError: ``on_load_checkpoint()`` of the module has replaced weights.
         """
         loaded, self._loaded = self._loaded or {}, None
         now = checkpoint.get("state_dict", {})
@@ -254,10 +255,10 @@ class CheckpointMixin(_Base):
             )
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Nothing is left to do: :meth:`load_checkpoint` has filled the optimizers."""
+        """Do nothing: :meth:`load_checkpoint` has loaded the optimizers."""
 
     def _fill(self, path: Path, meta: dict[str, Any]) -> None:
-        """Fill model, optimizers and further tensors."""
+        """Load the model, optimizers and additional tensors."""
         module, param_groups = self._module(), meta["param_groups"]
         optimizers = [_bare(optimizer) for optimizer in module.trainer.optimizers] if param_groups else []
         if len(optimizers) != len(param_groups):
@@ -267,7 +268,7 @@ class CheckpointMixin(_Base):
             )
         index = reader.read_index(path)
         weights, tensors = self._weights(path, meta, index)
-        if "frozen" in meta:  # older checkpoints do not say
+        if "frozen" in meta:  # absent in older checkpoints
             freeze_as_saved(module, meta["frozen"])
         fillings = []
         for number, (optimizer, saved_groups) in enumerate(zip(optimizers, param_groups, strict=True)):
@@ -285,7 +286,7 @@ class CheckpointMixin(_Base):
             )
             tensors |= {prefix[:-1]: filling.tensors} if filling.tensors else {}
             fillings.append(filling)
-        saved = meta.get("tensor_groups", {})  # older checkpoints have none
+        saved = meta.get("tensor_groups", {})  # absent in older checkpoints
         for name, group in self.tensor_groups.items():
             names = set(saved.get(name, {}).get("names", ()))
             held = {key: tensor for key, tensor in group.tensors().items() if key in names}
@@ -304,7 +305,7 @@ class CheckpointMixin(_Base):
             )
 
     def _fill_to_evaluate(self, path: Path, meta: dict[str, Any]) -> None:
-        """Fill the model; parameters from the group of tensors that is evaluated, where there is one."""
+        """Load the model, with parameters from the tensor group to evaluate, if any."""
         module, saved = self._module(), meta.get("tensor_groups", {})
         weights, into = self._weights(path, meta, reader.read_index(path))
         self.evaluated_group = None
@@ -320,19 +321,19 @@ class CheckpointMixin(_Base):
             group.replaced(name in saved)
 
     def _weights(self, path: Path, meta: dict[str, Any], index: reader.Index) -> tuple[dict[str, Any], reader.Tensors]:
-        """The model's state dict, with the extra state of the checkpoint, and which of it is to be read."""
+        """Return the model's state dict, with extra state from the checkpoint, and the tensors to read into it."""
         weights = dict(get_model_state_dict(self._module()))
         read, extra = split_off_extra(weights)
-        if not self._module().strict_loading:  # what its hook has kept out of the checkpoint, the module has filled
+        if not self._module().strict_loading:  # the module fills what its hook kept out of the checkpoint
             read = {name: tensor for name, tensor in read.items() if f"model.{name}" in index}
-        saved = meta.get("extra_state", {})  # older checkpoints hold what is a tensor among the others
+        saved = meta.get("extra_state", {})  # older checkpoints store extra state as tensors
         for name in extra:
             if name in saved:
                 weights[name] = saved[name]
             elif f"model.{name}" in index:
                 shape, dtype = index[f"model.{name}"]
                 weights[name] = read[name] = torch.empty(shape, dtype=dtype)
-            elif self._module().strict_loading:  # else its hook has kept it out, too
+            elif self._module().strict_loading:  # otherwise a hook has kept it out
                 raise CheckpointError(
                     f"checkpoint {path} has no {name}, which get_extra_state() of the model gives now",
                     hint="use the model that the checkpoint was made with",
@@ -354,9 +355,9 @@ def _bare(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
 def _in_place_of_parameters(
     module: pl.LightningModule, weights: dict[str, Any], group: str, names: list[str]
 ) -> reader.Tensors:
-    """What to read: a group's tensors into the parameters of its names, the rest from the model's."""
+    """Return what to read: the group's tensors into the parameters they replace, the rest from the model's."""
     named = dict(parameters_by_name(module))
-    # A tied parameter has one tensor in the group; reading its other names would overwrite that.
+    # A tied parameter has one tensor in the group; reading the model's tensor for its other names would overwrite it.
     taken = {id(named[name]) for name in names if name in named}
     rest = {name: tensor for name, tensor in weights.items() if id(named.get(name)) not in taken}
     return {"model": rest, group: {name: weights[name] for name in names if name in weights}}

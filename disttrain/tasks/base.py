@@ -1,15 +1,15 @@
-"""The base task: one gradient and one metric, however a global batch is cut.
+"""The base task: the same gradient and metrics however a global batch is divided.
 
-A subclass writes :meth:`Task.forward`, :meth:`Task.losses` (one loss a sample or token, unreduced) and its
-metrics, and nothing about ranks. The base sees to it that
+A subclass defines :meth:`Task.forward`, :meth:`Task.losses` (one unreduced loss per sample or token) and its metrics,
+without any code for ranks. The base class guarantees:
 
-- a step's gradient is that of ``sum(w_i * loss_i) / sum(w_i)`` over the *global* batch: micro batches add
-  weighted sums, the weights are gathered from the ranks once a step (while the backward pass runs), and one
-  division follows. A mean of the micro batches' means would be another gradient whenever their weights differ.
-- an evaluation metric is that of all samples, each counted once: padding has weight 0 and is cut off before
-  the metrics see it, and every rank runs the same number of forward passes.
+- A step's gradient is that of ``sum(w_i * loss_i) / sum(w_i)`` over the *global* batch. Micro batches add weighted
+  sums, the weights are gathered from the ranks once per step during the backward pass, and one division follows.
+  Averaging the micro batches' means would give a different gradient whenever their weights differ.
+- An evaluation metric counts every sample once. Padding has weight 0 and is removed before the metrics see it, and
+  every rank runs the same number of forward passes.
 
-Cost: one gathering of two numbers a micro batch and one pass over the gradients a step; the device is never waited for.
+Cost: per step, one gather of two numbers per micro batch and one pass over the gradients; no device synchronization.
 """
 
 from __future__ import annotations
@@ -52,90 +52,91 @@ LOSS = "loss"
 
 
 class Task(pl.LightningModule):
-    """A LightningModule whose gradient and metrics do not depend on the layout of a run.
+    """A LightningModule whose gradient and metrics do not depend on the run's layout.
 
     Args:
-        optimizer: which optimizer; :meth:`configure_optimizers` may be overridden instead.
-        schedule: how its learning rate moves.
+        optimizer: the optimizer; alternatively, override :meth:`configure_optimizers`.
+        schedule: the learning-rate schedule.
     """
 
     def __init__(self, *, optimizer: OptimizerConfig | None = None, schedule: ScheduleConfig | None = None) -> None:
         super().__init__()
         self.optimizer_config = optimizer or OptimizerConfig()
         self.schedule_config = schedule or ScheduleConfig()
-        self.evaluation = nn.ModuleDict()  # split -> its metrics; filled when a split is first evaluated
+        self.evaluation = nn.ModuleDict()  # metrics by split, created when a split is first evaluated
         self.grad_norm: Tensor | None = None
-        """Norm of the last step's gradient before clipping, where it was taken. float64 scalar."""
+        """Norm of the last step's gradient before clipping, if computed. float64 scalar."""
         self.judge: Callable[[Optimizer, Tensor, Tensor], None] | None = None
-        """Is told a step's loss over the global batch and its gradient norm, float64 scalars, before the optimizer
-        steps."""
+        """Called before each optimizer step with the loss over the global batch and the gradient norm (float64
+        scalars)."""
         self.last_evaluation: dict[str, float] = {}
-        """The metrics of the last validation or test, by the name they are logged under."""
+        """Metrics of the last validation or test, by logged name."""
         self._step_sums: list[Tensor] = []  # [sum of weighted losses, sum of weights] of this step's micro batches
-        self._all_sums: Tensor | None = None  # the same of all ranks, by rank
+        self._all_sums: Tensor | None = None  # the same for all ranks, in rank order
         self.train_sums: Tensor | None = None
-        """Sum of the weighted losses and sum of the weights over all ranks and the steps since the last log, float64 of
-        shape (2,); None where there was no step. Part of a checkpoint."""
+        """Sum of weighted losses and sum of weights, over all ranks and the steps since the last log line. float64,
+        shape (2,); None before the first step. Saved in checkpoints."""
         self._step_loss: Tensor | None = None
         self._pending: dist.Work | None = None
         self._nominal = 0.0  # not known yet
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Lightning's, which reads a file of its own; disttrain's checkpoints are folders."""
+        """Load one of Lightning's checkpoint files; disttrain's checkpoints are folders and are rejected."""
         refuse_folder(checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
-    # What a subclass writes.
+    # To be defined by subclasses.
 
     def forward(self, batch: Batch) -> Any:
-        """The model's outputs for a micro batch."""
+        """Return the model's outputs for a micro batch."""
         raise NotImplementedError(f"{class_name(self)} must define forward(batch)")
 
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
-        """The unreduced losses: shape (samples,), or (samples, tokens)."""
+        """Return unreduced losses, shape (samples,) or (samples, tokens)."""
         raise NotImplementedError(f"{class_name(self)} must define losses(outputs, batch)")
 
     def loss_weights(self, batch: Batch) -> Tensor | None:
-        """Weights of the losses, shape of the losses or (samples,); None weighs all alike.
+        """Return loss weights, in the losses' shape or (samples,); None means equal weights.
 
-        Padding is masked on top of this.
+        Padding is masked in addition.
         """
         return None
 
     def allowed_values(self) -> Mapping[str, Allowed]:
-        """The numbers that fields may hold in training and evaluation, by the field's name; any by default.
+        """Return the values allowed in each field in training and evaluation, by field name; by default all.
 
-        A sample with another one is a bad sample, named by shard and key, or skipped (``data.on_bad_sample``).
-        ``{"label": disttrain.data.decode.allowed_values.classes(10)}`` allows whole numbers from 0 to 9.
+        A sample with another value is a bad sample: an error names its shard and key, or it is skipped
+        (``data.on_bad_sample``). ``{"label": disttrain.data.decode.allowed_values.classes(10)}`` allows the integers
+        from 0 to 9.
         """
         return {}
 
     def build_metrics(self) -> Mapping[str, Metric]:
-        """Metrics of an evaluation, by the name they are logged under; the loss is always there."""
+        """Return evaluation metrics by logged name; the loss is added automatically."""
         return {}
 
     def update_metrics(self, metrics: Mapping[str, Metric], outputs: Any, batch: Batch) -> None:
-        """Update the metrics with real samples; padding has been cut off."""
+        """Update the metrics with real samples; padding has been removed."""
 
     def predict(self, outputs: Any, batch: Batch) -> dict[str, Any]:
-        """What ``disttrain predict`` writes for each sample: names to sequences of one value a sample."""
+        """Return what ``disttrain predict`` writes: by name, a sequence with one value per sample."""
         return {"output": outputs}
 
     # Training: law 3.
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Weighted sum of a micro batch's losses, scaled so that the reduced gradient is a fixed multiple."""
+        """Return a micro batch's weighted loss sum, scaled so that the reduced gradient is a fixed multiple of it."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._step_sums.clear()  # an attempt that was broken off in a step has left some
+            self._step_sums.clear()  # an attempt interrupted within a step leaves some
         outputs = self(check_batch(batch, self))
         total, weight = self._weighted(outputs, batch)
         self._nominal = self._nominal_weight(batch)
         self._step_sums.append(torch.stack((total.detach().double(), weight.double())))
         if ends_step(self.trainer):
             self._gather_sums()
-        # Lightning divides by the accumulation and the strategies by the ranks; a nominal weight keeps the
-        # scale of the gradients near that of a mean until the true weight is known.
+        # Undo Lightning's division by the accumulation and the strategy's by the ranks. Dividing by a nominal weight
+        # keeps gradients at about the scale of a mean until the true weight is known.
         return total * (self.trainer.accumulate_grad_batches * data_ranks(self.trainer).size / self._nominal)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -145,10 +146,10 @@ class Task(pl.LightningModule):
             with waiting_for("the gathering of the step's loss"):
                 self._pending.wait()
             self._pending = None
-        # One sum over all micro batches in one order: the same bits, whoever ran them.
+        # Summing all micro batches in one fixed order gives the same bits whichever ranks ran them.
         sums, self._all_sums = self._all_sums.sum(dim=0), None
         weight = sums[1]
-        # A step whose weights are all zero has no gradient; 0/0 would poison the weights.
+        # If all weights of a step are zero, the gradient is zero; 0/0 would turn the weights into NaN.
         factor = torch.where(weight > 0, self._nominal / weight.clamp(min=1e-30), torch.zeros_like(weight))
         scale_gradients(self.parameters(), factor)
         self.train_sums = sums if self.train_sums is None else self.train_sums + sums
@@ -160,7 +161,7 @@ class Task(pl.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the whole gradient under every strategy, and keep its norm before that for the log."""
+        """Clip the whole gradient under every strategy, and keep its norm before clipping for the log."""
         bound, ordered = float(gradient_clip_val or 0), adds_in_tree(self.trainer.strategy)
         if bound and gradient_clip_algorithm == "value":
             self.grad_norm = clip_gradient_value(self.parameters(), bound, ordered=ordered)
@@ -172,7 +173,7 @@ class Task(pl.LightningModule):
             self.judge(optimizer, self._step_loss, self.grad_norm)
 
     def take_train_loss(self) -> Tensor | None:
-        """The loss over the global batches since this was last called; float64 scalar, the same on all ranks."""
+        """Return the mean loss since the last call, the same on all ranks, and reset it. float64 scalar."""
         if self.train_sums is None:
             return None
         loss = self.train_sums[0] / self.train_sums[1]
@@ -180,7 +181,7 @@ class Task(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        """The configured optimizer and its schedule, stepped once an optimizer step."""
+        """Build the configured optimizer and its schedule, which steps once per optimizer step."""
         optimizer = build_optimizer(self, self.optimizer_config)
         steps, config = run_steps(self.trainer) or 0, self.schedule_config
         fitted = fit_warmup(config, steps)
@@ -201,35 +202,35 @@ class Task(pl.LightningModule):
         self._evaluate("test", batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Predictions for the real samples of a micro batch, with their keys."""
+        """Return predictions for the real samples of a micro batch, with their keys."""
         outputs, batch = self._real(self(check_batch(batch, self)), batch)
         found = self.predict(outputs, batch)
         check_names(found, where=f"what {class_name(self)}.predict() returns")
         return {KEY: batch[KEY], **found}
 
     def on_validation_epoch_start(self) -> None:
-        """Start the validation metrics afresh."""
+        """Reset the validation metrics."""
         self._reset("val")
 
     def on_test_epoch_start(self) -> None:
-        """Start the test metrics afresh."""
+        """Reset the test metrics."""
         self._reset("test")
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation metrics, one value for all ranks."""
+        """Log the validation metrics; the values are the same on all ranks."""
         self._log_evaluation("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the test metrics, one value for all ranks."""
+        """Log the test metrics; the values are the same on all ranks."""
         self._log_evaluation("test")
 
-    # How it is done.
+    # Implementation.
 
     def _weighted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum of the weighted losses and sum of the weights over a micro batch, scalars.
+        """Return a micro batch's sum of weighted losses and sum of weights, as scalars.
 
         Raises:
-            ConfigError: there is not one loss a sample, or the weights do not fit the losses.
+            ConfigError: there is not one loss per sample, or the weights do not match the losses.
         """
         size, losses = batch[WEIGHT].shape[0], self.losses(outputs, batch)
         self._check_losses(losses, size)
@@ -239,7 +240,7 @@ class Task(pl.LightningModule):
         if own is not None:
             self._check_weights(own, losses)
             weights = weights * _like(own, losses)
-        # Padding may hold anything; a NaN there times 0 would still be NaN.
+        # Padding may hold any value, and NaN times 0 is still NaN, so multiplying by the mask is not enough.
         return torch.where(weights != 0, losses * weights, 0.0).sum(), weights.sum()
 
     def _check_losses(self, losses: Any, size: int) -> None:
@@ -263,20 +264,20 @@ class Task(pl.LightningModule):
         )
 
     def _nominal_weight(self, batch: Batch) -> float:
-        """About the weight of a global batch: its number of samples, one number for all ranks and micro batches.
+        """Return the approximate weight of a global batch: its size, the same for all ranks and micro batches.
 
-        A collective in the first step of a run with a loader that is not disttrain's.
+        Collective in the first step of a run, if the loader is not disttrain's.
         """
         data = sharded_data(self.trainer)
         if data is not None and data.plan is not None:
             return float(data.global_batch_size)
         if self._nominal:
-            return self._nominal  # any number will do, as long as it stays the same
+            return self._nominal  # any number works as long as it does not change
         largest = max(gather(int(batch[WEIGHT].shape[0])))
         return float(largest * self.trainer.accumulate_grad_batches * data_ranks(self.trainer).size)
 
     def _gather_sums(self) -> None:
-        """Start to gather this step's losses and weights from the ranks, while the backward pass runs."""
+        """Start gathering this step's losses and weights from all ranks, during the backward pass."""
         own = gathered = torch.stack(self._step_sums)
         ranks = data_ranks(self.trainer)
         if ranks.size > 1:
@@ -310,7 +311,7 @@ class Task(pl.LightningModule):
     def _evaluate(self, split: str, batch: Batch) -> None:
         outputs = self(check_batch(batch, self))
         if batch[COUNT] == 0:
-            return  # padding alone: the forward pass was run for the other ranks' collectives
+            return  # only padding: the forward pass ran for the other ranks' collectives
         outputs, batch = self._real(outputs, batch)
         total, weight = self._weighted(outputs, batch)
         metrics = self._metrics(split)
@@ -318,7 +319,7 @@ class Task(pl.LightningModule):
         self.update_metrics({name: m for name, m in metrics.items() if name != LOSS}, outputs, batch)
 
     def _real(self, outputs: Any, batch: Batch) -> tuple[Any, Batch]:
-        """Outputs and batch without padding, which stands at the end; cut by a number the host knows."""
+        """Return outputs and batch without trailing padding; the count is on the host, so nothing synchronizes."""
         rows = Rows(batch[WEIGHT].shape[0], batch[COUNT])
         return (outputs, batch) if rows.real == rows.size else (real_rows(outputs, rows), real_rows(batch, rows))
 
@@ -326,20 +327,21 @@ class Task(pl.LightningModule):
         self.last_evaluation = {}
         for name, metric in self._metrics(split).items():
             with warnings.catch_warnings():
-                # A rank that saw padding alone has updated nothing; the others' states make its value.
+                # torchmetrics warns if update() was not called: on a rank with only padding, which is fine, since
+                # compute() reduces the states of all ranks.
                 warnings.filterwarnings("ignore", message="The ``compute`` method of metric", category=UserWarning)
                 value = metric.compute()
-            # The values are equal on all ranks; their maximum is that value, agreed on, to the last bit.
-            # Lightning would write them under the step before; StepLog writes them under theirs.
+            # The values are equal on all ranks, so a maximum leaves them bit-identical (a mean could round).
+            # logger=False: Lightning would log them one step too early; StepLog logs them at the right step.
             self.log(f"{split}/{name}", value, sync_dist=True, reduce_fx="max", logger=False)
             self.last_evaluation[f"{split}/{name}"] = float(value)
 
 
 def tensor_field(batch: Batch, name: str) -> Tensor:
-    """A field of a batch that must be a tensor.
+    """Return a field of a batch that must be a tensor.
 
     Raises:
-        DataError: the batch lacks it, or its decoder gave something else.
+        DataError: the batch lacks it, or its decoder returned something else.
     """
     if name not in batch:
         fields = [field for field in batch if not field.startswith("__")]
@@ -356,7 +358,7 @@ def tensor_field(batch: Batch, name: str) -> Tensor:
 
 
 def run_steps(trainer: pl.Trainer) -> int | None:
-    """Optimizer steps until a run's limit, None where it has none or the length of an epoch is not known."""
+    """Return a run's total optimizer steps; None if it has no limit or the epoch length is unknown."""
     limits = [trainer.max_steps] if trainer.max_steps > 0 else []
     loaded = sharded_data(trainer)
     if loaded is not None and trainer.max_epochs is not None and trainer.max_epochs > 0:
@@ -365,14 +367,14 @@ def run_steps(trainer: pl.Trainer) -> int | None:
 
 
 def _like(weights: Tensor, losses: Tensor) -> Tensor:
-    """Weights a sample as weights a loss: (samples,) becomes the shape of the losses."""
+    """Broadcast weights to the losses: shape (samples,) becomes the losses' shape."""
     if weights.ndim < losses.ndim:
         weights = weights.reshape(weights.shape + (1,) * (losses.ndim - weights.ndim)).expand_as(losses)
     return weights.to(losses.dtype)
 
 
 def _shape(value: Any) -> str:
-    """What a value is, for a message."""
+    """Describe a value for an error message."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
     return f"a tensor of shape {tuple(value.shape)}" if value.ndim else "a single number, shape ()"

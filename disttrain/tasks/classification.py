@@ -19,17 +19,17 @@ from disttrain.tasks.base import Task, tensor_field
 
 
 class ClassificationTask(Task):
-    """Trains a model that gives logits, by cross-entropy.
+    """Trains a model that outputs logits, with cross-entropy.
 
     Args:
         model: maps the input, shape (samples, ...), to logits, shape (samples, num_classes).
         num_classes: number of classes.
         input: name of the input field.
-        target: name of the class field, int64, shape (samples,); a label outside the classes makes a bad sample.
-        scale: factor on the input, which is converted to float32 (to bfloat16 where that is the precision).
-        label_smoothing: share of the target spread evenly over all classes (Szegedy et al. 2016).
-        optimizer: which optimizer.
-        schedule: how its learning rate moves.
+        target: name of the label field, int64, shape (samples,); a sample with a label out of range is a bad sample.
+        scale: factor on the input, which is converted to float32 (bfloat16 with ``bf16-true``).
+        label_smoothing: share of the target distributed evenly over all classes (Szegedy et al. 2016).
+        optimizer: the optimizer.
+        schedule: the learning-rate schedule.
     """
 
     def __init__(
@@ -52,23 +52,23 @@ class ClassificationTask(Task):
         self.input, self.target, self.scale = input, target, scale
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits, shape (samples, num_classes)."""
+        """Return logits, shape (samples, num_classes)."""
         logits: Tensor = self.model(tensor_field(batch, self.input).to(torch.get_default_dtype()) * self.scale)
         return logits
 
     def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy of each sample in float32, shape (samples,); smoothed in training only."""
+        """Return each sample's cross-entropy in float32, shape (samples,); label smoothing applies in training only."""
         smoothing = self.label_smoothing if self.training else 0.0
         return F.cross_entropy(
             outputs.float(), tensor_field(batch, self.target), reduction="none", label_smoothing=smoothing
         )
 
     def allowed_values(self) -> Mapping[str, Allowed]:
-        """Labels from 0 to ``num_classes - 1``."""
+        """Allow labels from 0 to ``num_classes - 1``."""
         return {self.target: classes(self.num_classes)}
 
     def build_metrics(self) -> Mapping[str, Metric]:
-        """Accuracy over all samples, and the mean of the classes' F1 scores."""
+        """Return accuracy over all samples and macro-averaged F1."""
         return {
             "accuracy": MulticlassAccuracy(self.num_classes, average="micro"),
             "f1": MulticlassF1Score(self.num_classes, average="macro"),
@@ -81,6 +81,6 @@ class ClassificationTask(Task):
             metric.update(predicted, batch[self.target])
 
     def predict(self, outputs: Tensor, batch: Batch) -> dict[str, Any]:
-        """The predicted class and its probability."""
+        """Return the predicted class and its probability."""
         probability, predicted = torch.softmax(outputs.float(), dim=1).max(dim=1)
         return {"class": predicted, "probability": probability}

@@ -11,7 +11,7 @@ from torchmetrics.regression import R2Score
 class WeightedMean(Metric):
     """``sum(w_i * v_i) / sum(w_i)`` over all samples of all ranks, summed in float64.
 
-    NaN where the weights sum to zero.
+    NaN if the weights sum to zero.
     """
 
     full_state_update = False
@@ -33,18 +33,18 @@ class WeightedMean(Metric):
         self.weight += weight
 
     def compute(self) -> Tensor:
-        """The mean, a float64 scalar."""
+        """Return the mean, a float64 scalar."""
         return self.total / self.weight
 
 
 class ExplainedShare(R2Score):
-    """R2, the share of the target's variance that predictions explain; NaN for fewer than two samples.
+    """R2, the share of the target's variance that the predictions explain; NaN for fewer than two samples.
 
-    torchmetrics raises there, which would end a run whose evaluation split is that small.
+    torchmetrics raises in that case, which would end a run with such a small evaluation split.
     """
 
     def compute(self) -> Tensor:
-        """The share, a scalar: 1 at best, 0 for the mean, negative for worse."""
+        """Return R2, a scalar: 1 is perfect, 0 is as good as predicting the mean, negative is worse."""
         if self.total < 2:
             return torch.full((), torch.nan, device=self.device)
         value: Tensor = super().compute()
