@@ -1,1 +1,1 @@
-"""The only place that names protected parts of Lightning; against another Lightning, its tests fail first."""
+"""The only package that uses protected parts of Lightning, so its tests are the first to fail on a new version."""

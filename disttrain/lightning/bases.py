@@ -1,4 +1,4 @@
-"""Lightning's classes with public names for what disttrain overrides in them."""
+"""Lightning's classes, with public names for the protected methods that disttrain overrides."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TrainerBase(pl.Trainer):
         teardown()
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        # Lightning has set trainer.state and trainer.lightning_module by now, which fit() and its siblings have not.
+        # Overridden here because trainer.state and trainer.lightning_module are set, unlike in fit(), test() etc.
         return self.around_run(lambda: super(TrainerBase, self)._run(*args, **kwargs))
 
     def _teardown(self) -> None:
@@ -42,7 +42,7 @@ class TrainerBase(pl.Trainer):
 
 
 class StrategyBase(DDPStrategy):
-    """Lightning's DDP, whose environment, launcher and set-up both of disttrain's strategies use."""
+    """Lightning's DDP; both of disttrain's strategies use its environment, launcher and setup."""
 
     @property
     def timeout(self) -> timedelta | None:
@@ -63,8 +63,8 @@ class StrategyBase(DDPStrategy):
         return self.backend_name()
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        # On the current stream: Lightning 2.6.6 wraps on a side stream, on which the nodes that accumulate gradients
-        # then stay, so that every backward pass waits for it (https://github.com/Lightning-AI/pytorch-lightning/pull/21746).
+        # On the current stream. Lightning 2.6.6 wraps on a side stream; autograd then runs gradient accumulation on
+        # that stream, so every backward pass waits for it (https://github.com/Lightning-AI/pytorch-lightning/pull/21746).
         return DistributedDataParallel(model, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
 
 

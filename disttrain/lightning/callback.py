@@ -1,4 +1,4 @@
-"""A Lightning callback that is also told when an optimizer step is over."""
+"""A Lightning callback with an additional hook at the end of each optimizer step."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ class Callback(callbacks.Callback):
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called after each optimizer step, on all ranks, once per global batch.
 
-        ``trainer.global_step`` counts the step. ``on_train_batch_end`` of its last micro batch is over for all
-        callbacks and the module; the validation that may be due is still to come. A checkpoint may be saved here.
+        ``trainer.global_step`` already counts the step. All callbacks and the module have run ``on_train_batch_end``
+        for its last micro batch; a validation, if due, runs afterwards. A checkpoint may be saved here.
         """

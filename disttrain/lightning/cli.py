@@ -1,4 +1,4 @@
-"""Lightning's command line with public names for what disttrain overrides in it."""
+"""Lightning's command line, with public names for the protected methods that disttrain overrides."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 
 class CLIBase(LightningCLI):
-    """A command line whose subcommands are its own methods, which read what they need from the configuration."""
+    """A command line whose subcommands are methods that read their arguments from the configuration."""
 
     runs = True
     """Whether to run the subcommand or only read its configuration."""
 
     def given(self, name: str) -> Any:
-        """Return a setting of this subcommand; None if there is none of that name."""
+        """Return a setting of this subcommand; None if it does not exist."""
         assert self.subcommand is not None
         return self.config[self.subcommand].get(name)
 
     def fills(self, subcommand: str) -> bool:
-        """Whether a subcommand's parser is needed; filling one takes 0.2 s."""
+        """Return whether a subcommand's parser is needed; building one takes 0.2 s."""
         return True
 
     def add_subcommand_arguments(self, parser: LightningArgumentParser, subcommand: str) -> None:

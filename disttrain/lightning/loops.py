@@ -1,6 +1,6 @@
-"""The training loop, which counts optimizer steps; it stands in for Lightning's, which counts micro batches.
+"""A training loop that counts optimizer steps; it replaces Lightning's, which counts micro batches.
 
-What happens in a fit, with the hooks of callbacks and module in their places::
+The order of events in a fit, with the hooks of callbacks and module::
 
     for epoch in epochs:                     on_train_epoch_start
         for step in epoch:
@@ -14,10 +14,10 @@ What happens in a fit, with the hooks of callbacks and module in their places::
             if a validation is due:          on_validation_start, ..., on_validation_end
                                              on_train_epoch_end
 
-Lightning calls ``on_train_batch_end`` of all callbacks before that of the module. What a module does there, such as
-moving a teacher's weights, belongs to the step, so what saves or ends a run does so in ``on_step_end``, which comes
-later. Lightning's own counters of micro batches are kept as it keeps them, for its callbacks and loggers;
-:mod:`disttrain.lightning.position` turns them into steps and back. Cost: one look at each callback a step.
+Lightning calls ``on_train_batch_end`` of all callbacks before the module's. What a module does there, such as updating
+a teacher's weights, is part of the step, so code that saves or ends a run uses the later hook ``on_step_end``.
+Lightning's micro-batch counters are maintained as in Lightning, for its callbacks and loggers;
+:mod:`disttrain.lightning.position` converts them to steps and back. Cost: one iteration over the callbacks per step.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from disttrain.lightning.position import steps_per_epoch
 
 
 def use_own_loops(trainer: pl.Trainer, *, validate_every_steps: int | None = None) -> None:
-    """Replace a trainer's loops by ours, which start at step 0 with the same limits; loading a checkpoint moves them.
+    """Replace a trainer's loops with ours: same limits, starting at step 0 until a checkpoint is loaded.
 
     Args:
         trainer: a trainer that is not running.
-        validate_every_steps: optimizer steps between validations; by default Lightning's settings say when.
+        validate_every_steps: optimizer steps between validations; by default as in Lightning's settings.
     """
     given = trainer.fit_loop
     own = FitLoop(trainer, min_epochs=given.min_epochs, max_epochs=given.max_epochs)
@@ -51,7 +51,7 @@ def use_own_loops(trainer: pl.Trainer, *, validate_every_steps: int | None = Non
 
 
 def first_validation(trainer: pl.Trainer) -> float:
-    """Return the step of a new run's first validation, once the loader is set up; infinite if it is not known."""
+    """Return the step of a new run's first validation, once the loader is set up; infinite if unknown."""
     loop = trainer.fit_loop.epoch_loop
     if isinstance(loop, StepLoop) and loop.validate_every_steps is not None:
         return loop.validate_every_steps
@@ -59,35 +59,35 @@ def first_validation(trainer: pl.Trainer) -> float:
 
 
 class FitLoop(_FitLoop):
-    """Lightning's loop over epochs, which also ends a run whose training was over when it was interrupted.
+    """Lightning's loop over epochs, which also finishes a run that was interrupted after its last step.
 
-    Lightning's returns at once if no step is left to do, without the hooks that end a training: a run killed between
-    its last checkpoint and its end would never restore its best weights nor be recorded as complete. This loop starts
-    and ends such a training, with no step between.
+    Lightning's loop returns immediately if no steps are left, without calling the hooks at the end of training. A run
+    killed between its last checkpoint and its end would then never restore its best weights or be recorded as
+    complete. This loop starts and ends training in that case, without a step in between.
     """
 
     @property
     def skip(self) -> bool:
-        """Whether there is nothing to do; a resumed run always has to run the hooks of its end."""
+        """Whether there is nothing to do; a resumed run always has to call the hooks at its end."""
         nothing_to_read = self.max_batches == 0 or self.trainer.limit_train_batches == 0
         return super().skip and (nothing_to_read or not self._loaded_from_state_dict)
 
     def advance(self) -> None:
         """Run an epoch, or the rest of one."""
         super().advance()
-        # While restarting, Lightning skips schedules that need a metric at the end of an epoch, since its checkpoints
-        # hold no metrics; ours do. Its property `restarting` would set this again if there is a limit in steps.
+        # While restarting, Lightning skips metric-based schedules at the end of an epoch, because its checkpoints hold
+        # no metrics; ours do. Its `restarting` property would set the flag again if max_steps is set, so bypass it.
         self._restarting = False
 
 
 class StepLoop(_TrainingEpochLoop):
-    """An epoch, step by step: :meth:`advance` is one optimizer step, :meth:`on_advance_end` the validation after it.
+    """Runs an epoch: :meth:`advance` is one optimizer step, :meth:`on_advance_end` the validation after it.
 
     Args:
-        trainer: whose loop it is.
-        min_steps: optimizer steps before which nothing stops the run early.
-        max_steps: optimizer steps at which the run ends, -1 for no limit.
-        validate_every_steps: optimizer steps between validations; by default Lightning's settings say when.
+        trainer: the trainer that runs this loop.
+        min_steps: optimizer steps before which the run cannot stop early.
+        max_steps: optimizer steps at which the run ends; -1 for no limit.
+        validate_every_steps: optimizer steps between validations; by default as in Lightning's settings.
     """
 
     def __init__(
@@ -101,36 +101,36 @@ class StepLoop(_TrainingEpochLoop):
         super().__init__(trainer, min_steps, max_steps)
         self.validate_every_steps = validate_every_steps
         self.plateaus_due = False
-        """Whether schedules that need a metric (``ReduceLROnPlateau``) have yet to see the last step."""
+        """Whether metric-based schedules (``ReduceLROnPlateau``) have not been stepped since the last step."""
         self.resumed_metrics: Mapping[str, float] | None = None
-        """The metrics that such schedules may need, from a checkpoint that was loaded."""
+        """The metrics that such schedules may need, from the loaded checkpoint."""
         self._stands = False  # whether the last advance ran no micro batch
 
     @property
     def global_step(self) -> int:
-        """Optimizer steps done: one per global batch, even if a module that optimizes by hand steps more often."""
+        """Optimizer steps done: one per global batch, even if a module with manual optimization steps more often."""
         module = self.trainer.lightning_module
         if module is None or module.automatic_optimization:
             return super().global_step
-        # Lightning counts each call of each optimizer's step(); checkpoints, limits and samples count batches.
+        # Lightning counts every optimizer's step() calls; checkpoints, limits and data positions need global batches.
         counts: Any = self.batch_progress.total
         return int(counts.processed // self.trainer.accumulate_grad_batches)
 
     def reset(self) -> None:
         """Begin or continue an epoch."""
         with warnings.catch_warnings():
-            # disttrain's loaders take the position from the trainer; data/loader/user_loaders.py warns about others.
+            # disttrain's loaders read the position from the trainer; data/loader/user_loaders.py warns about others.
             warnings.filterwarnings("ignore", message=".*dataloader is not resumable")
             super().reset()
 
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
-        """Begin or continue an epoch, and step the schedules that a checkpoint was saved before."""
+        """Begin or continue an epoch, and step metric-based schedules that the checkpoint was saved before."""
         super().on_run_start(data_fetcher)
         if self.resumed_metrics is None:
             return
         metrics, self.resumed_metrics = self.resumed_metrics, None
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
-        # If a validation was due at this step, Lightning passes that place again without one, and steps them there.
+        # If a validation was due at this step, Lightning revisits it without validating, and steps the schedules there.
         if self.plateaus_due and not validation_follows(self.trainer):
             self.update_lr_schedulers("step", update_plateau_schedulers=True)
 
@@ -146,7 +146,7 @@ class StepLoop(_TrainingEpochLoop):
         """Train for one optimizer step."""
         self._advance_by_micro_batch(data_fetcher)
         while not ends_step(self.trainer):
-            self.on_iteration_done()  # Lightning's run() calls it after each: it ends the state of restarting
+            self.on_iteration_done()  # as Lightning's run() does after each; resets the restarting flag
             self._advance_by_micro_batch(data_fetcher)
         if self._stands:
             return
@@ -158,7 +158,7 @@ class StepLoop(_TrainingEpochLoop):
     def _advance_by_micro_batch(self, data_fetcher: _DataFetcher) -> None:
         before = self.batch_progress.total.ready
         super().advance(data_fetcher)
-        # When it restarts at a step with a validation, Lightning's first advance returns at once to pass that place.
+        # After a restart at a step with a validation, Lightning's first advance() returns without running a batch.
         self._stands = self.batch_progress.total.ready == before
 
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
@@ -169,6 +169,6 @@ class StepLoop(_TrainingEpochLoop):
         return bool(due and ends_step(self.trainer) and self.trainer.enable_validation)
 
     def _broadcast_sigterm_tensor(self) -> None:
-        # Lightning asks before every batch whether a rank was signalled, which costs a collective a step
+        # Lightning broadcasts before every batch whether rank 0 received SIGTERM, which costs a collective per batch
         # (https://github.com/Lightning-AI/pytorch-lightning/pull/20825); disttrain votes in the background.
         pass

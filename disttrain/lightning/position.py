@@ -1,9 +1,9 @@
-"""The position of a run in optimizer steps, and Lightning's loop counters for a position.
+"""Convert between a run's position in optimizer steps and Lightning's loop counters.
 
-This is the only place that converts between micro batches and steps. Lightning counts micro batches and keeps some
-sixty counters; a run on another number of ranks has another accumulation, so none of them can be stored. A checkpoint
-holds three numbers instead, and the counters are rebuilt for the layout that resumes. Checkpoints are taken at step
-boundaries, after the validation that is due there, so three numbers suffice.
+This is the only module that converts between micro batches and steps. Lightning keeps about sixty counters of micro
+batches. They depend on the accumulation, which changes with the number of ranks, so they are not saved. A checkpoint
+holds three numbers instead, and the counters are rebuilt for the layout that resumes. Three numbers suffice because
+checkpoints are saved at step boundaries, after any validation due there.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Progress:
 
     Attributes:
         epoch: epochs completed.
-        step: optimizer steps done in the epoch that is under way.
-        global_step: optimizer steps done in all.
+        step: optimizer steps done in the current epoch.
+        global_step: optimizer steps done in total.
     """
 
     epoch: int
@@ -33,7 +33,7 @@ class Progress:
     global_step: int
 
     def as_dict(self) -> dict[str, int]:
-        """Plain numbers for a file."""
+        """Return the numbers as a dictionary, for a file."""
         return asdict(self)
 
 
@@ -44,12 +44,12 @@ def epochs_done(trainer: pl.Trainer) -> int:
 
 
 def steps_into_epoch(trainer: pl.Trainer) -> int:
-    """Return the number of optimizer steps of the current epoch that have begun."""
+    """Return the number of optimizer steps begun in the current epoch."""
     return micro_batches_into_epoch(trainer) // trainer.accumulate_grad_batches
 
 
 def micro_batches_into_epoch(trainer: pl.Trainer) -> int:
-    """Return the number of micro batches of the current epoch that have begun."""
+    """Return the number of micro batches begun in the current epoch."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
 
@@ -59,7 +59,7 @@ def micro_batch_of_step(trainer: pl.Trainer) -> int:
 
 
 def micro_batch_of_global_batch(trainer: pl.Trainer, rank: int) -> int:
-    """Return the index of the current micro batch within the global batch; each rank has a contiguous part of it.
+    """Return the index of the current micro batch within the global batch; each rank has a contiguous range.
 
     Args:
         trainer: the trainer.
@@ -78,13 +78,13 @@ def progress_of(trainer: pl.Trainer) -> Progress:
     """Return the position of a trainer.
 
     Raises:
-        CheckpointError: it is between two micro batches of a step, whose gradients would be lost.
+        CheckpointError: it is within a step, whose accumulated gradients would be lost.
     """
     loop = trainer.fit_loop
     micro, accumulation = loop.epoch_loop.batch_progress.current.ready, trainer.accumulate_grad_batches
     epochs: Any = loop.epoch_progress.current
-    if epochs.started == epochs.processed:  # between two epochs: the counters of the last one still stand
-        if micro and not loop.epoch_loop.batch_progress.is_last_batch:  # the run's end was not the epoch's
+    if epochs.started == epochs.processed:  # between two epochs: the counters are still those of the last one
+        if micro and not loop.epoch_loop.batch_progress.is_last_batch:  # the run ended within the epoch
             return Progress(epochs.processed - 1, micro // accumulation, trainer.global_step)
         return Progress(epochs.processed, 0, trainer.global_step)
     if micro % accumulation and not loop.epoch_loop.batch_progress.is_last_batch:
@@ -122,9 +122,9 @@ def loop_state(trainer: pl.Trainer, progress: Progress) -> dict[str, Any]:
 
 
 def plateau_state(trainer: pl.Trainer) -> dict[str, Any]:
-    """What schedules that wait for a metric need at a resume: whether they have seen the last step, and their metrics.
+    """Return what metric-based schedules need at a resume: whether they are due, and their metrics.
 
-    Such a metric that is a mean over the steps of an epoch is named: a resume has the rest of the epoch alone.
+    Metrics averaged over an epoch's steps are listed separately: a resumed run can only average the rest of the epoch.
     """
     monitors = {config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
     if not monitors:
@@ -136,7 +136,7 @@ def plateau_state(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def restore_plateaus(trainer: pl.Trainer, state: dict[str, Any], progress: Progress) -> None:
-    """Give the training loop what :func:`plateau_state` returned; nothing where it is empty."""
+    """Restore what :func:`plateau_state` returned into the training loop; an empty state resets it."""
     loop: Any = trainer.fit_loop.epoch_loop
     loop.plateaus_due, loop.resumed_metrics = state.get("due", False), state.get("metrics")
     if progress.step and state.get("means"):
