@@ -1,7 +1,7 @@
 """``disttrain fit | validate | test | predict`` on LightningCLI: typed YAML, dotted overrides, ``--help``.
 
-``fit`` resumes what was interrupted, trains, restores the best weights, tests where there is a test split,
-prints a table of the result and writes the report. All ranks parse the same configuration; rank 0 speaks.
+``fit`` resumes an interrupted run, trains, restores the best weights, tests if there is a test split, prints the result
+as a table and writes the report. All ranks parse the same configuration; only rank 0 prints.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ from disttrain.version import __version__
 
 _EVALUATIONS = ("validate", "test", "predict")
 _OF_FIT = ("resume", "initialize_from", "initialize_strict", "report")
-"""How a run begins and ends: its own configuration holds it, which evaluations take, too, and pass over."""
+"""Settings that only ``fit`` uses. A run's own configuration contains them, so evaluations accept and ignore them."""
 
 
 class _Parser(LightningArgumentParser):
-    """A parser whose errors are disttrain's: one message, with the nearest key."""
+    """A parser that raises disttrain's errors: one message, with the nearest key."""
 
     def add_class_arguments(self, theclass: Any, nested_key: str | None = None, **kwargs: Any) -> list[str]:
-        """Add a class's settings; those of the data name files that are data, never further configuration.
+        """Add a class's settings; paths in the data settings are shards, never nested configuration files.
 
-        With ``sub_configs`` a setting that may be a list would be read from the file that it names: a shard.
+        With ``sub_configs``, jsonargparse would parse a shard as the value of any setting that accepts a list.
         """
         if nested_key == "data":
             kwargs["sub_configs"] = False
@@ -95,7 +95,7 @@ class TrainingCLI(CLIBase):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The subcommands; none of the Trainer's own arguments, which the data module and --resume replace."""
+        """Return subcommands and the Trainer arguments to hide, which the data module and --resume replace."""
         loaders = {"model", "datamodule", "ckpt_path", "weights_only"}
         return {
             "fit": loaders | {"train_dataloaders", "val_dataloaders", "resume"},
@@ -105,7 +105,7 @@ class TrainingCLI(CLIBase):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Stopping, checkpoints, and one seed for order, weights and dropout."""
+        """Add early stopping, checkpoints, the update guard, and one seed for order, weights and dropout."""
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
         parser.add_lightning_class_args(Checkpointing, "checkpoint")
         parser.add_lightning_class_args(UpdateGuard, "guard")
@@ -113,11 +113,11 @@ class TrainingCLI(CLIBase):
         parser.link_arguments("seed_everything", "trainer.seed", compute_fn=int)
 
     def fills(self, subcommand: str) -> bool:
-        """Whether it is the one that was chosen."""
+        """Return whether this is the chosen subcommand."""
         return subcommand == self._chosen
 
     def add_subcommand_arguments(self, parser: LightningArgumentParser, subcommand: str) -> None:
-        """Where to start from, and what to write."""
+        """Add arguments for where to start from and what to write."""
         if subcommand == "fit":
             parser.add_argument(
                 "--resume",
@@ -155,7 +155,7 @@ class TrainingCLI(CLIBase):
             _add_output_arguments(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the arguments given, whatever ``sys.argv`` holds."""
+        """Parse the given arguments, ignoring ``sys.argv``."""
         flags = {str(arg).removeprefix("--").partition("=")[0] for arg in args if str(arg).startswith("--")}
         for name in _OF_FIT:
             if name in flags and args[0] in _EVALUATIONS:
@@ -165,18 +165,19 @@ class TrainingCLI(CLIBase):
         self.config = parse(parser, args)
 
     def instantiate_classes(self) -> None:
-        """Make trainer, model and data; a setting that these refuse is an error of disttrain's."""
+        """Build trainer, model and data; report settings that they reject as disttrain's errors."""
         parallel = self.given("trainer.parallel")
         if parallel is not None and parallel.meta_init:
             with warnings.catch_warnings():
-                # Version 4.50 prefers an argument of a call that Lightning makes; versions below know this alone.
+                # jsonargparse 4.50 deprecates this in favor of an argument to a call inside Lightning; older versions
+                # have only this.
                 warnings.simplefilter("ignore")
                 self.parser.add_instantiator(_on_meta, nn.Module, subclasses=True)
         try:
             super().instantiate_classes()
         except ValueError as error:
             if own_error(error) is None and passed_through_users_code(error):
-                raise  # of the module's own __init__, say
+                raise  # raised by user code, such as the module's __init__
             raise own_error(error) or explain(str(error), []) from None
         assert self.subcommand is not None
         config = self.config[self.subcommand]
@@ -192,7 +193,7 @@ class TrainingCLI(CLIBase):
             return
         trainer.record.awaits_result = True
         start = trainer.find_start(self.given("resume"))
-        if start.checkpoint is None:  # a resumed run has its own weights
+        if start.checkpoint is None:  # a resumed run already has weights
             try:
                 self._initialize(start)
             except DisttrainError as error:
@@ -217,14 +218,14 @@ class TrainingCLI(CLIBase):
             trainer.record.note_output()
 
     def _is_complete(self) -> bool:
-        """Whether the run has come to its end and is not to be trained anew; then its result is shown. Rank 0 only."""
+        """Return whether the run is complete and not to be trained again; if so, show its result. Rank 0 only."""
         run_dir = self.trainer.run_dir
         again = self.given("resume") == "auto" or finished_by_this_job(run_dir)
         text, report = redacted(self._config_text), self.given("report")
         return again and show_complete(run_dir, text, tests=bool(self.datamodule.specs["test"]), report=report)
 
     def _initialize(self, start: Start) -> None:
-        """Begin with the weights that were asked for."""
+        """Load the weights given by ``--initialize_from``, if any."""
         source, strict = (self.given(name) for name in ("initialize_from", "initialize_strict"))
         if source is None:
             return
@@ -237,7 +238,7 @@ class TrainingCLI(CLIBase):
             path = resolve_path(source, name="--initialize_from")
             if start.aside is not None and path.is_relative_to(self.trainer.run_dir):
                 path = start.aside / path.relative_to(self.trainer.run_dir)
-            if (path / CHECKPOINTS).is_dir():  # a run's folder
+            if (path / CHECKPOINTS).is_dir():  # a run folder
                 path = best_checkpoint(path, "best", tell=start.notes.append)
             taken = initialize(self.model, path, strict=strict)
             start.notes.append(f"starting from the weights of {path}: {taken}")
@@ -251,7 +252,7 @@ class TrainingCLI(CLIBase):
         self._evaluate("test")
 
     def predict(self) -> None:
-        """Write one result a sample, in order."""
+        """Write one result per sample, in order."""
         names = ("output", "format", "samples_per_file", "overwrite")
         path, format, samples_per_file, overwrite = (self.given(name) for name in names)
         output = Output.choose(
@@ -294,7 +295,7 @@ class TrainingCLI(CLIBase):
 
     @cached_property
     def _config_text(self) -> str:
-        """The full configuration of this run, in a form that ``--config`` takes again."""
+        """The full configuration of this run, in a form that ``--config`` accepts."""
         assert self.subcommand is not None
         parser, config = self._parser(self.subcommand), self.config[self.subcommand]
         return str(parser.dump(config.clone() if isinstance(config, Namespace) else config, skip_none=False))
@@ -303,7 +304,7 @@ class TrainingCLI(CLIBase):
 def run(argv: list[str]) -> int:
     """Run a training subcommand; ``argv`` starts with its name."""
     _quieten()
-    # As `python -m` does: a configuration may name classes of the folder that it is run from.
+    # Like `python -m`, so that a configuration can name classes from the working directory.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -317,7 +318,7 @@ def run(argv: list[str]) -> int:
 
 
 def _on_meta(kind: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
-    """Make a module without memory; the strategy gives it memory and initial values."""
+    """Build a module on the meta device; the strategy allocates and initializes it later."""
     with torch.device("meta"):
         return kind(*args, **kwargs)
 
@@ -352,12 +353,12 @@ def _write_config(run_dir: Path, text: str) -> None:
 
 
 def _metrics(trainer: Trainer) -> dict[str, float]:
-    """What the last evaluation logged, by name."""
+    """Return the metrics that the last evaluation logged, by name."""
     return {str(name): float(value) for name, value in sorted(trainer.callback_metrics.items())}
 
 
 def _settings(parser: LightningArgumentParser) -> set[str]:
-    """The dotted names of all settings of a parser and of its subcommands."""
+    """Return the dotted names of all settings of a parser and its subcommands."""
     found = {action.dest for action in parser._actions}
     for action in parser._actions:
         for inner in getattr(action, "_name_parser_map", {}).values():
@@ -371,7 +372,7 @@ def _say(lines: list[str]) -> None:
 
 
 def _quieten() -> None:
-    """Leave out what Lightning says that does not concern a disttrain run."""
+    """Suppress Lightning's messages that are irrelevant to a disttrain run."""
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if detect_world().rank != 0:

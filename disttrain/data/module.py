@@ -1,9 +1,9 @@
-"""The data of a run: shards for training, validation, test and prediction, as a LightningDataModule.
+"""A LightningDataModule for a run's training, validation, test and prediction shards.
 
-It joins index, order, reader and loaders, derives the accumulation from the batch sizes and the ranks, and
-keeps what a checkpoint needs to recognize the order. Where training stands is not kept here: it is read from
-the trainer's counters when the first batch of an epoch is asked for, so there is one owner of the position.
-Rank 0 of each node reads the shards' headers once and leaves sidecars; the other ranks read those.
+It connects index, order, reader and loaders, derives the accumulation from the batch sizes and the ranks, and saves
+the order's fingerprint in checkpoints. It does not store the position in the data: that is read from the trainer's
+counters when the first batch of an epoch is requested, so the position has a single owner. Rank 0 of each node reads
+the shards' headers once and writes sidecars, which the other ranks read.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from disttrain.parallel.ranks import data_ranks
 from disttrain.system.device import DeviceCopier
 
 MICRO_BATCHES_OF: Final = "micro_batches_of"
-"""Under what a checkpoint holds a micro batch size that was given, not found."""
+"""Key in a checkpoint for a micro batch size that was configured, not found automatically."""
 EVALUATED_AT_ONCE: Final = 32
-"""Samples of an evaluation's micro batch at most, where the size is to be found."""
+"""Largest micro batch size in evaluation with ``micro_batch_size: auto``."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class ShuffleConfig:
     """How training samples are shuffled.
 
     Attributes:
-        lanes: places of the data set that a global batch draws from; 0 takes the largest divisor of the
+        lanes: number of places in the dataset that a global batch draws from; 0 uses the largest divisor of the
             global batch size up to 64.
-        window: samples of a lane that are shuffled among each other.
+        window: number of consecutive samples of a lane that are shuffled together.
     """
 
     lanes: int = 0
@@ -57,29 +57,29 @@ class ShuffleConfig:
 
 
 class ShardedDataModule(pl.LightningDataModule):
-    """Streams plain WebDataset tars in an order that does not depend on who reads.
+    """Streams plain WebDataset tars in an order that does not depend on the number of ranks.
 
     Args:
         train: training shards: a brace pattern, a glob, a manifest, or a list of these; or a list of sources
             to mix.
-        val: validation shards, likewise.
-        test: test shards, likewise.
-        predict: shards to predict on; the test shards by default.
-        fields: what a batch holds, by name: an extension (``cls``, ``image.npy``) or a :class:`Field`. By
+        val: validation shards; same forms as ``train``.
+        test: test shards; same forms as ``train``.
+        predict: shards to predict on; by default the test shards.
+        fields: fields of a batch, by name: an extension (``cls``, ``image.npy``) or a :class:`Field`. By
             default every extension of the first shard, under its own name.
-        global_batch_size: samples per optimizer step over all ranks.
-        micro_batch_size: samples per rank per forward pass, in training and evaluation; by default the largest divisor
-            of ``global_batch_size`` up to 32; ``auto`` begins with all that a rank takes of a global batch, and takes
-            at most half of that in the next attempt where any rank runs out of memory.
+        global_batch_size: samples per optimizer step, over all ranks.
+        micro_batch_size: samples per rank and forward pass, in training and evaluation; by default the largest divisor
+            of ``global_batch_size`` up to 32; ``auto`` starts with a rank's whole part of the global batch, and uses
+            at most half the size in the next attempt if any rank runs out of memory.
         seed: seed of the training order.
         shuffle: how training samples are shuffled.
         loader: how batches are read ahead.
-        cache: where shards of URLs are kept while they are read.
-        hooks: a transform of samples and a collate of micro batches of one's own.
-        on_bad_sample: ``error`` stops at a sample that lacks a field or does not decode; ``skip`` masks it out,
-            records it in the run folder's ``quarantine`` and goes on.
-        max_bad_samples: how many may be skipped in one pass over a split before the run stops after all.
-        unsafe_decoders: decoders that may run code from the data and are allowed to, such as ``pickle``.
+        cache: where shards from URLs are stored while they are read.
+        hooks: custom sample transform and collate function.
+        on_bad_sample: ``error`` stops at a sample that lacks a field or cannot be decoded; ``skip`` masks it,
+            records it in the run folder's ``quarantine`` and continues.
+        max_bad_samples: number of samples that may be skipped in one pass over a split before the run stops.
+        unsafe_decoders: decoders to allow although they can run code from the data, such as ``pickle``.
     """
 
     def __init__(
@@ -118,14 +118,14 @@ class ShardedDataModule(pl.LightningDataModule):
         self.skip_bad, self.max_bad_samples = on_bad_sample == "skip", max_bad_samples
         self.unsafe_decoders = tuple(unsafe_decoders or ())
         self.finds_micro_batch_size = micro_batch_size == "auto"
-        """Whether the micro batch size is found by what fits into memory."""
+        """Whether the micro batch size is found automatically."""
         usual = usual_micro_batch_size(global_batch_size)
         self.micro_batch_size = (
             0 if micro_batch_size == "auto" else usual if micro_batch_size is None else micro_batch_size
         )
-        """Samples per rank per forward pass; 0 where it is to be found and training has not been set up."""
+        """Samples per rank and forward pass; 0 with ``auto`` until training is set up."""
         self._largest_micro_batch: int | None = None
-        self._accumulation = 1  # what the last set-up has told the trainer
+        self._accumulation = 1  # as last set on the trainer
         shuffle = shuffle or ShuffleConfig()
         self.order_config = OrderConfig(global_batch_size, seed=seed, lanes=shuffle.lanes, window=shuffle.window)
         self.loader_config = loader or LoaderConfig()
@@ -139,7 +139,7 @@ class ShardedDataModule(pl.LightningDataModule):
 
     @property
     def global_batch_size(self) -> int:
-        """Samples per optimizer step over all ranks."""
+        """Samples per optimizer step, over all ranks."""
         return self.order_config.global_batch_size
 
     @property
@@ -149,23 +149,24 @@ class ShardedDataModule(pl.LightningDataModule):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch; known once :meth:`setup` has run for ``fit``."""
+        """Optimizer steps per epoch; available after :meth:`setup` for ``fit``."""
         return self._train_order().steps_per_epoch
 
     def prepare_data(self) -> None:
-        """Index the shards that have no fresh sidecar, once a node."""
+        """Index the shards that lack an up-to-date sidecar, once per node."""
         stage = self.trainer.state.fn.value if self.trainer is not None and self.trainer.state.fn else "fit"
         try:
             self._open(stage, write_sidecars=True)
         except DisttrainError:
-            # Only one rank of a node is here; the others wait. All meet the same fault in setup().
+            # Lightning calls this on one rank per node while the others wait at a barrier, so raising here would
+            # leave them hanging. All ranks hit the same error in setup().
             self._readers.clear()
 
     def setup(self, stage: str) -> None:
         """Open the data of a stage (``fit``, ``validate``, ``test`` or ``predict``).
 
         Raises:
-            ConfigError: the batch sizes cannot be cut over the ranks.
+            ConfigError: the batch sizes cannot be divided over the ranks.
             DataError: shards are missing, empty, or lack a declared field.
         """
         with raise_together():
@@ -177,16 +178,16 @@ class ShardedDataModule(pl.LightningDataModule):
 
     @property
     def evaluation_batch_size(self) -> int:
-        """Samples per rank per forward pass of an evaluation."""
+        """Samples per rank and forward pass in evaluation."""
         if not self.finds_micro_batch_size:
             return self.micro_batch_size
-        # What has not been tried in training may be too large.
+        # A size that training has not tried may be too large.
         return min(self.micro_batch_size or EVALUATED_AT_ONCE, EVALUATED_AT_ONCE)
 
     def limit_micro_batch_size(self, limit: int) -> None:
-        """Take the largest micro batch size up to a limit that the ranks' samples can be cut into.
+        """Use the largest micro batch size up to a limit that divides a rank's samples.
 
-        Before :meth:`setup`, which tells the trainer of it; nothing where the size is not to be found.
+        Call before :meth:`setup`, which passes it to the trainer. Does nothing unless the size is ``auto``.
 
         Args:
             limit: the largest size, in samples.
@@ -198,7 +199,7 @@ class ShardedDataModule(pl.LightningDataModule):
             self.plan = self._plan()
 
     def train_dataloader(self) -> TrainLoader:
-        """The training micro batches of this rank, from where the trainer stands."""
+        """Return the loader of this rank's training micro batches, starting at the trainer's position."""
         order, plan = self._train_order(), self.plan
         assert plan is not None
         return TrainLoader(
@@ -212,42 +213,42 @@ class ShardedDataModule(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
-        """The validation micro batches of this rank; none where no validation shards are given."""
+        """Return the loader of this rank's validation micro batches; an empty list without validation shards."""
         return self._evaluation("val") if "val" in self._readers else []
 
     def test_dataloader(self) -> EvaluationLoader:
-        """The test micro batches of this rank."""
+        """Return the loader of this rank's test micro batches."""
         return self._evaluation("test")
 
     def predict_dataloader(self) -> EvaluationLoader:
-        """The micro batches of this rank to predict on."""
+        """Return the loader of this rank's micro batches to predict on."""
         return self._evaluation("predict")
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """The batch on the device; on CUDA copied while the step before still runs."""
+        """Copy a batch to the device; on CUDA, while the previous step is still running."""
         if self._copier is None or self._copier.device != device:
             self._copier = DeviceCopier(device)
         return self._copier(batch)
 
     def teardown(self, stage: str) -> None:
-        """Fetch nothing ahead any more, let the cache evict what the training needed, end worker processes."""
+        """Stop prefetching, let the cache evict the shards, and end worker processes."""
         for reader in self._readers.values():
             reader.store.finish()
         if self._pool is not None:
             self._pool.close()
 
     def reader(self, split: str) -> Reader:
-        """The reader of ``train``, ``val``, ``test`` or ``predict``.
+        """Return the reader of ``train``, ``val``, ``test`` or ``predict``.
 
         Raises:
-            DataError: that split is not set up or has no shards.
+            DataError: the split is not set up or has no shards.
         """
         if split not in self._readers:
             raise DataError(f"data.{split} names no shards", hint=f"set data.{split} to a pattern of shards")
         return self._readers[split]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint stores: fingerprints of the order and of the shards, and the micro batch size."""
+        """Return the state to save: fingerprints of the order and the shards, and the micro batch size."""
         if self.order is None:
             return {}
         found = {"micro_batch_size" if self.finds_micro_batch_size else MICRO_BATCHES_OF: self.micro_batch_size}
@@ -255,14 +256,14 @@ class ShardedDataModule(pl.LightningDataModule):
         return {"order": order, "shards": self._evidence, **found}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that order and shards are those that the checkpoint was made under. A collective.
+        """Check that order and shards match the checkpoint. Collective.
 
         Raises:
-            CheckpointError: they are not; the message says what differs.
+            CheckpointError: they do not match; the message says what differs.
         """
         if self.order is None or "order" not in state_dict:
             return
-        with raise_together():  # the nodes may have copies of the data of their own
+        with raise_together():  # nodes may have separate copies of the data
             self._check_order(state_dict["order"], state_dict.get("shards", {}))
             warning = check_evidence(state_dict.get("shards", {}), self._readers["train"].index)
         if warning and self._rank() == 0:
@@ -336,11 +337,13 @@ class ShardedDataModule(pl.LightningDataModule):
 
     def _maker(self, split: str) -> BatchMaker:
         module = None if self.trainer is None or split == "predict" else self.trainer.lightning_module
-        allowed: dict[str, Allowed] = getattr(module, "allowed_values", dict)()  # a Task's; predictions need no labels
+        allowed: dict[str, Allowed] = getattr(
+            module, "allowed_values", dict
+        )()  # tasks only; prediction needs no labels
         return BatchMaker(self.reader(split), self.hooks, allowed=allowed, skip_bad=self.skip_bad)
 
     def _workers(self) -> WorkerPool | None:
-        """The worker processes that all splits share; they start when the first batch is asked for."""
+        """Return the worker processes shared by all splits; they start when the first batch is requested."""
         if self._pool is None and self.loader_config.workers:
             self._pool = WorkerPool(self.loader_config.workers)
         return self._pool
@@ -351,7 +354,7 @@ class ShardedDataModule(pl.LightningDataModule):
         return self.order
 
     def _position(self) -> tuple[int, int]:
-        """Epoch and step from the trainer's counters; the start where there is no trainer."""
+        """Return epoch and step from the trainer's counters; (0, 0) without a trainer."""
         if self.trainer is None:
             return 0, 0
         return self.trainer.current_epoch, steps_into_epoch(self.trainer)
@@ -373,6 +376,6 @@ class ShardedDataModule(pl.LightningDataModule):
 
 
 def sharded_data(trainer: pl.Trainer) -> ShardedDataModule | None:
-    """The data module of a trainer, if it is one of disttrain's."""
+    """Return a trainer's data module if it is a :class:`ShardedDataModule`, else None."""
     found = getattr(trainer, "datamodule", None)
     return found if isinstance(found, ShardedDataModule) else None

@@ -1,14 +1,14 @@
-"""Loaders that are not disttrain's own: whether the ranks share the samples, and where a resume continues in them.
+"""User-defined loaders: check that the ranks share the samples, and make the loaders resumable.
 
-Lightning hands every loader of a fit, validation, test or prediction to :func:`accept`. On several ranks a loader that
-does not split its samples gives every rank all of them, without an error; so it is refused unless it says how it
-splits: disttrain's own loaders, a ``DataLoader`` with a sampler that has ``num_replicas`` and ``rank`` (PyTorch's
-``DistributedSampler``), or any iterable or iterable dataset that has these two attributes itself. What they say is
-compared over the ranks.
+Lightning passes every loader of a fit, validation, test or prediction to :func:`accept`. On several ranks, a loader
+that does not split its samples silently gives every rank all of them. It is rejected unless it declares a split:
+accepted are disttrain's loaders, a ``DataLoader`` whose sampler has ``num_replicas`` and ``rank`` (PyTorch's
+``DistributedSampler``), and any iterable or iterable dataset that has these two attributes itself. The declared splits
+are compared between ranks.
 
-A training ``DataLoader`` over a map-style dataset with one of PyTorch's samplers is continued exactly where a resume
-stands. Its shuffle is keyed by the trainer's seed and the epoch. Of any other loader a resume in mid-epoch says what is
-read twice and what is never read. Cost: one small gather a loader at set-up.
+A training ``DataLoader`` over a map-style dataset with one of PyTorch's samplers resumes at exactly the next batch; its
+shuffle is keyed by the trainer's seed and the epoch. For any other loader, a resume within an epoch warns which batches
+are read twice and which are never read. Cost: one small gather per loader at setup.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ _MEND_ITERABLE: Final = (
 
 
 class _Split(NamedTuple):
-    """How a loader says that it splits its samples.
+    """The split that a loader declares.
 
     Attributes:
-        parts: parts; 0 where it does not split them.
-        part: the one that it gives.
-        order: what must be the same on all ranks: the kind of split, its length, seed and epoch.
-        batches: how many batches it gives; None where it does not know.
+        parts: number of parts; 0 if it does not split its samples.
+        part: index of the part it returns.
+        order: what must be the same on all ranks: the type of the split, its length, seed and epoch.
+        batches: number of batches; None if unknown.
     """
 
     parts: int
@@ -70,17 +70,17 @@ class _Split(NamedTuple):
 
 
 def accept(loader: Any, trainer: pl.Trainer, *, seed: int) -> Any:
-    """The loader to use in place of one that the trainer was given. A collective.
+    """Return the loader to use in place of one passed to the trainer. Collective.
 
     Args:
-        loader: for the stage at which the trainer stands.
-        trainer: whose ranks are to share its samples.
-        seed: keys the shuffle of a loader that can be resumed.
+        loader: the loader for the trainer's current stage.
+        trainer: the trainer whose ranks share the samples.
+        seed: seed of the shuffle of a resumable loader.
 
     Raises:
-        ConfigError: the ranks would not share its samples, or the loader does not follow the trainer; on all ranks.
+        ConfigError: the ranks would not share the samples, or the loader is not attached to the trainer; on all ranks.
     """
-    loader = _unwrapped(loader)  # it may be evaluated within a fit
+    loader = _unwrapped(loader)  # Lightning may pass an accepted training loader again
     stage = trainer.state.stage
     assert stage is not None
     name = _NAMES.get(stage, stage.value)
@@ -96,7 +96,7 @@ def accept(loader: Any, trainer: pl.Trainer, *, seed: int) -> Any:
 
 
 def give_back(trainer: pl.Trainer) -> None:
-    """Let a ``CombinedLoader``, in which Lightning puts what is accepted, hold its user's own loaders after a fit."""
+    """After a fit, restore the user's loaders in a ``CombinedLoader``, in which Lightning stores the accepted ones."""
     combined = train_loaders(trainer)
     if combined is not None:
         combined.flattened = [_unwrapped(loader) for loader in combined.flattened]
@@ -110,7 +110,7 @@ _NAMES: Final = {RunningStage.TRAINING: "train", RunningStage.VALIDATING: "val",
 
 
 def _check_own(loader: TrainLoader, trainer: pl.Trainer) -> None:
-    """Refuse a loader of a data module's that knows nothing of the trainer."""
+    """Reject a loader from a data module that is not attached to the trainer."""
     owner = getattr(loader.position, "__self__", None)
     hint = "pass the data module itself: trainer.fit(module, datamodule=data)"
     if isinstance(owner, pl.LightningDataModule) and owner.trainer is not trainer:
@@ -128,10 +128,12 @@ def _check_own(loader: TrainLoader, trainer: pl.Trainer) -> None:
 
 
 def _check_split(loader: Any, name: str, trainer: pl.Trainer) -> None:
-    """Refuse a loader whose samples the ranks would not share. A collective."""
+    """Reject a loader whose samples the ranks would not share. Collective."""
     ranks = data_ranks(trainer)
     split = _split_of(loader)
-    if not split.parts and ranks.size == 1 and _is_sequential(loader):  # ranks of one part are to read the same
+    if (
+        not split.parts and ranks.size == 1 and _is_sequential(loader)
+    ):  # one tensor group: all its ranks must read the same
         split = _Split(1, 0, ("SequentialSampler", ("total_size", len(loader.dataset))), _length(loader))
     splits = gather((split, ranks.rank))
     with raise_together():
@@ -143,7 +145,7 @@ def _check_split(loader: Any, name: str, trainer: pl.Trainer) -> None:
 
 
 def _fault(splits: list[tuple[_Split, int]], size: int, how: str) -> tuple[str, str] | None:
-    """What is wrong with the splits of all ranks, and how to fix it; None where they fit."""
+    """Return what is wrong with the ranks' splits and how to fix it; None if they are consistent."""
     first, hint = splits[0][0], how.format(size=size, last=size - 1)
     for rank, (split, part) in enumerate(splits):
         if not split.parts:
@@ -170,7 +172,7 @@ def _words(order: tuple[Any, ...]) -> str:
 
 
 def _split_of(loader: Any) -> _Split:
-    """How a loader splits its samples over ranks, as far as it says so."""
+    """Return the split over ranks that a loader declares."""
     if isinstance(loader, TrainLoader):
         return _Split(loader.plan.num_ranks, loader.rank, (), None)
     if isinstance(loader, EvaluationLoader):
@@ -190,7 +192,7 @@ def _split_of(loader: Any) -> _Split:
 
 
 def _samplers(loader: Any) -> list[Any]:
-    """The samplers of a loader, those within a batch sampler too."""
+    """Return a loader's samplers, including the one inside its batch sampler."""
     batches = getattr(loader, "batch_sampler", None)
     return [
         getattr(loader, "sampler", None),
@@ -200,22 +202,22 @@ def _samplers(loader: Any) -> list[Any]:
 
 
 def _is_iterable(loader: Any) -> bool:
-    """Whether a loader's dataset is iterable, for which PyTorch takes no sampler."""
+    """Return whether a loader's dataset is iterable; PyTorch does not accept a sampler for those."""
     return isinstance(getattr(loader, "dataset", None), IterableDataset)
 
 
 def _is_sequential(loader: Any) -> bool:
-    """Whether a loader gives the same batches on every rank, whatever the random state: for ranks of one part."""
+    """Return whether a loader yields the same batches on every rank, independent of the random state."""
     return isinstance(loader, DataLoader) and _is_plain(loader) and type(_sampler_of(loader)) is SequentialSampler
 
 
 def _is_plain(loader: DataLoader[Any]) -> bool:
-    """Whether PyTorch's own batch sampler makes the batches of a map-style dataset."""
+    """Return whether PyTorch's own ``BatchSampler`` builds the batches of a map-style dataset."""
     return not _is_iterable(loader) and type(loader.batch_sampler) is BatchSampler
 
 
 def _sampler_of(loader: DataLoader[Any]) -> Any:
-    """What gives the numbers of samples; beside a batch sampler of the user's, ``loader.sampler`` is another."""
+    """Return the sampler that is in use: with a custom batch sampler, ``loader.sampler`` is an unused default."""
     return loader.batch_sampler.sampler  # type: ignore[union-attr]
 
 
@@ -227,7 +229,7 @@ def _length(loader: Any) -> int | None:
 
 
 def _described(loader: Any) -> str:
-    """What a loader is, for a message."""
+    """Describe a loader for an error message."""
     sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", getattr(loader, "sampler", None))
     if _is_iterable(loader):
         return f"{type(loader).__name__} over the iterable {type(loader.dataset).__name__}"
@@ -250,7 +252,7 @@ def _warn_of_padding(loader: Any, name: str) -> None:
 
 
 def _why_not_resumable(loader: Any) -> str:
-    """Why a resume cannot be put to its place in a loader; empty where it can."""
+    """Return why a loader cannot resume exactly, or an empty string if it can."""
     if not isinstance(loader, DataLoader):
         return f"a {type(loader).__name__} has no sampler"
     if _is_iterable(loader):
@@ -267,7 +269,7 @@ def _why_not_resumable(loader: Any) -> str:
 
 
 def _warn_of_resume(trainer: pl.Trainer, total: int | None, why: str) -> None:
-    """Say what a resume in mid-epoch reads twice, and what never."""
+    """Warn which batches a resume within an epoch reads twice, and which never."""
     done = micro_batches_into_epoch(trainer)
     if not done or not trainer.is_global_zero or (total is not None and done >= total):
         return
@@ -287,15 +289,16 @@ def _warn_of_resume(trainer: pl.Trainer, total: int | None, why: str) -> None:
 
 
 class ResumableLoader:
-    """A map-style ``DataLoader`` that a resume continues where it stood; all else is the loader's.
+    """Wraps a map-style ``DataLoader`` so that it resumes at the next batch; otherwise behaves like the loader.
 
-    The first batch of an epoch is asked for when the trainer's counters are those of the checkpoint and its samplers
-    know the epoch, which is later than Lightning makes the iterator. Random numbers that the dataset draws in the main
-    process are keyed by epoch and batch; those of worker processes are not the same after a resume.
+    The position is read when the first batch of an epoch is requested. By then the trainer's counters match the
+    checkpoint, which is not yet the case when Lightning creates the iterator. Random numbers that the dataset draws in
+    the main process are keyed by epoch and batch; those of worker processes differ after a resume.
 
     Args:
-        loader: whose batches to give.
-        trainer: says where training stands.
+        loader: the loader to wrap.
+        trainer: the trainer that provides the position.
+        seed: seed of the shuffle and of the dataset's random numbers.
     """
 
     def __init__(self, loader: DataLoader[Any], trainer: pl.Trainer, *, seed: int) -> None:
@@ -311,9 +314,9 @@ class ResumableLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        # A generator: nothing below runs before the first batch is asked for.
+        # A generator function: nothing below runs before the first batch is requested.
         trainer, loader, end = self._trainer, self._loader, object()
-        if len(tree_leaves(trainer.train_dataloader)) > 1:  # the shorter ones begin again within an epoch
+        if len(tree_leaves(trainer.train_dataloader)) > 1:  # shorter loaders restart within an epoch
             if tree_leaves(trainer.train_dataloader)[0] is self:
                 total = trainer.num_training_batches
                 total = None if total == float("inf") else int(total)
@@ -338,7 +341,7 @@ class ResumableLoader:
             batch = next(batches, end)
 
     def cut(self) -> dict[str, Any]:
-        """What a number of batches depends on to mean the same samples, the same on all ranks."""
+        """Return what determines which samples a number of batches covers; the same on all ranks."""
         batches: Any = self._loader.batch_sampler
         sampler, split = _sampler_of(self._loader), _split_of(self._loader)
         shuffles = type(sampler) is not SequentialSampler and getattr(sampler, "shuffle", True)
@@ -347,12 +350,12 @@ class ResumableLoader:
         return {"samples": len(self._loader.dataset), "samples a step": size, "order": order}
 
     def _key(self, *place: int) -> None:
-        """Key what the sampler and the dataset draw; each micro batch of the training keys the generator anew."""
+        """Seed the default generator for the sampler and the dataset; training reseeds it for every micro batch."""
         torch.default_generator.manual_seed(mix(self._seed, data_ranks(self._trainer).rank, *place))
 
     @contextmanager
     def _continued(self, epoch: int, done: int) -> Iterator[None]:
-        """Let the batch sampler, whose iterator begins meanwhile, pass over the batches that are done."""
+        """Make the batch sampler skip the finished batches, if its iterator starts inside this context."""
         batches: Any = self._loader.batch_sampler
         whole = batches.sampler
         batches.sampler = _Rest(self._numbers(whole, epoch, done, batches.batch_size))
@@ -362,17 +365,17 @@ class ResumableLoader:
             batches.sampler = whole
 
     def _numbers(self, sampler: Any, epoch: int, done: int, batch_size: int) -> Iterator[Any]:
-        """What is left of an epoch's samples."""
+        """Yield the remaining sample indices of an epoch."""
         self._key(epoch)
         rest = islice(iter(sampler), done * batch_size, None)
-        first = list(islice(rest, 1))  # with which the sampler draws its order
+        first = list(islice(rest, 1))  # makes the sampler draw its permutation
         self._key(epoch, done)  # the dataset draws next
         yield from first
         yield from rest
 
 
 class _Rest:
-    """A sampler that gives the rest of an epoch."""
+    """A sampler that yields the rest of an epoch."""
 
     def __init__(self, numbers: Iterator[Any]) -> None:
         self._numbers = numbers
