@@ -1,11 +1,11 @@
-"""Gradient clipping by Lightning's options, by one norm over the whole gradient under every strategy.
+"""Clip gradients by Lightning's options, using the norm of the whole gradient under every strategy.
 
 PyTorch's clipping cannot compute the norm of gradients sharded along different mesh axes, as with tensor parallelism,
 and its norm differs in the last bits between layouts. So Lightning's precision plugin calls disttrain's clipping
 (:mod:`disttrain.parallel.gradients`), which with ``reduction: tree`` is bit-identical in all layouts. A ``Task`` calls
-that itself.
+those functions directly.
 
-Cost: see there.
+Cost: see :mod:`disttrain.parallel.gradients`.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def _scale_alike(grads: list[Tensor], factor: Tensor) -> None:
     if dtype.itemsize >= 4:
         torch._foreach_mul_(grads, factor.to(device, dtype))
         return
-        # A 0-d factor would first be rounded to the gradients' dtype; a 1-d one participates in promotion.
+    # A 0-d factor would first be rounded to the gradients' dtype; a 1-d one takes part in type promotion.
     wide = factor.to(device, torch.float32).view(1)
     torch._foreach_mul_([grad if grad.ndim else grad.view(1) for grad in grads], [wide] * len(grads))
 

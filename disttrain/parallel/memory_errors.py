@@ -1,8 +1,8 @@
-"""Which errors say that memory did not suffice, on a device or on the host.
+"""Recognize out-of-memory errors, of the device or the host.
 
-Libraries have no common class for it: PyTorch's allocators have one, CUDA, cuDNN, cuBLAS and NCCL say it in words, a
-thread's error arrives as the cause of another, and so does what ``torch.compile`` meets. Generous rather than exact:
-what is taken for lack of memory by mistake costs an attempt with a smaller micro batch, which ends with the same error.
+There is no common exception class. PyTorch's allocators have one; CUDA, cuDNN, cuBLAS and NCCL only report it in the
+message; errors in threads and in ``torch.compile`` arrive as the cause of another error. False positives are
+acceptable: they cost one attempt with a smaller micro batch, which ends with the same error.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Final
 import torch
 
 _WORDS: Final = (
-    "out of memory",  # CUDA's, HIP's and NCCL's, of the runtime and of the driver
-    "can't allocate memory",  # PyTorch's allocator for the CPU
+    "out of memory",  # CUDA, HIP (runtime and driver) and NCCL
+    "can't allocate memory",  # PyTorch's CPU allocator
     "cannot allocate memory",
     "defaultcpuallocator",
     "alloc_failed",  # cuBLAS, cuDNN, cuSOLVER, cuSPARSE, cuFFT
     "failed to cuda calloc",  # NCCL
     "cudaerrormemoryallocation",
-    "bad_alloc",  # the C++ library
+    "bad_alloc",  # C++ standard library
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or one that it was raised from, says that an allocation failed."""
+    """Return whether an error, or one in its chain of causes, reports a failed allocation."""
     return any(_says_so(one) for one in _chain(error))
 
 

@@ -1,4 +1,4 @@
-"""Reject, at setup, optimizers and gradients that cannot train in a layout as they would on one rank."""
+"""Reject, at setup, optimizers and gradients that would not train the same way in this layout as on one rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from disttrain.errors import ConfigError
 from disttrain.parallel.config import ParallelConfig
 
 _WHOLE: Final = (torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.Muon, torch.optim.Rprop, torch.optim.SparseAdam)
-"""Optimizers that look at several elements of a parameter at once, or that PyTorch cannot run on a shard."""
+"""Optimizers that are not element-wise, or that PyTorch cannot run on a shard."""
 
 _EMBEDDINGS: Final = (nn.Embedding, nn.EmbeddingBag)
 
@@ -24,9 +24,9 @@ def check_optimizers(
     """Reject what would fail or give wrong results in this layout.
 
     Raises:
-        ConfigError: an optimizer needs whole parameters, which FSDP shards; LBFGS, which evaluates a step's batch
-            several times and decides by its loss, is used with several ranks or micro batches; or sparse gradients
-            cannot be summed.
+        ConfigError: an optimizer needs whole parameters, but FSDP shards them; LBFGS, which evaluates a step's batch
+            repeatedly and uses its loss, runs with several ranks or micro batches; or sparse gradients cannot be
+            summed.
     """
     for optimizer in optimizers:
         kind = type(optimizer).__name__

@@ -1,1 +1,1 @@
-"""What is applied to a module from outside: sharding, compilation, precision, initial values."""
+"""Changes to a module from outside: sharding, compilation, precision, initial values."""

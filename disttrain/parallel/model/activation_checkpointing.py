@@ -1,11 +1,11 @@
 """Activation checkpointing: blocks keep few activations and run again in the backward pass.
 
 ``blocks`` keeps only a block's inputs. ``selective`` also keeps the results of matrix products, convolutions and
-attention, and recomputes only the rest. The second run draws the same random numbers, so training is bit-identical with
-and without it. Blocks are the units that FSDP shards (:func:`disttrain.parallel.model.fsdp.shard_units`); classes and
-parameter names are unchanged. Cost: ``blocks`` adds one forward pass of the blocks, and saves the activations inside
-all blocks but one; ``selective`` adds a few per cent of time, and saves those of norms, activation functions and
-dropout.
+attention, and recomputes only the rest. The recomputation draws the same random numbers, so training is bit-identical
+with and without it. Blocks are the units that FSDP shards (:func:`disttrain.parallel.model.fsdp.shard_units`); classes
+and parameter names are unchanged. Cost: ``blocks`` adds one forward pass of the blocks, and frees the activations of
+all blocks except one; ``selective`` adds a few percent of time, and frees the activations of norms, activation
+functions and dropout.
 """
 
 from __future__ import annotations

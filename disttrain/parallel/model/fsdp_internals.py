@@ -1,7 +1,7 @@
-"""The parts of FSDP2 that have no public name, in one place.
+"""Functions that wrap FSDP2's private attributes, kept in one place.
 
-FSDP2 keeps the gradient of a micro batch that is not reduced in the parameter groups of its modules; nothing public
-hands it out. Written for PyTorch 2.11 to 2.13: groups moved from one a module to a list.
+FSDP2 keeps unreduced gradients of a micro batch in its modules' parameter groups and has no public access to them.
+Supports PyTorch 2.11 to 2.13, between which the single group per module became a list.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
 
 def fsdp_modules(module: nn.Module) -> list[FSDPModule]:
-    """The modules inside a module, itself included, whose parameters are sharded as a unit."""
+    """Return the modules, including this one, whose parameters are sharded as a unit."""
     return [inner for inner in module.modules() if isinstance(inner, FSDPModule)]
 
 
 def reshard(module: nn.Module) -> None:
-    """Let a module hold its sharded parameters again, where an evaluation has left gathered ones.
+    """Free gathered parameters that an evaluation has left behind.
 
-    What is written to the shards while gathered copies are kept would not reach the next forward pass.
+    While gathered copies exist, the next forward pass uses them and ignores what is written to the shards.
     """
     for unit in fsdp_modules(module):
         unit.reshard()
 
 
 def can_abandon_pass(module: nn.Module) -> bool:
-    """Whether :func:`abandon_pass` can put a module right; before PyTorch 2.13, not a sharded one."""
+    """Return whether :func:`abandon_pass` supports a module; sharded ones need PyTorch 2.13."""
     return not isinstance(module, FSDPModule) or hasattr(module, "reset_iter_state")
 
 
 def abandon_pass(module: nn.Module) -> None:
-    """Let a module begin a forward pass after an error in the midst of another one, or of its backward pass."""
+    """Reset a module after an error inside a forward or backward pass, so that the next forward pass can start."""
     if not isinstance(module, FSDPModule) or not can_abandon_pass(module):
         return
     module.reset_iter_state()  # new in PyTorch 2.13
-    for unit in fsdp_modules(module):  # it leaves gradients in gathered parameters, which zero_grad() does not reach
+    for unit in fsdp_modules(module):  # it keeps the gradients of gathered parameters, which zero_grad() does not reach
         for group in _groups(unit):
             for record in group.fsdp_params:
                 record.unsharded_accumulated_grad = None
@@ -48,37 +48,37 @@ def abandon_pass(module: nn.Module) -> None:
 
 
 def trained_parameters(module: FSDPModule) -> list[Any]:
-    """FSDP2's records of a unit's parameters that get gradients, in the order of its reduce-scatter."""
+    """Return FSDP2's records of a unit's trainable parameters, in the order of its reduce-scatter."""
     return [record for group in _groups(module) for record in group.fsdp_params if record.sharded_param.requires_grad]
 
 
 def parameter_name(record: Any) -> str:
-    """What the module calls a parameter."""
+    """Return a parameter's name in its module."""
     return str(record._param_fqn or record._module_info.param_name)
 
 
 def take_unreduced(record: Any) -> Tensor | None:
-    """Take a parameter's gradient of the micro batches since the last reduction, so that the next starts anew."""
+    """Return and clear a parameter's gradient accumulated since the last reduction."""
     gradient: Tensor | None = record.unsharded_accumulated_grad
     if gradient is not None:
         record.unsharded_accumulated_grad = None
     elif (parameter := getattr(record, "_unsharded_param", None)) is not None:
         gradient, parameter.grad = parameter.grad, None
-    # Of a tensor group's parameter, this rank's part, summed over the group where that is still to be done.
+    # With tensor parallelism the gradient is a DTensor: take this rank's part, reduced over the group if it is partial.
     inner: Tensor | None = None if gradient is None else record._get_grad_inner_tensor(gradient)
     return inner
 
 
 class BackwardInside:
-    """Lets backward passes run inside a method that FSDP2 takes for a forward pass: manual optimization.
+    """Allows backward passes inside a method that FSDP2 treats as a forward pass, for manual optimization.
 
-    FSDP2 reduces gradients in hooks that it sets where a forward pass ends. A ``training_step`` that calls
-    ``manual_backward`` has not ended then: without this class the gradients of all that is not a block of its own stay
-    in the gathered parameters, where no optimizer looks. So the forward pass is ended before a backward pass and begun
-    again after it, and gathered weights are gathered again once an optimizer has stepped. Parameters whose
-    ``requires_grad`` was taken away meanwhile, as ``toggle_optimizer`` does, get no gradient.
+    FSDP2 reduces gradients in hooks that it registers at the end of a forward pass. A ``training_step`` that calls
+    ``manual_backward`` has not ended at that point. Without this class, the root's gradients (of all parameters outside
+    blocks) would stay in the gathered parameters, where optimizers do not see them. So the forward pass is ended before
+    each backward pass and begun again afterwards, and weights are gathered again after each optimizer step. Parameters
+    whose ``requires_grad`` was cleared in between, as by ``toggle_optimizer``, get no gradient.
 
-    Cost: the root's parameters are gathered twice more for each backward pass and each optimizer step.
+    Cost: the root's parameters are gathered twice more per backward pass and optimizer step.
 
     Args:
         root: the module whose ``training_step`` is registered as a forward pass.
@@ -91,7 +91,7 @@ class BackwardInside:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """While the training step runs."""
+        """Mark the training step as running."""
         self._inside = True
         try:
             yield
@@ -104,7 +104,7 @@ class BackwardInside:
             self._note()
             _state(self._root)._post_forward(self._root, (), loss)
             for record in self._records():
-                # A gathered parameter is a leaf of its own, which does not hear of what is done to the sharded one.
+                # A gathered parameter is a separate leaf tensor: copy requires_grad from the sharded one.
                 if not record.sharded_param.requires_grad:
                     record._unsharded_param.requires_grad_(False)
 
@@ -114,7 +114,7 @@ class BackwardInside:
             self._begin()
 
     def after_step(self) -> None:
-        """Let go of gathered weights, which the optimizer has not stepped."""
+        """Free gathered weights, which are stale after the optimizer step."""
         if self._inside:
             self._note()
         self.release()
@@ -122,7 +122,7 @@ class BackwardInside:
             self._begin()
 
     def release(self) -> None:
-        """Hold sharded parameters, which optimizers know."""
+        """Switch back to the sharded parameters, which the optimizers hold."""
         for unit in self._units:
             for group in _groups(unit):
                 group._training_state = TrainingState.IDLE
@@ -136,7 +136,7 @@ class BackwardInside:
             record._unsharded_param.requires_grad_(wanted)
 
     def _note(self) -> None:
-        """Remember which of the root's gathered parameters the module wants gradients for."""
+        """Record which of the root's gathered parameters require gradients."""
         records = [record for group in _groups(self._root) for record in group.fsdp_params]
         self._wanted = [(record, record._unsharded_param.requires_grad) for record in records]
 
@@ -147,7 +147,7 @@ class BackwardInside:
 
 
 def sharded_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that optimizers step, by name."""
+    """Yield names and sharded parameters, the ones that optimizers step."""
     for unit in fsdp_modules(module):
         for group in _groups(unit):
             for record in group.fsdp_params:
@@ -155,7 +155,7 @@ def sharded_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def unreduced_parameter(module: nn.Module) -> str:
-    """A parameter whose gradient was left in its gathered copy; empty where there is none."""
+    """Return the name of a parameter whose gradient is left in its gathered copy, or an empty string."""
     for unit in fsdp_modules(module):
         for group in _groups(unit):
             for record in group.fsdp_params:
@@ -170,7 +170,7 @@ def _state(module: FSDPModule) -> Any:
 
 
 def _groups(module: FSDPModule) -> list[Any]:
-    """FSDP2's parameter groups of a unit."""
+    """Return FSDP2's parameter groups of a unit."""
     state = _state(module)
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:

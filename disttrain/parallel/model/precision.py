@@ -1,10 +1,9 @@
-"""``16-mixed`` for whole and sharded gradients: one loss scale, and one decision to skip a step, for all ranks.
+"""``16-mixed`` for replicated and sharded gradients: all ranks share one loss scale and skip the same steps.
 
-Gradients are unscaled before anything looks at them, so that weighting and clipping see their true size, with fused
-optimizers too (Lightning leaves unscaling to those, and then clips scaled gradients). Where gradients are sharded, one
-rank's infinity is all ranks' infinity: they skip the step together and halve the scale together. The scale is part of
-a checkpoint. Cost: a maximum of one number over the ranks a step where gradients are sharded; with a fused optimizer
-the device decides and nothing waits for it.
+Gradients are unscaled before weighting and clipping, even with fused optimizers (Lightning leaves unscaling to those,
+so hooks see scaled gradients and clipping raises). If gradients are sharded, an infinity on one rank counts on all:
+they skip the step and halve the scale together. The scale is saved in checkpoints. Cost: one max-all-reduce of one
+number per step if gradients are sharded; with a fused optimizer, nothing synchronizes with the device.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from disttrain.parallel.gradients import local_gradients
 
 
 class ShardedScaler(torch.amp.GradScaler):
-    """A loss scaler for gradients of which each rank may hold a part."""
+    """A loss scaler that supports sharded gradients."""
 
     def _unscale_grads_(
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
@@ -53,10 +52,10 @@ class ShardedScaler(torch.amp.GradScaler):
 
 
 class ScaledPrecision(PrecisionBase):
-    """Lightning's ``16-mixed`` that unscales first, whatever the optimizer.
+    """Lightning's ``16-mixed``, but always unscales first, whatever the optimizer.
 
     Args:
-        device: kind of device.
+        device: device type.
     """
 
     scaler: torch.amp.GradScaler
@@ -65,17 +64,17 @@ class ScaledPrecision(PrecisionBase):
         super().__init__("16-mixed", device, ShardedScaler(device))
 
     def teardown(self) -> None:
-        """Forget a step that was broken off: the scaler keeps it by the identity of an optimizer that is gone."""
+        """Drop the state of an interrupted step: the scaler keys it by the id of an optimizer that may be gone."""
         super().teardown()
         scale = self.scaler.state_dict()
         self.scaler = ShardedScaler(self.device)
-        if scale:  # it is empty where the device has none
+        if scale:  # empty if the scaler is disabled on this device
             self.scaler.load_state_dict(scale)
 
     def optimizer_step(  # type: ignore[override]
         self, optimizer: Optimizable, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
-        """Run the backward passes, unscale, weigh and clip, and step unless an infinity was found."""
+        """Run the backward passes, unscale, weight and clip the gradients, and step unless there is an infinity."""
         result = closure()
         if result is None and model.automatic_optimization:
             self.before_step(model, optimizer)
@@ -90,7 +89,7 @@ class ScaledPrecision(PrecisionBase):
         return out
 
     def _found_infinity(self, optimizer: Optimizer) -> bool:
-        """Whether unscaling found one, as the scaler itself asks of an optimizer that is not fused. Waits."""
+        """Return whether unscaling found an infinity, as ``GradScaler`` does for non-fused optimizers. Synchronizes."""
         return any(bool(found) for found in self.scaler._found_inf_per_device(optimizer).values())
 
     def clip_gradients(
@@ -99,27 +98,27 @@ class ScaledPrecision(PrecisionBase):
         clip_val: int | float = 0.0,
         gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
     ) -> None:
-        """Clip gradients, which have been unscaled."""
+        """Clip gradients, which are already unscaled; Lightning raises an error here for fused optimizers."""
         Precision.clip_gradients(self, optimizer, clip_val, gradient_clip_algorithm)
 
 
 def shard_policy(precision: str, reduce_dtype: ReduceTypeName) -> MixedPrecisionPolicy:
-    """In which type FSDP adds micro batches and ranks: that of the gradients, or float32 where they are bfloat16."""
+    """Return FSDP's policy: reduce in float32 for ``bf16-true`` with ``reduce_dtype: fp32``, else as the gradients."""
     wide = precision == "bf16-true" and reduce_dtype == "fp32"
     return MixedPrecisionPolicy(reduce_dtype=torch.float32 if wide else None)
 
 
 def use_tensor_cores(allowed: bool) -> None:
-    """Let CUDA round the factors of float32 products to TF32's ten bits, or not. For the whole process."""
+    """Allow or forbid TF32 (inputs rounded to 10-bit mantissas) in float32 matrix products, process-wide."""
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     torch.backends.cudnn.allow_tf32 = allowed
 
 
 def device_kind(accelerator: str) -> str:
-    """The device that ``trainer.accelerator`` names: ``cuda`` or ``cpu``.
+    """Return the device type for ``trainer.accelerator``: ``cuda`` or ``cpu``.
 
     Raises:
-        ConfigError: there is no CUDA device.
+        ConfigError: CUDA is requested but not available.
     """
     available = torch.cuda.is_available()
     if accelerator == "cuda" and not available:
@@ -128,10 +127,10 @@ def device_kind(accelerator: str) -> str:
 
 
 def check_precision(precision: str, device: str) -> None:
-    """Refuse a precision that a device does not have.
+    """Reject a precision that the device does not support.
 
     Raises:
-        ConfigError: it has not.
+        ConfigError: the device does not support it.
     """
     if precision == "16-mixed" and device == "cpu":
         raise ConfigError(

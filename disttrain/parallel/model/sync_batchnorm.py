@@ -43,7 +43,7 @@ def sync_batch_norms(module: nn.Module) -> int:
 
 
 class _Synced(_BatchNorm):
-    """A batch norm over all ranks, to be mixed into a single-rank batch norm class."""
+    """A batch norm over all ranks; a mixin for single-rank batch norm classes."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # collectives inside a compiled block are a graph break
     def forward(self, inputs: Tensor) -> Tensor:

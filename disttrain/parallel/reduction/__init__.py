@@ -1,1 +1,1 @@
-"""How gradients are added over ranks."""
+"""Gradient reduction over ranks."""

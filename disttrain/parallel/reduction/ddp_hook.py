@@ -1,6 +1,6 @@
-"""DDP's buckets of gradients, summed in the tree of ``reduction: tree`` while the backward pass runs.
+"""Reduce DDP's gradient buckets in tree order (``reduction: tree``) during the backward pass.
 
-Guarantee: all ranks go through the buckets in one order.
+Guarantee: all ranks process the buckets in the same order.
 
 Cost: see :mod:`disttrain.parallel.reduction.exchange`.
 """
@@ -22,28 +22,28 @@ _Future = torch.futures.Future[Tensor]
 
 
 class BucketHook:
-    """DDP's communication hook: one bucket's gradients, summed over all ranks and gathered.
+    """DDP communication hook that sums one bucket's gradients over all ranks and gathers the result.
 
-    On the CPU a thread of its own runs the collectives, one bucket after the other, beside the backward pass; on
-    CUDA a stream does.
+    The collectives overlap the backward pass, one bucket after the other: in a dedicated thread on the CPU, in a
+    stream on CUDA.
 
     Args:
-        sums: the partial sums of the earlier micro batches.
+        sums: partial sums of the earlier micro batches.
         parameters: the parameters in the order of those sums.
-        exchange: over a group that nothing else uses, since its collectives come from another thread.
+        exchange: uses a dedicated process group, since its collectives run in another thread.
     """
 
     def __init__(self, sums: PartialSums, parameters: Sequence[nn.Parameter], exchange: Exchange) -> None:
         self.sums, self._exchange = sums, exchange
         self._number = {id(parameter): number for number, parameter in enumerate(parameters)}
-        self._held: list[object] = []  # what a side stream still reads
+        self._held: list[object] = []  # tensors that a side stream still reads
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tree-reduction")
         self._stream: torch.cuda.Stream | None = None
-        self._last: FutureOfThread[None] | None = None  # of what the thread was given
-        self._error: Exception | None = None  # of the thread
+        self._last: FutureOfThread[None] | None = None  # the last task submitted to the thread
+        self._error: Exception | None = None  # raised in the thread
 
     def install(self, model: DistributedDataParallel) -> None:
-        """Let DDP call this hook."""
+        """Register this hook with DDP."""
 
         def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
             return self(bucket)
@@ -51,9 +51,9 @@ class BucketHook:
         model.register_comm_hook(None, hook)
 
     def __call__(self, bucket: GradBucket) -> _Future:
-        """Called by DDP in the backward pass of the last micro batch; all ranks go through buckets in one order."""
-        # Runs when the backward pass is over, before DDP's own callback waits for the buckets: after an error of the
-        # thread that would be for ever.
+        """Reduce a bucket; DDP calls this in the last micro batch's backward pass, in the same order on all ranks."""
+        # Runs at the end of the backward pass, before DDP's own callback waits for the buckets' futures. After an error
+        # in the thread, these never complete and DDP would wait forever.
         torch.autograd.Variable._execution_engine.queue_callback(self._wait)
         buffer, flat = bucket.buffer(), self._laid_out(bucket)
         if buffer.is_cuda:
@@ -66,16 +66,16 @@ class BucketHook:
         return future
 
     def release(self) -> None:
-        """After the backward pass: let go of what the collectives read."""
+        """Free the tensors that the collectives read; call after the backward pass."""
         self._wait()
         self._held.clear()
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._worker.shutdown()
 
     def _laid_out(self, bucket: GradBucket) -> Tensors:
-        """The partial sums of a bucket that are sent by themselves."""
+        """Add what can be added locally to a bucket; return its other partial sums, which are sent separately."""
         buffer, gradients = bucket.buffer(), bucket.gradients()
         with torch.no_grad():
             older = self.sums.finish([self._number[id(p)] for p in bucket.parameters()], gradients)
@@ -97,7 +97,7 @@ class BucketHook:
             self._error = error
 
     def _wait(self) -> None:
-        """Wait for the thread; raise what it met."""
+        """Wait for the thread; raise its error, if any."""
         if self._last is not None:
             self._last.result()
             self._last = None
@@ -106,7 +106,7 @@ class BucketHook:
 
     @torch.no_grad()
     def _reduce(self, flat: Tensors) -> Tensor:
-        """Sum partial sums of one bucket over all ranks into the newest of them, which is the bucket itself."""
+        """Sum one bucket's partial sums over all ranks, into the newest one, which is the bucket itself."""
         plan, buffer = self.sums.plan, flat[-1]
         each, more = divmod(buffer.numel(), plan.num_ranks)
         sizes = [each + (owner < more) for owner in range(plan.num_ranks)]
@@ -119,7 +119,7 @@ class BucketHook:
 
 
 def _like_bucket(buffer: Tensor, gradients: Tensors, partial: Tensors) -> Tensor:
-    """A partial sum laid out as the gradients of a bucket are."""
+    """Return a partial sum in the memory layout of a bucket's gradients."""
     flat = buffer.new_zeros(buffer.numel())
     offset = int(buffer.storage_offset())
     views = [flat.as_strided(g.size(), g.stride(), g.storage_offset() - offset) for g in gradients]
@@ -128,15 +128,15 @@ def _like_bucket(buffer: Tensor, gradients: Tensors, partial: Tensors) -> Tensor
 
 
 def settle_buckets(model: DistributedDataParallel) -> None:
-    """Let DDP rebuild its buckets now instead of after the first step.
+    """Make DDP rebuild its buckets now instead of after the first step.
 
-    DDP lays its buckets out anew, once, by the order in which the first backward pass brings the gradients.
-    A sum over three ranks or more depends in its last bits on that layout, so the first step of a resumed
-    run would differ from the same step of an uninterrupted one. A backward pass through the parameters
-    alone, with zero gradients, makes the layout the same from the first step on.
+    DDP rebuilds its buckets once, in the order in which the first backward pass produces gradients. With three or more
+    ranks, the last bits of a sum depend on the bucket layout, so the first step of a resumed run would differ from the
+    same step of an uninterrupted one. A backward pass through only the parameters, with zero gradients, fixes the
+    layout before the first step.
     """
     parameters = [p for p in model.module.parameters() if p.requires_grad]
-    gradients = [p.grad for p in parameters]  # a module that accumulates by hand has some where DDP is built again
+    gradients = [p.grad for p in parameters]  # with manual accumulation, some exist when DDP is rebuilt
     for parameter in parameters:
         parameter.grad = None
     model.reducer.prepare_for_backward([])

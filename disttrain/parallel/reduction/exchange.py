@@ -1,14 +1,14 @@
-"""Gradients of micro batches added in one fixed tree, whatever the ranks and the strategy: ``reduction: tree``.
+"""Sum the gradients of micro batches in a fixed tree, for any ranks and strategy: ``reduction: tree``.
 
-A rank keeps the partial sums of its own micro batches (:class:`PartialSums`). With the last micro batch, while the
-backward pass still runs, every rank sends to each owner that owner's part of its partial sums; the owners add what
-they got in the order of the tree (:class:`Exchange`). Under DDP a communication hook does so for each bucket and
-gathers the parts (:class:`BucketHook`); under FSDP a reduce-scatter does, and the owner keeps its part
-(:class:`TreeReduceScatter`). Only single pairs of numbers are ever added, in their own precision, so the sums have
-the same bits wherever a bucket or a shard begins.
+A rank keeps the partial sums of its own micro batches (:class:`PartialSums`). Each element of a gradient has one owner
+rank. In the last micro batch, during the backward pass, every rank sends its partial sums to their owners, which add
+them in tree order (:class:`Exchange`). Under DDP, a communication hook does this for each bucket and then gathers the
+parts (:class:`BucketHook`); under FSDP, a reduce-scatter does, and the owner keeps its part
+(:class:`TreeReduceScatter`). All additions are elementwise, of two tensors in their own precision, so the bits do not
+depend on where a bucket or shard begins.
 
-Cost: as many bytes as a ring all-reduce or reduce-scatter where accumulation is a power of two, a few times that
-where not; memory for ``log2(accumulation) + 1`` gradients while a step accumulates.
+Cost: as many bytes as a ring all-reduce or reduce-scatter if the accumulation is a power of two, otherwise a few times
+as many; memory for ``log2(accumulation) + 1`` gradients while a step accumulates.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Tensors = list[Tensor]
 
 
 class PartialSums:
-    """One rank's gradients of a step under way: a stack of partial sums of the tree, each a tensor a parameter.
+    """One rank's gradients in the current step: a stack of the tree's partial sums, each with one tensor per parameter.
 
     Args:
         rank: this rank.
@@ -35,17 +35,17 @@ class PartialSums:
     def __init__(self, rank: int) -> None:
         self.plan = plan_tree(rank + 1, 1)
         self.count = 0
-        """Micro batches of this step whose gradients were added."""
+        """Micro batches added in this step."""
         self._rank = rank
         self._stack: list[Tensors] = []
 
     def start(self, plan: TreePlan) -> None:
-        """Begin a step; what an interrupted one left is forgotten."""
+        """Begin a step, discarding what an interrupted one has left."""
         self.plan, self.count = plan, 0
         self._stack.clear()
 
     def add(self, gradients: Tensors) -> None:
-        """Take the gradients of a micro batch that is not the last. They are kept and changed."""
+        """Add the gradients of a micro batch that is not the last. Keeps and modifies the tensors."""
         self._stack.append(gradients)
         for _ in range(self.plan.own_merges[self._rank][self.count]):
             newest = self._stack.pop()
@@ -53,18 +53,18 @@ class PartialSums:
         self.count += 1
 
     def kept(self, numbers: Sequence[int]) -> tuple[list[Tensors], list[Tensors]]:
-        """What was kept of some parameters, named by their place in the lists given to :meth:`add`.
+        """Return the partial sums of some parameters, given by their positions in the lists passed to :meth:`add`.
 
         Returns:
-            The partial sums to be added to the last micro batch's gradients, in this order, and those that the
-            tree adds later, which are sent by themselves.
+            The partial sums to add to the last micro batch's gradients, in this order; and those that the tree adds
+            later, which are sent separately.
         """
         apart = len(self._stack) - self.plan.own_merges[self._rank][-1]
         of_these = [[partial[number] for number in numbers] for partial in self._stack]
         return of_these[apart:][::-1], of_these[:apart]
 
     def finish(self, numbers: Sequence[int], gradients: Tensors) -> list[Tensors]:
-        """Add what belongs to them to the last micro batch's gradients, in place; return what stays apart."""
+        """Add partial sums to the last micro batch's gradients, in place; return those to be sent separately."""
         merged, apart = self.kept(numbers)
         for partial in merged:
             torch._foreach_add_(gradients, partial)
@@ -72,12 +72,12 @@ class PartialSums:
 
 
 class Exchange:
-    """Adds all ranks' partial sums in the order of the tree, each rank a part of every tensor.
+    """Adds all ranks' partial sums in tree order; each rank adds one part of every tensor.
 
-    Its calls must follow each other, on one thread or stream: they share a buffer, as large as the largest needed.
+    Calls must run one after the other, on one thread or stream: they share a buffer of the largest size needed.
 
     Args:
-        group: a group of all ranks. Its collectives must be called in one order on all of them.
+        group: a group of all ranks, which must call its collectives in the same order.
         rank: this rank.
     """
 
@@ -86,12 +86,12 @@ class Exchange:
         self._buffers: dict[torch.dtype, Tensor] = {}
 
     def add(self, parts: Tensor, sizes: Sequence[int], plan: TreePlan) -> Tensor:
-        """A collective of the group.
+        """Exchange partial sums and add this rank's part. Collective over the group.
 
         Args:
-            parts: this rank's partial sums, for each owner its part of one after another; one dimension.
-            sizes: for each owner the elements of its part.
-            plan: who adds what.
+            parts: this rank's partial sums, ordered by owner and then by partial sum; one-dimensional.
+            sizes: number of elements in each owner's part.
+            plan: the order of additions.
 
         Returns:
             The sum of this rank's part over all ranks, shape (elements,), valid until the next call.
@@ -116,7 +116,7 @@ class Exchange:
         return stack[0]
 
     def gather(self, parts: Sequence[Tensor], own: Tensor) -> None:
-        """Fill all ranks' parts, the last of them with what each owns. A collective of the group."""
+        """All-gather: fill ``parts`` with every rank's ``own``. Collective over the group."""
         if dist.get_backend(self._group) != "gloo":
             dist.all_gather(list(parts), own, group=self._group)
             return
@@ -139,22 +139,22 @@ class Exchange:
 
 
 class TreeReduceScatter(ReduceScatter):
-    """FSDP2's reduce-scatter of one parameter group; with replicas, its all-reduce is prepared too.
+    """Custom FSDP2 reduce-scatter of one parameter group, in tree order, including the reduction over replicas.
 
-    With replicas the owners of a shard's sum are all ranks that hold the shard, each of a part of it. Each returns
-    its own part and zeros; the all-reduce over the replicas that follows in FSDP2 then adds each number to zeros.
+    With replicas, the ranks that hold the same shard each own a part of its sum. Each returns its part and zeros
+    elsewhere. FSDP2's subsequent all-reduce over the replicas then only adds zeros to each number, which is exact.
 
     Args:
-        sums: the partial sums of the earlier micro batches.
-        exchange: over all ranks.
-        replicas: copies of each shard.
-        shards: parts of each tensor.
+        sums: partial sums of the earlier micro batches.
+        exchange: covers all ranks.
+        replicas: number of copies of each shard.
+        shards: number of parts of each tensor.
         rank: this rank, ``replica * shards + shard``.
     """
 
     def __init__(self, sums: PartialSums, exchange: Exchange, *, replicas: int, shards: int, rank: int) -> None:
         self.numbers = range(0)
-        """The group's parameters by their place in the sums of the step under way."""
+        """Positions of the group's parameters in the current step's sums."""
         self._sums, self._exchange = sums, exchange
         self._replicas, self._shards = replicas, shards
         self._replica = rank // shards
@@ -162,7 +162,7 @@ class TreeReduceScatter(ReduceScatter):
         self._called = False
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A buffer for FSDP2's copies."""
+        """Allocate a buffer for FSDP2's copies."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     @torch.no_grad()
@@ -174,7 +174,7 @@ class TreeReduceScatter(ReduceScatter):
         op: object,
         async_op: bool = False,
     ) -> None:
-        """Called by FSDP2 in the backward pass of the last micro batch, by all ranks in one order."""
+        """Reduce; FSDP2 calls this in the last micro batch's backward pass, in the same order on all ranks."""
         if self._called:
             raise RuntimeError(
                 "reduction: tree, and the gradients of a sharded block came in two parts whose order is not fixed;"
@@ -191,22 +191,22 @@ class TreeReduceScatter(ReduceScatter):
         self._called = True
 
     def release(self) -> None:
-        """After the backward pass: let go of what the collectives read."""
+        """Free the tensors that the collectives read; call after the backward pass."""
         self._held.clear()
         self._called = False
 
     def _parts(self, newest: Tensor, elements: int, piece: int) -> Tensor:
-        """This rank's partial sums by owner, each owner's part in ``piece`` elements."""
+        """Return this rank's partial sums ordered by owner, with ``piece`` elements per owner and partial sum."""
         shards, replicas = self._shards, self._replicas
         flat = [*self._older(newest), newest]
         parts = (newest if len(flat) == 1 else torch.stack(flat)).view(len(flat), shards, elements)
         if piece * replicas != elements:
             parts = nn.functional.pad(parts, (0, piece * replicas - elements))
-        # (partial sum, shard, replica, element) to (replica, shard, partial sum, element): by owning rank
+        # From (partial sum, shard, replica, element) to (replica, shard, partial sum, element): ordered by owner.
         return parts.view(len(flat), shards, replicas, piece).permute(2, 1, 0, 3).contiguous().view(-1)
 
     def _older(self, newest: Tensor) -> Tensors:
-        """Add the kept partial sums to the newest, laid out as FSDP2 lays it out; return those that stay apart."""
+        """Add kept partial sums to the newest one, in FSDP2's memory layout; return those to be sent separately."""
         rows = newest.view(self._shards, -1)
 
         def laid_out(partial: Tensors) -> Tensor:
@@ -215,7 +215,7 @@ class TreeReduceScatter(ReduceScatter):
             return out.view(-1)
 
         merged, apart = self._sums.kept(self.numbers)
-        self._held += [merged, apart]  # they were made on another stream than this one
+        self._held += [merged, apart]  # created on another stream: keep them alive until this one has read them
         for partial in merged:
             newest.add_(laid_out(partial))
         return [laid_out(partial) for partial in apart]

@@ -1,10 +1,10 @@
-"""Gradients that travel between ranks in another type than their own: ``reduce_dtype``.
+"""Reduce gradients in a different dtype from their own: ``reduce_dtype``.
 
-Micro batches are added in the gradients' own precision; each rank rounds its sum once, the ranks' sums are added in
-bfloat16 by the communication library, and the result is widened again. Half the bytes of float32; about two decimal
-digits of the sum over the ranks, fewer with many ranks. Copies of a sharded model (HSDP) round within a copy alone;
-the sum over copies is taken in the gradients' own precision. The other way round, gradients that are bfloat16
-(``bf16-true``) are added over the ranks in float32 unless ``reduce_dtype`` says otherwise.
+Micro batches are added in the gradients' own precision. With ``bf16``, each rank rounds its sum once, the communication
+library adds the ranks' sums in bfloat16, and the result is widened again. This halves the bytes of float32 and keeps
+about two decimal digits of the sum, fewer with many ranks. With HSDP, only the reduction within a copy of the model is
+rounded; the sum over copies uses the gradients' own precision. Conversely, bfloat16 gradients (``bf16-true``) are
+reduced in float32 unless ``reduce_dtype`` is ``bf16``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NARROW: Final = torch.bfloat16
 
 
 def install_wide_hook(model: DistributedDataParallel) -> None:
-    """Let DDP average its bfloat16 buckets in float32, and round once."""
+    """Make DDP average its bfloat16 buckets in float32 and round once."""
 
     def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
         buffer = bucket.buffer()
@@ -36,7 +36,7 @@ def install_wide_hook(model: DistributedDataParallel) -> None:
 
 
 def install_narrow_hook(model: DistributedDataParallel) -> None:
-    """Let DDP average its buckets in bfloat16."""
+    """Make DDP average its buckets in bfloat16."""
 
     def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
         buffer = bucket.buffer()
@@ -48,10 +48,10 @@ def install_narrow_hook(model: DistributedDataParallel) -> None:
 
 
 class NarrowReduceScatter(ReduceScatter):
-    """FSDP2's reduce-scatter in bfloat16, between buffers of the gradients' own type."""
+    """Custom FSDP2 reduce-scatter in bfloat16, with input and output in the gradients' own dtype."""
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A buffer for FSDP2's copies."""
+        """Allocate a buffer for FSDP2's copies."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
@@ -62,7 +62,7 @@ class NarrowReduceScatter(ReduceScatter):
         op: Any,
         async_op: bool = False,
     ) -> None:
-        """Called by FSDP2 in the backward pass of the last micro batch, by the ranks of a group in one order."""
+        """Reduce; FSDP2 calls this in the last micro batch's backward pass, in the same order on a group's ranks."""
         narrow = torch.empty_like(output_tensor, dtype=_NARROW)
         reduce_scatter_single(narrow, input_tensor.to(_NARROW), op=op, group=group)
         output_tensor.copy_(narrow)

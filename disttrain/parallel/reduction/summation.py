@@ -1,12 +1,12 @@
-"""What makes a Lightning strategy sum gradients in one tree: ``reduction: tree``.
+"""A mixin with which a Lightning strategy sums gradients in a fixed tree: ``reduction: tree``.
 
-The mixin sees every backward pass. It gives each the same starting value in all layouts, a power of two, takes the
-gradients of all micro batches of a step but the last, and lets the strategy reduce with the last. What an optimizer
-then sees is the mean over the step's micro batches, as with any strategy, but with the same bits for every number of
-ranks whose micro batches are the same.
+The mixin intercepts every backward pass. It starts each with the same gradient in all layouts, a power of two. It
+collects the gradients of all micro batches of a step except the last, and lets the strategy reduce with the last. The
+optimizer then sees the mean over the step's micro batches, as with any strategy, but with the same bits on any number
+of ranks, given the same micro batches.
 
-Cost: see :mod:`disttrain.parallel.reduction.exchange`; one more pass over the gradients where the number of micro
-batches is no power of two.
+Cost: see :mod:`disttrain.parallel.reduction.exchange`, plus one pass over the gradients if the number of micro batches
+is not a power of two.
 """
 
 from __future__ import annotations
@@ -34,36 +34,36 @@ else:
 
 
 class SummationMixin(_Base):
-    """Adds gradients as the configuration says; to be mixed into a Lightning strategy, before its base."""
+    """Sums gradients as configured; list it before the base in a Lightning strategy."""
 
     config: ParallelConfig
     _sums: PartialSums | None = None
-    _of_step: list[tuple[str, Any]]  # the parameters that get gradients in the step under way
-    _looked: bool = False  # at the kernels of the first micro batch
+    _of_step: list[tuple[str, Any]]  # the trainable parameters in the current step
+    _looked: bool = False  # whether the first micro batch's kernels were checked
 
     @property
     def reduction(self) -> ReductionName:
-        """How gradients are added."""
+        """The configured ``parallel.reduction``."""
         return self.config.reduction
 
-    # What a strategy does.
+    # To be defined by strategies.
 
     def _trained(self) -> list[tuple[str, Any]]:
-        """The parameters that get gradients, by name, in one order."""
+        """Return names and trainable parameters, in a fixed order."""
         raise NotImplementedError
 
     def _take(self, parameter: Any) -> Tensor | None:
-        """Take the gradient of a parameter after a backward pass without reduction."""
+        """Return and clear a parameter's gradient after a backward pass without reduction."""
         raise NotImplementedError
 
     def _reduced(self, parameters: list[tuple[str, Any]]) -> None:
-        """The last backward pass of a step is over: finish what it has not done."""
+        """Complete the reduction after the last backward pass of a step."""
         raise NotImplementedError
 
-    # How it is done.
+    # Implementation.
 
     def _start_tree(self, trainer: pl.Trainer) -> PartialSums:
-        """Check that the run can sum in a tree; called once the ranks are known."""
+        """Check that the run supports tree reduction; call once the ranks are known."""
         module = self.lightning_module
         assert module is not None
         if not module.automatic_optimization:
@@ -80,7 +80,7 @@ class SummationMixin(_Base):
         return self._sums
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Run a backward pass whose starting value does not depend on the layout."""
+        """Run a backward pass whose initial gradient does not depend on the layout."""
         if self._sums is not None:
             if not self._looked:
                 check_ordered_sums(closure_loss, self.root_device)
@@ -89,13 +89,13 @@ class SummationMixin(_Base):
             plan = plan_tree(data_ranks(self._trainer()).size, accumulation)
             if self._sums.count == 0:
                 self._sums.start(plan)
-                self._of_step = self._trained()  # anew for each step: a callback may freeze and thaw layers
-            # Lightning has divided the loss by the accumulation; this makes it up, exactly.
+                self._of_step = self._trained()  # in every step: callbacks may freeze and unfreeze layers
+            # Undo Lightning's division of the loss by the accumulation, exactly.
             kwargs["gradient"] = torch.full_like(closure_loss, accumulation * 2.0**-plan.scale_exponent)
         return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Put the gradients of this micro batch where the tree wants them."""
+        """Add this micro batch's gradients to the tree; after the last one, complete the step's reduction."""
         super().post_backward(closure_loss)
         sums = self._sums
         if sums is None:
@@ -119,7 +119,7 @@ class SummationMixin(_Base):
             scale_gradients(self._trainer().lightning_module.parameters(), factor)
 
     def _finish_alone(self, gradients: list[tuple[str, Tensor | None]]) -> None:
-        """For one rank: add what was kept to the last micro batch's gradients, in place."""
+        """On a single rank, add the kept partial sums to the last micro batch's gradients, in place."""
         assert self._sums is not None
         found = [_present(name, gradient) for name, gradient in gradients]
         with torch.no_grad():
