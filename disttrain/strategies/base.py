@@ -1,4 +1,4 @@
-"""What DDP and FSDP share: the overrides of Lightning's strategy methods.
+"""Overrides of Lightning's strategy methods that DDP and FSDP share.
 
 Loaders are accepted or rejected (:mod:`disttrain.data.loader.user_loaders`), padding is removed from predictions
 (:mod:`disttrain.data.loader.padding`), and an optimizer may only step parameters that the strategy reduces
