@@ -29,7 +29,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     for finding in merge(report.findings):
         text = Text(printable(finding.said, lines=True))
         if finding.hint:
-            text.append(f"\nmend: {printable(finding.hint)}", style="italic")
+            text.append(f"\nhint: {printable(finding.hint)}", style="italic")
         table.add_row(cell(finding.check), Text(_WORDS[finding.status], style=_STYLES[finding.status]), text)
     (console or Console()).print(table)
     (console or Console()).print(f"disttrain doctor: {summary(report.findings)}")

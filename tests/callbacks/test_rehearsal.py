@@ -155,7 +155,11 @@ def fit(tmp_path: Path) -> Iterator[Callable[..., Net]]:
         (lambda: Net(object()), [], ["hyper_parameters.extra (of type object)", "ignore=[...]"]),
         (Net, [KeepsThing()], ["callbacks.KeepsThing.recent.1 (of type", "state_dict()"]),
         (Net, [KeepsThingFromTheStart()], ["callbacks.KeepsThingFromTheStart.thing.0 (of type"]),
-        (lambda: Net({frozenset({1}): 2}), [], ["hyper_parameters.extra.frozenset({1}) (of type frozenset, as a key"]),
+        (
+            lambda: Net({frozenset({1}): 2}),
+            [],
+            ["hyper_parameters.extra.frozenset({1}) (of type frozenset, used as"],
+        ),
         (SparseBuffer, [], ["model.graph, a sparse_coo tensor", "persistent=False"]),
         (Adds, [], ["on_save_checkpoint() of Adds adds more"]),
         (Replaces, [], ["on_save_checkpoint() of Replaces replaces backbone.weight"]),
@@ -218,7 +222,9 @@ class HeadFirst(Net):
         return torch.optim.Adam(self.head.parameters(), lr=0.01)
 
 
-@pytest.mark.filterwarnings("ignore:.*(as in the checkpoint|began without it|params in the optimizer|already)")
+@pytest.mark.filterwarnings(
+    "ignore:.*(as in the checkpoint|built without it|began without it|params in the optimizer|already)"
+)
 def test_a_backbone_that_was_thawed_resumes_to_the_bit(fit: Callable[..., Net], tmp_path: Path) -> None:
     """Five steps an epoch; thawed at step 5, resumed at step 8, in mid-epoch."""
 

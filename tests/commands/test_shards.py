@@ -121,7 +121,7 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(text) > 400, "a help text that helps"
 
 
-def test_what_the_user_can_mend_is_raised(tmp_path: Path, run: Run) -> None:
+def test_what_the_user_can_fix_is_raised(tmp_path: Path, run: Run) -> None:
     with pytest.raises(DataError, match="did you mean 'iris'"):
         run("pack", "sklearn:irsi", tmp_path)
     with pytest.raises(ConfigError, match="split fractions"):

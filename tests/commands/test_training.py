@@ -63,9 +63,9 @@ CASES = {
     ),
     "unknown decoder": (
         ["--data.fields={{image: {{ext: image.npy, decoder: npi}}, label: cls}}"],
-        ["no decoder 'npi'", "did you mean 'npy'?"],
+        ["no decoder named 'npi'", "did you mean 'npy'?"],
     ),
-    "pickle": (["--data.fields={{image: image.pkl, label: cls}}"], ["would have to be unpickled"]),
+    "pickle": (["--data.fields={{image: image.pkl, label: cls}}"], ["has to be unpickled"]),
     "absent transform": (
         ["--data.hooks.transform=tests.support.hooks.AddNoises"],
         ["data.hooks.transform: module 'tests.support.hooks' has no attribute 'AddNoises'"],

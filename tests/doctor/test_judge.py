@@ -129,7 +129,7 @@ def test_findings_of_many_nodes_are_one_line_each() -> None:
     assert summary(findings) == "1 failure, 1 warning"
 
 
-def test_the_table_has_the_mend_below_what_was_found() -> None:
+def test_the_table_has_the_hint_below_what_was_found() -> None:
     report = Report(World(), [failure("port", "port 1 is in use", "use another"), ok("memory", "enough")])
     console = Console(width=80, record=True, file=io.StringIO())
     print_report(report, console)

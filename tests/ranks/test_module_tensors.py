@@ -126,7 +126,7 @@ class TwoTypes(FeatureTask):
         (ComplexWeights, "ddp", "parameter wave is complex64"),
         (ComplexWeights, "fsdp", "parameter wave is complex64"),
         (CountingWeights, "fsdp", "parameter count is int16, which FSDP cannot shard"),
-        (TwoTypes, "fsdp", r"model\.0\.weight \(float32\) and fine \(float64\) are of one unit"),
+        (TwoTypes, "fsdp", r"model\.0\.weight \(float32\) and fine \(float64\) are in one FSDP unit"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_by_name(

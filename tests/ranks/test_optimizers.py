@@ -239,7 +239,7 @@ def test_what_a_layout_cannot_train_is_refused() -> None:
             check_optimizers([optimizer], module, fsdp, **many)
     lbfgs = OPTIMIZERS["LBFGS"](module.parameters())
     for layout in (many, {"ranks": 1, "accumulation": 2}):
-        with pytest.raises(ConfigError, match="LBFGS runs the batch of a step several times"):
+        with pytest.raises(ConfigError, match="LBFGS evaluates the batch of a step several times"):
             check_optimizers([lbfgs], module, ddp, **layout)
     check_optimizers([], sparse, ddp, **many)
     gate = nn.Linear(3, 3)

@@ -234,7 +234,7 @@ def test_sizes_of_more_than_eight_gibibytes(tmp_path: Path, tool: str) -> None:
 
 
 @pytest.mark.parametrize("tool", ["GNU gnu", "GNU posix", "bsdtar pax"])
-def test_sparse_members_are_refused_with_a_mend(tmp_path: Path, tool: str) -> None:
+def test_sparse_members_are_refused_with_a_hint(tmp_path: Path, tool: str) -> None:
     needs(tool)
     with open(tmp_path / "holes.bin", "wb") as file:
         file.write(b"begin")

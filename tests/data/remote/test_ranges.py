@@ -129,7 +129,7 @@ def test_lasting_faults_are_errors(server: RangeServer, fault: str, words: str, 
         ("other version", "the file was replaced: it is a different file of the same size"),
     ],
 )
-def test_what_waiting_does_not_mend_is_tried_once(server: RangeServer, fault: str, words: str) -> None:
+def test_what_waiting_does_not_fix_is_tried_once(server: RangeServer, fault: str, words: str) -> None:
     file = RemoteFile(f"{server.url}/x.bin", QUICK)
     server.fail("x.bin", fault)
     with pytest.raises(RemoteError, match=words) as error:

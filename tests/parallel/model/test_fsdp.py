@@ -61,7 +61,7 @@ def train(folder: str) -> None:
     for settings, words in (
         ({}, None),
         ({"number": True}, "parameter scale is a single number, shape"),
-        ({"units": True}, "gives a ModuleList, which has no forward"),
+        ({"units": True}, "returns a ModuleList, which has no forward"),
     ):
         trainer = Trainer(
             run_dir=folder, max_steps=2, parallel=ParallelConfig(strategy="fsdp"), progress_bar=False, accelerator="cpu"
