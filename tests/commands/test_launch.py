@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from disttrain.commands import launch
+from disttrain.commands.torchrun import explain
 from disttrain.distributed.exit_codes import VARIABLE, Ending, code_of, note_ending, read_endings
 from disttrain.errors import ConfigError
 from disttrain.system.reading import read_run
@@ -51,6 +52,21 @@ def test_the_command_is_torchruns() -> None:
     assert command[-5:] == ["-m", "disttrain", "fit", "--config", "x.yaml"]
     assert {"--standalone", "--max-restarts"} < set(command)
     assert launch.torchrun_command(["research.py", "--fast"], nproc=1)[-2:] == ["research.py", "--fast"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "words"),
+    [
+        ([(0, 1), (1, 2)], ""),
+        ([(1, -7), (0, 1)], "rank 1 was ended by SIGBUS: a shard or another mapped file was cut off"),
+        ([(0, 1), (3, -9)], "rank 3 was ended by SIGKILL: something else killed it: the kernel"),
+        ([(0, -11)], "rank 0 was ended by SIGSEGV: native code crashed"),
+        ([(0, -15)], ""),
+    ],
+)
+def test_signals_that_end_a_rank_are_explained(codes: list[tuple[int, int]], words: str) -> None:
+    assert explain(codes).startswith(words)
+    assert bool(explain(codes)) == bool(words)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +216,7 @@ def test_a_hang_and_a_kill_have_codes_of_their_own(digits: Path, tmp_path: Path)
         first = stack.enter_context(launched(["--nproc", "2", *hanging], tmp_path / "hang.log"))
         second = stack.enter_context(launched(["--nproc", "2", *killed], tmp_path / "kill.log"))
         codes = (first.wait(), second.wait())
+    assert "rank 1 was ended by SIGKILL: something else killed it" in second.log.read_text()
     assert codes == (76, 1), first.log.read_text() + second.log.read_text()
 
 

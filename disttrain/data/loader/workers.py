@@ -198,8 +198,8 @@ class _Worker:
                 ) from None
             raise DataError(
                 f"a worker process ended with exit code {code} while making a batch of {maker.reader.index.name}",
-                hint="code -9 usually means out of memory: lower data.loader.workers or data.loader.prefetch_mib;"
-                " otherwise check data.hooks",
+                hint="code -9 usually means out of memory: lower data.loader.workers or data.loader.prefetch_mib; code"
+                " -7 means that a shard was cut off or its disk failed; otherwise check data.hooks",
             ) from None
         if error is not None:
             raise error

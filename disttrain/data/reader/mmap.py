@@ -5,19 +5,22 @@ therefore mapped, and NumPy gathers a batch's bytes from all shards at once, wit
 not in the page cache (detected by the time it takes to touch it), a read first asks the kernel for all its pages, so
 that the disk serves many requests in parallel, and waits for them without the GIL.
 
-If a mapped file is truncated or its disk fails, access raises SIGBUS where a read would return an error. The size is
-therefore checked before each use, and a later SIGBUS is caught (:mod:`disttrain.data.reader.sigbus`) and becomes a read
-error. Files on network file systems, where this can happen at any time, are not mapped. Cost: one descriptor per
-shard; from the page cache, a fifth of a ``pread``.
+If a mapped file is truncated or its disk fails, access ends the process with SIGBUS where a read would return an error.
+The size is therefore checked before each use, so that only a file that is cut off during a read does so; faulthandler
+then prints "Bus error" and this module's place in the stack, and ``disttrain launch`` explains it. Files on network
+file systems, where this can happen at any time, are not mapped. Cost: one descriptor per shard; from the page cache,
+half of a ``pread``.
 """
 
 from __future__ import annotations
 
 import errno
+import faulthandler
 import mmap
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from threading import Lock
@@ -28,7 +31,6 @@ from numpy.typing import NDArray
 
 from disttrain.data.index.shard_index import Shard
 from disttrain.data.index.tar import open_hint
-from disttrain.data.reader import sigbus
 from disttrain.data.reader.open_shards import OPEN_SHARDS
 from disttrain.errors import ShardError
 
@@ -64,18 +66,11 @@ class _Space:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Mapped:
-    """A mapped shard.
+class _Mapped:
+    """A shard in memory: the mapping, and where it begins."""
 
-    Attributes:
-        shard: its number in the index.
-        file: the mapping.
-        memory: its address range, and whether a fault was caught in it.
-    """
-
-    shard: int
     file: mmap.mmap
-    memory: sigbus.Stretch
+    address: int
 
 
 class MappedShards:
@@ -96,16 +91,14 @@ class MappedShards:
         shards: Sequence[tuple[int, slice]],
         offsets: NDArray[np.int64],
         sizes: NDArray[np.int64],
-        *,
-        used: list[Mapped],
     ) -> Spans | None:
-        """Locate spans of bytes in memory; arguments and errors as in :data:`disttrain.data.reader.pread.Read`.
+        """Locate spans of bytes in memory; arguments and errors as in
+        :meth:`disttrain.data.reader.pread.ShardFiles.read`.
 
         Args:
             shards: each shard and its range of rows.
             offsets: offsets of the spans in their shards. shape (rows, columns)
             sizes: sizes of the spans in bytes. shape (rows, columns)
-            used: gets the mappings in use appended, to pass to :meth:`check`.
 
         Returns:
             One array over the memory that holds all spans, most of which must not be touched, and where in it each
@@ -120,8 +113,7 @@ class MappedShards:
             entry = self._map(shard)
             if entry is None:
                 return None
-            used.append(entry)  # before any of its memory is touched
-            found, address = entry.file, entry.memory.begin
+            found, address = entry.file, entry.address
             self._check(shard, found, int(ends[here].max()))
             at[here] = offsets[here] + address
             maps.append(found)
@@ -130,21 +122,6 @@ class MappedShards:
         at -= low
         self._fetch(shards, maps, space, at, offsets, sizes)
         return space, at
-
-    def check(self, used: Sequence[Mapped]) -> None:
-        """Check mappings for faults, after the last use of their memory.
-
-        Raises:
-            ShardError: a fault was caught, so the bytes read may be zeros.
-        """
-        torn = [entry for entry in used if entry.memory.is_torn]
-        if not torn:
-            return
-        for entry in torn:
-            if entry.file.size() < len(entry.file):
-                raise ends_early(self._shards[entry.shard].path, entry.file.size())
-        names = ", ".join(self._shards[entry.shard].path for entry in torn[:3])
-        raise ShardError(f"reading {names} failed", hint="check the disk and the files")
 
     def _fetch(
         self,
@@ -171,27 +148,29 @@ class MappedShards:
 
     def _may_be_mapped(self, shard: int) -> bool:
         entry = self._shards[shard]
-        return not entry.is_remote and sigbus.can_guard() and is_on_local_disk(os.path.dirname(entry.path))
+        return not entry.is_remote and is_on_local_disk(os.path.dirname(entry.path))
 
-    def _map(self, shard: int) -> Mapped | None:
-        """Return an intact mapping; None if the shard may not be mapped."""
-        found: Mapped | None = OPEN_SHARDS.get(self._owner, shard)
-        if found is not None and not found.memory.is_torn:
+    def _map(self, shard: int) -> _Mapped | None:
+        """Return a mapping; None if the shard may not be mapped."""
+        found: _Mapped | None = OPEN_SHARDS.get(self._owner, shard)
+        if found is not None:
             return found
         with self._lock:
             found = OPEN_SHARDS.get(self._owner, shard)
-            if found is not None and not found.memory.is_torn:
+            if found is not None:
                 return found
-            OPEN_SHARDS.drop(self._owner, shard)
             if not self._may_be_mapped(shard) or not OPEN_SHARDS.has_room():
                 return None
             mapped = self._opened(self._shards[shard].path)
             if mapped is None:
                 return None
+            if not faulthandler.is_enabled():
+                with suppress(OSError, ValueError, AttributeError):  # standard error is closed, or no file
+                    faulthandler.enable()
             mapped.madvise(mmap.MADV_RANDOM)  # a page fault loads one page, without readahead
             view: NDArray[Any] = np.frombuffer(mapped, np.uint8)
-            memory = sigbus.watch(mapped, int(view.__array_interface__["data"][0]))
-            return OPEN_SHARDS.keep(self._owner, shard, Mapped(shard, mapped, memory), holder=mapped)
+            entry = _Mapped(mapped, int(view.__array_interface__["data"][0]))
+            return OPEN_SHARDS.keep(self._owner, shard, entry, holder=mapped)
 
     @staticmethod
     def _opened(path: str) -> mmap.mmap | None:

@@ -79,11 +79,6 @@ class OpenShards:
             self._entries[owner, shard] = entry
         return entry
 
-    def drop(self, owner: int, shard: int) -> None:
-        """Drop a shard that is no longer usable."""
-        with self._lock:
-            self._entries.pop((owner, shard), None)
-
     def trying(self, open_it: Callable[[], T]) -> T:
         """Open something; if no descriptor is left in the process or machine, close all cached shards and retry.
 

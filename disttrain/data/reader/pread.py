@@ -9,8 +9,7 @@ after each read, so that the cache may evict them. Cost: one system call per run
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Final
 
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from disttrain.data.cache.cached_shards import ShardStore
 from disttrain.data.index.shard_index import Shard
-from disttrain.data.reader.mmap import Mapped, MappedShards, Spans, cannot_open, ends_early
+from disttrain.data.reader.mmap import MappedShards, Spans, cannot_open, ends_early
 from disttrain.data.reader.open_shards import OPEN_SHARDS
 from disttrain.data.remote.ranges import shown
 from disttrain.errors import ShardError
@@ -29,13 +28,6 @@ _SHARD_STRIDE: Final = 2**45
 
 Shards = Sequence[tuple[int, slice]]
 """Each shard and the range of rows that lie in it."""
-Read = Callable[[Shards, NDArray[np.int64], NDArray[np.int64]], Spans]
-"""Reads spans of bytes.
-
-It takes the shards, and the offset in its shard and the size of each span, both of shape (rows, columns). It returns
-a block of memory, shape (bytes,), of which only the spans may be touched, and where each span begins in it, shape
-(rows, columns). It raises a :class:`~disttrain.errors.ShardError` if a shard cannot be read or ends before a span.
-"""
 
 
 class _OpenShard:
@@ -80,24 +72,22 @@ class ShardFiles:
         self._mapped = MappedShards(shards)
         self._owner = OPEN_SHARDS.owner(self, len(shards))
 
-    @contextmanager
-    def reading(self) -> Iterator[Read]:
-        """Yield a function that reads spans; their memory is valid inside the block.
+    def read(self, shards: Shards, offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> Spans:
+        """Read spans of bytes.
+
+        Args:
+            shards: each shard and the range of rows that lie in it.
+            offsets: where the spans begin in their shards. shape (rows, columns)
+            sizes: sizes of the spans in bytes. shape (rows, columns)
+
+        Returns:
+            Memory that holds them, of which nothing else may be touched, shape (bytes,); and where in it each span
+            begins, shape (rows, columns).
 
         Raises:
-            ShardError: a shard was truncated, or its disk failed, during the block.
+            ShardError: a shard cannot be read, or ends before a span.
         """
-        used: list[Mapped] = []
-
-        def read(shards: Shards, offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> Spans:
-            found = self._mapped.spans(shards, offsets, sizes, used=used)
-            return found or self._joined(shards, offsets, sizes)
-
-        try:
-            yield read
-        finally:
-            # A truncated mapping reads as zeros. Raise for that here, rather than the decode error it may have caused.
-            self._mapped.check(used)
+        return self._mapped.spans(shards, offsets, sizes) or self._joined(shards, offsets, sizes)
 
     def _joined(self, shards: Shards, offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> Spans:
         """Read spans into one buffer, merging close neighbours into runs."""

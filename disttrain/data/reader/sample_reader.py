@@ -218,8 +218,8 @@ class Reader:
             # Read zero bytes for an absent field, at a place near the sample's other fields so that runs stay short.
             offsets = np.where(lacks, np.maximum(offsets.max(axis=1, keepdims=True), 0), offsets)
             sizes = np.where(lacks, 0, sizes)
-        with self._files.reading() as read:
-            return self._values(places, read(places.shards, offsets, sizes), offsets, sizes, absent, draws)
+        there = self._files.read(places.shards, offsets, sizes)
+        return self._values(places, there, offsets, sizes, absent, draws)
 
     def _values(
         self,
