@@ -140,7 +140,7 @@ def test_a_sharded_recipe_with_a_mirror_is_left_alone(
     assert code == 0, text
     assert [layout["verdict"] for layout in found["layouts"]] == ["same to the bit"] * 2, found
     assert "data.micro_batch_size auto is 16 in every layout" in text
-    assert "trainer.parallel.replicate 2 of the recipe gives way" in text
+    assert "the recipe's trainer.parallel.replicate 2 is replaced" in text
     assert "tolerance: 1e-06, the default for SGD" in text
     assert {file: file.read_bytes() for file in bucket.rglob("*") if file.is_file()} == before, "the copies"
 

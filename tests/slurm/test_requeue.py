@@ -160,7 +160,7 @@ def test_a_signal_before_training_and_a_start_after_the_end(
     assert [attempt["slurm_restart"] for attempt in read_run(run_dir)["attempts"]] == [1]
     assert_same(whole, run_dir, attempts=1)
     cluster.run(["scontrol", "requeue", job])  # as of a preemption that comes just then
-    wait_until(lambda: "nothing is left to do" in log.read_text(), 60, lambda: log.read_text() + cluster.logs())
+    wait_until(lambda: "is already complete" in log.read_text(), 60, lambda: log.read_text() + cluster.logs())
     cluster.wait_done(job, log=log)
     assert_same(whole, run_dir, attempts=1)
 

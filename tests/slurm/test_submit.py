@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missi
         (["--tasks-per-node", "99"], {"data.global_batch_size": "99", "data.micro_batch_size": "1"}, "SLURM", "sinfo"),
         (["--nodes", "3"], {}, "does not fit 3 nodes x 2 ranks", "global_batch_size 60 or 66"),
         (["--time", "5h"], {}, "SLURM refuses this job: .*time limit", "the limits"),
-        (["--output", "absent/%j.log"], {}, "absent of --output does not exist", "mkdir -p"),
+        (["--output", "absent/%j.log"], {}, "absent, does not exist", "mkdir -p"),
         ([], {"model.optimizer.lrr": "1"}, "there is no setting 'model.optimizer.lrr'", "did you mean 'lr'?"),
         ([], {"model.class_path": "recipes.digits.DigitTask"}, "has no attribute 'DigitTask'", "class path"),
         ([], {"resume": "never"}, "resume is never", "new folder"),
