@@ -165,7 +165,7 @@ class MappedShards:
             if mapped is None:
                 return None
             if not faulthandler.is_enabled():
-                with suppress(OSError, ValueError, AttributeError):  # standard error is closed, or no file
+                with suppress(OSError, ValueError, RuntimeError, AttributeError):  # no standard error, or not a file
                     faulthandler.enable()
             mapped.madvise(mmap.MADV_RANDOM)  # a page fault loads one page, without readahead
             view: NDArray[Any] = np.frombuffer(mapped, np.uint8)
