@@ -29,7 +29,7 @@ def test_a_few(what: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "number"), [("command_lines", 200), ("hostile_files", 100)])
+@pytest.mark.parametrize(("what", "number"), [("command_lines", 140), ("hostile_files", 70)])
 def test_a_campaign(what: str, number: int, tmp_path: Path) -> None:
     run_ranks(1, run, what, 3, number, False, str(tmp_path / "template"), folder=tmp_path / "logs", timeout=3000).ok()
 

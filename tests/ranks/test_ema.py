@@ -284,7 +284,7 @@ def test_killed_resumed_elsewhere_and_evaluated(digits: Path, tmp_path: Path, re
         text = run_cli(2, command("validate", whole, digits, *callbacks), folder=tmp_path / "v").ok().text
         assert f"{record['best']['value']:.6f}" in text, f"best was {record['best']}\n{text}"
     text = run_cli(1, command("predict", whole, digits), folder=tmp_path / "p").ok().text
-    assert "predictions of the averaged weights" in text
+    assert "predictions were made with the averaged weights" in text
     unaveraged = ["--trainer.callbacks+=disttrain.EMA", "--trainer.callbacks.evaluate=false"]
     text = run_cli(1, command("validate", whole, digits, *unaveraged), folder=tmp_path / "u").ok().text
     assert f"{record['best']['value']:.6f}" not in text, "the training weights were asked for"
