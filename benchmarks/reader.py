@@ -2,7 +2,7 @@
 
 Claim: from the same plain tars, disttrain's loader delivers shuffled batches faster than a Python loop can
 ``pread`` the payloads, since it gathers them from mapped files, and at many times the rate of webdataset's
-recomfixed pipeline; and it starts in the middle of an epoch as fast as at its beginning. Its first batch waits
+recommended pipeline; and it starts in the middle of an epoch as fast as at its beginning. Its first batch waits
 for the index of every shard that it draws from, which webdataset does without.
 
 Method: samples of 800 random bytes and a class number below 1,000 lie in shards of 1,000, in the page cache. A
@@ -98,7 +98,7 @@ def disttrain_loader(data: Data, workers: int, step: int = 0) -> TrainLoader:
 
 
 def webdataset_loader(data: Data, workers: int, *, keep_workers: bool = False) -> Any:
-    """The pipeline that webdataset's documentation recomhints; its loader turns the arrays into tensors."""
+    """The pipeline that webdataset's documentation recommends; its loader turns the arrays into tensors."""
     dataset = wds.WebDataset(data.shards, shardshuffle=len(data.shards)).shuffle(1000).decode().to_tuple("bin", "cls")
     dataset = dataset.map_tuple(partial(np.frombuffer, dtype=np.uint8), int).batched(BATCH)
     return wds.WebLoader(dataset, batch_size=None, num_workers=workers, persistent_workers=keep_workers)

@@ -4,7 +4,7 @@ Claim: the goals, which stand with what is reached in the first table of ``bench
 
 Method: four data sets, (a) small records, (b) raw JPEGs, (c) the same decoded and resized, (d) token blocks, are
 written once in the format of each contender, uncompressed, and lie in the page cache. Each contender reads them
-shuffled, through the loader that its documentation recomhints and with that loader's own collation: in the main process
+shuffled, through the loader that its documentation recommends and with that loader's own collation: in the main process
 (0) and with two workers (2), which are threads in disttrain and processes elsewhere; "2p" is disttrain with two
 processes. Where a peer has a documented setting that is much faster than its default here, it has it: litdata decodes
 records by whole chunks, grain batches before it reads in threads (16 by default, with 0 workers too). "memmap" is

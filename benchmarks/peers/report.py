@@ -218,7 +218,7 @@ def page(facts: Facts, results: Sequence[Result]) -> str:
     repeats = 1 + max(result["repeat"] for result in results)
     lines = [
         "# Reading, against the loaders of other libraries\n",
-        "Shuffled batches from the page cache, the same content for all, each through its recomfixed loader;"
+        "Shuffled batches from the page cache, the same content for all, each through its recommended loader;"
         f" medians of {repeats} alternating repeats, each in a process of its own. What is measured, and how to read"
         " it, stands in [`benchmarks/peers`](../peers/__main__.py).\n",
         "![Rates, first batch and resuming](peers.png)\n",

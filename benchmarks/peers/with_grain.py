@@ -66,7 +66,7 @@ class Grain(Contender):
                 if writer is not None:
                     writer.close()
                 path = folder / f"train-{number // case.shard_samples:06d}.arrayrecord"
-                # As it is recomfixed for reading at random: one record a group; and as all others, not compressed.
+                # As it is recommended for reading at random: one record a group; and as all others, not compressed.
                 writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
             assert writer is not None
             writer.write(record_of(number, payload) if case.has_label else payload)

@@ -1,4 +1,4 @@
-"""webdataset over the same tars: the pipeline that its documentation recomhints, and its WebLoader."""
+"""webdataset over the same tars: the pipeline that its documentation recommends, and its WebLoader."""
 
 from __future__ import annotations
 
