@@ -15,17 +15,9 @@ importlib.import_module("disttrain.distributed.parent_process")
 if TYPE_CHECKING:  # the same names as below, for type checkers and editors
     from disttrain.callbacks import (
         EMA as EMA,
-    )
-    from disttrain.callbacks import (
         Checkpointing as Checkpointing,
-    )
-    from disttrain.callbacks import (
         EarlyStopping as EarlyStopping,
-    )
-    from disttrain.callbacks import (
         SampleLedger as SampleLedger,
-    )
-    from disttrain.callbacks import (
         UpdateGuard as UpdateGuard,
     )
     from disttrain.checkpoint.remote.copies import MirrorConfig as MirrorConfig
@@ -35,72 +27,27 @@ if TYPE_CHECKING:  # the same names as below, for type checkers and editors
     from disttrain.data.index.shard_index import ShardIndex as ShardIndex
     from disttrain.data.loader.loaders import LoaderConfig as LoaderConfig
     from disttrain.data.loader.transforms import HooksConfig as HooksConfig
-    from disttrain.data.module import (
-        ShardedDataModule as ShardedDataModule,
-    )
-    from disttrain.data.module import (
-        ShuffleConfig as ShuffleConfig,
-    )
-    from disttrain.data.order.sample_order import (
-        Order as Order,
-    )
-    from disttrain.data.order.sample_order import (
-        OrderConfig as OrderConfig,
-    )
+    from disttrain.data.module import ShardedDataModule as ShardedDataModule, ShuffleConfig as ShuffleConfig
+    from disttrain.data.order.sample_order import Order as Order, OrderConfig as OrderConfig
     from disttrain.data.reader.bad_sample_policy import (
         BadSampleError as BadSampleError,
-    )
-    from disttrain.data.reader.bad_sample_policy import (
         FilteredSampleError as FilteredSampleError,
     )
     from disttrain.data.splits import SourceConfig as SourceConfig
     from disttrain.errors import (
         CheckpointError as CheckpointError,
-    )
-    from disttrain.errors import (
         ConfigError as ConfigError,
-    )
-    from disttrain.errors import (
         DataError as DataError,
-    )
-    from disttrain.errors import (
         DisttrainError as DisttrainError,
-    )
-    from disttrain.errors import (
         Preempted as Preempted,
-    )
-    from disttrain.errors import (
         RankError as RankError,
     )
     from disttrain.lightning.callback import Callback as Callback
-    from disttrain.optim import (
-        OptimizerConfig as OptimizerConfig,
-    )
-    from disttrain.optim import (
-        ScheduleConfig as ScheduleConfig,
-    )
-    from disttrain.parallel.config import (
-        BatchPlan as BatchPlan,
-    )
-    from disttrain.parallel.config import (
-        ParallelConfig as ParallelConfig,
-    )
+    from disttrain.optim import OptimizerConfig as OptimizerConfig, ScheduleConfig as ScheduleConfig
+    from disttrain.parallel.config import BatchPlan as BatchPlan, ParallelConfig as ParallelConfig
     from disttrain.parallel.model.tensor_parallel import ShardedDropout as ShardedDropout
-    from disttrain.strategies.build import (
-        DDP as DDP,
-    )
-    from disttrain.strategies.build import (
-        FSDP as FSDP,
-    )
-    from disttrain.tasks import (
-        ClassificationTask as ClassificationTask,
-    )
-    from disttrain.tasks import (
-        RegressionTask as RegressionTask,
-    )
-    from disttrain.tasks import (
-        Task as Task,
-    )
+    from disttrain.strategies.build import DDP as DDP, FSDP as FSDP
+    from disttrain.tasks import ClassificationTask as ClassificationTask, RegressionTask as RegressionTask, Task as Task
     from disttrain.trainer import Trainer as Trainer
     from disttrain.version import __version__ as __version__
 

@@ -323,9 +323,8 @@ class Trainer(TrainerBase):
             if self._over is None:
                 return
             ckpt_path = self._over.checkpoint
-            use_own_loops(
-                self, validate_every_steps=self._validate_every_steps
-            )  # Lightning's loops would otherwise keep counting from where the last attempt ended
+            # Lightning's loops would otherwise keep counting from where the last attempt ended.
+            use_own_loops(self, validate_every_steps=self._validate_every_steps)
 
     def validate(self, *args: Any, **kwargs: Any) -> Any:
         """Run Lightning's validation; ``ckpt_path`` may be ``best`` or ``last``, of those in the run folder."""

@@ -20,8 +20,7 @@ from typing import Any
 import pytest
 
 from disttrain.commands import doctor
-from disttrain.doctor import examine as examine_module
-from disttrain.doctor import network, speed
+from disttrain.doctor import examine as examine_module, network, speed
 from disttrain.errors import ConfigError
 from tests.support.ranks import Outcome, run_ranks
 

@@ -8,8 +8,7 @@ Cost: see :mod:`disttrain.parallel.reduction.exchange`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future as FutureOfThread
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future as FutureOfThread, ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn

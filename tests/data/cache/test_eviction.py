@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from disttrain.data.cache.eviction import FAR, Plan, Plans, remove_if_dead
 from disttrain.data.order.mixture import Mixture, Portion

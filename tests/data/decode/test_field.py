@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from disttrain.data.decode import external
-from disttrain.data.decode import fields as decoding
+from disttrain.data.decode import external, fields as decoding
 from disttrain.data.decode.field import Field
 from disttrain.data.decode.fields import BadValuesError, RawValues, decode
 from disttrain.data.decode.images import RandomResizedCrop

@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from numpy.typing import NDArray
 
 from disttrain.data.order.sample_order import DEFAULT_WINDOW, ORDER_VERSION, Order, OrderConfig, evaluation_ids

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from disttrain.data.index.shard_index import ShardIndex, read_manifest
 from disttrain.data.index.sidecar import build_table, read_sidecar, sidecar_path

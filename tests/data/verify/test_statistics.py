@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from disttrain.data.index.shard_index import Shard, ShardIndex, describe_shard
 from disttrain.data.index.sidecar import build_table
