@@ -33,6 +33,7 @@ from disttrain.callbacks.lightning_advice import (
     refuse_best,
     refuse_callbacks,
     refuse_named_start,
+    refuse_used,
     wants_progress,
 )
 from disttrain.callbacks.micro_batch_size import MicroBatchSearch
@@ -211,6 +212,8 @@ class Trainer(TrainerBase):
         quieten()
         self._introductions.introduce(self.callbacks)  # type: ignore[attr-defined]
         use_own_loops(self, validate_every_steps=validate_every_steps)
+        if validate_every_steps is not None:
+            self.check_val_every_n_epoch = None  # so that Lightning's EarlyStopping checks after each validation
         without_signal_handlers(self)
 
     @property
@@ -312,6 +315,8 @@ class Trainer(TrainerBase):
         if resume is not None:
             if ckpt_path is not None:
                 raise ConfigError("fit() is given both resume and ckpt_path", hint='give one; resume="auto" does both')
+            if str(resume) == "never":
+                refuse_used(self)
             start = self.find_start(str(resume))
             for note in start.notes if self.is_global_zero else ():
                 tell(note)

@@ -84,8 +84,10 @@ class EMA(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Register the averages to be saved in and loaded from checkpoints."""
         groups = strategy_of(trainer).tensor_groups
-        if groups.setdefault(GROUP, self) is not self:
+        # One of an earlier fit or attempt is gone: configure_callbacks returns another one each time.
+        if groups.get(GROUP, self) is not self and groups[GROUP] in trainer.callbacks:  # type: ignore[attr-defined]
             raise ConfigError("trainer.callbacks has more than one EMA", hint="keep one of them")
+        groups[GROUP] = self
         self._module = pl_module
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

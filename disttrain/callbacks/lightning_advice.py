@@ -27,6 +27,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from disttrain.errors import ConfigError, nearest
+from disttrain.lightning.callback import Callback as StepCallback
 from disttrain.parallel.ranks import data_ranks
 
 _ELSEWHERE: Final = {
@@ -114,11 +115,25 @@ def refuse_callbacks(callbacks: Iterable[Callback]) -> None:
         for kind, (what, hint) in _REFUSED.items():
             if isinstance(callback, kind):
                 raise ConfigError(f"callback {type(callback).__name__} {what}", hint=hint)
+        if hasattr(callback, "on_step_end") and not isinstance(callback, StepCallback):
+            raise ConfigError(
+                f"callback {type(callback).__name__} defines on_step_end, but is not a disttrain.Callback",
+                hint="derive it from disttrain.Callback, which is called at the end of each step",
+            )
 
 
 def refuse_best(_: str) -> None:
     """Refuse ``ckpt_path='best'`` when no checkpoint holds a metric."""
     raise ConfigError(_NO_BEST[0], hint=_NO_BEST[1])
+
+
+def refuse_used(trainer: pl.Trainer) -> None:
+    """Refuse to start over with a trainer that has trained: its loops stand at their end."""
+    if trainer.global_step:
+        raise ConfigError(
+            f"fit(resume='never') on a Trainer that has trained {trainer.global_step} steps would not train",
+            hint="make a new Trainer for each run",
+        )
 
 
 def refuse_named_start(which: str) -> None:

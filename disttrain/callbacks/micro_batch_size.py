@@ -115,6 +115,8 @@ class MicroBatchSearch(Callback):
             ConfigError: the module uses manual optimization, so a smaller micro batch would change its steps.
         """
         data, checkpoints = sharded_data(trainer), self._record.checkpoints
+        if checkpoints is not None:
+            checkpoints.saves_start = False
         if stage != "fit" or data is None or not data.finds_micro_batch_size:
             return
         if not pl_module.automatic_optimization:
@@ -183,6 +185,10 @@ class MicroBatchSearch(Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Enter a validation, whose micro batches have another size."""
         self._enter("validation")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave a validation: what follows has the size of training."""
+        self._enter("time between two micro batches")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Print a hint after an out-of-memory error in an evaluation outside training, which is not retried."""

@@ -68,8 +68,11 @@ def main(argv: list[str], subcommands: Collection[str]) -> int:
     folder = Path(tempfile.mkdtemp(prefix="disttrain-launch-"))
     try:
         code, endings, asked = _run(command, {**os.environ, **threads}, folder)
-        while code and not asked and any(ending.code == OUT_OF_MEMORY_CODE for ending in endings):
+        before: list[Ending] = []
+        # The same failure again means that the restarted ranks did not learn of it: another folder, say.
+        while code and not asked and endings != before and any(one.code == OUT_OF_MEMORY_CODE for one in endings):
             _tell(endings, nproc, again=True)
+            before = endings
             code, endings, asked = _run(command, {**os.environ, **threads}, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

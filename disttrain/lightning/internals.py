@@ -68,7 +68,7 @@ def run_validation(trainer: pl.Trainer) -> None:
 
 
 def end_midway(trainer: pl.Trainer) -> None:
-    """End a fit early, calling the same hooks in the same order as for a complete one. Collective.
+    """End a fit early, with the teardown hooks of a complete one but not those of its end. Collective.
 
     Raising an exception instead would make Lightning call ``on_exception`` and mark the loggers' runs as failed.
     """

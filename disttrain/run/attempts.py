@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
+from torchmetrics import Metric
 
 from disttrain.parallel.model.fsdp_internals import abandon_pass
 
@@ -50,6 +51,8 @@ def put_right(module: nn.Module, modes: Modes) -> None:
     abandon_pass(module)
     for inner, training in modes:
         inner.training = training
+        if isinstance(inner, Metric):  # a new process would not have what it has accumulated
+            inner.reset()
 
 
 def free_frames(error: BaseException) -> None:

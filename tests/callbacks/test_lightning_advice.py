@@ -14,6 +14,7 @@ from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
 from disttrain import Checkpointing, ClassificationTask, HooksConfig, ShardedDataModule, Trainer
+from disttrain.callbacks.lightning_advice import refuse_callbacks
 from disttrain.callbacks.progress import StepProgress
 from disttrain.errors import CheckpointError, ConfigError
 from disttrain.models import MLP
@@ -165,3 +166,12 @@ def test_predictions_are_of_samples_alone(tmp_path: Path, digits: Path) -> None:
     with pytest.raises(ConfigError, match=r"predict_step of Mean returned a tensor of shape \(\) for a micro batch"):
         foreign.trainer_of(tmp_path).predict(module, data)
     assert module.calls == 1, "it is refused at the end alone"
+
+
+def test_a_step_hook_of_another_base_class_is_refused() -> None:
+    class Steps(pl.Callback):
+        def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            raise AssertionError
+
+    with pytest.raises(ConfigError, match="Steps defines on_step_end, but is not a disttrain"):
+        refuse_callbacks([Steps()])

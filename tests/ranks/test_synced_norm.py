@@ -71,6 +71,16 @@ def compare_in(kind: str) -> None:
     dist.destroy_process_group()
 
 
+def test_a_module_with_synced_norms_can_be_pickled(tmp_path: Path) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    module(torch.randn(4, 2))
+    sync_batch_norms(module)
+    torch.save(module, tmp_path / "module.pt")
+    loaded = torch.load(tmp_path / "module.pt", weights_only=False)
+    assert sync_batch_norms(loaded) == 1
+    assert all(torch.equal(a, b) for a, b in zip(module.buffers(), loaded.buffers(), strict=True))
+
+
 @pytest.mark.parametrize("kind", ["flat", "images"])
 def test_three_unequal_ranks_are_one_process(tmp_path: Path, kind: str) -> None:
     run_ranks(3, compare_in, kind, folder=tmp_path).ok()

@@ -13,8 +13,9 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
+from torchmetrics import SumMetric
 
-from disttrain import Callback, Checkpointing, Trainer
+from disttrain import EMA, Callback, Checkpointing, Trainer
 from disttrain.errors import ConfigError
 from disttrain.run.attempts import AttemptOver
 from disttrain.run.metrics_file import read_rows
@@ -114,3 +115,30 @@ def test_a_fit_that_resumes_finds_where_by_itself(tmp_path: Path, capsys: pytest
     trainer = foreign.trainer_of(tmp_path / "run")
     with pytest.raises(ConfigError, match="given both resume and ckpt_path"):
         trainer.fit(foreign.Plain(), DataLoader(foreign.Numbers()), ckpt_path="x", resume="auto")
+
+
+class Brings(foreign.Plain):
+    """Brings a callback of its own to each fit, and a metric that counts its micro batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.micro_batches = SumMetric()
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [EMA()]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.micro_batches.update(1)
+        return super().training_step(batch, batch_idx)
+
+
+def test_what_a_module_brings_is_that_of_the_next_attempt(tmp_path: Path) -> None:
+    module, saving, loader = Brings(), Checkpointing(every_steps=3), DataLoader(foreign.Numbers(40), batch_size=4)
+    trainer = foreign.trainer_of(tmp_path / "run", OverAt(8), saving, max_steps=9, validate_every_steps=4)
+    assert trainer.check_val_every_n_epoch is None, "Lightning's EarlyStopping checks at the ends of epochs"
+    trainer.fit(module, loader)
+    assert trainer.global_step == 9
+    assert int(module.micro_batches.compute()) == 3, "steps that were undone are in a metric"
+    with pytest.raises(ConfigError, match="has trained 9 steps would not train"):
+        trainer.fit(module, loader, resume="never")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

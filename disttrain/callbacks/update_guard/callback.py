@@ -126,6 +126,7 @@ class UpdateGuard(Callback):
             return
         self._judged = self._loss = self._fused = None
         self._unseen.clear()
+        self._found.clear()
         self._keys.clear()
         watches = self.enabled and self._can_watch(trainer, pl_module)
         if self.checkpoints is not None:

@@ -29,7 +29,8 @@ def sync_batch_norms(module: nn.Module) -> int:
     """Make a module's batch norms compute statistics over all ranks; return how many there are.
 
     Each is replaced by an instance of a subclass with the same class name, parameters, buffers and hooks. Layers that
-    already synchronize are skipped, including PyTorch's ``SyncBatchNorm``.
+    already synchronize are skipped, including PyTorch's ``SyncBatchNorm``. A norm that the module also holds in a plain
+    list, outside of its submodules, is not found, as in PyTorch's own conversion.
     """
     synced: dict[Any, _Synced] = {}  # a norm may have several names
     for name, norm in list(module.named_modules(remove_duplicate=False)):
@@ -44,6 +45,10 @@ def sync_batch_norms(module: nn.Module) -> int:
 
 class _Synced(_BatchNorm):
     """A batch norm over all ranks; a mixin for single-rank batch norm classes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickle cannot find a class by name that was made at run time. Its bases are this one and the original.
+        return _blank, (type(self).__mro__[2],), vars(self)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # collectives inside a compiled block are a graph break
     def forward(self, inputs: Tensor) -> Tensor:
@@ -61,10 +66,14 @@ class _Synced(_BatchNorm):
 
 def _synced(norm: _BatchNorm) -> _Synced:
     """Return the same norm over all ranks: it shares the original's parameters, buffers and hooks."""
-    kind: Any = type(norm)
+    made = _blank(type(norm))
+    vars(made).update(vars(norm))
+    return made
+
+
+def _blank(kind: Any) -> _Synced:
     mixed = _mixed(kind)
     made: _Synced = mixed.__new__(mixed)
-    vars(made).update(vars(norm))
     return made
 
 
