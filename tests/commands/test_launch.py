@@ -138,7 +138,7 @@ def test_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ranks_that_ran_out_of_memory_are_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As often as they ask for it, with the same folder for how they end; other failures end the launch."""
+    """As long as each failure is another one, with the same folder for how they end; other failures end the launch."""
     folders = tmp_path / "folders"
     rank = f"""
 import os, sys
@@ -146,7 +146,8 @@ from disttrain.distributed.exit_codes import note_ending
 with open({str(folders)!r}, "a") as file:
     print(os.environ["{VARIABLE}"], len(os.listdir(os.environ["{VARIABLE}"])), file=file)
 with open({str(folders)!r}) as file:
-    note_ending(77 if len(file.readlines()) < 3 else 2, message="step 4: out of memory")
+    starts = len(file.readlines())
+note_ending(2 if starts == 3 else 77, message=f"step 4: out of memory, start {{min(starts, 4)}}")
 sys.exit(1)
 """
     monkeypatch.setattr(launch, "torchrun_command", lambda *_, **__: [sys.executable, "-c", rank])
@@ -156,8 +157,10 @@ sys.exit(1)
     assert len(set(told)) == 1, "another folder, or an ending of the launch before in it"
     assert told[0].endswith(" 0")
     text = capsys.readouterr().err
-    assert text.count("step 4: out of memory; restarting all ranks") == 2
-    assert text.count("error (rank 0 of 2): step 4: out of memory") == 1
+    assert [f"step 4: out of memory, start {start}; restarting all ranks" in text for start in (1, 2)] == [True, True]
+    assert text.count("error (rank 0 of 2): step 4: out of memory, start 3") == 1
+    assert launch.main(["--nproc", "2", "fit"], NAMES) == 77
+    assert len(folders.read_text().splitlines()) == 5, "the same failure came again, and was not the last"
 
 
 def test_help_and_mistakes_load_no_torch() -> None:
