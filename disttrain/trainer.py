@@ -394,7 +394,7 @@ class Trainer(TrainerBase):
 
     def around_teardown(self, teardown: Callable[[], None]) -> None:
         """Release the run's resources."""
-        # Lightning moves the module to the CPU, which waits forever for kernels of a rank that failed alone.
+        # This moves the module to the CPU, which on a rank that failed alone waits for kernels that wait for others.
         with ends_within(sys.exception() if self.world_size > 1 else None):
             teardown()
         give_back(self)
